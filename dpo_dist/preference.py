@@ -1,0 +1,115 @@
+"""The nouns of the data, in the order in which they come to be: PreferenceRow → TokenizedPair → PackedBatch → PairLogps."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Message = dict[str, Any]                     # {"role": "user", "content": "..."}, as chat templates take it
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One judgment as read from a file. Either messages (a prompt, then one chosen and one rejected continuation) or token ids."""
+
+    prompt: tuple[Message, ...] | str        # str: plain text that no chat template touches
+    chosen: tuple[Message, ...] | str
+    rejected: tuple[Message, ...] | str
+    where: str                               # "file:line", for messages to a person
+    source: str = ""                         # the data set's name
+    strength: float | None = None            # how much better chosen is (difference of ratings), in the data's own unit
+    weight: float = 1.0                      # this pair's weight in the loss
+    tools: tuple[dict[str, Any], ...] = ()   # tool schemas that the chat template shows to the model
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A prompt and its two completions as token ids. Completions end with the end-of-turn token and share nothing but the prompt."""
+
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    where: str
+    source: str = ""
+    strength: float | None = None
+    weight: float = 1.0
+
+
+class Span(NamedTuple):
+    """Tokens start to end (exclusive) of a pack."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt of the pack and the completions that continue it: each sees the prompt and itself, never its siblings."""
+
+    prompt: Span
+    branches: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One forward: a forest of trees laid end to end, without padding. T tokens, N completion tokens, S sequences, B pairs.
+
+    A sequence is one (prompt, completion); a pair names two of them. A pair may appear with weight 0: a filler that keeps the
+    number of forwards equal on all ranks.
+    """
+
+    input_ids: Tensor                        # (1, T) int64
+    position_ids: Tensor                     # (1, T) int64, restarts after the prompt in each branch
+    trees: tuple[Tree, ...]                  # the S sequences are the branches, in this order
+    predict_at: Tensor                       # (N,) int64: the position in the pack whose hidden state predicts ...
+    targets: Tensor                          # (N,) int64: ... this token
+    sequence: Tensor                         # (N,) int64 in [0, S): the sequence that the token belongs to
+    offset: Tensor                           # (N,) int64: its place in the completion, from 0
+    lengths: Tensor                          # (S,) int64: completion tokens of each sequence
+    chosen: Tensor                           # (B,) int64 in [0, S)
+    rejected: Tensor                         # (B,) int64 in [0, S)
+    pair_ids: tuple[int, ...]                # (B,) the pairs' indexes in the data set
+    weight: Tensor                           # (B,) float32
+    strength: Tensor                         # (B,) float32, NaN where the data does not say
+
+    @property
+    def n_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def n_sequences(self) -> int:
+        return self.lengths.shape[0]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return PackedBatch(**{**vars(self), **moved})
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """What the model says of a pack's N completion tokens."""
+
+    logps: Tensor                            # (N,) float32, nats: log p(target | what it sees)
+    log_collision: Tensor | None = None      # (N,) float32, nats: log of the sum over the vocabulary of p², no gradient (for WPO)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What a loss sees: B pairs' summed log-probs in nats, and what the step as a whole is.
+
+    reference_* are None for losses without a reference. A mean over the step is sum(weight · loss) / sum(weight); a loss that is
+    a token mean over the step (sft) divides by `mean_chosen_tokens`, so that the same sum gives it exactly.
+    """
+
+    policy_chosen: Tensor                    # (B,) nats, sum over the completion's tokens
+    policy_rejected: Tensor                  # (B,)
+    reference_chosen: Tensor | None          # (B,)
+    reference_rejected: Tensor | None        # (B,)
+    chosen_tokens: Tensor                    # (B,) float32, completion tokens
+    rejected_tokens: Tensor                  # (B,)
+    strength: Tensor                         # (B,) float32, NaN where unknown
+    mean_chosen_tokens: Tensor | float       # scalar: weighted mean of chosen_tokens over the whole step
+    wpo_weight: Tensor | None = None         # (B,) in (0, 1], no gradient: how likely the pair is under the policy
