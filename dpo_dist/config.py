@@ -95,6 +95,11 @@ class LossConfig:
         return any(LOSS_OPTIONS[name].needs_reference for name in self.weights)
 
     @property
+    def uses_rejected(self) -> bool:
+        """False where only the chosen completions are trained on, so that the rejected ones need no forward."""
+        return set(self.weights) != {"sft"}
+
+    @property
     def needs_whole_step(self) -> bool:
         """True where a pair's loss depends on the other pairs of the step (a sort over them)."""
         return any(LOSS_OPTIONS[name].needs_whole_step for name in self.weights)
@@ -327,7 +332,10 @@ def resolve_loss(loss: LossConfig) -> LossConfig:
         raise UserError(f"loss.f_alpha={filled['f_alpha']} needs loss.f_divergence=alpha_divergence")
     if filled["f_divergence"] == "alpha_divergence" and filled["f_alpha"] is None:
         filled["f_alpha"] = 0.5
-    return dataclasses.replace(loss, **filled)
+    resolved = dataclasses.replace(loss, **filled)
+    if resolved.needs_whole_step and filled["ld_alpha"] is not None:
+        raise UserError(f"loss.ld_alpha={filled['ld_alpha']} does not go with a loss that sorts over the step; remove it")
+    return resolved
 
 
 def validate(c: RunConfig) -> None:

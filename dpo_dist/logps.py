@@ -18,7 +18,8 @@ HEAD_CHUNK_TOKENS = 1024       # rows of logits that exist at once: 1024 x V fp3
 class LogpHead(nn.Module):
     """Stands in a causal LM's `lm_head`, owning the same parameters (so names and checkpoints do not change).
 
-    Called with targets it returns TokenLogps without ever holding [N, V] logits; called without, plain logits.
+    Called with targets it returns (logps, log_collision), each (N,), without ever holding [N, V] logits; log_collision is empty
+    unless asked for. Called without targets, plain logits. Tensors in and out: ZeRO-3's hooks see nothing else.
     """
 
     def __init__(self, lm_head: nn.Module, scale: float = 1.0, softcap: float | None = None):
@@ -30,8 +31,7 @@ class LogpHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None, collision: bool = False) -> Any:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        logps, log_collision = _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision)
-        return TokenLogps(logps, log_collision if collision else None)
+        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision)
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -101,8 +101,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
 
 
 def sequence_sums(values: Tensor, batch: PackedBatch, keep: Tensor | None = None) -> Tensor:
-    """Sums of (N,) token values by sequence, (S,); `keep` (N,) scales each token's part."""
-    values = values if keep is None else values * keep
+    """Sums of (N,) token values by sequence, (S,) float64: a margin is a small difference of large sums. `keep` (N,) scales tokens."""
+    values = values.double() if keep is None else values.double() * keep
     return values.new_zeros(batch.n_sequences).index_add(0, batch.sequence, values)
 
 
@@ -120,8 +120,9 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
         public = batch.lengths.clone().scatter_(0, batch.chosen, shorter).scatter_(0, batch.rejected, shorter)
         keep = torch.where(batch.offset < public[batch.sequence], 1.0, loss.ld_alpha)
     sums = sequence_sums(policy.logps, batch, keep)
+    whole = None if keep is None else sequence_sums(policy.logps, batch)
     reference_sums = None if reference is None else sequence_sums(reference, batch, keep)
-    tokens = batch.lengths.to(torch.float32)
+    tokens = batch.lengths.to(torch.float64)
     wpo = None
     if loss.wpo:
         assert policy.log_collision is not None, "WPO needs the head called with collision=True"
@@ -132,7 +133,9 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
         reference_chosen=None if reference_sums is None else reference_sums[batch.chosen],
         reference_rejected=None if reference_sums is None else reference_sums[batch.rejected],
         chosen_tokens=tokens[batch.chosen], rejected_tokens=tokens[batch.rejected],
-        strength=batch.strength, mean_chosen_tokens=mean_chosen_tokens, wpo_weight=wpo)
+        strength=batch.strength, mean_chosen_tokens=mean_chosen_tokens, wpo_weight=wpo,
+        whole_chosen=None if whole is None else whole[batch.chosen],
+        whole_rejected=None if whole is None else whole[batch.rejected])
 
 
 def plain_token_logps(model: nn.Module, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:

@@ -14,26 +14,30 @@ class LossOptions:
     needs_whole_step: bool = False
 
 
-# Options that reshape the log-ratio (f_divergence, f_alpha), the log-probs (ld_alpha) or the weight of a pair (wpo) work
-# with every loss of the chosen and the rejected log-ratio.
-_RATIO: dict[str, Any] = {"beta": 0.1, "f_divergence": "reverse_kl", "f_alpha": None, "ld_alpha": None, "wpo": False}
+# Options of the losses that compare policy and reference on single pairs: ld_alpha shortens the log-probs, wpo weights the pair.
+# In a mixture an option acts on the terms that list it, and on no other.
+_PAIR: dict[str, Any] = {"beta": 0.1, "ld_alpha": None, "wpo": False}
+
+# Under an f-divergence a completion's reward is beta f'(policy / reference) plus a term of the prompt alone. So the divergence is
+# an option of those losses in which that term cancels, those of the difference between completions (TRL draws the same line).
+_DIFFERENCE: dict[str, Any] = {**_PAIR, "f_divergence": "reverse_kl", "f_alpha": None}
 
 LOSS_OPTIONS: dict[str, LossOptions] = {
-    "sigmoid": LossOptions({**_RATIO, "label_smoothing": 0.0}),
-    "hinge": LossOptions(_RATIO),
-    "ipo": LossOptions(_RATIO),
-    "exo_pair": LossOptions({**_RATIO, "label_smoothing": 0.001}),
-    "nca_pair": LossOptions(_RATIO),
-    "robust": LossOptions({**_RATIO, "label_smoothing": 0.1}),
-    "bco_pair": LossOptions(_RATIO),
-    "sppo_hard": LossOptions(_RATIO),
-    "aot": LossOptions({"beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None}, needs_whole_step=True),
-    "aot_unpaired": LossOptions({"beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None}, needs_whole_step=True),
-    "apo_zero": LossOptions(_RATIO),
-    "apo_down": LossOptions(_RATIO),
-    "discopop": LossOptions({**_RATIO, "discopop_tau": 0.05}),
-    "sigmoid_norm": LossOptions(_RATIO),
-    "odpo": LossOptions({**_RATIO, "odpo_alpha": 1.0}),
+    "sigmoid": LossOptions({**_DIFFERENCE, "label_smoothing": 0.0}),
+    "hinge": LossOptions(_DIFFERENCE),
+    "ipo": LossOptions(_DIFFERENCE),
+    "exo_pair": LossOptions({**_DIFFERENCE, "label_smoothing": 0.001}),
+    "nca_pair": LossOptions(_PAIR),
+    "robust": LossOptions({**_DIFFERENCE, "label_smoothing": 0.1}),
+    "bco_pair": LossOptions(_PAIR),
+    "sppo_hard": LossOptions(_PAIR),
+    "aot": LossOptions({"beta": 0.1, "label_smoothing": 0.0}, needs_whole_step=True),
+    "aot_unpaired": LossOptions({"beta": 0.1, "label_smoothing": 0.0}, needs_whole_step=True),
+    "apo_zero": LossOptions(_PAIR),
+    "apo_down": LossOptions(_PAIR),
+    "discopop": LossOptions({**_DIFFERENCE, "discopop_tau": 0.05}),
+    "sigmoid_norm": LossOptions(_DIFFERENCE),
+    "odpo": LossOptions({**_DIFFERENCE, "odpo_alpha": 1.0}),
     "sft": LossOptions({}, needs_reference=False),
     "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False),
     "orpo": LossOptions({"orpo_lambda": 0.1}, needs_reference=False),

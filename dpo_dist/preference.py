@@ -14,7 +14,7 @@ Message = dict[str, Any]                     # {"role": "user", "content": "..."
 class PreferenceRow:
     """One judgment as read from a file. Either messages (a prompt, then one chosen and one rejected continuation) or token ids."""
 
-    prompt: tuple[Message, ...] | str        # str: plain text that no chat template touches
+    prompt: tuple[Message, ...] | str        # str: one turn under a chat template, plain text without one
     chosen: tuple[Message, ...] | str
     rejected: tuple[Message, ...] | str
     where: str                               # "file:line", for messages to a person
@@ -113,3 +113,5 @@ class PairLogps:
     strength: Tensor                         # (B,) float32, NaN where unknown
     mean_chosen_tokens: Tensor | float       # scalar: weighted mean of chosen_tokens over the whole step
     wpo_weight: Tensor | None = None         # (B,) in (0, 1], no gradient: how likely the pair is under the policy
+    whole_chosen: Tensor | None = None       # (B,) only with ld_alpha: policy_chosen with every token counted in full,
+    whole_rejected: Tensor | None = None     # (B,)   for a mixture's terms that do not use ld_alpha (sft)

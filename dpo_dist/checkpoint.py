@@ -1,0 +1,62 @@
+"""Checkpoints: whole only with their COMPLETE marker, which is written last; the newest few are kept."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dpo_dist.config import UserError
+from dpo_dist.policy import Policy
+from dpo_dist.world import World
+
+COMPLETE = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run is. The order of pairs, the learning rate and the packs are functions of the step, so nothing else is needed."""
+
+    step: int                    # optimizer steps done
+    data_digest: str
+
+
+def save_checkpoint(run_dir: Path, policy: Policy, state: TrainState, keep: int, world: World) -> Path:
+    """Writes checkpoints/step-NNNNNN and removes the oldest beyond `keep`. All ranks call it."""
+    folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
+    world.on_main(lambda: _fresh(folder))
+    policy.save(folder)
+    world.barrier()                                        # every rank's part is written before the marker is
+    world.on_main(lambda: _complete(folder, state, keep))
+    return folder
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    whole = sorted(marker.parent for marker in run_dir.glob(f"checkpoints/step-*/{COMPLETE}"))
+    return whole[-1] if whole else None
+
+
+def load_checkpoint(folder: Path, policy: Policy, data_digest: str | None) -> TrainState:
+    """Puts the policy back to where the checkpoint was. UserError where the training pairs are not the ones it was trained on."""
+    state = TrainState(**json.loads((folder / "state.json").read_text()))
+    if data_digest is not None and state.data_digest != data_digest:
+        raise UserError(f"data.train has changed since {folder.name} was written, so the run cannot go on in the same order; "
+                        "restore the data, or start a new run with another run.dir")
+    policy.load(folder)
+    return state
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)              # what a killed save left
+    folder.mkdir(parents=True)
+
+
+def _complete(folder: Path, state: TrainState, keep: int) -> None:
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    os.sync()                                              # the parts reach the disk before the marker does
+    (folder / COMPLETE).touch()
+    for old in sorted(folder.parent.glob(f"step-*/{COMPLETE}"))[:-keep]:
+        old.unlink()                                       # first no longer whole, then gone
+        shutil.rmtree(old.parent)

@@ -1,0 +1,140 @@
+"""Messages → the text of the prompt and of each completion, through a chat template.
+
+The prompt is rendered as at generation time (`add_generation_prompt`), the whole conversation as the template renders it, and the
+completion is what the whole has beyond the prompt: an empty think block that a template puts before an answer is part of the
+completion, since the model would have to generate it. The one difference that is bridged is white space at the end of the
+generation prompt (a template that trims): the completion then begins where the template puts the first character of an answer.
+Anything else (a generation prompt that opens <think>, where rendered answers have none) has no right boundary and is an error.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dpo_dist.config import UserError
+from dpo_dist.data.fields import Turns
+from dpo_dist.preference import PreferenceRow
+
+PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
+ANSWER = "dpo-dist-answer"                   # stands for an answer where we look for what a template puts around one
+TODAY = datetime(2024, 7, 26)                # what templates get that ask for today's date: tokens must not depend on the day
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+
+class TemplateMisfit(ValueError):
+    """A row that the chat template refuses or renders without a boundary between prompt and completion."""
+
+
+def template_text(tokenizer: Any, setting: str | None) -> str | None:
+    """The Jinja text that `data.chat_template` asks for (null: the tokenizer's own, if any); None for plain text."""
+    if tokenizer is None or setting == PLAIN:
+        return None
+    if setting is None:
+        own = tokenizer.chat_template        # several named ones: the default; get_chat_template picks it
+        return own if own is None or isinstance(own, str) else str(tokenizer.get_chat_template())
+    if "{{" in setting or "{%" in setting:
+        return setting
+    if Path(setting).is_file():
+        return Path(setting).read_text()
+    raise UserError(f"data.chat_template={setting!r} is neither an existing file nor Jinja text; give one of them, null for the "
+                    f"tokenizer's own template, or {PLAIN} for plain text")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    tokenizer: Any
+    text: str                                # Jinja
+    special: tuple[str, ...] = ()            # the tokens that can end a turn
+    end_of_turn: str | None = None           # the token that ends an answer; None where the template has none
+    blank_tail: str = ""                     # the white space that the template puts after an answer
+
+    def render(self, turns: Turns, tools: tuple[dict[str, Any], ...] = (), generation: bool = False) -> str:
+        return str(self.tokenizer.apply_chat_template(
+            list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation, tokenize=False,
+            strftime_now=TODAY.strftime))
+
+    def split(self, row: PreferenceRow) -> tuple[str, str, str]:
+        """(prompt, chosen, rejected) texts; completions end with the end-of-turn token, where the template has one.
+
+        All of a continuation of several turns is completion, the user's and the tools' turns in it included.
+        Raises TemplateMisfit.
+        """
+        prompt = _as_turns(row.prompt, "user")
+        chosen, rejected = _as_turns(row.chosen, "assistant"), _as_turns(row.rejected, "assistant")
+        self._check_tools(row.tools, prompt + chosen + rejected)
+        try:
+            text = self.render(prompt, row.tools, generation=True)
+            return text, self._completion(text, prompt, chosen, row.tools), self._completion(text, prompt, rejected, row.tools)
+        except TemplateMisfit:
+            raise
+        except RENDER_ERRORS as error:
+            raise TemplateMisfit(f"the chat template refuses the row ({error})") from error
+
+    def _check_tools(self, tools: tuple[dict[str, Any], ...], turns: Turns) -> None:
+        """Raises TemplateMisfit where the template knows nothing of tools, and would leave them out without a word."""
+        if tools and "tools" not in self.text:
+            raise TemplateMisfit("the row has tools, but the chat template does not show them")
+        if "tool_calls" not in self.text and any(turn.get("tool_calls") for turn in turns):
+            raise TemplateMisfit("the row has tool calls, but the chat template does not show them")
+
+    def _completion(self, prompt_text: str, prompt: Turns, turns: Turns, tools: tuple[dict[str, Any], ...]) -> str:
+        whole = self.render(prompt + turns, tools)
+        if whole.startswith(prompt_text):
+            return self._until_end_of_turn(whole[len(prompt_text):])
+        header = self.render((*prompt, {"role": "assistant", "content": ANSWER}), tools).rpartition(ANSWER)[0]
+        if header.rstrip() == prompt_text.rstrip() and whole.startswith(header):
+            return self._until_end_of_turn(whole[len(header):])
+        n = next((i for i, (a, b) in enumerate(zip(whole, prompt_text, strict=False)) if a != b), len(prompt_text))
+        raise TemplateMisfit(f"the chat template renders the prompt otherwise once an answer follows: {whole[n:n + 30]!r} where "
+                             f"generation has {prompt_text[n:n + 30]!r}")
+
+    def _until_end_of_turn(self, text: str) -> str:
+        """The text cut after the end-of-turn token: among the special tokens it closes with, the first that ends a turn."""
+        end, closing = text.rstrip(), []
+        while end.endswith(self.special):
+            token = max((t for t in self.special if end.endswith(t)), key=len)
+            closing.append((token, len(end)))
+            end = end[:-len(token)].rstrip()
+        if not closing:
+            return text.removesuffix(self.blank_tail)
+        ends = [length for token, length in closing if token == self.end_of_turn]
+        return text[:ends[-1] if ends else closing[0][1]]
+
+
+def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
+    """The checked template of a tokenizer and `data.chat_template`, or None for plain text. Raises UserError."""
+    text = template_text(tokenizer, setting)
+    if text is None:
+        return None
+    template, named = ChatTemplate(tokenizer, text), "the tokenizer's own" if setting is None else setting[:60]
+    trial: Turns = ({"role": "user", "content": "Hello."},)
+    try:
+        whole = template.render((*trial, {"role": "assistant", "content": ANSWER}))
+    except RENDER_ERRORS as error:
+        raise UserError(f"data.chat_template ({named}) cannot render one question and its answer: {error}; mend it") from error
+    header, found, tail = whole.rpartition(ANSWER)
+    prompt = template.render(trial, generation=True)
+    if not found or not (header.startswith(prompt) or header.rstrip() == prompt.rstrip()):
+        raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for generation ends "
+                        f"{prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set data.chat_template to a Jinja file "
+                        "that renders conversations as its generation prompts begin them")
+    added = tokenizer.added_tokens_decoder.values()
+    special: set[str] = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    end = _first_in(tail, special) or _first_in(tail, {str(token) for token in added})
+    blank_tail = tail[len(tail.rstrip()):]
+    closing = sorted(special | {end} if end else special)
+    return ChatTemplate(tokenizer, text, tuple(token for token in closing if token), end, blank_tail)
+
+
+def _first_in(text: str, tokens: set[str]) -> str | None:
+    """The token that comes first in the text; the longest of those that begin there."""
+    found = [token for token in tokens if token and token in text]
+    return min(found, key=lambda token: (text.index(token), -len(token)), default=None)
+
+
+def _as_turns(part: Turns | str, role: str) -> Turns:
+    return ({"role": role, "content": part},) if isinstance(part, str) else part

@@ -1,0 +1,251 @@
+"""Files, folders and hub data sets → raw records, each with the place it came from, one at a time.
+
+JSON and CSV are read with the standard library: the `datasets` readers guess one schema for a whole file (rows whose fields differ
+are a crash, "NA" becomes null, "007" becomes 7) and cannot say on which line a broken row stands. Parquet (streamed) and the hub go
+through `datasets`.
+"""
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import IO, Any, TextIO, cast
+
+from dpo_dist.config import DatasetConfig, UserError
+
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")   # what `datasets` leaves beside its data
+SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
+CHUNK_CHARS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Record:
+    where: str                               # "file:12" (line) or "file:row 12" (both from 1)
+    value: Any                               # the row as it stands there: a dict, where the file is sound
+
+
+@dataclass(frozen=True)
+class BadRow:
+    where: str
+    reason: str                              # one of few, so that bad rows can be counted by it
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
+    """The records of a data set, in file order. Raises UserError for what is missing or unreadable as a whole."""
+    files = data_files(dataset)
+    if files is None:
+        yield from _from_arrow(f"{dataset.path}[{dataset.split}]", _load_from_hub(dataset))
+        return
+    for path in files:
+        try:
+            yield from _read_file(path)
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}; mend or replace the file") from error
+
+
+def data_files(dataset: DatasetConfig) -> tuple[Path, ...] | None:
+    """The local files of a data set, sorted; None where `path` is a hub name. Raises UserError where there is nothing to read."""
+    path = Path(dataset.path).expanduser()
+    if path.is_dir():
+        return _files_of_folder(path, dataset.split)
+    if not path.exists():
+        if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset.path) and not dataset.path.endswith(SUFFIXES):
+            return None
+        raise UserError(f"data path '{dataset.path}' does not exist (looked in {Path.cwd()}); give a file, a folder or a hub name")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"data path '{dataset.path}' is not a kind of file that can be read; known: {', '.join(SUFFIXES)}")
+    if dataset.split != "train":
+        raise UserError(f"split='{dataset.split}' would do nothing for the single file '{dataset.path}'; remove it")
+    return (path,)
+
+
+def content_digest(dataset: DatasetConfig) -> str:
+    """sha256 over the content of the data set's files, and of nothing else."""
+    files = data_files(dataset)
+    if files is None:
+        files = tuple(Path(part["filename"]) for part in _load_from_hub(dataset).cache_files)
+    whole = hashlib.sha256()
+    for path in files:
+        part = hashlib.sha256()
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                part.update(block)
+        whole.update(part.digest())
+    return whole.hexdigest()
+
+
+def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
+    found = sorted(p for p in folder.rglob("*") if p.name.endswith(SUFFIXES) and p.name not in NOT_ROWS
+                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    if not found:
+        raise UserError(f"data path '{folder}' is a folder without data files; known: {', '.join(SUFFIXES)}")
+    # Where files are named after splits (train-00000.parquet, test/…), only those of the asked split are read: never test as train.
+    splits = {p: SPLITS.findall(str(p.relative_to(folder)).lower()) for p in found}
+    if not any(splits.values()):
+        if split != "train":
+            raise UserError(f"split='{split}' would do nothing: no file of '{folder}' is named after a split; remove it")
+        return tuple(found)
+    unnamed = [p for p in found if not splits[p]]
+    if unnamed:
+        raise UserError(f"'{unnamed[0]}' is named after no split while other files of '{folder}' are; list the files one by one")
+    chosen = tuple(p for p in found if split in splits[p])
+    if not chosen:
+        names = sorted({name for each in splits.values() for name in each})
+        raise UserError(f"split='{split}' matches no file of '{folder}'; set split in its data entry to one of: {', '.join(names)}")
+    return chosen
+
+
+def _read_file(path: Path) -> Iterator[Record | BadRow]:
+    if path.suffix == ".parquet":
+        yield from _from_arrow(str(path), _stream_parquet(path))
+        return
+    with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
+        if ".csv" in path.suffixes:
+            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        elif _first_character(stream) == b"[":
+            yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"))
+        else:
+            yield from _read_json_lines(path, stream)
+
+
+# ------------------------------------------------------------------------------------------------------------------ JSON
+
+
+def _first_character(stream: IO[bytes]) -> bytes:
+    head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream.seek(0)
+    return head[:1]
+
+
+def _read_json_lines(path: Path, stream: Iterable[bytes]) -> Iterator[Record | BadRow]:
+    for number, line in enumerate(stream, start=1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield Record(where, json.loads(text))
+        except UnicodeDecodeError as error:
+            yield BadRow(where, "broken JSON line", f"not UTF-8 at byte {error.start + 1}")
+        except json.JSONDecodeError as error:
+            yield BadRow(where, "broken JSON line", f"{error.msg} at column {error.colno}")
+
+
+def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
+    """The entries of one big list, decoded one by one from a sliding window, so that the file is never in memory whole."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    window = stream.read(CHUNK_CHARS)
+    at, row, lines_before, at_end = window.index("[") + 1, 0, 0, False
+
+    def skip_blank(position: int) -> int:
+        match = blank.match(window, position)
+        assert match
+        return match.end()
+
+    while True:
+        failure = "the list is not closed"
+        start = end = skip_blank(at)
+        if window[start:start + 1] == "]":
+            return
+        value: Any = None
+        try:
+            value, end = decoder.raw_decode(window, start)
+            end = skip_blank(end)
+            separator = window[end:end + 1]
+            if separator and separator not in ",]":
+                failure = "',' or ']' expected"
+        except json.JSONDecodeError as error:
+            failure, separator, end = error.msg, "", error.pos
+        if separator in (",", "]") and separator:
+            row += 1
+            yield Record(f"{path}:row {row}", value)
+            at = end + (separator == ",")
+        elif at_end:
+            line = lines_before + window.count("\n", 0, end) + 1
+            raise UserError(f"{path}:{line}: broken JSON after row {row}: {failure}; mend the file, or write one object a line "
+                            "(.jsonl), where a broken row can be skipped")
+        else:                                # the window doubles: a long row is decoded anew each time, linear overall
+            more = stream.read(max(CHUNK_CHARS, len(window)))
+            at_end = not more
+            lines_before += window.count("\n", 0, start)
+            window, at = window[start:] + more, 0
+
+
+# ------------------------------------------------------------------------------------------------------- CSV, parquet, hub
+
+
+def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
+    csv.field_size_limit(2**31 - 1)          # the default of 131,072 characters is less than a long answer
+    reader = csv.DictReader(stream, strict=True)
+    try:
+        line = reader.line_num if reader.fieldnames else 0
+        for cells in reader:
+            where, line = f"{path}:{line + 1}", reader.line_num      # a record may span lines: name its first
+            if None in cells:
+                yield BadRow(where, "more cells than the header has")
+                continue
+            fields: dict[str, Any] = {key: text for key, text in cells.items() if text is not None}
+            for key in ("weight", "strength", "margin"):             # a CSV has only text: these three are numbers, or absent
+                text = fields.pop(key, "")
+                if text:
+                    fields[key] = _number_or_text(text)
+            yield Record(where, fields)
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; mend the file") from error
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
+    import datasets  # here, because its import takes longer than reading most files
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        return cast("Iterable[dict[str, Any]]", rows)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _from_arrow(name: str, rows: Iterable[Any]) -> Iterator[Record]:
+    """Rows of an Arrow table, without the nulls that its one schema puts into every struct that lacks a field."""
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield Record(f"{name}:row {number}", _without_nulls(row))
+    except ValueError as error:              # pyarrow's own errors are ValueErrors
+        raise UserError(f"{name} cannot be read: {error}; mend or replace the file") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _load_from_hub(dataset: DatasetConfig) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(dataset.path, split=dataset.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:    # offline and not found are OSErrors
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        why = "the network is off (HF_HUB_OFFLINE) and it is not in the local hub cache" if offline else str(error).splitlines()[0]
+        remedy = "set run.offline=false to download it, or give" if offline else "check the name and split, or give"
+        raise UserError(f"data path '{dataset.path}' (split '{dataset.split}') is no file or folder in {Path.cwd()}, and "
+                        f"cannot be loaded as a hub data set: {why}; {remedy} a file") from error

@@ -1,0 +1,74 @@
+"""Held-out evaluation: the loss and the rewards over pairs that are not trained on. Also `dpo-dist eval`."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dpo_dist.config import LossConfig, RunConfig, UserError
+from dpo_dist.data.store import PairStore
+from dpo_dist.engines import open_engines
+from dpo_dist.entry import run_entry
+from dpo_dist.inputs import Inputs, read_inputs
+from dpo_dist.losses import preference_loss
+from dpo_dist.metrics import MetricSums
+from dpo_dist.policy import Policy
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.step import forward_pairs, gather_pairs, step_batches
+from dpo_dist.terminal import Terminal
+from dpo_dist.world import World
+
+PAIRS_AT_ONCE = 1024                     # planned together; the result does not depend on it
+
+
+def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig, tokens_per_microbatch: int,
+             hidden_size: int, world: World) -> dict[str, float]:
+    """{metric: mean over all pairs}. All ranks call it; each forwards its share."""
+    sums = MetricSums(loss, world.device)
+    lengths, weights = pairs.lengths(), np.asarray(pairs.weight, dtype=np.float64)
+    mean_chosen_tokens = float((weights * lengths[:, 1]).sum() / weights.sum())
+    found, positions = [], []
+    with policy.evaluating():
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
+            part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, hidden_size)
+            for batch, at in zip(part.batches, part.positions, strict=True):
+                logps, weight = forward_pairs(policy, reference, batch, loss, mean_chosen_tokens)
+                if loss.needs_whole_step:
+                    found.append(logps)
+                    positions.append([start + i for i in at])
+                else:
+                    sums.add(logps, preference_loss(logps, loss), weight)
+    if loss.needs_whole_step:            # a sort over all pairs: rank 0 holds them all, and counts them once
+        whole = gather_pairs(found, positions, mean_chosen_tokens, world)
+        if world.is_main:
+            sums = MetricSums(loss, whole.policy_chosen.device)
+            sums.add(whole, preference_loss(whole, loss), whole.policy_chosen.new_ones(len(pairs)))
+    return sums.means(world)
+
+
+def evaluate_run(config: RunConfig, inputs: Inputs, policy: Policy, reference: ReferenceEngine | None, world: World) -> dict[str, float]:
+    """`evaluate` on the run's held-out pairs; empty where it has none."""
+    if not len(inputs.eval):
+        return {}
+    return evaluate(policy, reference, inputs.eval, config.loss, config.train.tokens_per_microbatch, inputs.hidden_size, world)
+
+
+def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
+    """Evaluates model.path against the reference on data.eval, and writes <run.dir>/eval.json."""
+    inputs = read_inputs(config, world, terminal)
+    if not len(inputs.eval):
+        raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: held_out.jsonl}]")
+    policy, reference = open_engines(config, inputs, world, terminal)
+    means = evaluate_run(config, inputs, policy, reference, world)
+    if world.is_main:
+        path = Path(config.run_dir) / "eval.json"
+        path.write_text(json.dumps({"model": config.model.path, "pairs": len(inputs.eval), **means}, indent=2) + "\n")
+        terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], [[k, f"{v:.4f}"] for k, v in means.items()])
+        terminal.say(f"written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(sys.argv[1:], _eval_command))

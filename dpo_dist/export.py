@@ -1,0 +1,91 @@
+"""<run.dir>/model: the trained weights, tokenizer, chat template and a model card, as from_pretrained expects them. Also `dpo-dist export`."""
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from dpo_dist.checkpoint import latest_checkpoint, load_checkpoint
+from dpo_dist.config import RunConfig, UserError
+from dpo_dist.entry import run_entry
+from dpo_dist.inputs import Inputs, read_inputs
+from dpo_dist.models.export import write_shards
+from dpo_dist.models.load import load_tokenizer
+from dpo_dist.policy import Policy
+from dpo_dist.policy.make import make_policy
+from dpo_dist.terminal import Terminal
+from dpo_dist.world import World
+
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+          "merges.txt", "added_tokens.json", "chat_template.jinja")
+
+
+def export_model(run_dir: Path, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float], world: World) -> Path:
+    """Writes the model beside its final place and moves it there whole. All ranks call it; rank 0 writes."""
+    folder, partial = run_dir / "model", run_dir / "model.partial"
+    world.on_main(lambda: _start(partial, inputs, config, held_out))
+    write_shards(partial, policy.export_weights(), write=world.is_main)
+    world.on_main(lambda: _finish(partial, folder))
+    return folder
+
+
+def _start(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model = json.loads((inputs.policy_folder / "config.json").read_text())
+    model.pop("torch_dtype", None)
+    model["dtype"] = str(inputs.dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(model, indent=2) + "\n")
+    for name in COPIED:
+        if (inputs.policy_folder / name).is_file():
+            shutil.copyfile(inputs.policy_folder / name, partial / name)
+    _own_template(partial, config)
+    (partial / "README.md").write_text(model_card(inputs, config, held_out))
+
+
+def _own_template(partial: Path, config: RunConfig) -> None:
+    """A chat template given in the config belongs to the model from now on."""
+    given, tokenizer = config.data.chat_template, load_tokenizer(partial)
+    if given and given != "none" and tokenizer is not None:
+        tokenizer.chat_template = Path(given).read_text() if Path(given).is_file() else given
+        tokenizer.save_pretrained(partial)
+
+
+def _finish(partial: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> str:
+    """Markdown: what was trained, on what, against which reference, with which loss, and what came out on held-out pairs."""
+    loss = ", ".join(f"{k}={v}" for k, v in vars(config.loss).items() if v is not None and k != "name")
+    reference = f"`{config.reference_path}` (weights {inputs.reference_digest})" if config.loss.needs_reference else "none"
+    names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
+    lines = ["---", "library_name: transformers", "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
+             f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "",
+             "| | |", "|---|---|",
+             f"| starting weights | `{config.model.path}` ({inputs.policy_digest}) |", f"| reference | {reference} |",
+             f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |", f"| loss | {config.loss.name} ({loss}) |",
+             f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs a step |",
+             f"| trained weights | {'LoRA rank ' + str(config.model.lora.rank) + ', merged' if config.model.lora.rank else 'all'} |", ""]
+    if held_out:
+        lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in held_out.items()), ""]
+    return "\n".join(lines)
+
+
+def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
+    """Writes <run.dir>/model from the run's newest whole checkpoint."""
+    run_dir = Path(config.run_dir)
+    checkpoint = world.on_main(lambda: latest_checkpoint(run_dir))
+    if checkpoint is None:
+        raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
+    inputs = read_inputs(config, world, terminal)
+    policy = make_policy(config, inputs.policy_folder, inputs.attention, world)
+    load_checkpoint(checkpoint, policy, inputs.train.digest)
+    model = export_model(run_dir, policy, inputs, config, {}, world)
+    terminal.say(f"model: {model} (from {checkpoint.name})")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(sys.argv[1:], _export_command, marks_run=False))

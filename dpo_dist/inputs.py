@@ -1,0 +1,84 @@
+"""What a command reads before it starts: the models' folders and digests, and the tokenized pairs."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from dpo_dist.config import RunConfig, UserError
+from dpo_dist.data.audit import summary_lines
+from dpo_dist.data.pack import check_budget
+from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.models.digest import model_digest, tokenizer_digest
+from dpo_dist.models.load import choose_attention, load_tokenizer, resolve, torch_dtype
+from dpo_dist.reference.cache import ReferenceKey
+from dpo_dist.terminal import Terminal
+from dpo_dist.world import World
+
+
+@dataclass(frozen=True)
+class Inputs:
+    policy_folder: Path
+    reference_folder: Path
+    policy_digest: str
+    reference_digest: str
+    dtype: torch.dtype
+    attention: str                       # how the policy's packs are computed: branch or padded
+    reference_attention: str
+    hidden_size: int
+    train: PairStore
+    eval: PairStore
+
+    @property
+    def same_start(self) -> bool:
+        """True where the policy starts from the reference's weights, so that every first margin must be 0."""
+        return self.policy_digest == self.reference_digest
+
+    @property
+    def reference_key(self) -> ReferenceKey:
+        return ReferenceKey(weights=self.reference_digest, dtype=str(self.dtype).removeprefix("torch."))
+
+
+def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
+    """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
+    policy_folder = resolve(config.model.path, "model.path", config.run.offline)
+    reference_folder = resolve(config.reference_path, "reference.path", config.run.offline) if config.loss.needs_reference else policy_folder
+    policy_digest = world.on_main(lambda: model_digest(policy_folder))
+    reference_digest = policy_digest if reference_folder == policy_folder else world.on_main(lambda: model_digest(reference_folder))
+    attention, misfit = choose_attention(config.model, policy_folder)
+    if misfit:
+        terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
+    reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
+    model = AutoConfig.from_pretrained(policy_folder)
+    train, held_out = _read_pairs(config, policy_folder, world, terminal)
+    for pairs in (train, held_out):
+        if len(pairs):
+            _check_pairs(pairs, model, config)
+    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, torch_dtype(config.model, world.device), attention,
+                  reference_attention, getattr(model, "hidden_size", 1024), train, held_out)
+
+
+def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:
+    if not config.data.train and not config.data.eval:
+        raise UserError("data.train=[] names no data; set data.train=[{path: rows.jsonl}]")
+
+    def read() -> tuple[PairStore, PairStore]:
+        return prepare(config.data, load_tokenizer(folder), tokenizer_digest(folder))
+
+    stores = world.on_main(lambda: [str(s.path) for s in read()])
+    train, held_out = (PairStore.open(path) for path in stores)
+    for name, pairs in (("train", train), ("held out", held_out)):
+        for line in summary_lines(pairs, name):
+            terminal.say(line)
+    return train, held_out
+
+
+def _check_pairs(pairs: PairStore, model: object, config: RunConfig) -> None:
+    check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch)
+    vocabulary = getattr(model, "vocab_size", None)
+    largest = pairs.largest_id()
+    if vocabulary is not None and largest >= vocabulary:
+        raise UserError(f"data holds token id {largest}, but model.path={config.model.path} has a vocabulary of {vocabulary}; "
+                        "use the tokenizer that belongs to the model")

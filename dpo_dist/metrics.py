@@ -1,0 +1,43 @@
+"""Local sums → global means: what a step or an evaluation measured, added up on each rank and reduced once a logged row."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_dist.config import LossConfig
+from dpo_dist.losses import rewards
+from dpo_dist.preference import PairLogps
+from dpo_dist.world import World
+
+MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+class MetricSums:
+    """Sums over pairs, weighted as in the loss; kept on the device, so that adding never waits for it."""
+
+    def __init__(self, loss: LossConfig, device: torch.device):
+        self._loss = loss
+        self._sums = torch.zeros(len(MEANS) + 1, dtype=torch.float64, device=device)
+        self._has_rewards = True
+        self.tokens = self.pairs = 0                        # computed on this rank
+
+    def add(self, pairs: PairLogps, per_pair_loss: Tensor, weight: Tensor) -> None:
+        """pairs, per_pair_loss and weight: (B,); a filler has weight 0."""
+        with torch.no_grad():
+            found = rewards(pairs, self._loss)
+            self._has_rewards = found is not None
+            zero = torch.zeros_like(pairs.policy_chosen)
+            chosen, rejected = found if found is not None else (zero, zero)
+            margin = chosen - rejected
+            accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()     # a tie is half right
+            rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen, pairs.policy_rejected])
+            total = (rows.double() * weight).sum(1)
+            self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
+
+    def means(self, world: World) -> dict[str, float]:
+        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it."""
+        *sums, weight = world.sum(self._sums).tolist()
+        named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
+        absent = () if self._has_rewards else ("rewards/",)
+        absent += () if self._loss.uses_rejected else ("logps/rejected",)
+        return {name: value for name, value in named.items() if not name.startswith(absent)} if absent else named

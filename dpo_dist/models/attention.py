@@ -1,0 +1,130 @@
+"""Branch attention: every prompt of a pack attends to itself, every completion to its prompt and itself, and to nothing else.
+
+No mask over the pack exists; the cost grows with the branches, not with the square of the pack. It is registered under the name
+"branch" in transformers' table of attention functions and receives the pack's structure as the keyword `forest`.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dpo_dist.preference import Tree
+
+
+class Forest:
+    """A pack's trees, with the attention masks that all layers share (made once a pack)."""
+
+    def __init__(self, trees: Sequence[Tree]):
+        self.trees = trees
+        self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+        """(queries, keys) bool: causal, aligned at the lower right, at most `window` keys back."""
+        at = (queries, keys, window, device)
+        if at not in self._masks:
+            visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            self._masks[at] = visible if window is None else visible.triu(keys - queries - window + 1)
+        return self._masks[at]
+
+
+def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
+                     sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal rows."""
+    if forest is None:
+        whole = Forest(())
+        return _attend(whole, query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    out = []
+    for prompt, branches in ((t.prompt, t.branches) for t in forest.trees):
+        p = slice(*prompt)
+        out.append(_attend(forest, query[:, :, p], key[:, :, p], value[:, :, p], scaling, sliding_window, softcap))
+        for branch in branches:
+            b = slice(*branch)
+            keys = torch.cat([key[:, :, p], key[:, :, b]], 2)
+            values = torch.cat([value[:, :, p], value[:, :, b]], 2)
+            out.append(_attend(forest, query[:, :, b], keys, values, scaling, sliding_window, softcap))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _attend(forest: Forest, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    window = window if window is not None and window < keys else None
+    if softcap is not None:
+        return _softcapped(q, k, v, scaling, forest.mask(queries, keys, window, q.device), softcap)
+    grouped = q.shape[1] != k.shape[1]
+    if queries == keys and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    mask = forest.mask(queries, keys, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Tensor, softcap: float) -> Tensor:
+    """Gemma 2 (arXiv 2408.00118, section 2): scores are softcap * tanh(scores / softcap) before the softmax."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32 if scores.dtype != torch.float64 else None).to(q.dtype) @ v
+
+
+ALL_ATTENTION_FUNCTIONS.register("branch", branch_attention)
+
+
+# ------------------------------------------------------------------------------------------- which models branch attention fits
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
+          "n_embd": 32, "n_head": 4, "n_inner": 48, "sliding_window": 6, "query_pre_attn_scalar": 8, "pad_token_id": 0,
+          "bos_token_id": 1, "eos_token_id": 2}
+
+
+def branch_misfit(config: PretrainedConfig) -> str | None:
+    """None where branch attention is exact for this architecture, else why not.
+
+    Found out, not looked up: a tiny random model of the same architecture computes two branches packed and each row alone.
+    """
+    try:
+        small = _shrink(config)
+        model = AutoModelForCausalLM.from_config(small, attn_implementation="branch", dtype=torch.float32).eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.2)
+            error = _packed_error(model)
+    except Exception as problem:                                # any failure of a foreign architecture means: it does not fit
+        return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+    return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
+
+
+def _shrink(config: PretrainedConfig) -> PretrainedConfig:
+    small = copy.deepcopy(config)
+    for key, value in _SMALL.items():
+        if getattr(small, key, None) is not None:
+            setattr(small, key, value)
+    if getattr(small, "num_key_value_heads", None) and config.num_key_value_heads == config.num_attention_heads:
+        small.num_key_value_heads = small.num_attention_heads
+    kinds = getattr(config, "layer_types", None)
+    layers = max(2, len(set(kinds))) if kinds else 2
+    if kinds:                                                   # one layer of each kind
+        small.layer_types = (list(dict.fromkeys(kinds)) * 2)[:layers]
+    for key in ("num_hidden_layers", "n_layer"):
+        if hasattr(small, key):
+            setattr(small, key, layers)
+    return small
+
+
+def _packed_error(model: Any) -> float:
+    ids = torch.arange(3, 27)
+    prompt, left, right = ids[:10], ids[10:18], ids[18:]
+    tree = Tree((0, 10), ((10, 18), (18, 24)))                  # type: ignore[arg-type]
+    positions = torch.cat([torch.arange(10), torch.arange(10, 18), torch.arange(10, 16)])
+    packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, forest=Forest([tree])).last_hidden_state[0]
+    rows = [model.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0] for c in (left, right)]
+    wanted = torch.cat([rows[0], rows[1][10:]])
+    return ((packed - wanted).abs().max() / wanted.abs().max()).item()

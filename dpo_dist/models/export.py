@@ -1,0 +1,83 @@
+"""A trained model → a folder that `from_pretrained` loads: weights streamed one tensor at a time, LoRA merged, safetensors shards."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dpo_dist.models.load import ScoredModel
+
+SHARD_BYTES = 5_000_000_000
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nullcontext(), keep: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name as in the transformers model, whole CPU tensor) of each weight, LoRA merged in fp32; `gathered` makes sharded parameters
+    whole, on all ranks at once. Where not `keep`, tensors are empty: that rank only takes part in the gathering."""
+    modules = dict(model.causal.named_modules())
+    for name, parameter in model.causal.named_parameters():
+        if ".lora_" in name:
+            continue                                     # merged into its base weight
+        owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
+        adapters = _adapters(owner) if name.endswith(".base_layer.weight") else []
+        with gathered([parameter, *(p for a, b, _ in adapters for p in (a, b))]):
+            weight = parameter.detach()
+            if adapters and keep:
+                merged = weight.float()
+                for a, b, scaling in adapters:
+                    merged = merged + scaling * (b.detach().float() @ a.detach().float())
+                weight = merged.to(weight.dtype)
+            whole = weight.cpu().clone().contiguous() if keep else torch.empty(0)
+        yield name.replace(".base_layer", ""), whole
+    persistent = set(model.causal.state_dict(keep_vars=True)) - {n for n, _ in model.causal.named_parameters(remove_duplicate=False)}
+    for name, buffer in model.causal.named_buffers():
+        if name in persistent:
+            yield name, buffer.detach().cpu().clone() if keep else torch.empty(0)
+
+
+def _adapters(layer: Any) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
+    """(A, B, scaling) of each LoRA adapter on a layer: its weight is base + scaling · B A (arXiv 2106.09685, section 4.1)."""
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in layer.active_adapters]
+
+
+def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: bool) -> None:
+    """Writes model.safetensors, or numbered shards with their index where the model is larger than one. `write`: on one rank only."""
+    shards: list[dict[str, Tensor]] = [{}]
+    files: list[Path] = []
+    index: dict[str, int] = {}
+    total = used = 0
+    for name, tensor in weights:
+        if not write:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if used and used + size > SHARD_BYTES:
+            files.append(_write_shard(folder, len(files), shards.pop()))
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        index[name] = len(files)
+        used, total = used + size, total + size
+    if not write:
+        return
+    files.append(_write_shard(folder, len(files), shards.pop()))
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for file, name in zip(files, names, strict=True):
+        file.rename(folder / name)
+    weight_map = {name: names[i] for name, i in index.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Path:
+    path = folder / f"part-{number}.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    return path

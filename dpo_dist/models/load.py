@@ -1,0 +1,137 @@
+"""Models and tokenizers from disk (or the hub cache), and ScoredModel: a causal LM that answers with log-probs of a pack."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_dist.config import LoraConfig, ModelConfig, UserError
+from dpo_dist.logps import LogpHead
+from dpo_dist.models.attention import Forest, branch_misfit
+from dpo_dist.preference import PackedBatch, TokenLogps
+
+
+class ScoredModel(nn.Module):
+    """A causal LM whose forward takes a PackedBatch and returns (logps (N,), log_collision (N,) or empty): what engines wrap."""
+
+    def __init__(self, lm: nn.Module, attention: str):
+        super().__init__()
+        self.lm = lm                                     # a transformers model, or a peft model around one
+        self.attention = attention
+        causal = self.causal
+        head_name, head = _head(causal)
+        setattr(causal, head_name, LogpHead(head, *_head_numerics(causal.config)))
+        self.head_name = head_name
+
+    @property
+    def causal(self) -> Any:
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    def forward(self, batch: PackedBatch, collision: bool = False) -> tuple[Tensor, Tensor]:
+        hidden = self._branch_hidden(batch) if self.attention == "branch" else self._padded_hidden(batch)
+        return getattr(self.causal, self.head_name)(hidden, batch.targets, collision)
+
+    def _branch_hidden(self, batch: PackedBatch) -> Tensor:
+        out = self.causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, forest=Forest(batch.trees))
+        return out.last_hidden_state[0][batch.predict_at]
+
+    def _padded_hidden(self, batch: PackedBatch) -> Tensor:
+        """Each sequence in a row of its own, padded on the right, where causal attention never looks."""
+        rows = [torch.cat([batch.input_ids[0, slice(*t.prompt)], batch.input_ids[0, slice(*b)]]) for t in batch.trees for b in t.branches]
+        prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches], device=batch.offset.device)
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        hidden = self.causal.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        return hidden[batch.sequence, prompts[batch.sequence] - 1 + batch.offset]
+
+
+def token_logps(model: nn.Module, batch: PackedBatch, collision: bool = False) -> TokenLogps:
+    """TokenLogps of a pack by a ScoredModel, or by an engine that wraps one."""
+    logps, log_collision = model(batch, collision)
+    return TokenLogps(logps, log_collision if collision else None)
+
+
+def _head(causal: Any) -> tuple[str, nn.Module]:
+    head = causal.get_output_embeddings()
+    for name, child in causal.named_children():
+        if child is head:
+            return name, child
+    raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal language model")
+
+
+def _head_numerics(config: Any) -> tuple[float, float | None]:
+    """(scale, softcap) of the final logits: Granite divides, Cohere multiplies, Gemma bounds."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+# --------------------------------------------------------------------------------------------------------------- from disk
+
+
+def resolve(path: str, key: str, offline: bool) -> Path:
+    """The local folder of a model given as a folder or a hub name. Raises UserError naming `key`."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{key}={path} has no config.json; give the folder of a transformers model")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(path, allow_patterns=wanted, local_files_only=offline))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        remedy = "; set run.offline=false to download it" if offline else ""
+        raise UserError(f"{key}={path} is neither a folder nor a model in the local hub cache{remedy}") from error
+
+
+def torch_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The weights' dtype: as configured, or bf16 on a GPU and fp32 on a CPU."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+
+
+def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None]:
+    """("branch" or "padded", why not branch). Raises UserError where branch was asked for and is not exact."""
+    if config.attention == "padded":
+        return "padded", None
+    misfit = branch_misfit(AutoConfig.from_pretrained(folder))
+    if misfit and config.attention == "branch":
+        raise UserError(f"model.attention=branch does not fit {config.path} ({misfit}); set model.attention=auto or padded")
+    return ("padded", misfit) if misfit else ("branch", None)
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive."""
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="branch" if attention == "branch" else "sdpa", use_safetensors=True, local_files_only=True)
+    model.config.use_cache = False
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
+    """The model with fresh adapters (peft; B = 0, so that it starts as the base) and its own weights frozen."""
+    import peft
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    torch.manual_seed(seed)                              # the same adapters on every rank
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's folder, or None where there is none (token_ids data needs none)."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+        return None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

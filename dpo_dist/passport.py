@@ -1,0 +1,56 @@
+"""The passport: where a run's numbers come from, written to run.json before the first step."""
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config import RunConfig, UserError, to_dict
+from dpo_dist.inputs import Inputs
+from dpo_dist.world import World
+
+PACKAGES = ("dpo-dist", "torch", "deepspeed", "transformers", "datasets", "peft")
+
+
+def passport(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
+    """Digests of what goes in, versions of what computes, and the shape of the world."""
+    return {
+        "policy_weights": inputs.policy_digest,
+        "reference_weights": inputs.reference_digest if config.loss.needs_reference else None,
+        "reference_key": inputs.reference_key.folder if config.loss.needs_reference else None,
+        "train_pairs": {"count": len(inputs.train), "digest": inputs.train.digest},
+        "eval_pairs": {"count": len(inputs.eval), "digest": inputs.eval.digest},
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "attention": inputs.attention,
+        "ranks": world.size,
+        "device": world.device.type,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def begin_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
+    """Writes run.json. UserError where the folder holds a run that was trained otherwise."""
+    path = run_dir / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["identity"] != config.identity():
+            changed = _differences(before["identity_of"], config.identity_dict())
+            raise UserError(f"run.dir={run_dir} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
+    content = {"config": to_dict(config), "passport": lineage, "identity": config.identity(), "identity_of": config.identity_dict()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    out = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} was {a}, is now {b}")
+    return out

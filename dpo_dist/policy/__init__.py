@@ -1,0 +1,42 @@
+"""The policy: what the training loop needs of a model that learns. zero.py (DeepSpeed, any number of ranks), single.py (plain torch)."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from dpo_dist.models.load import ScoredModel
+from dpo_dist.preference import PackedBatch, TokenLogps
+
+
+class Policy(Protocol):
+    """Where the model is sharded, all ranks call every method, the same number of times."""
+
+    model: ScoredModel
+
+    def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
+        """Log-probs of the pack's completion tokens, with gradient outside `evaluating`."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Adds the gradient of this rank's share of the step's loss. The step's gradient is the SUM over ranks and calls."""
+
+    def step(self, lr: float) -> float:
+        """Clips, updates the weights, clears the gradients; the gradients' global norm before clipping."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside: no gradients, no dropout."""
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Inside: the base model without its LoRA adapters."""
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimizer state, each rank its part."""
+
+    def load(self, folder: Path) -> None:
+        """The state that `save` wrote; at another number of ranks too."""
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name as from_pretrained expects it, whole tensor on the CPU), adapters merged, one at a time; empty tensors off rank 0."""

@@ -1,0 +1,28 @@
+"""RunConfig → the Policy that it asks for."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_dist.config import RunConfig
+from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
+from dpo_dist.policy import Policy
+from dpo_dist.policy.single import SinglePolicy
+from dpo_dist.world import World
+
+
+def make_policy(config: RunConfig, folder: Path, attention: str, world: World) -> Policy:
+    """The policy with its starting weights from `folder`, ready to train."""
+    dtype = torch_dtype(config.model, world.device)
+
+    def load_model() -> ScoredModel:
+        lm = load_causal_lm(folder, dtype, attention)
+        if config.model.gradient_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
+        return ScoredModel(wrapped, attention)
+
+    if config.zero.stage is None:
+        return SinglePolicy(load_model(), config.optim, world.device)
+    from dpo_dist.policy.zero import ZeroPolicy          # deepspeed is imported only where it is used
+
+    return ZeroPolicy(load_model, config.zero, config.optim, dtype, world)

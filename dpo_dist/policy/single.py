@@ -1,0 +1,63 @@
+"""The policy in one process with plain torch: no DeepSpeed. What tests and small experiments run, and what zero.py must equal."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dpo_dist.config import OptimConfig
+from dpo_dist.models.export import merged_weights
+from dpo_dist.models.load import ScoredModel, token_logps
+from dpo_dist.preference import PackedBatch, TokenLogps
+
+
+class SinglePolicy:
+    def __init__(self, model: ScoredModel, optim: OptimConfig, device: torch.device):
+        self.model = model.to(device).train()
+        self._device, self._clip = device, optim.max_grad_norm
+        self._trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+
+    def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
+        return token_logps(self.model, batch.to(self._device), collision)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip or float("inf"))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train()
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        with self.model.lm.disable_adapter():
+            yield
+
+    def save(self, folder: Path) -> None:
+        safetensors.torch.save_file({n: p.detach().contiguous() for n, p in self._trained.items()}, folder / "weights.safetensors")
+        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        weights = safetensors.torch.load_file(folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(weights[name])
+        self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from merged_weights(self.model)

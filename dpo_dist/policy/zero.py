@@ -1,0 +1,102 @@
+"""The policy under DeepSpeed ZeRO, stages 0 to 3, on any number of ranks."""
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dpo_dist.config import OptimConfig, ZeroConfig
+from dpo_dist.models.export import merged_weights
+from dpo_dist.models.load import ScoredModel, token_logps
+from dpo_dist.policy.zero_config import deepspeed_config
+from dpo_dist.preference import PackedBatch, TokenLogps
+from dpo_dist.world import World
+
+STATE = "state"                     # the tag under which DeepSpeed keeps its files in a checkpoint's folder
+
+
+class ZeroPolicy:
+    def __init__(self, load_model: Callable[[], ScoredModel], zero: ZeroConfig, optim: OptimConfig, dtype: torch.dtype, world: World):
+        self._world, self._stage = world, zero.stage
+        config = deepspeed_config(zero, optim, dtype == torch.bfloat16, world.device.type == "cuda")
+        sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model
+        self.model = load_model().train()
+        unset_hf_deepspeed_config()
+        del sharded_load
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        self._engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
+
+    def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
+        return token_logps(self._engine, batch.to(self._world.device), collision)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self._world.size)   # DeepSpeed averages over ranks; the step's loss is a sum over them
+        if not is_last:
+            self._engine.step()                          # tells the engine that a micro-step is over; changes no weight
+
+    def step(self, lr: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self._engine.eval()
+        with torch.no_grad():
+            yield
+        self._engine.train()
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        with self.model.lm.disable_adapter():
+            yield
+
+    def save(self, folder: Path) -> None:
+        frozen = any(not p.requires_grad for p in self.model.parameters())
+        self._engine.save_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=frozen)
+        if self._world.is_main:
+            (folder / "world.json").write_text(json.dumps({"ranks": self._world.size, "zero_stage": self._stage}))
+
+    def load(self, folder: Path) -> None:
+        saved = json.loads((folder / "world.json").read_text())
+        if saved == {"ranks": self._world.size, "zero_stage": self._stage}:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+        else:
+            loaded = self._load_universal(folder)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def _load_universal(self, folder: Path) -> Any:
+        """A checkpoint of another number of ranks, through DeepSpeed's universal format."""
+        universal = folder / "universal"
+        if self._world.is_main and not universal.exists():
+            from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+
+            ds_to_universal(Namespace(input_folder=str(folder / STATE), output_folder=str(universal), num_extract_workers=1,
+                                      num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
+        self._world.barrier()
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=universal.name, load_module_strict=False)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        return loaded
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from merged_weights(self.model, self._gathered, keep=self._world.is_main)
+
+    def _gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)

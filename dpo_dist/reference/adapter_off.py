@@ -1,0 +1,31 @@
+"""For LoRA: the reference is the policy's own base, seen by switching the adapters off. Exact, and no second model in memory."""
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor
+
+from dpo_dist.preference import PackedBatch, TokenLogps
+
+
+class HasAdapters(Protocol):
+    """What this engine needs of the policy (which it does not import)."""
+
+    def adapters_off(self) -> AbstractContextManager[None]: ...
+
+    def evaluating(self) -> AbstractContextManager[None]: ...
+
+    def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps: ...
+
+
+class AdapterOffReference:
+    def __init__(self, policy: HasAdapters):
+        self._policy = policy
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        with self._policy.evaluating(), self._policy.adapters_off():
+            return self._policy.token_logps(batch).logps
+
+    def close(self) -> None:
+        """The policy owns the memory."""

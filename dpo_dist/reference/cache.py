@@ -1,0 +1,148 @@
+"""Reference log-probs on disk, found by content (law 2): what was scored once is never scored again, by any run.
+
+    <cache_dir>/<key>/key.json                       what the values are: weights digest, dtype, numeric recipe
+    <cache_dir>/<key>/<digest>.safetensors           a shard: keys (n, 16) uint8, offsets (n+1,) int64, logps float32
+
+A shard is named by the digest of its own bytes, written under a temporary name and renamed: several writers never collide, a killed
+one leaves at worst a temporary file, and a damaged shard does not match its name.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FLUSH_SHARE = 0.05                 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
+FLUSH_SECONDS = 1.0                # ... while the number of shards grows only with the logarithm of the time
+
+
+@dataclass(frozen=True)
+class ReferenceKey:
+    """Everything that decides a reference log-prob besides the tokens."""
+
+    weights: str                   # digest of the model's bytes, from its files
+    dtype: str                     # fp32 or bf16
+    recipe: str = "torch, softmax in fp32, v1"
+
+    @property
+    def folder(self) -> str:
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def sequence_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
+    """16 bytes that name a (prompt, completion): nothing stripped, the boundary included."""
+    prompt, completion = np.asarray(prompt_ids, dtype="<i4"), np.asarray(completion_ids, dtype="<i4")
+    return hashlib.blake2b(len(prompt).to_bytes(8, "little") + prompt.tobytes() + completion.tobytes(), digest_size=16).digest()
+
+
+class LogpCache:
+    """The shards of one ReferenceKey. Reading sees the shards that `open_shards` was given; writing adds new ones."""
+
+    def __init__(self, cache_dir: str, key: ReferenceKey):
+        self.folder = Path(cache_dir) / key.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described = self.folder / "key.json"
+        if not described.exists():
+            _write_whole(described, json.dumps(asdict(key), indent=2).encode())
+        self._shards: list[safetensors.safe_open] = []
+        self._high, self._low = np.empty(0, "<u8"), np.empty(0, "<u8")
+        self._where = np.empty((0, 3), np.int64)              # shard, start, end
+
+    def verified_shards(self) -> tuple[list[str], int]:
+        """(names of the whole shards, number of damaged ones). Damaged ones are set aside, so their sequences count as missing."""
+        whole, damaged = [], 0
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
+                whole.append(path.name)
+            else:
+                path.rename(path.with_suffix(".corrupt"))
+                damaged += 1
+        return whole, damaged
+
+    def open_shards(self, names: Sequence[str]) -> None:
+        """Makes exactly these shards readable. All ranks open the list that one of them verified, so all agree on what is missing."""
+        self._shards = [safetensors.safe_open(self.folder / name, framework="np") for name in names]
+        keys, where = [np.empty((0, 2), "<u8")], [np.empty((0, 3), np.int64)]
+        for i, shard in enumerate(self._shards):
+            offsets = shard.get_tensor("offsets")
+            keys.append(np.ascontiguousarray(shard.get_tensor("keys")).view("<u8").reshape(-1, 2))
+            where.append(np.stack([np.full(len(offsets) - 1, i), offsets[:-1], offsets[1:]], 1))
+        both = np.concatenate(keys)
+        order = np.lexsort((both[:, 1], both[:, 0]))
+        self._high, self._low, self._where = both[order, 0], both[order, 1], np.concatenate(where)[order]
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def __contains__(self, key: bytes) -> bool:
+        return self._find(key) is not None
+
+    def logps(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndarray:
+        """(C,) float32 log-probs of the completion's tokens, nats. KeyError where they were never scored."""
+        at = self._find(sequence_key(prompt_ids, completion_ids))
+        if at is None:
+            raise KeyError(f"no reference log-probs in {self.folder} for a completion of {len(completion_ids)} tokens")
+        shard, start, end = self._where[at]
+        values = self._shards[shard].get_slice("logps")[int(start):int(end)]
+        if len(values) != len(completion_ids):
+            raise KeyError(f"{self.folder}: an entry has {len(values)} log-probs for {len(completion_ids)} tokens")
+        return values
+
+    def _find(self, key: bytes) -> int | None:
+        high, low = np.frombuffer(key, "<u8")
+        at = int(np.searchsorted(self._high, high))
+        while at < len(self._high) and self._high[at] == high:
+            if self._low[at] == low:
+                return at
+            at += 1
+        return None
+
+
+class ShardWriter:
+    """Collects scored sequences and writes them as shards, often enough that a kill costs little."""
+
+    def __init__(self, cache: LogpCache):
+        self._folder = cache.folder
+        self._keys: list[bytes] = []
+        self._logps: list[np.ndarray] = []
+        self._began = self._flushed = time.monotonic()
+
+    def add(self, key: bytes, logps: np.ndarray) -> None:
+        if not np.isfinite(logps).all():
+            raise FloatingPointError("the reference model gave a log-prob that is not finite; its values cannot be used")
+        self._keys.append(key)
+        self._logps.append(np.asarray(logps, dtype=np.float32))
+
+    def flush_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._flushed >= max(FLUSH_SECONDS, FLUSH_SHARE * (now - self._began)):
+            self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        if not self._keys:
+            return
+        shard = safetensors.numpy.save({
+            "keys": np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16),
+            "offsets": np.cumsum([0, *map(len, self._logps)], dtype=np.int64),
+            "logps": np.concatenate(self._logps)})
+        _write_whole(self._folder / f"{hashlib.blake2b(shard, digest_size=16).hexdigest()}.safetensors", shard)
+        self._keys, self._logps = [], []
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with temporary.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path)

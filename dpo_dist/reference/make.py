@@ -1,0 +1,25 @@
+"""ReferenceConfig → the ReferenceEngine that it asks for."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dpo_dist.config import ReferenceConfig
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.reference.adapter_off import AdapterOffReference, HasAdapters
+from dpo_dist.reference.hf import HfReference
+from dpo_dist.world import World
+
+
+def make_reference(config: ReferenceConfig, folder: Path, dtype: torch.dtype, attention: str, world: World,
+                   policy: HasAdapters | None = None) -> ReferenceEngine:
+    """The engine with the frozen weights from `folder`; adapter_off takes the policy's own."""
+    if config.engine == "adapter_off":
+        assert policy is not None, "adapter_off scores with the policy"
+        return AdapterOffReference(policy)
+    if config.engine == "hf":
+        return HfReference(folder, dtype, attention, world.device)
+    from dpo_dist.reference.zero import ZeroReference    # deepspeed is imported only where it is used
+
+    return ZeroReference(folder, dtype, attention, world.device, config.offload)

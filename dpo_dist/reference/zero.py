@@ -1,0 +1,45 @@
+"""The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer, optionally with its shards in CPU memory."""
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.preference import PackedBatch
+
+
+class ZeroReference:
+    """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of packs."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str):
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})},
+        }
+        sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model
+        model = ScoredModel(load_causal_lm(folder, dtype, attention), attention).eval()
+        unset_hf_deepspeed_config()
+        del sharded_load
+        model.requires_grad_(False)
+        self._engine: Any = deepspeed.initialize(model=model, config=config)[0]
+        self._engine.eval()
+        self._device = device
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        with torch.no_grad():
+            return token_logps(self._engine, batch.to(self._device)).logps
+
+    def close(self) -> None:
+        self._engine.destroy()
+        self._engine = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

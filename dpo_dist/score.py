@@ -1,0 +1,21 @@
+"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out, and nothing else."""
+from __future__ import annotations
+
+import sys
+
+from dpo_dist.config import RunConfig, UserError
+from dpo_dist.engines import fill_cache
+from dpo_dist.entry import run_entry
+from dpo_dist.inputs import read_inputs
+from dpo_dist.terminal import Terminal
+from dpo_dist.world import World
+
+
+def score(config: RunConfig, world: World, terminal: Terminal) -> None:
+    if not config.loss.needs_reference:
+        raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another loss")
+    terminal.say(str(fill_cache(config, read_inputs(config, world, terminal), world, terminal)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(sys.argv[1:], score, marks_run=False))

@@ -1,0 +1,126 @@
+"""One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same (law 4)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_dist.config import LossConfig, UserError
+from dpo_dist.data.pack import pack_pairs, pair_costs, plan_step
+from dpo_dist.data.store import PairStore
+from dpo_dist.logps import pair_logps
+from dpo_dist.losses import preference_loss
+from dpo_dist.metrics import MetricSums
+from dpo_dist.policy import Policy
+from dpo_dist.preference import PackedBatch, PairLogps, TokenizedPair
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.world import World
+
+PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", "strength",
+            "wpo_weight")
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """A rank's packs of one step, and what the whole step is: facts known from the data alone, so no rank has to ask another."""
+
+    batches: tuple[PackedBatch, ...]
+    positions: tuple[tuple[int, ...], ...]       # of each pack's pairs in the step; empty for a filler
+    total_weight: float
+    mean_chosen_tokens: float
+
+
+def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world: World, tokens_per_microbatch: int, hidden_size: int) -> StepBatches:
+    """This rank's packs of the step made of `pair_ids`."""
+    lengths = pairs.lengths()[pair_ids]
+    if not loss.uses_rejected:
+        lengths = lengths * np.array([1, 1, 0], dtype=lengths.dtype)
+    weights = np.asarray(pairs.weight[pair_ids], dtype=np.float64)
+    if loss.needs_whole_step and (weights != weights[0]).any():
+        raise UserError(f"loss.name={loss.name} sorts over the pairs of a step, so rows cannot have weights of their own; remove them")
+    plan = plan_step(lengths, pair_costs(lengths, hidden_size), world.size, tokens_per_microbatch)
+    batches, positions = [], []
+    for members, is_filler in plan.of_rank(world.rank):
+        at = [int(pair_ids[m]) for m in members]
+        weight = [0.0] * len(members) if is_filler else [float(weights[m]) for m in members]
+        batches.append(pack_pairs([_computed(pairs[i], loss) for i in at], at, weight, share_completions=loss.ld_alpha is None))
+        positions.append(() if is_filler else members)
+    return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), float((weights * lengths[:, 1]).sum() / weights.sum()))
+
+
+def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
+    """The pair as far as the loss looks at it: one that ignores the rejected completion gets the chosen one twice, computed once."""
+    return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
+
+
+def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,
+                  mean_chosen_tokens: float) -> tuple[PairLogps, Tensor]:
+    """(PairLogps, the pairs' weights) of one pack."""
+    tokens = policy.token_logps(batch, collision=bool(loss.wpo))
+    device = tokens.logps.device
+    batch = batch.to(device)
+    values = None if reference is None else reference.token_logps(batch).to(device)
+    return pair_logps(batch, tokens, values, loss, mean_chosen_tokens), batch.weight.double()
+
+
+def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums, world: World) -> Tensor:
+    """Adds the step's gradient to the policy and its figures to `sums`; this rank's part of the step's loss, a scalar."""
+    slopes = _whole_step_slopes(policy, reference, step, loss, world) if loss.needs_whole_step else None
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for i, batch in enumerate(step.batches):
+        pairs, weight = forward_pairs(policy, reference, batch, loss, step.mean_chosen_tokens)
+        if slopes is None:
+            per_pair = preference_loss(pairs, loss)
+            share = (per_pair * weight).sum() / step.total_weight
+            total += share.detach()
+            sums.add(pairs, per_pair, weight)
+        else:
+            per_pair, chosen_slope, rejected_slope = (values[list(step.positions[i])].to(world.device) for values in slopes)
+            share = _linear(pairs, chosen_slope, rejected_slope)
+            total += per_pair.sum() / step.total_weight
+            if step.positions[i]:
+                sums.add(pairs, per_pair, weight)
+        policy.backward(share, is_last=i == len(step.batches) - 1)
+        sums.tokens += batch.n_tokens
+        sums.pairs += len(step.positions[i])
+    return total
+
+
+def _linear(pairs: PairLogps, chosen_slope: Tensor, rejected_slope: Tensor) -> Tensor:
+    """A scalar whose gradient is the whole step's loss's, given its slopes; 0 times the sums for a filler."""
+    if not len(chosen_slope):
+        return 0.0 * (pairs.policy_chosen.sum() + pairs.policy_rejected.sum())
+    return (pairs.policy_chosen * chosen_slope).sum() + (pairs.policy_rejected * rejected_slope).sum()
+
+
+def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig,
+                       world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """For losses that sort over the step: (per-pair loss, d loss / d chosen, d loss / d rejected), each (P,) in the step's order.
+
+    A first forward without gradient finds every pair's log-probs; the loss of them all gives each pair's slope; the second forward
+    then needs only those numbers. One forward more, and exact on any number of ranks and packs.
+    """
+    with policy.evaluating():
+        found = [forward_pairs(policy, reference, b, loss, step.mean_chosen_tokens)[0] for b in step.batches]
+    whole = gather_pairs(found, step.positions, step.mean_chosen_tokens, world)
+    chosen, rejected = whole.policy_chosen.requires_grad_(), whole.policy_rejected.requires_grad_()
+    per_pair = preference_loss(replace(whole, policy_chosen=chosen, policy_rejected=rejected), loss)
+    slopes = torch.autograd.grad(per_pair.mean(), (chosen, rejected))
+    return per_pair.detach(), *slopes
+
+
+def gather_pairs(found: Sequence[PairLogps], positions: Sequence[Sequence[int]], mean_chosen_tokens: float, world: World) -> PairLogps:
+    """All ranks' pairs as one PairLogps on the CPU, in the order of their positions; fillers left out. All ranks call it."""
+    mine = [(list(at), {k: None if (v := getattr(p, k)) is None else v.detach().cpu().numpy() for k in PER_PAIR})
+            for at, p in zip(positions, found, strict=True) if at]
+    parts = [part for rank in world.gather(mine) for part in rank]
+    order = np.argsort(np.concatenate([at for at, _ in parts]))
+
+    def whole(name: str) -> Any:
+        return None if parts[0][1][name] is None else torch.from_numpy(np.concatenate([values[name] for _, values in parts])[order])
+
+    return PairLogps(mean_chosen_tokens=mean_chosen_tokens, **{name: whole(name) for name in PER_PAIR})

@@ -1,0 +1,297 @@
+"""Terminal: what a person sees of a run. The libraries' chatter goes to a log file, one a rank; the person reads the rest."""
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import IO, cast
+
+from rich.console import Console, ConsoleDimensions
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+log = logging.getLogger("dpo_dist")
+SECONDS_BETWEEN_LINES = 5.0             # of progress, where the output is a file or a pipe
+SECONDS_BETWEEN_REDRAWS = 0.25          # of the bar, on a terminal
+PLAIN_WIDTH = 132                       # characters, where the output is a file or a pipe
+
+
+class Terminal:
+    """One a process, made by `Terminal.start`. Only the main process speaks; every process may report an error."""
+
+    _active: Terminal | None = None
+
+    def __init__(self, log_path: str, is_main: bool, capture: bool):
+        self.log_path, self.is_main = log_path, is_main
+        self._stdout, self._stderr = _Output(1), _Output(2)
+        self._out, self._err = _console(self._stdout), _console(self._stderr)
+        self._capture, self._bars = capture, _Bars(self._out)
+        self._log_handler = _log_to(log_path)
+        self._former_handlers, self._former_level = logging.root.handlers[:], logging.root.level
+        self._former_hook: Callable[..., object] = sys.excepthook
+
+    @classmethod
+    def start(cls, log_path: str, is_main: bool, capture: bool = True) -> Terminal:
+        """The process's terminal. From here on everything written to fds 1 and 2, by Python or by C, is appended to `log_path`.
+
+        With capture=False the two stay as they are, and only Python's logging and warnings go to the file.
+        """
+        if cls._active is not None:
+            cls._active.stop()
+        os.makedirs(os.path.dirname(os.path.abspath(log_path)), exist_ok=True)
+        _open_standard_fds()
+        _flush()
+        terminal = cls(log_path, is_main, capture)
+        if capture:
+            log_fd = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.dup2(log_fd, 1)
+            os.dup2(log_fd, 2)
+            os.close(log_fd)
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(line_buffering=True)             # so that the log keeps the order of events
+            sys.excepthook = terminal._uncaught
+        logging.root.handlers[:] = [terminal._log_handler]
+        logging.root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        cls._active = terminal
+        return terminal
+
+    def stop(self) -> None:
+        """Gives the process its stdout and stderr back. A second call does nothing."""
+        if Terminal._active is not self:
+            return
+        Terminal._active = None
+        _flush()
+        if self._capture:
+            os.dup2(self._stdout.fileno(), 1)
+            os.dup2(self._stderr.fileno(), 2)
+            sys.excepthook = self._former_hook
+        logging.captureWarnings(False)
+        logging.root.handlers[:] = self._former_handlers
+        logging.root.setLevel(self._former_level)
+        self._log_handler.close()
+
+    def say(self, text: str) -> None:
+        """Shows a line to the person and keeps it in the log. The text is shown as it is: no markup."""
+        if self.is_main:
+            log.info("%s", text)
+            _print(self._out, Text(text))
+
+    def error(self, text: str) -> None:
+        """Shows what went wrong on the person's stderr, from whichever rank calls it, and keeps it in the log."""
+        log.error("%s", text)
+        _print(self._err, Text(text, style="bold red"))
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Shows a table; numbers stand to the right, and nothing is cut off."""
+        if not self.is_main:
+            return
+        body = [list(row) for row in rows]
+        table = Table(title=Text(title, style="bold") if title else None, title_justify="left")
+        for i, name in enumerate(columns):
+            is_number = all(isinstance(row[i], int | float) for row in body)
+            table.add_column(Text(name), justify="right" if body and is_number else "left", overflow="fold")
+        for row in body:
+            table.add_row(*(Text(str(cell)) for cell in row))
+        self._out.print(table)
+
+    @contextmanager
+    def progress(self, total: int, done: int = 0, description: str = "") -> Iterator[Progress]:
+        """A Progress whose `update(step, ...)` moves a bar on a terminal and writes lines, now and then, elsewhere."""
+        if not self.is_main:
+            yield Progress(total, done, description)
+        elif self._out.is_terminal:
+            with self._bars.bar(total, done, description) as bar:
+                yield bar
+        else:
+            lines = _Lines(total, done, description, self._out)
+            try:
+                yield lines
+            finally:
+                lines.last()
+
+    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Python's own last word goes to the log; the person is told where."""
+        self._former_hook(kind, error, trace)
+        if issubclass(kind, Exception):
+            self.error(f"{kind.__name__}: {error}\nThe traceback is in {self.log_path}")
+
+
+# -------------------------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """How far the work has come. This class shows nothing, as every process but the main one does."""
+
+    def __init__(self, total: int, done: int, description: str):
+        self.total, self._first, self._description = total, done, description
+        self._started = time.monotonic()
+
+    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
+               pairs_per_second: float | None = None) -> None:
+        """Tells that `step` of `total` steps are done; the other values are shown beside them."""
+
+    def _measures(self, step: int, loss: float | None, accuracy: float | None, pairs_per_second: float | None) -> str:
+        done, left = step - self._first, self.total - step
+        parts = [
+            f"loss {loss:.4f}" if loss is not None else "",
+            f"accuracy {accuracy:.3f}" if accuracy is not None else "",
+            f"{pairs_per_second:.1f} pairs/s" if pairs_per_second is not None else "",
+            f"{timedelta(seconds=round((time.monotonic() - self._started) / done * left))} left" if done > 0 and left > 0 else "",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+class _Lines(Progress):
+    def __init__(self, total: int, done: int, description: str, console: Console):
+        super().__init__(total, done, description)
+        self._console, self._next_line_at, self._held_back = console, 0.0, ""
+
+    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
+               pairs_per_second: float | None = None) -> None:
+        measures = self._measures(step, loss, accuracy, pairs_per_second)
+        self._held_back = "  ".join(part for part in (self._description, f"{step}/{self.total}", measures) if part)
+        if time.monotonic() >= self._next_line_at or step >= self.total:
+            self.last()
+
+    def last(self) -> None:
+        """Writes the newest line, unless it stands there already."""
+        if self._held_back:
+            _print(self._console, Text(self._held_back))
+            self._held_back, self._next_line_at = "", time.monotonic() + SECONDS_BETWEEN_LINES
+
+
+class _Bar(Progress):
+    def __init__(self, total: int, done: int, description: str, rich: RichProgress):
+        super().__init__(total, done, description)
+        self._rich, self._redraw_at = rich, 0.0
+        self.task: TaskID = rich.add_task(description, total=total, completed=done, measures="")
+
+    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
+               pairs_per_second: float | None = None) -> None:
+        self._rich.update(self.task, completed=step, measures=self._measures(step, loss, accuracy, pairs_per_second))
+        if time.monotonic() >= self._redraw_at or step >= self.total:
+            self._rich.refresh()
+            self._redraw_at = time.monotonic() + SECONDS_BETWEEN_REDRAWS
+
+
+class _Bars:
+    """The bars on the terminal, one below the other: an evaluation's bar may come and go below the training's."""
+
+    def __init__(self, console: Console):
+        self._console, self._count = console, 0
+        self._rich: RichProgress | None = None
+
+    @contextmanager
+    def bar(self, total: int, done: int, description: str) -> Iterator[Progress]:
+        if self._rich is None:
+            # No thread redraws: the bar moves only when a step is done. Nor does rich take sys.stdout and sys.stderr over.
+            self._rich = RichProgress(
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[measures]}", markup=False),
+                console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._rich.start()
+        self._count += 1
+        bar = _Bar(total, done, description, self._rich)
+        self._rich.refresh()
+        try:
+            yield bar
+        finally:
+            self._count -= 1
+            if self._count:
+                self._rich.remove_task(bar.task)
+            else:
+                self._rich.stop()
+                self._rich = None
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+class _Output(io.TextIOBase):
+    """A file descriptor of the process's start, kept under another number. Losing its reader never fails a run."""
+
+    encoding = "utf-8"
+
+    def __init__(self, fd: int):
+        self._fd, self._lost = os.dup(fd), False
+
+    def write(self, text: str) -> int:
+        rest = text.encode("utf-8", errors="replace")
+        try:
+            while rest and not self._lost:
+                rest = rest[os.write(self._fd, rest):]
+        except BlockingIOError:                             # the reader is slow and the pipe must not wait: this text is lost
+            pass
+        except OSError as error:
+            self._lost = True
+            log.warning("nobody reads this process's output any more (%s)", error)
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
+class _Console(Console):
+    def show_cursor(self, show: bool = True) -> bool:
+        """False: the cursor is never hidden, as torchrun may end this process without giving it the time to show it again."""
+        return False
+
+    @property  # type: ignore[misc]                         # rich's has a setter, which nobody uses
+    def size(self) -> ConsoleDimensions:
+        """The size of the window behind the kept file descriptor; rich itself would ask fds 0 to 2, which are elsewhere."""
+        if not self.is_terminal:
+            return ConsoleDimensions(PLAIN_WIDTH, 25)
+        try:
+            return ConsoleDimensions(*os.get_terminal_size(self.file.fileno()))
+        except OSError:
+            return ConsoleDimensions(80, 25)
+
+
+def _console(output: _Output) -> Console:
+    is_terminal = output.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+    return _Console(file=cast(IO[str], output), force_terminal=is_terminal, force_jupyter=False, markup=False, emoji=False,
+                    highlight=False)
+
+
+def _print(console: Console, text: Text) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def _log_to(path: str) -> logging.FileHandler:
+    handler = logging.FileHandler(path, mode="a", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+def _open_standard_fds() -> None:
+    """A process may be started without stdin, stdout or stderr; the next file opened would then silently take their place."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                  # takes the lowest free number, which is this one
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):                       # its reader is gone, or it is closed
+            pass

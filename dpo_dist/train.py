@@ -1,0 +1,92 @@
+"""The training run, top to bottom. Also what torchrun is pointed at: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from dpo_dist.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from dpo_dist.config import RunConfig, UserError
+from dpo_dist.data.order import Order
+from dpo_dist.engines import open_engines
+from dpo_dist.entry import run_entry
+from dpo_dist.evaluate import evaluate_run
+from dpo_dist.export import export_model
+from dpo_dist.gate import check_packing, check_start
+from dpo_dist.inputs import read_inputs
+from dpo_dist.metrics import MetricSums
+from dpo_dist.passport import begin_run, passport
+from dpo_dist.perf import Clock
+from dpo_dist.schedule import learning_rate
+from dpo_dist.step import step_batches, train_step
+from dpo_dist.terminal import Terminal
+from dpo_dist.tracking import open_tracker
+from dpo_dist.world import World
+
+
+def train(config: RunConfig, world: World, terminal: Terminal) -> None:
+    run_dir, t, loss = Path(config.run_dir), config.train, config.loss
+    inputs = read_inputs(config, world, terminal)
+    if not len(inputs.train):
+        raise UserError("data.train leaves no pairs to train on; see the counts above")
+    lineage = passport(config, inputs, world)
+    world.on_main(lambda: begin_run(run_dir, config, lineage))
+
+    policy, reference = open_engines(config, inputs, world, terminal)
+    order = Order(t.seed, inputs.train.digest, inputs.train.source, inputs.train.source_weights, t.pairs_per_step)
+    total = order.total_steps(t.epochs, t.max_steps)
+    start = world.on_main(lambda: latest_checkpoint(run_dir))
+    done = load_checkpoint(start, policy, inputs.train.digest).step if start else 0
+    tracker = open_tracker(config, run_dir, world.is_main, done)
+    if start:
+        terminal.say(f"resumed from {start.name}")
+
+    def batches(step: int):
+        pair_ids = order.pairs_of_step(step, t.epochs, t.max_steps)
+        return step_batches(inputs.train, pair_ids, loss, world, t.tokens_per_microbatch, inputs.hidden_size)
+
+    def held_out(step: int) -> dict[str, float]:
+        means = evaluate_run(config, inputs, policy, reference, world)
+        if means:
+            tracker.log({"step": step, "split": "eval", **means})
+        return means
+
+    before: dict[str, float] = {}
+    if done == 0:
+        check_packing(policy, inputs.train, order.pairs_of_step(1, t.epochs, t.max_steps), inputs.dtype)
+        if reference is not None and inputs.same_start:
+            check_start(policy, reference, batches(1), inputs.train, inputs.dtype, world)
+        before = held_out(0)
+    after = before
+
+    clock, sums = Clock(world), MetricSums(loss, world.device)
+    with terminal.progress(total, done, "training") as bar:
+        for step in range(done + 1, total + 1):
+            part = train_step(policy, reference, batches(step), loss, sums, world)
+            if world.max(0.0 if math.isfinite(part.item()) else 1.0):
+                raise FloatingPointError(f"the loss of step {step} is not finite; no weight was changed. Lower optim.lr, or look at the data")
+            lr = learning_rate(config.optim, step, total)
+            grad_norm = policy.step(lr)
+            clock.stop()
+
+            if step % t.log_every_steps == 0 or step == total:
+                row = {"step": step, "split": "train", **sums.means(world), "grad_norm": grad_norm, "lr": lr, **clock.read(sums)}
+                tracker.log(row)
+                bar.update(step, loss=row["loss"], accuracy=row.get("rewards/accuracies"), pairs_per_second=row["perf/pairs_per_second"])
+                sums = MetricSums(loss, world.device)
+            if step == total or (t.eval_every_steps and step % t.eval_every_steps == 0):
+                after = held_out(step)
+            if step == total or (t.save_every_steps and step % t.save_every_steps == 0):
+                save_checkpoint(run_dir, policy, TrainState(step, inputs.train.digest), t.keep_checkpoints, world)
+            clock.start()                                # evaluation and saving are not training time
+
+    model = export_model(run_dir, policy, inputs, config, after, world)
+    tracker.finish(after)
+    if after:
+        rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"] for name, value in after.items()]
+        terminal.table(f"held-out pairs: {len(inputs.eval)}", ["metric", "before", "after"], rows)
+    terminal.say(f"model: {model}\nmetrics: {run_dir}/metrics.jsonl\nlogs: {run_dir}/logs")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(sys.argv[1:], train))

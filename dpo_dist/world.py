@@ -1,0 +1,121 @@
+"""World: who this process is among the others, and how they talk. The only reader of RANK and caller of torch.distributed."""
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpo_dist.config import ClusterConfig, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; every method that talks must be called by all of them, in the same order."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, cluster: ClusterConfig) -> World:
+        """Joins the processes that torchrun (or the launcher) started; a process started alone is a world of one."""
+        rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = _device(cluster, local_rank)
+        prepare_deepspeed(device)
+        if size == 1 and "MASTER_PORT" not in os.environ:            # DeepSpeed wants a group even for one process
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        if not dist.is_initialized():
+            timeout = timedelta(seconds=cluster.timeout_seconds)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+        return cls(rank, size, local_rank, device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over all ranks, float64, on the CPU."""
+        total = values.detach().to("cpu", torch.float64, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work()` returns on rank 0, on every rank. An exception there is raised on every rank, so that none waits."""
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = work()
+            except Exception as error:
+                result[1] = error if isinstance(error, UserError) else RuntimeError(f"rank 0 failed: {error!r}")
+                if not isinstance(error, UserError):
+                    dist.broadcast_object_list(result, src=0)
+                    raise
+        dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        dist.all_reduce(torch.zeros(1))
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank_here() -> int:
+    """This process's rank, known before any process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """On a CPU: tells DeepSpeed so, and keeps it from compiling its shared-memory op at first use; gloo does that work."""
+    if device.type != "cpu":
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops  # imported here: it reads DS_ACCELERATOR
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
+    if cluster.device == "cpu" or (cluster.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("cluster.device=cuda, but torch sees no GPU here; set cluster.device=cpu or install a CUDA build of torch")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"cluster.procs_per_node is more than the {torch.cuda.device_count()} GPUs of this machine; lower it")
+    return torch.device("cuda", local_rank)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,71 @@
+"""What tests share: tiny models made on the spot, rows of token ids, and the real command."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+REPO = Path(__file__).resolve().parent.parent
+GOLDEN = REPO / "tests" / "golden"
+
+
+def write_rows(path: Path, n: int, vocabulary: int = 64, seed: int = 0, longest: int = 24) -> list[dict[str, list[int]]]:
+    """Writes n token_ids rows of uneven lengths, and returns them."""
+    r = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [r.randrange(3, vocabulary) for _ in range(r.randint(low, high))]
+
+    rows = [{"prompt_ids": ids(2, longest), "chosen_ids": [*ids(1, longest), 1], "rejected_ids": [*ids(1, longest), 1]} for _ in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def write_tiny_llama(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """Saves a random Llama (hidden 32, 2 layers, vocabulary 64) as safetensors."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.2,
+             "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+    return folder
+
+
+def dpo_dist(*words: object, code: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a process of its own and checks its exit code."""
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *map(str, words)], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPO)
+    assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metrics(run_dir: Path, split: str = "train") -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl of one split."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    """Overrides that keep a run small, in fp32, on the CPU, and inside tmp_path."""
+    return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={tmp_path / 'tokens'}", f"reference.cache_dir={tmp_path / 'reference'}",
+            "cluster.procs_per_node=1", "cluster.timeout_seconds=60", "data.max_length=256"]
+
+
+def train_on(path: Path) -> str:
+    return "data.train=[{path: %s, format: token_ids}]" % path
+
+
+def eval_on(path: Path) -> str:
+    return "data.eval=[{path: %s, format: token_ids}]" % path

@@ -1,0 +1,84 @@
+"""The chunked head gives the log-probs, and the gradients, of a plain log_softmax over whole logits."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpo_dist import logps
+from dpo_dist.logps import LogpHead
+
+TOKENS, HIDDEN, VOCABULARY = 11, 7, 13
+
+
+def plain(hidden: Tensor, head: nn.Linear, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """(log-probs of the targets, log of the sum over the vocabulary of p²) by the textbook."""
+    logits = head(hidden) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    p = logits.softmax(-1)
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets], p.square().sum(-1).log()
+
+
+def example(bias: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=bias, dtype=torch.float64)
+    hidden = (3 * torch.randn(TOKENS, HIDDEN, dtype=torch.float64)).requires_grad_()
+    return hidden, head, torch.randint(VOCABULARY, (TOKENS,)), torch.randn(TOKENS, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, TOKENS, 1024])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 1.5)])
+def test_chunked_head_equals_a_plain_log_softmax_with_its_gradients(
+        chunk_tokens: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "HEAD_CHUNK_TOKENS", chunk_tokens)
+    hidden, head, targets, upstream = example(bias)
+    inputs = [hidden, *head.parameters()]
+    expected, expected_collision = plain(hidden, head, targets, scale, softcap)
+    expected_gradients = torch.autograd.grad(expected @ upstream, inputs)
+
+    values, collision = LogpHead(head, scale, softcap)(hidden, targets, collision=True)
+    gradients = torch.autograd.grad(values @ upstream, inputs)
+
+    close: Any = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(values, expected, **close)
+    torch.testing.assert_close(collision, expected_collision, **close)
+    torch.testing.assert_close(gradients, expected_gradients, **close)
+
+
+def test_collision_has_no_gradient_and_is_empty_unless_asked_for() -> None:
+    hidden, head, targets, _ = example(bias=False)
+    assert not LogpHead(head)(hidden, targets, collision=True)[1].requires_grad
+    assert LogpHead(head)(hidden, targets)[1].numel() == 0
+
+
+def test_low_precision_weights_still_give_fp32_log_probs() -> None:
+    hidden, head, targets, upstream = example(bias=True)
+    low = nn.Linear(HIDDEN, VOCABULARY, dtype=torch.bfloat16)
+    low.load_state_dict({k: v.bfloat16() for k, v in head.state_dict().items()})
+    start = hidden.detach().bfloat16().requires_grad_()
+    values, _ = LogpHead(low)(start, targets)
+    assert values.dtype == torch.float32
+    logits = low(start).float()
+    torch.testing.assert_close(values, logits.log_softmax(-1)[torch.arange(TOKENS), targets], rtol=0, atol=1e-6)
+    gradients = torch.autograd.grad(values @ upstream.float(), [start, low.weight, low.bias])
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 3
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
+    hidden, head, targets, upstream = example(bias=True)
+    expected = torch.autograd.grad(plain(hidden, head, targets, 1.0, None)[0] @ upstream, hidden)[0]
+    head.requires_grad_(False)
+    (LogpHead(head)(hidden, targets)[0] @ upstream).backward()
+    assert head.weight.grad is None and head.bias.grad is None and hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_without_targets_the_head_gives_plain_logits_from_the_same_parameters() -> None:
+    hidden, head, _, _ = example(bias=True)
+    wrapped = LogpHead(head)
+    assert wrapped.weight is head.weight and set(wrapped.state_dict()) == set(head.state_dict())
+    torch.testing.assert_close(wrapped(hidden), head(hidden), rtol=0, atol=0)
