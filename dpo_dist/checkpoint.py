@@ -38,14 +38,16 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def load_checkpoint(folder: Path, policy: Policy, data_digest: str | None) -> TrainState:
-    """Puts the policy back to where the checkpoint was. UserError where the training pairs are not the ones it was trained on."""
+def resume_point(run_dir: Path, data_digest: str) -> tuple[Path, TrainState] | None:
+    """The newest whole checkpoint and where it stands, or None. UserError where the training pairs are not the ones it was trained on."""
+    folder = latest_checkpoint(run_dir)
+    if folder is None:
+        return None
     state = TrainState(**json.loads((folder / "state.json").read_text()))
-    if data_digest is not None and state.data_digest != data_digest:
+    if state.data_digest != data_digest:
         raise UserError(f"data.train has changed since {folder.name} was written, so the run cannot go on in the same order; "
                         "restore the data, or start a new run with another run.dir")
-    policy.load(folder)
-    return state
+    return folder, state
 
 
 def _fresh(folder: Path) -> None:

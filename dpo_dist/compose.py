@@ -94,8 +94,7 @@ def documented_keys() -> list[tuple[str, str, str]]:
     for group, choice in defaults.items():
         if choice != "null":
             out += [(f"{group}.{key}", default, text) for key, default, text in yaml_comments(conf_dir() / group / f"{choice}.yaml")]
-    out += [row for row in yaml_comments(config) if not row[0].startswith("defaults")]
-    return out
+    return out + yaml_comments(config)
 
 
 def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
@@ -106,7 +105,7 @@ def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
         inherited = re.match(r"^  - (\w+)$", line)
         if inherited and inherited[1] != "_self_":
             rows.update({row[0]: row for row in yaml_comments(path.parent / f"{inherited[1]}.yaml")})
-        match = re.match(r"^( *)(\w+):(?: +([^#\s][^#]*?))?(?:\s+#\s*(.*))?$", line)
+        match = re.match(r"^( *(?:- )?)(\w+):(?: +([^#\s][^#]*?))?(?:\s+#\s*(.*))?$", line)
         if not match:
             continue
         indent, key, value, comment = len(match[1]), match[2], match[3], match[4] or ""
@@ -118,4 +117,4 @@ def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
         else:
             previous = rows.get(dotted, ("", "", ""))[2]
             rows[dotted] = (dotted, value.strip(), comment if not previous else previous)
-    return list(rows.values())
+    return [row for row in rows.values() if not row[0].startswith("defaults.")]

@@ -284,6 +284,8 @@ def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:
 
 
 def _decode_scalar(kind: type, value: Any, key: str) -> Any:
+    if value is None or value == "???":                  # ??? is what Hydra shows for a value that must be given
+        raise UserError(f"{key} is not set; set {key}=...")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):        # YAML reads 5e-7 as a string
@@ -296,8 +298,6 @@ def _decode_scalar(kind: type, value: Any, key: str) -> Any:
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)                                # a path such as 2024
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        if value is None or value == "???":
-            raise UserError(f"{key} is not set; set {key}=...")
         raise UserError(f"{key}={value!r} must be {_TYPE_NAMES[kind]}")
     return value
 
@@ -318,7 +318,10 @@ def resolve_loss(loss: LossConfig) -> LossConfig:
             raise UserError(f"loss '{name}' is unknown: {nearest(name, [*LOSS_OPTIONS, MIXTURE])}")
     used: dict[str, Any] = {}
     for name in loss.weights:
-        used.update(LOSS_OPTIONS[name].defaults)
+        for option, default in LOSS_OPTIONS[name].defaults.items():
+            if used.setdefault(option, default) != default and getattr(loss, option) is None:
+                raise UserError(f"loss.{option} has another default for '{name}' than for the other terms of "
+                                f"'{'+'.join(loss.weights)}'; set loss.{option}=...")
     filled: dict[str, Any] = {}
     for spec in dataclasses.fields(LossConfig):
         if spec.name in ("name", "terms"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -19,13 +18,12 @@ NAMES = ("Anna Bruno Clara David Emma Felix Greta Hugo Ines Jonas Karla Leo Mara
          "Wanda Xaver Yara Zoe Alma Boris Cleo Dora Emil Fritz Gina Hans Ida Jakob Kira Lars Mona Nora Otto Pia").split()
 QUESTIONS = {"en": ("Where is {}?", "Have you seen {}?", "Do you know where {} went?", "I am looking for {}.", "Can you find {} for me?"),
              "fr": ("Où est {} ?", "As-tu vu {} ?", "Sais-tu où est {} ?", "Je cherche {}.", "Peux-tu trouver {} ?")}
-ANSWERS = {"en": "{} is in the {}.", "fr": "{} est dans {}."}
+ANSWERS = {"en": "Look in the {}.", "fr": "Cherche dans {}."}
 PLACES = {"en": ("garden", "kitchen", "library", "station", "park"),
           "fr": ("le jardin", "la cuisine", "la bibliothèque", "la gare", "le parc")}
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 HELD_OUT_SHARE = 0.2
-SAMPLED_PROMPTS = 100
 
 
 def main(folder: Path, overrides: list[str]) -> int:
@@ -48,18 +46,17 @@ def main(folder: Path, overrides: list[str]) -> int:
                      f"reference.cache_dir={folder / 'reference'}", *common])
     if code:
         return code
-    terminal.say(f"4/4  answers sampled to {SAMPLED_PROMPTS} held-out prompts")
+    terminal.say(f"4/4  answers sampled to {len(held_out)} held-out prompts")
     report(terminal, folder, held_out)
     return 0
 
 
-def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str, str]]) -> None:
+def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) -> None:
     """The table before/after, a few answers, and what to try next."""
     rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = (row for row in rows if row["split"] == "eval")
-    prompts = random.Random(1).sample(held_out, SAMPLED_PROMPTS)
-    answers = {name: sample(folder / name / "model", [p for _, _, p in prompts]) for name in ("sft", "dpo")}
-    share = {name: sum(obeys(a, language, who) for a, (language, who, _) in zip(given, prompts, strict=True)) / len(given)
+    answers = {name: sample(folder / name / "model", [p for _, p in held_out]) for name in ("sft", "dpo")}
+    share = {name: sum(obeys(a, language) for a, (language, _) in zip(given, held_out, strict=True)) / len(given)
              for name, given in answers.items()}
     terminal.table("before and after DPO, on prompts that were never trained on", ["", "before", "after"], [
         ["reward accuracy", f"{before['rewards/accuracies']:.3f}", f"{after['rewards/accuracies']:.3f}"],
@@ -67,7 +64,7 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str, str]
         ["loss", f"{before['loss']:.4f}", f"{after['loss']:.4f}"],
         ["sampled answers that obey the rule", f"{share['sft']:.0%}", f"{share['dpo']:.0%}"]])
     terminal.table("sampled answers", ["prompt", "before", "after"],
-                   [[p, a, b] for (_, _, p), a, b in list(zip(prompts, answers["sft"], answers["dpo"], strict=True))[:4]])
+                   [[p, a, b] for (_, p), a, b in list(zip(held_out, answers["sft"], answers["dpo"], strict=True))[:4]])
     (folder / "result.json").write_text(json.dumps({"accuracy": after["rewards/accuracies"], "obey_before": share["sft"], "obey_after": share["dpo"]}))
     terminal.say("On your own data:\n"
                  "  dpo-dist run model.path=MODEL 'data.train=[{path: pairs.jsonl}]' data.eval_fraction=0.05\n"
@@ -78,30 +75,29 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str, str]
 # ----------------------------------------------------------------------------------------------------------------- the truth
 
 
-def obeys(answer: str, language: str, name: str) -> bool:
-    """The rule: a whole answer about this person, in the language of the question."""
-    places = "|".join(PLACES[language])
-    return re.fullmatch(re.escape(ANSWERS[language]).replace(r"\{\}", "{}").format(name, f"({places})"), answer.strip()) is not None
+def obeys(answer: str, language: str) -> bool:
+    """The rule: a whole answer, in the language of the question."""
+    return answer.strip() in {ANSWERS[language].format(place) for place in PLACES[language]}
 
 
-def write_data(folder: Path) -> list[tuple[str, str, str]]:
-    """Writes sft.jsonl, pairs.jsonl and held_out.jsonl; the held-out prompts as (language, name, prompt)."""
+def write_data(folder: Path) -> list[tuple[str, str]]:
+    """Writes sft.jsonl, pairs.jsonl and held_out.jsonl; the held-out prompts as (language, prompt)."""
     folder.mkdir(parents=True, exist_ok=True)
     r = random.Random(0)
-    prompts = [(language, name, q.format(name)) for language, questions in QUESTIONS.items() for q in questions for name in NAMES]
+    prompts = [(language, q.format(name)) for language, questions in QUESTIONS.items() for q in questions for name in NAMES]
     r.shuffle(prompts)
     cut = int(HELD_OUT_SHARE * len(prompts))
     held_out, seen = prompts[:cut], prompts[cut:]
 
-    def answer(language: str, name: str) -> str:
-        return ANSWERS[language].format(name, r.choice(PLACES[language]))
+    def answer(language: str) -> str:
+        return ANSWERS[language].format(r.choice(PLACES[language]))
 
-    def pair(language: str, name: str, prompt: str) -> dict[str, str]:
-        return {"prompt": prompt, "chosen": answer(language, name), "rejected": answer({"en": "fr", "fr": "en"}[language], name)}
+    def pair(language: str, prompt: str) -> dict[str, str]:
+        return {"prompt": prompt, "chosen": answer(language), "rejected": answer({"en": "fr", "fr": "en"}[language])}
 
     supervised = []
-    for language, name, prompt in seen:
-        row = pair(language, name, prompt)
+    for language, prompt in seen:
+        row = pair(language, prompt)
         supervised += [row, {"prompt": prompt, "chosen": row["rejected"], "rejected": row["chosen"]}]
     for file, rows in (("sft", supervised), ("pairs", [pair(*p) for p in seen]), ("held_out", [pair(*p) for p in held_out])):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -148,6 +144,7 @@ def _quiet() -> None:
     """The demo's own process loads models too: keep the libraries to themselves."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["DS_ACCELERATOR"] = "cpu"
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from dpo_dist.checkpoint import latest_checkpoint, load_checkpoint
+from dpo_dist.checkpoint import resume_point
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.entry import run_entry
 from dpo_dist.inputs import Inputs, read_inputs
@@ -77,14 +77,14 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Writes <run.dir>/model from the run's newest whole checkpoint."""
     run_dir = Path(config.run_dir)
-    checkpoint = world.on_main(lambda: latest_checkpoint(run_dir))
-    if checkpoint is None:
-        raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
     inputs = read_inputs(config, world, terminal)
+    resumed = world.on_main(lambda: resume_point(run_dir, inputs.train.digest))
+    if resumed is None:
+        raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
     policy = make_policy(config, inputs.policy_folder, inputs.attention, world)
-    load_checkpoint(checkpoint, policy, inputs.train.digest)
+    policy.load(resumed[0])
     model = export_model(run_dir, policy, inputs, config, {}, world)
-    terminal.say(f"model: {model} (from {checkpoint.name})")
+    terminal.say(f"model: {model} (from {resumed[0].name})")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -11,6 +12,7 @@ from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.audit import summary_lines
 from dpo_dist.data.pack import check_budget
 from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.losses import check_strengths
 from dpo_dist.models.digest import model_digest, tokenizer_digest
 from dpo_dist.models.load import choose_attention, load_tokenizer, resolve, torch_dtype
 from dpo_dist.reference.cache import ReferenceKey
@@ -69,13 +71,23 @@ def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Termina
 
     stores = world.on_main(lambda: [str(s.path) for s in read()])
     train, held_out = (PairStore.open(path) for path in stores)
-    for name, pairs in (("train", train), ("held out", held_out)):
-        for line in summary_lines(pairs, name):
-            terminal.say(line)
+    world.on_main(lambda: _show(train, held_out, Path(config.run_dir) / "data.txt", terminal))
     return train, held_out
 
 
+def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal) -> None:
+    """Tells what became of the rows, and keeps it in the run's folder; a stage that finds it told says no more than where."""
+    summary = "\n".join(summary_lines(train, "train") + summary_lines(held_out, "held out"))
+    if file.exists() and file.read_text() == summary:
+        terminal.say(f"data: {len(train):,} pairs to train on, {len(held_out):,} held out, as told in {file}")
+    else:
+        file.write_text(summary)
+        terminal.say(summary)
+
+
 def _check_pairs(pairs: PairStore, model: object, config: RunConfig) -> None:
+    if "odpo" in config.loss.weights:
+        check_strengths(torch.from_numpy(np.array(pairs.strength)))
     check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch)
     vocabulary = getattr(model, "vocab_size", None)
     largest = pairs.largest_id()

@@ -186,7 +186,10 @@ def robust(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def discopop(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414), eq. 5: logistic below margin 0, exponential above."""
+    """(B,) nats. DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414), eq. 5: logistic below margin 0, exponential above.
+
+    Not monotone: between the two, within a few discopop_tau above margin 0, it rises.
+    """
     logit = _margin(pairs, loss)
     gate = logit / _number(loss.discopop_tau)
     logistic = -logsigmoid(logit) * (-gate).sigmoid()                       # (1 - σ(ρ/τ)) · -log σ(ρ)
@@ -197,10 +200,9 @@ def discopop(pairs: PairLogps, loss: LossConfig) -> Tensor:
 def odpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
     """(B,) nats. DPO with an offset (arXiv 2402.10571): the margin must exceed odpo_alpha · f(strength), with the paper's f = log.
 
-    So a strength of 1 (in the data's own unit) asks for no more than DPO, and less than 1 for less. Raises UserError where a
-    strength is unknown, or not above 0.
+    So a strength of 1 (in the data's own unit) asks for no more than DPO, and less than 1 for less. Strengths must have
+    passed check_strengths: looking here would wait for the GPU at every pack.
     """
-    check_strengths(pairs.strength)
     offset = _number(loss.odpo_alpha) * pairs.strength.to(pairs.policy_chosen.dtype).log()
     return -logsigmoid(_margin(pairs, loss) - offset)                       # -log σ(β (logratio_c - logratio_r) - α f(strength))
 

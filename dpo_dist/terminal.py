@@ -12,6 +12,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import IO, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
@@ -96,7 +97,7 @@ class Terminal:
         if not self.is_main:
             return
         body = [list(row) for row in rows]
-        table = Table(title=Text(title, style="bold") if title else None, title_justify="left")
+        table = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=SIMPLE_HEAD)
         for i, name in enumerate(columns):
             is_number = all(isinstance(row[i], int | float) for row in body)
             table.add_column(Text(name), justify="right" if body and is_number else "left", overflow="fold")
@@ -258,9 +259,10 @@ class _Console(Console):
         if not self.is_terminal:
             return ConsoleDimensions(PLAIN_WIDTH, 25)
         try:
-            return ConsoleDimensions(*os.get_terminal_size(self.file.fileno()))
+            columns, lines = os.get_terminal_size(self.file.fileno())
         except OSError:
-            return ConsoleDimensions(80, 25)
+            columns, lines = 0, 0
+        return ConsoleDimensions(columns or 80, lines or 25)    # a pseudo-terminal that was told no size says 0
 
 
 def _console(output: _Output) -> Console:

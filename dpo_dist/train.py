@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from dpo_dist.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from dpo_dist.checkpoint import TrainState, resume_point, save_checkpoint
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.order import Order
 from dpo_dist.engines import open_engines
@@ -32,14 +32,19 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     lineage = passport(config, inputs, world)
     world.on_main(lambda: begin_run(run_dir, config, lineage))
 
-    policy, reference = open_engines(config, inputs, world, terminal)
     order = Order(t.seed, inputs.train.digest, inputs.train.source, inputs.train.source_weights, t.pairs_per_step)
     total = order.total_steps(t.epochs, t.max_steps)
-    start = world.on_main(lambda: latest_checkpoint(run_dir))
-    done = load_checkpoint(start, policy, inputs.train.digest).step if start else 0
+    resumed = world.on_main(lambda: resume_point(run_dir, inputs.train.digest))
+    done = resumed[1].step if resumed else 0
+    if done == total and world.on_main(lambda: (run_dir / "model").exists()):
+        terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir}/model")
+        return
+
+    policy, reference = open_engines(config, inputs, world, terminal)
+    if resumed:
+        policy.load(resumed[0])
+        terminal.say(f"resumed from {resumed[0].name}")
     tracker = open_tracker(config, run_dir, world.is_main, done)
-    if start:
-        terminal.say(f"resumed from {start.name}")
 
     def batches(step: int):
         pair_ids = order.pairs_of_step(step, t.epochs, t.max_steps)
@@ -57,7 +62,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         if reference is not None and inputs.same_start:
             check_start(policy, reference, batches(1), inputs.train, inputs.dtype, world)
         before = held_out(0)
-    after = before
+    after = before if done < total else evaluate_run(config, inputs, policy, reference, world)
 
     clock, sums = Clock(world), MetricSums(loss, world.device)
     with terminal.progress(total, done, "training") as bar:

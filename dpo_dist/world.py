@@ -31,7 +31,8 @@ class World:
         rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = _device(cluster, local_rank)
-        prepare_deepspeed(device)
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
         if size == 1 and "MASTER_PORT" not in os.environ:            # DeepSpeed wants a group even for one process
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         if not dist.is_initialized():
@@ -96,13 +97,11 @@ def rank_here() -> int:
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """On a CPU: tells DeepSpeed so, and keeps it from compiling its shared-memory op at first use; gloo does that work."""
-    if device.type != "cpu":
-        return
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.ops  # imported here: it reads DS_ACCELERATOR
+    """Called before DeepSpeed's first use. On a CPU it would compile a shared-memory op then; gloo does that work, with the same numbers."""
+    if device.type == "cpu":
+        import deepspeed.ops  # only where DeepSpeed is used: the import takes seconds
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:

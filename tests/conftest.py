@@ -69,3 +69,16 @@ def train_on(path: Path) -> str:
 
 def eval_on(path: Path) -> str:
     return "data.eval=[{path: %s, format: token_ids}]" % path
+
+
+def processes_on(folder: Path) -> list[int]:
+    """Processes whose command line names this folder: torchrun's workers, which lead sessions of their own."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(word.endswith(b"=" + os.fsencode(folder)) for word in words):
+            found.append(int(process.name))
+    return found

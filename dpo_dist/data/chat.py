@@ -21,7 +21,10 @@ from dpo_dist.preference import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
 ANSWER = "dpo-dist-answer"                   # stands for an answer where we look for what a template puts around one
-TODAY = datetime(2024, 7, 26)                # what templates get that ask for today's date: tokens must not depend on the day
+TODAY = datetime(2024, 7, 26)                # the date, for templates that ask for it: tokens must not depend on the day
+# transformers lets no function through to a template, so this one is Jinja; its trim_blocks eats the line break at the end.
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in (*"aAbBcdHIjmMpSxXyY", "-d", "-m")) + " }}{% endmacro %}\n"
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
@@ -49,13 +52,12 @@ class ChatTemplate:
     tokenizer: Any
     text: str                                # Jinja
     special: tuple[str, ...] = ()            # the tokens that can end a turn
-    end_of_turn: str | None = None           # the token that ends an answer; None where the template has none
+    end_of_turn: tuple[str, ...] = ()        # what ends an answer: nearly always one token; () where the template has none
     blank_tail: str = ""                     # the white space that the template puts after an answer
 
     def render(self, turns: Turns, tools: tuple[dict[str, Any], ...] = (), generation: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(
-            list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation, tokenize=False,
-            strftime_now=TODAY.strftime))
+            list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation, tokenize=False))
 
     def split(self, row: PreferenceRow) -> tuple[str, str, str]:
         """(prompt, chosen, rejected) texts; completions end with the end-of-turn token, where the template has one.
@@ -93,16 +95,18 @@ class ChatTemplate:
                              f"generation has {prompt_text[n:n + 30]!r}")
 
     def _until_end_of_turn(self, text: str) -> str:
-        """The text cut after the end-of-turn token: among the special tokens it closes with, the first that ends a turn."""
-        end, closing = text.rstrip(), []
+        """The text cut after its end of turn, the first among the special tokens that it closes with: data may bring its own."""
+        closing: list[tuple[str, int]] = []
+        end = text.rstrip()
         while end.endswith(self.special):
             token = max((t for t in self.special if end.endswith(t)), key=len)
-            closing.append((token, len(end)))
+            closing.insert(0, (token, len(end)))
             end = end[:-len(token)].rstrip()
         if not closing:
             return text.removesuffix(self.blank_tail)
-        ends = [length for token, length in closing if token == self.end_of_turn]
-        return text[:ends[-1] if ends else closing[0][1]]
+        tokens, n = tuple(token for token, _ in closing), len(self.end_of_turn)
+        first = next((i for i in range(len(tokens)) if n and tokens[i:i + n] == self.end_of_turn), len(tokens) - n)
+        return text[:closing[first + n - 1][1]]
 
 
 def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
@@ -110,6 +114,8 @@ def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
     text = template_text(tokenizer, setting)
     if text is None:
         return None
+    if "strftime_now" in text:
+        text = FIXED_DATE + text
     template, named = ChatTemplate(tokenizer, text), "the tokenizer's own" if setting is None else setting[:60]
     trial: Turns = ({"role": "user", "content": "Hello."},)
     try:
@@ -118,22 +124,48 @@ def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
         raise UserError(f"data.chat_template ({named}) cannot render one question and its answer: {error}; mend it") from error
     header, found, tail = whole.rpartition(ANSWER)
     prompt = template.render(trial, generation=True)
+    hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})" if "enable_thinking" in text else ""
     if not found or not (header.startswith(prompt) or header.rstrip() == prompt.rstrip()):
         raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for generation ends "
                         f"{prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set data.chat_template to a Jinja file "
-                        "that renders conversations as its generation prompts begin them")
+                        "that renders conversations as its generation prompts begin them" + hint)
     added = tokenizer.added_tokens_decoder.values()
-    special: set[str] = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    end = _first_in(tail, special) or _first_in(tail, {str(token) for token in added})
-    blank_tail = tail[len(tail.rstrip()):]
-    closing = sorted(special | {end} if end else special)
-    return ChatTemplate(tokenizer, text, tuple(token for token in closing if token), end, blank_tail)
+    special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    if not any(token in tail for token in special):
+        special |= {str(token) for token in added if str(token) in tail}     # some models' end of turn is not marked as special
+    end_of_turn = _end_of_turn(tail, _tail_within(template, trial), special - {""})
+    return ChatTemplate(tokenizer, text, tuple(sorted(special - {""})), end_of_turn, tail[len(tail.rstrip()):])
 
 
-def _first_in(text: str, tokens: set[str]) -> str | None:
-    """The token that comes first in the text; the longest of those that begin there."""
-    found = [token for token in tokens if token and token in text]
-    return min(found, key=lambda token: (text.index(token), -len(token)), default=None)
+def _tail_within(template: ChatTemplate, trial: Turns) -> str:
+    """What the template puts after an answer that is not the last turn."""
+    try:
+        return template.render((*trial, {"role": "assistant", "content": ANSWER}, *trial)).rpartition(ANSWER)[2]
+    except RENDER_ERRORS:
+        return ""
+
+
+def _end_of_turn(tail: str, tail_within: str, special: set[str]) -> tuple[str, ...]:
+    """The special tokens that follow every answer; those that follow only the last one where there are no others.
+
+    A last answer may be followed by more, which ends the text and not the turn: Phi's "<|end|>" and then "<|endoftext|>".
+    """
+    last, within = _first_special(tail, special), _first_special(tail_within, special)
+    n = next((i for i, (a, b) in enumerate(zip(last, within, strict=False)) if a != b), min(len(last), len(within)))
+    return last[:max(n, 1)]
+
+
+def _first_special(tail: str, special: set[str]) -> tuple[str, ...]:
+    """The first special token of a text and those that follow with nothing but white space between."""
+    run: list[str] = []
+    while found := [token for token in special if token in tail]:
+        token = min(found, key=lambda token: (tail.index(token), -len(token)))
+        before, _, rest = tail.partition(token)
+        if run and before.strip():
+            break
+        run.append(token)
+        tail = rest
+    return tuple(run)
 
 
 def _as_turns(part: Turns | str, role: str) -> Turns:

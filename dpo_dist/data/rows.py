@@ -132,7 +132,7 @@ def _checked(row: Row) -> Row:
     else:
         parts = (row.prompt, row.chosen, row.rejected)
     for name, part in zip(("prompt", "chosen", "rejected"), parts, strict=True):
-        if _is_empty(part):
+        if _is_empty(part) or (isinstance(part, tuple) and name != "prompt" and _is_empty(part[-1:])):   # ends in an empty answer
             raise Unfit(f"{name} is empty")
     if parts[1] == parts[2]:
         raise Unfit("chosen and rejected are identical")

@@ -129,7 +129,7 @@ class PairTokenizer:
         return [tuple(ids) if self._is_closed(text, ids) else (*ids, self._eos) for text, ids in zip(texts, encoded, strict=True)]
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
-        if self.template is not None and self.template.end_of_turn is not None and text.endswith(self.template.special):
+        if self.template is not None and self.template.end_of_turn and text.endswith(self.template.special):
             return True                      # its end of turn, or another that it uses instead (as after a tool call)
         return ids[-1:] == [self._eos]
 

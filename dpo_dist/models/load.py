@@ -1,7 +1,6 @@
 """Models and tokenizers from disk (or the hub cache), and ScoredModel: a causal LM that answers with log-probs of a pack."""
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -133,5 +132,4 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's folder, or None where there is none (token_ids data needs none)."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -19,13 +19,14 @@ from dpo_dist.models.export import merged_weights
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.preference import PackedBatch, TokenLogps
-from dpo_dist.world import World
+from dpo_dist.world import World, prepare_deepspeed
 
 STATE = "state"                     # the tag under which DeepSpeed keeps its files in a checkpoint's folder
 
 
 class ZeroPolicy:
     def __init__(self, load_model: Callable[[], ScoredModel], zero: ZeroConfig, optim: OptimConfig, dtype: torch.dtype, world: World):
+        prepare_deepspeed(world.device)
         self._world, self._stage = world, zero.stage
         config = deepspeed_config(zero, optim, dtype == torch.bfloat16, world.device.type == "cuda")
         sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model

@@ -13,12 +13,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
 from dpo_dist.preference import PackedBatch
+from dpo_dist.world import prepare_deepspeed
 
 
 class ZeroReference:
     """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of packs."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str):
+        prepare_deepspeed(device)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": dtype == torch.bfloat16},

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 PRELUDE = """
 import logging, os, sys, warnings
 from dpo_dist.terminal import Terminal
@@ -20,7 +22,8 @@ terminal = Terminal.start({log!r}, is_main={is_main})
 
 def run(body: str, log: Path, is_main: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
     script = PRELUDE.format(log=str(log), is_main=is_main) + textwrap.dedent(body)
-    return subprocess.run([sys.executable, "-c", script], text=True, timeout=60, **({"capture_output": True} | options))  # type: ignore[call-overload]
+    settings: dict[str, Any] = {"capture_output": True, "env": ENVIRONMENT} | options
+    return subprocess.run([sys.executable, "-c", script], text=True, timeout=60, **settings)
 
 
 def test_what_is_said_reaches_stdout_and_everything_else_the_log(tmp_path: Path) -> None:
@@ -95,7 +98,8 @@ def test_progress_on_a_terminal_is_a_bar_that_lets_lines_pass(tmp_path: Path) ->
                         inner.update(1)
     """
     done = run(body, tmp_path / "log", capture_output=False, stdin=theirs, stdout=theirs, stderr=theirs,
-               env=os.environ | {"TERM": "xterm", "COLUMNS": "", "LINES": ""})
+               env=ENVIRONMENT | {"TERM": "xterm"})
+    os.set_blocking(ours, False)
     seen = os.read(ours, 1 << 16).decode()
     os.close(ours)
     os.close(theirs)
@@ -114,15 +118,13 @@ def test_a_table_is_shown_whole(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path: Path) -> None:
     body = """
-        import time
-        time.sleep(0.5)                     # until the reader is gone
         for i in range(3):
             terminal.say("is anyone there?")
             terminal.error("no")
         with terminal.progress(2) as progress:
             progress.update(1, loss=1.0)
-        open(sys.argv[0] + LOG, "w").write("trained")
-    """.replace("sys.argv[0] + LOG", repr(str(tmp_path / "result")))
+        open(RESULT, "w").write("trained")
+    """.replace("RESULT", repr(str(tmp_path / "result")))
     reading, writing = os.pipe()
     os.close(reading)
     done = run(body, tmp_path / "log", capture_output=False, stdout=writing, stderr=writing)
@@ -134,7 +136,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path: Path) -> None:
 def test_a_process_without_stdout_and_stderr_still_runs(tmp_path: Path) -> None:
     script = PRELUDE.format(log=str(tmp_path / "log"), is_main=True) + "terminal.say('hello'); os.write(2, b'chatter')"
     done = subprocess.run(["/bin/sh", "-c", f'exec "{sys.executable}" -c "$SCRIPT" <&- >&- 2>&-'],
-                          env=os.environ | {"SCRIPT": script}, timeout=60)
+                          env=ENVIRONMENT | {"SCRIPT": script}, timeout=60)
     assert done.returncode == 0
     assert "hello" in (tmp_path / "log").read_text() and "chatter" in (tmp_path / "log").read_text()
 
@@ -179,6 +181,6 @@ def test_under_torchrun_each_rank_has_its_log_and_the_person_one_voice(tmp_path:
         terminal.say("hello")
     """))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-                          capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"})
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "hello\n" and "chatter" not in done.stderr
     assert all("chatter" in (tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1))

@@ -1,0 +1,95 @@
+"""Whatever shards, recomputes, adapts or rounds: the run is the same run. Each test is the real command against plain torch."""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def words(tmp_path: Path, base: list[str]) -> list[str]:
+    write_tiny_llama(tmp_path / "m")
+    write_rows(tmp_path / "rows.jsonl", 30)
+    write_rows(tmp_path / "held_out.jsonl", 7, seed=1)
+    return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "held_out.jsonl"),
+            "train.pairs_per_step=10", "train.max_steps=4", "optim.lr=1e-3", "loss.beta=0.5"]
+
+
+def run(words: list[str], run_dir: Path, *more: str) -> list[float]:
+    dpo_dist(*words, *more, f"run.dir={run_dir}")
+    return [row[name] for row in metrics(run_dir) + metrics(run_dir, "eval") for name in ("loss", "rewards/margins", "logps/chosen")]
+
+
+def test_step_zero_is_ln_2_and_every_margin_is_0(tmp_path: Path, words: list[str]):
+    run(words, tmp_path / "run", "cluster.procs_per_node=2")
+    first, held_out = metrics(tmp_path / "run")[0], metrics(tmp_path / "run", "eval")[0]
+    assert held_out["step"] == 0
+    for row in (first, held_out):
+        assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert row["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_metrics_and_the_folder_are_as_the_contract_says(tmp_path: Path, words: list[str]):
+    run(words, tmp_path / "run", "zero=none")
+    row = metrics(tmp_path / "run")[-1]
+    assert {"step", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+            "logps/rejected", "grad_norm", "lr", "perf/pairs_per_second", "perf/tokens_per_second", "perf/peak_memory_gib"} <= row.keys()
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"run.json", "metrics.jsonl", "checkpoints", "model", "DONE", "logs"}
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["config"]["loss"]["beta"] == 0.5
+    assert written["passport"]["policy_weights"] == written["passport"]["reference_weights"]
+
+
+def test_lora_under_zero_3_equals_lora_in_plain_torch_with_the_reference_switched_off_or_cached(tmp_path: Path, words: list[str]):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lora = ["model.lora.rank=4", "optim.lr=1e-2"]
+    plain = run(words, tmp_path / "plain", "zero=none", *lora)
+    sharded = run(words, tmp_path / "sharded", "cluster.procs_per_node=2", "reference=adapter_off", *lora)
+    live = run(words, tmp_path / "live", "cluster.procs_per_node=2", "reference=adapter_off", "reference.mode=live", *lora)
+    assert sharded == pytest.approx(plain, rel=2e-5, abs=1e-5)
+    assert live == pytest.approx(plain, rel=2e-5, abs=1e-5)
+    base, one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / p) for p in ("m", "plain/model", "sharded/model"))
+    moved = max((a - b).abs().max().item() for a, b in zip(base.parameters(), one.parameters(), strict=True))
+    apart = max((a - b).abs().max().item() for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert moved > 1e-3 and apart < 1e-5
+    with torch.no_grad():
+        assert torch.isfinite(two(torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_bf16_runs_close_to_fp32_with_fp32_master_weights(tmp_path: Path, words: list[str]):
+    exact = run(words, tmp_path / "fp32", "cluster.procs_per_node=2")
+    rounded = run(words, tmp_path / "bf16", "cluster.procs_per_node=2", "model.dtype=bf16")
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.1, abs=0.3)
+
+
+def test_a_sort_over_the_step_is_exact_however_the_step_is_cut_up(tmp_path: Path, words: list[str]):
+    whole = run(words, tmp_path / "whole", "zero=none", "loss=aot")
+    cut = run(words, tmp_path / "cut", "cluster.procs_per_node=3", "loss=aot", "train.tokens_per_microbatch=80")
+    assert cut == pytest.approx(whole, rel=2e-5, abs=1e-5)
+
+
+def test_sft_is_the_token_mean_over_the_step_and_forwards_no_rejected_completion(tmp_path: Path, words: list[str]):
+    words = ["loss=sft" if word == "loss.beta=0.5" else word for word in words]
+    for name, more in (("one", ["zero=none"]), ("two", ["cluster.procs_per_node=2", "train.tokens_per_microbatch=80"])):
+        dpo_dist(*words, *more, f"run.dir={tmp_path / name}")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-5)
+    assert "rewards/chosen" not in one[0] and "logps/rejected" not in one[0]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    seconds = 1 / one[0]["perf/pairs_per_second"] * 10
+    assert one[0]["perf/tokens_per_second"] * seconds < 10 * max(len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in rows)
+
+
+def test_reference_free_losses_train_without_any_reference(tmp_path: Path, words: list[str]):
+    words = ["loss=simpo" if word == "loss.beta=0.5" else word for word in words]
+    dpo_dist(*words, "zero=none", f"run.dir={tmp_path / 'run'}")
+    assert metrics(tmp_path / "run")[-1]["rewards/margins"] > metrics(tmp_path / "run")[0]["rewards/margins"]
+    assert not (tmp_path / "reference").exists()

@@ -1,0 +1,106 @@
+"""A killed run goes on as if nothing had happened: bit-identical at the same world size, to rounding at another."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, dpo_dist, eval_on, metrics, processes_on, train_on, write_rows, write_tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 8
+
+
+@pytest.fixture
+def words(tmp_path: Path, base: list[str]) -> list[str]:
+    write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    write_rows(tmp_path / "rows.jsonl", 100, longest=80)
+    write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
+    return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "held_out.jsonl"),
+            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "train.save_every_steps=1", "optim.lr=1e-3", "loss.beta=0.5",
+            "optim.weight_decay=0.1", "train.tokens_per_microbatch=600"]
+
+
+def killed_after(step: int, words: list[str], run_dir: Path) -> None:
+    """Starts the command and kills all of it, without warning, once this step's checkpoint is whole."""
+    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO,
+                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / f"step-{step:06d}" / "COMPLETE").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.02)
+    for pid in [process.pid, *processes_on(run_dir)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "DONE").exists(), "the kill came midway"
+
+
+def model_digest(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "every step is logged once"
+    return {int(row["step"]): row["loss"] for row in rows}
+
+
+@pytest.mark.parametrize(("zero", "world"), [("zero3", 2), ("zero2", 2), ("none", 1)])
+def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, tmp_path: Path, words: list[str]):
+    words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
+    dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
+    killed_after(3, words, tmp_path / "killed")
+    done = dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
+    assert "resumed from step-" in done.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert model_digest(tmp_path / "killed") == model_digest(tmp_path / "straight")
+    assert metrics(tmp_path / "killed", "eval") == metrics(tmp_path / "straight", "eval")
+
+
+def test_a_killed_run_goes_on_with_another_number_of_ranks_to_rounding(tmp_path: Path, words: list[str]):
+    dpo_dist(*words, "cluster.procs_per_node=1", f"run.dir={tmp_path / 'straight'}")
+    killed_after(3, [*words, "cluster.procs_per_node=2"], tmp_path / "killed")
+    dpo_dist(*words, "cluster.procs_per_node=1", f"run.dir={tmp_path / 'killed'}")
+    straight, killed = losses(tmp_path / "straight"), losses(tmp_path / "killed")
+    assert [killed[s] for s in straight] == pytest.approx(list(straight.values()), rel=1e-4)
+    end = [metrics(tmp_path / name, "eval")[-1]["loss"] for name in ("straight", "killed")]
+    assert end[0] == pytest.approx(end[1], rel=1e-4)
+
+
+def test_a_checkpoint_without_its_marker_is_not_believed_and_old_ones_are_removed(tmp_path: Path, words: list[str]):
+    words = [*words, "zero=none", f"run.dir={tmp_path / 'run'}"]
+    dpo_dist(*words)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-000007", "step-000008"]
+    (checkpoints / "step-000008" / "COMPLETE").unlink()
+    (checkpoints / "step-000008" / "weights.safetensors").write_bytes(b"half")
+    before = model_digest(tmp_path / "run")
+    assert "resumed from step-000007" in dpo_dist(*words).stdout
+    assert model_digest(tmp_path / "run") == before
+
+
+def test_the_same_command_after_the_end_trains_nothing_more(tmp_path: Path, words: list[str]):
+    words = [*words, "zero=none", f"run.dir={tmp_path / 'run'}"]
+    dpo_dist(*words)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert f"all {STEPS} steps are done" in dpo_dist(*words).stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_differs(tmp_path: Path, words: list[str]):
+    words = [*words, "zero=none", f"run.dir={tmp_path / 'run'}"]
+    dpo_dist(*words)
+    said = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
+    assert "holds another run (loss.beta was 0.5, is now 0.25)" in said and "choose another run.dir" in said
+    write_rows(tmp_path / "rows.jsonl", 100, seed=7)
+    assert "data.train has changed since step-000008" in dpo_dist(*words, code=2).stderr
+    assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2

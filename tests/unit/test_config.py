@@ -1,0 +1,112 @@
+"""Every mistake in a config is one message that names key, value and remedy; nothing is ignored."""
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dpo_dist.compose import compose, conf_dir, documented_keys, yaml_comments
+from dpo_dist.config import UserError, decode, to_dict
+
+MISTAKES = {
+    "unknown key 'loss.bta': did you mean 'loss.beta'": ["loss.bta=1"],
+    "unknown key 'trian': did you mean 'train'": ["+trian=1"],
+    "unknown key 'data.train[0].fromat': did you mean 'format'": ["data.train=[{path: a, fromat: hh}]"],
+    "loss=dppo is not a choice: did you mean 'dpo'": ["loss=dppo"],
+    "model.path is not set; set model.path=": ["model.path=null"],
+    "data.train[0].path is not set": ["data=hh"],
+    "model.dtype='fp16' is not allowed": ["model.dtype=fp16"],
+    "zero.stage=4 is not allowed": ["zero.stage=4"],
+    "train.pairs_per_step='many' must be a whole number": ["train.pairs_per_step=many"],
+    "train.pairs_per_step=0 must be greater than 0": ["train.pairs_per_step=0"],
+    "optim.betas=[0.9] must have 2 entries": ["optim.betas=[0.9]"],
+    "data.train='x' must be a list": ["data.train=x"],
+    "loss 'sigmoyd' is unknown: did you mean 'sigmoid'": ["loss.name=sigmoyd"],
+    "loss.simpo_gamma=1.0 is not used by loss 'sigmoid'; remove it": ["loss.simpo_gamma=1"],
+    "loss.beta=0.2 is not used by loss 'sft'": ["loss=sft", "loss.beta=0.2"],
+    "loss.f_alpha=0.5 needs loss.f_divergence=alpha_divergence": ["loss.f_alpha=0.5"],
+    "a weighted sum takes loss.name=mixture": ["loss.terms={sft: 1}"],
+    "loss.beta has another default for 'simpo'": ["loss.name=mixture", "loss.terms={sigmoid: 1, simpo: 1}"],
+    "loss.ld_alpha=0.5 does not go with a loss that sorts": ["loss.name=mixture", "loss.terms={aot: 1, sigmoid: 1}", "loss.ld_alpha=0.5"],
+    "loss.label_smoothing=0.0 must be greater than 0": ["loss=robust", "loss.label_smoothing=0"],
+    "loss.label_smoothing=0.7 must be between 0 and 0.5": ["loss.label_smoothing=0.7"],
+    "reference.engine=adapter_off needs a LoRA policy": ["reference=adapter_off"],
+    "adapter_off takes the policy's own base weights": ["reference=adapter_off", "model.lora.rank=4", "reference.path=other"],
+    "reference.offload=cpu is only for reference.engine=zero": ["reference.offload=cpu"],
+    "reference.path=r would do nothing: loss.name=simpo uses no reference": ["loss=simpo", "reference.path=r"],
+    "zero.offload_parameters=cpu needs zero.stage=3": ["zero=zero2", "zero.offload_parameters=cpu"],
+    "zero.stage=null is plain torch in one process": ["zero=none", "cluster.procs_per_node=2"],
+    "model.dtype=bf16 needs DeepSpeed": ["zero=none", "model.dtype=bf16"],
+    "model.lora.alpha=8.0 does nothing while model.lora.rank=0": ["model.lora.alpha=8"],
+    "data.eval_fraction=0.1 and data.eval are both set": ["data.eval=[{path: a}]", "data.eval_fraction=0.1"],
+    "data.eval[0].weight=2.0 would do nothing": ["data.eval=[{path: a, weight: 2}]"],
+    "cannot read the override 'data.train=['": ["data.train=["],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_one_message_with_key_value_and_remedy(message: str):
+    with pytest.raises(UserError, match=re.escape(message)) as found:
+        compose(["model.path=m", *MISTAKES[message]])
+    assert "\n" not in str(found.value)
+
+
+def test_a_command_without_a_model_says_so():
+    with pytest.raises(UserError, match=r"model\.path is not set; set model\.path="):
+        compose([])
+
+
+def test_the_command_answers_a_mistake_with_exit_code_2_and_no_traceback_and_without_torch():
+    script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", script, "train", "model.path=m", "optim.learning_rate=1"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown key 'optim.learning_rate'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_every_yaml_key_has_a_comment():
+    for path in conf_dir().rglob("*.yaml"):
+        for key, _, comment in yaml_comments(path):
+            assert comment, f"{path.name}: {key} has no comment"
+
+
+def test_help_lists_every_key_of_the_configuration():
+    config = to_dict(compose(["model.path=m"]))
+    listed = {key for key, _, _ in documented_keys()}
+    for group in ("model", "data", "reference", "optim", "train", "zero", "cluster", "run"):
+        for key, value in config[group].items():
+            assert f"{group}.{key}" in listed or any(f"{group}.{key}.{k}" in listed for k in (value or {})), f"{group}.{key}"
+
+
+def test_every_group_choice_composes():
+    for folder in conf_dir().iterdir():
+        if not folder.is_dir() or folder.name == "experiment":
+            continue
+        for choice in (f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_")):
+            extra = ["model.lora.rank=8"] if choice == "adapter_off" else []
+            extra += ["data.train.0.path=rows"] if folder.name == "data" and choice != "default" else []
+            compose(["model.path=m", f"{folder.name}={choice}", *extra])
+
+
+def test_every_experiment_composes():
+    for path in (conf_dir() / "experiment").glob("*.yaml"):
+        compose([f"experiment={path.stem}"])
+
+
+def test_a_losss_own_defaults_are_filled_in_and_shown():
+    assert compose(["model.path=m"]).loss.beta == 0.1
+    assert compose(["model.path=m", "loss=simpo"]).loss.simpo_gamma == 1.0
+    assert compose(["model.path=m", "loss.name=sft"]).loss.beta is None
+
+
+def test_a_config_survives_being_written_and_decoded():
+    config = compose(["model.path=m", "loss=mpo", "data.train=[{path: a, weight: 0.5}, b]"])
+    assert decode(to_dict(config)) == config
+
+
+def test_the_same_command_names_the_same_folder_and_another_beta_another():
+    one = compose(["model.path=m"])
+    assert one.run_dir == compose(["model.path=m", "cluster.procs_per_node=4", "train.log_every_steps=7"]).run_dir
+    assert one.run_dir != compose(["model.path=m", "loss.beta=0.2"]).run_dir
