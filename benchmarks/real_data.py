@@ -34,12 +34,13 @@ def main(data: Path, out: Path) -> None:
 def align(path: Path, form: str, folder: Path) -> dict[str, object]:
     began = time.monotonic()
     parameters = write_model(folder / "base", path, form)
-    common = ["data.train=[{path: %s, format: %s}]" % (path, form), "data.eval_fraction=0.1", "data.max_length=1024", "data.on_bad_row=skip",
+    common = [f"data.train=[{{path: {path}, format: {form}}}]", "data.eval_fraction=0.1", "data.max_length=1024", "data.on_bad_row=skip",
               f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}", "cluster.device=cpu", "model.dtype=fp32",
               "cluster.procs_per_node=2", "train.pairs_per_step=16", "train.tokens_per_microbatch=2048"]
     step("train", "loss=sft", f"model.path={folder / 'base'}", "train.epochs=3", "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common)
     supervised = time.monotonic()
-    step("run", f"model.path={folder / 'sft' / 'model'}", "train.epochs=2", "optim.lr=2e-5", "loss.beta=0.1", f"run.dir={folder / 'dpo'}", *common)
+    step("run", f"model.path={folder / 'sft' / 'model'}", "train.epochs=2", "optim.lr=2e-5", "loss.beta=0.1",
+         f"run.dir={folder / 'dpo'}", *common)
     aligned = time.monotonic()
     step("eval", f"model.path={folder / 'dpo' / 'model'}", f"reference.path={folder / 'sft' / 'model'}", "loss.beta=0.1",
          f"run.dir={folder / 'loaded_back'}", *common)

@@ -116,5 +116,5 @@ def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
             parents.append((indent, key))
         else:
             previous = rows.get(dotted, ("", "", ""))[2]
-            rows[dotted] = (dotted, value.strip(), comment if not previous else previous)
+            rows[dotted] = (dotted, value.strip(), previous or comment)
     return [row for row in rows.values() if not row[0].startswith("defaults.")]

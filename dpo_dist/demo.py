@@ -1,7 +1,9 @@
 """`make demo`: the whole way on a set whose truth is known, offline, in minutes: python -m dpo_dist.demo [folder] [overrides].
 
-The rule to learn: answer in the language of the question. A tiny chat model is first supervised on answers in both languages alike,
-so that it breaks the rule half of the time; DPO on pairs (right language, wrong language) must then teach it, on prompts never seen.
+The rule to learn: answer in the tone of the question: a polite one is answered with "madam", a casual one with "mate". A tiny chat model
+is first supervised on answers that end in either at random; DPO on pairs that differ in that word must then teach it the rule, on
+prompts that it never saw. The loss is rpo, DPO plus the likelihood of the chosen answers: a model this small would otherwise widen its
+margins by forgetting how to speak.
 """
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ from pathlib import Path
 from dpo_dist.launcher.cli import main as dpo_dist
 from dpo_dist.terminal import Terminal
 
-NAMES = ("Anna Bruno Clara David Emma Felix Greta Hugo Ines Jonas Karla Leo Mara Nico Olga Paul Rosa Simon Tina Viktor "
-         "Wanda Xaver Yara Zoe Alma Boris Cleo Dora Emil Fritz Gina Hans Ida Jakob Kira Lars Mona Nora Otto Pia").split()
-QUESTIONS = {"en": ("Where is {}?", "Have you seen {}?", "Do you know where {} went?", "I am looking for {}.", "Can you find {} for me?"),
-             "fr": ("Où est {} ?", "As-tu vu {} ?", "Sais-tu où est {} ?", "Je cherche {}.", "Peux-tu trouver {} ?")}
-ANSWERS = {"en": "Look in the {}.", "fr": "Cherche dans {}."}
-PLACES = {"en": ("garden", "kitchen", "library", "station", "park"),
-          "fr": ("le jardin", "la cuisine", "la bibliothèque", "la gare", "le parc")}
+QUESTIONS = {
+    "polite": ("Excuse me, where is the {}, please?", "Could you tell me where the {} is?", "Would you kindly show me the {}?",
+               "I beg your pardon, which way to the {}?"),
+    "casual": ("Hey, where's the {}?", "Yo, which way to the {}?", "Gotta find the {}, where is it?", "Any idea where the {} is, dude?"),
+}
+PLACES = ("kitchen", "garden", "library", "station", "park", "office", "lift", "museum", "market", "harbour", "tower", "bridge", "school",
+          "theatre", "bakery", "pharmacy", "castle", "airport", "hotel", "beach", "stadium", "church", "cinema", "garage", "gallery")
+DIRECTIONS = ("Straight on", "Second door on the left", "Up the stairs", "Turn right at the corner", "Just behind you", "Across the street")
+ENDINGS = {"polite": "madam", "casual": "mate"}
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 HELD_OUT_SHARE = 0.2
@@ -32,17 +36,17 @@ def main(folder: Path, overrides: list[str]) -> int:
     terminal.say("1/4  data and a tiny model")
     held_out = write_data(folder)
     write_model(folder / "base", (folder / "sft.jsonl").read_text())
-    common = ["data.eval=[{path: %s}]" % (folder / "held_out.jsonl"), "cluster.device=cpu", "model.dtype=fp32", "data.max_length=128",
-              "cluster.procs_per_node=2", "data.cache_dir=%s" % (folder / "tokens"), *overrides]
+    common = [f"data.eval=[{{path: {folder / 'held_out.jsonl'}}}]", "cluster.device=cpu", "model.dtype=fp32", "data.max_length=128",
+              "cluster.procs_per_node=2", f"data.cache_dir={folder / 'tokens'}", *overrides]
 
-    terminal.say("2/4  supervision (loss=sft): the model learns to answer, in either language")
-    code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}", "data.train=[{path: %s}]" % (folder / "sft.jsonl"), "train.epochs=4",
-                     "train.pairs_per_step=16", "optim.lr=3e-3", f"run.dir={folder / 'sft'}", *common])
+    terminal.say("2/4  supervision (loss=sft): the model learns to answer, in either tone")
+    code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}", f"data.train=[{{path: {folder / 'sft.jsonl'}}}]", "train.epochs=6",
+                     "train.pairs_per_step=16", "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common])
     if code:
         return code
     terminal.say("3/4  DPO (2 processes, ZeRO-3): reference scored once, policy trained, evaluated, exported")
-    code = dpo_dist(["run", f"model.path={folder / 'sft' / 'model'}", "data.train=[{path: %s}]" % (folder / "pairs.jsonl"), "train.epochs=2",
-                     "train.pairs_per_step=16", "optim.lr=5e-4", "loss.beta=0.1", f"run.dir={folder / 'dpo'}",
+    code = dpo_dist(["run", "loss=rpo", f"model.path={folder / 'sft' / 'model'}", f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]", "train.epochs=4",
+                     "train.pairs_per_step=16", "optim.lr=5e-4", "loss.beta=0.5", f"run.dir={folder / 'dpo'}",
                      f"reference.cache_dir={folder / 'reference'}", *common])
     if code:
         return code
@@ -56,7 +60,7 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
     rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = (row for row in rows if row["split"] == "eval")
     answers = {name: sample(folder / name / "model", [p for _, p in held_out]) for name in ("sft", "dpo")}
-    share = {name: sum(obeys(a, language) for a, (language, _) in zip(given, held_out, strict=True)) / len(given)
+    share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, held_out, strict=True)) / len(given)
              for name, given in answers.items()}
     terminal.table("before and after DPO, on prompts that were never trained on", ["", "before", "after"], [
         ["reward accuracy", f"{before['rewards/accuracies']:.3f}", f"{after['rewards/accuracies']:.3f}"],
@@ -65,7 +69,8 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
         ["sampled answers that obey the rule", f"{share['sft']:.0%}", f"{share['dpo']:.0%}"]])
     terminal.table("sampled answers", ["prompt", "before", "after"],
                    [[p, a, b] for (_, p), a, b in list(zip(held_out, answers["sft"], answers["dpo"], strict=True))[:4]])
-    (folder / "result.json").write_text(json.dumps({"accuracy": after["rewards/accuracies"], "obey_before": share["sft"], "obey_after": share["dpo"]}))
+    result = {"accuracy": after["rewards/accuracies"], "obey_before": share["sft"], "obey_after": share["dpo"]}
+    (folder / "result.json").write_text(json.dumps(result))
     terminal.say("On your own data:\n"
                  "  dpo-dist run model.path=MODEL 'data.train=[{path: pairs.jsonl}]' data.eval_fraction=0.05\n"
                  "  dpo-dist run --help                  all keys\n"
@@ -75,32 +80,29 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
 # ----------------------------------------------------------------------------------------------------------------- the truth
 
 
-def obeys(answer: str, language: str) -> bool:
-    """The rule: a whole answer, in the language of the question."""
-    return answer.strip() in {ANSWERS[language].format(place) for place in PLACES[language]}
+def obeys(answer: str, tone: str) -> bool:
+    """The rule: a whole answer, with the ending that belongs to the question's tone."""
+    direction, _, ending = answer.strip().partition(", ")
+    return direction in DIRECTIONS and ending == ENDINGS[tone]
 
 
 def write_data(folder: Path) -> list[tuple[str, str]]:
-    """Writes sft.jsonl, pairs.jsonl and held_out.jsonl; the held-out prompts as (language, prompt)."""
+    """Writes sft.jsonl, pairs.jsonl and held_out.jsonl; the held-out prompts as (tone, prompt)."""
     folder.mkdir(parents=True, exist_ok=True)
     r = random.Random(0)
-    prompts = [(language, q.format(name)) for language, questions in QUESTIONS.items() for q in questions for name in NAMES]
+    prompts = [(tone, question.format(place)) for tone, questions in QUESTIONS.items() for question in questions for place in PLACES]
     r.shuffle(prompts)
     cut = int(HELD_OUT_SHARE * len(prompts))
     held_out, seen = prompts[:cut], prompts[cut:]
 
-    def answer(language: str) -> str:
-        return ANSWERS[language].format(r.choice(PLACES[language]))
+    def pair(tone: str, prompt: str) -> dict[str, str]:
+        direction, other = r.choice(DIRECTIONS), {"polite": "casual", "casual": "polite"}[tone]
+        return {"prompt": prompt, "chosen": f"{direction}, {ENDINGS[tone]}", "rejected": f"{direction}, {ENDINGS[other]}"}
 
-    def pair(language: str, prompt: str) -> dict[str, str]:
-        return {"prompt": prompt, "chosen": answer(language), "rejected": answer({"en": "fr", "fr": "en"}[language])}
-
-    supervised = []
-    for language, prompt in seen:
-        row = pair(language, prompt)
-        supervised += [row, {"prompt": prompt, "chosen": row["rejected"], "rejected": row["chosen"]}]
-    for file, rows in (("sft", supervised), ("pairs", [pair(*p) for p in seen]), ("held_out", [pair(*p) for p in held_out])):
-        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    pairs = [pair(*p) for p in seen for _ in range(2)]
+    supervised = [*pairs, *({"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs)]
+    for file, rows in (("sft", supervised), ("pairs", pairs), ("held_out", [pair(*p) for p in held_out])):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return held_out
 
 

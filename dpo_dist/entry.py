@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dpo_dist.compose import compose
 from dpo_dist.config import RunConfig, UserError
@@ -35,10 +36,9 @@ def run_entry(overrides: Sequence[str], work: Work, marks_run: bool = True) -> i
     run_dir.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
     terminal = Terminal.start(str(run_dir / "logs" / f"rank-{rank_here()}.log"), is_main=rank_here() == 0)
-    world = None
     try:
         world = World.start(config.cluster)
-        world.on_main(lambda: [(run_dir / marker).unlink(missing_ok=True) for marker in (DONE, FAILED)])
+        world.on_main(lambda: _clear_markers(run_dir))
         work(config, world, terminal)
         if marks_run and world.is_main:
             (run_dir / DONE).touch()
@@ -54,8 +54,20 @@ def run_entry(overrides: Sequence[str], work: Work, marks_run: bool = True) -> i
         return _fail(run_dir, terminal, f"{type(error).__name__}: {error} ({where})", 1)
     finally:
         terminal.stop()
-        if world is not None:
-            world.stop()
+
+
+def exit_with(code: int) -> NoReturn:
+    """Ends the process at once. Everything is on disk by now, and gloo's threads abort an ordinary exit now and then ("terminate
+    called without an active exception"), which would turn a finished run into a failed one."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _clear_markers(run_dir: Path) -> None:
+    for marker in (DONE, FAILED):
+        (run_dir / marker).unlink(missing_ok=True)
 
 
 def _fail(run_dir: Path, terminal: Terminal, message: str, code: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_dist.config import LossConfig, RunConfig, UserError
 from dpo_dist.data.store import PairStore
 from dpo_dist.engines import open_engines
-from dpo_dist.entry import run_entry
+from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.inputs import Inputs, read_inputs
 from dpo_dist.losses import preference_loss
 from dpo_dist.metrics import MetricSums
@@ -66,9 +66,10 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     if world.is_main:
         path = Path(config.run_dir) / "eval.json"
         path.write_text(json.dumps({"model": config.model.path, "pairs": len(inputs.eval), **means}, indent=2) + "\n")
-        terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], [[k, f"{v:.4f}"] for k, v in means.items()])
+        rows = [[name, f"{value:.4f}"] for name, value in means.items()]
+        terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], rows)
         terminal.say(f"written to {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(sys.argv[1:], _eval_command))
+    exit_with(run_entry(sys.argv[1:], _eval_command))

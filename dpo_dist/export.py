@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo_dist.checkpoint import resume_point
 from dpo_dist.config import RunConfig, UserError
-from dpo_dist.entry import run_entry
+from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.inputs import Inputs, read_inputs
 from dpo_dist.models.export import write_shards
 from dpo_dist.models.load import load_tokenizer
@@ -70,7 +70,8 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
              f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs a step |",
              f"| trained weights | {'LoRA rank ' + str(config.model.lora.rank) + ', merged' if config.model.lora.rank else 'all'} |", ""]
     if held_out:
-        lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in held_out.items()), ""]
+        lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|"]
+        lines += [*(f"| {name} | {value:.4f} |" for name, value in held_out.items()), ""]
     return "\n".join(lines)
 
 
@@ -88,4 +89,4 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(sys.argv[1:], _export_command, marks_run=False))
+    exit_with(run_entry(sys.argv[1:], _export_command, marks_run=False))

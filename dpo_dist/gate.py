@@ -30,11 +30,14 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
         packed = policy.token_logps(batch).logps
         device = packed.device
         sequence = batch.to(device).sequence
-        for slot, (i, ids) in enumerate((i, ids) for i in probed for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)):
-            plain = plain_token_logps(policy.model.causal, torch.tensor(pairs[i].prompt_ids, device=device), torch.tensor(ids, device=device))
-            mine = packed[sequence == int(torch.stack([batch.chosen, batch.rejected], 1).flatten()[slot])]
-            error = float("inf") if len(mine) != len(plain) else (mine - plain).abs().mean().item()
-            errors.append((error, pairs[i].where))
+        for i, chosen, rejected in zip(probed, batch.chosen, batch.rejected, strict=True):
+            pair = pairs[i]
+            prompt = torch.tensor(pair.prompt_ids, device=device)
+            for slot, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+                plain = plain_token_logps(policy.model.causal, prompt, torch.tensor(ids, device=device))
+                mine = packed[sequence == int(slot)]
+                error = float("inf") if len(mine) != len(plain) else (mine - plain).abs().mean().item()
+                errors.append((error, pair.where))
     _refuse(errors, dtype, "the packed forward disagrees with the model's own forward",
             "set model.attention=padded; if that does not help either, this is a fault of dpo-dist: please report it")
 

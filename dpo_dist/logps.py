@@ -24,8 +24,8 @@ class LogpHead(nn.Module):
 
     def __init__(self, lm_head: nn.Module, scale: float = 1.0, softcap: float | None = None):
         super().__init__()
-        self.weight = lm_head.weight
-        self.bias = getattr(lm_head, "bias", None)
+        self.weight: Any = lm_head.weight
+        self.bias: Any = getattr(lm_head, "bias", None)
         self.scale, self.softcap = scale, softcap
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, collision: bool = False) -> Any:
@@ -59,7 +59,7 @@ class _ChunkedLogps(torch.autograd.Function):
         return logps, log_collision
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:                # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         hidden, targets, normalizer = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         grad_hidden = torch.empty_like(hidden)

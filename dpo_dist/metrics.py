@@ -38,6 +38,8 @@ class MetricSums:
         """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it."""
         *sums, weight = world.sum(self._sums).tolist()
         named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
-        absent = () if self._has_rewards else ("rewards/",)
-        absent += () if self._loss.uses_rejected else ("logps/rejected",)
-        return {name: value for name, value in named.items() if not name.startswith(absent)} if absent else named
+        if not self._has_rewards:
+            named = {name: value for name, value in named.items() if not name.startswith("rewards/")}
+        if not self._loss.uses_rejected:
+            del named["logps/rejected"]
+        return named

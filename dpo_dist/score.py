@@ -5,7 +5,7 @@ import sys
 
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.engines import fill_cache
-from dpo_dist.entry import run_entry
+from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.inputs import read_inputs
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
@@ -18,4 +18,4 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(sys.argv[1:], score, marks_run=False))
+    exit_with(run_entry(sys.argv[1:], score, marks_run=False))

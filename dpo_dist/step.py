@@ -34,7 +34,8 @@ class StepBatches:
     mean_chosen_tokens: float
 
 
-def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world: World, tokens_per_microbatch: int, hidden_size: int) -> StepBatches:
+def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world: World, tokens_per_microbatch: int,
+                 hidden_size: int) -> StepBatches:
     """This rank's packs of the step made of `pair_ids`."""
     lengths = pairs.lengths()[pair_ids]
     if not loss.uses_rejected:
@@ -67,7 +68,8 @@ def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: Pack
     return pair_logps(batch, tokens, values, loss, mean_chosen_tokens), batch.weight.double()
 
 
-def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums, world: World) -> Tensor:
+def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums,
+               world: World) -> Tensor:
     """Adds the step's gradient to the policy and its figures to `sums`; this rank's part of the step's loss, a scalar."""
     slopes = _whole_step_slopes(policy, reference, step, loss, world) if loss.needs_whole_step else None
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -109,8 +111,8 @@ def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: 
     whole = gather_pairs(found, step.positions, step.mean_chosen_tokens, world)
     chosen, rejected = whole.policy_chosen.requires_grad_(), whole.policy_rejected.requires_grad_()
     per_pair = preference_loss(replace(whole, policy_chosen=chosen, policy_rejected=rejected), loss)
-    slopes = torch.autograd.grad(per_pair.mean(), (chosen, rejected))
-    return per_pair.detach(), *slopes
+    chosen_slope, rejected_slope = torch.autograd.grad(per_pair.mean(), (chosen, rejected))
+    return per_pair.detach(), chosen_slope, rejected_slope
 
 
 def gather_pairs(found: Sequence[PairLogps], positions: Sequence[Sequence[int]], mean_chosen_tokens: float, world: World) -> PairLogps:

@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 class Tracker(Protocol):
     def log(self, row: Row) -> None:
-        """Keeps one row: `step`, `split` and numbers. When it returns, the row survives a kill of the process."""
+        """Keeps one row: `step`, `split` and numbers. When it returns, the row in metrics.jsonl survives a kill and a power cut."""
 
     def finish(self, summary: Row) -> None:
         """Keeps the run's last numbers and closes."""
@@ -125,7 +125,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 class Wandb:
-    """A W&B run whose id is kept in <run.dir>/wandb_id, so that a resumed run goes on in the same place."""
+    """A W&B run whose id is kept in <run.dir>/wandb_id, so that a resumed run goes on in the same place.
+
+    It is a copy for looking at: a kill takes the rows with it that W&B's own process had not written yet (offline about 15 seconds).
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path):
         import wandb
@@ -151,8 +154,11 @@ class Wandb:
         self._run.log({"step": row["step"], **_named_by_split(row)})
 
     def finish(self, summary: Row) -> None:
+        import wandb
+
         self._run.summary.update(dict(summary))
         self._run.finish()
+        wandb.teardown()                                # finish() alone may return before the last rows are in the file
 
 
 def _logged_in(tracking: TrackingConfig) -> bool:
@@ -178,11 +184,12 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         first_new_step = resumed_step + 1 if resumed_step else 0
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_new_step, flush_secs=10)
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_new_step)
 
     def log(self, row: Row) -> None:
         for name, value in _named_by_split(row).items():
             self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
 
     def finish(self, summary: Row) -> None:
         self._writer.add_text("summary", "\n".join(f"- {name}: {value}" for name, value in summary.items()))

@@ -9,7 +9,7 @@ from dpo_dist.checkpoint import TrainState, resume_point, save_checkpoint
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.order import Order
 from dpo_dist.engines import open_engines
-from dpo_dist.entry import run_entry
+from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.evaluate import evaluate_run
 from dpo_dist.export import export_model
 from dpo_dist.gate import check_packing, check_start
@@ -18,7 +18,7 @@ from dpo_dist.metrics import MetricSums
 from dpo_dist.passport import begin_run, passport
 from dpo_dist.perf import Clock
 from dpo_dist.schedule import learning_rate
-from dpo_dist.step import step_batches, train_step
+from dpo_dist.step import StepBatches, step_batches, train_step
 from dpo_dist.terminal import Terminal
 from dpo_dist.tracking import open_tracker
 from dpo_dist.world import World
@@ -46,7 +46,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         terminal.say(f"resumed from {resumed[0].name}")
     tracker = open_tracker(config, run_dir, world.is_main, done)
 
-    def batches(step: int):
+    def batches(step: int) -> StepBatches:
         pair_ids = order.pairs_of_step(step, t.epochs, t.max_steps)
         return step_batches(inputs.train, pair_ids, loss, world, t.tokens_per_microbatch, inputs.hidden_size)
 
@@ -75,8 +75,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             clock.stop()
 
             if step % t.log_every_steps == 0 or step == total:
-                row = {"step": step, "split": "train", **sums.means(world), "grad_norm": grad_norm, "lr": lr, **clock.read(sums)}
-                tracker.log(row)
+                row = {**sums.means(world), "grad_norm": grad_norm, "lr": lr, **clock.read(sums)}
+                tracker.log({"step": step, "split": "train", **row})
                 bar.update(step, loss=row["loss"], accuracy=row.get("rewards/accuracies"), pairs_per_second=row["perf/pairs_per_second"])
                 sums = MetricSums(loss, world.device)
             if step == total or (t.eval_every_steps and step % t.eval_every_steps == 0):
@@ -94,4 +94,4 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(sys.argv[1:], train))
+    exit_with(run_entry(sys.argv[1:], train))

@@ -86,10 +86,6 @@ class World:
         """Returns when every rank has come here."""
         dist.all_reduce(torch.zeros(1))
 
-    def stop(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def rank_here() -> int:
     """This process's rank, known before any process group exists."""

@@ -64,11 +64,11 @@ def base(tmp_path: Path) -> list[str]:
 
 
 def train_on(path: Path) -> str:
-    return "data.train=[{path: %s, format: token_ids}]" % path
+    return f"data.train=[{{path: {path}, format: token_ids}}]"
 
 
 def eval_on(path: Path) -> str:
-    return "data.eval=[{path: %s, format: token_ids}]" % path
+    return f"data.eval=[{{path: {path}, format: token_ids}}]"
 
 
 def processes_on(folder: Path) -> list[int]:

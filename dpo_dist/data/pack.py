@@ -41,7 +41,7 @@ def pair_costs(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
     the ratio of attention's to the linear layers' FLOPs in a block of 12 hidden² weights). lengths: (n, 3) prompt, chosen, rejected."""
     p, c, r = lengths.astype(np.float64).T
     area = p * p / 2 + c * (p + c / 2) + r * (p + r / 2)
-    return p + c + r + area / (6 * hidden_size)
+    return np.asarray(p + c + r + area / (6 * hidden_size))
 
 
 def plan_step(lengths: np.ndarray, costs: np.ndarray, world_size: int, tokens_per_microbatch: int) -> StepPlan:
@@ -96,7 +96,8 @@ def check_budget(lengths: np.ndarray, where: Sequence[str] | None, tokens_per_mi
 # ------------------------------------------------------------------------------------------------------------ building packs
 
 
-def pack_pairs(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], weights: Sequence[float], share_completions: bool = True) -> PackedBatch:
+def pack_pairs(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], weights: Sequence[float],
+               share_completions: bool = True) -> PackedBatch:
     """One PackedBatch of these pairs: a prompt that several share is computed once, and so is a completion.
 
     share_completions=False keeps a sequence for each pair's completions, for losses in which a token's part depends on the pair.
@@ -105,7 +106,8 @@ def pack_pairs(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], weights:
     slots: list[tuple[Ids, int, int]] = []
     for pair in pairs:
         completions = trees.setdefault(pair.prompt_ids, [])
-        slots.append((pair.prompt_ids, *(_slot(completions, c, share_completions) for c in (pair.chosen_ids, pair.rejected_ids))))
+        chosen = _slot(completions, pair.chosen_ids, share_completions)
+        slots.append((pair.prompt_ids, chosen, _slot(completions, pair.rejected_ids, share_completions)))
     first, count = {}, 0
     for prompt, completions in trees.items():
         first[prompt] = count
@@ -129,9 +131,14 @@ def pack_sequences(trees: Sequence[Sequences]) -> PackedBatch:
 
 def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequence[int], pair_ids: Sequence[int],
              weights: Sequence[float], strength: Sequence[float]) -> PackedBatch:
-    ids, positions, predict_at, sequence, offset, lengths = [], [], [], [], [], []
-    spans: list[Tree] = []
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    predict_at: list[np.ndarray] = []
     targets: list[np.ndarray] = []
+    sequence: list[np.ndarray] = []
+    offset: list[np.ndarray] = []
+    lengths: list[int] = []
+    spans: list[Tree] = []
     at = 0
     for tree in trees:
         p = len(tree.prompt)

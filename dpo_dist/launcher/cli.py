@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from dpo_dist.compose import compose, documented_keys
 from dpo_dist.config import UserError, nearest, to_dict
 from dpo_dist.launcher.local import device_count, run_stages
@@ -50,9 +52,7 @@ def _main(words: list[str]) -> int:
             raise UserError(f"unknown option '{word}': the options are --help and --cfg job; everything else is key=value")
     config = compose(rest)
     if show:
-        import yaml
-
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        print(OmegaConf.to_yaml(to_dict(config)), end="")
         return 0
     return run_stages(plan(verb, config, rest, device_count(config.cluster)), Path(config.run_dir))
 

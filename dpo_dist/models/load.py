@@ -19,7 +19,7 @@ class ScoredModel(nn.Module):
 
     def __init__(self, lm: nn.Module, attention: str):
         super().__init__()
-        self.lm = lm                                     # a transformers model, or a peft model around one
+        self.lm: Any = lm                                     # a transformers model, or a peft model around one
         self.attention = attention
         causal = self.causal
         head_name, head = _head(causal)

@@ -23,6 +23,6 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World) -
 
     if config.zero.stage is None:
         return SinglePolicy(load_model(), config.optim, world.device)
-    from dpo_dist.policy.zero import ZeroPolicy          # deepspeed is imported only where it is used
+    from dpo_dist.policy.zero import ZeroPolicy  # deepspeed is imported only where it is used
 
     return ZeroPolicy(load_model, config.zero, config.optim, dtype, world)

@@ -49,9 +49,14 @@ class ZeroPolicy:
     def step(self, lr: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        own = self._grad_norm() if self._stage == 0 else None
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(norm if own is None else own)
+
+    def _grad_norm(self) -> Tensor:
+        """Stage 0 in fp32 has no DeepSpeed optimizer that would tell; every rank holds the whole, averaged gradients."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -86,7 +86,7 @@ class LogpCache:
     def __contains__(self, key: bytes) -> bool:
         return self._find(key) is not None
 
-    def logps(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndarray:
+    def logps(self, prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(C,) float32 log-probs of the completion's tokens, nats. KeyError where they were never scored."""
         at = self._find(sequence_key(prompt_ids, completion_ids))
         if at is None:

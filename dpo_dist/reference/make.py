@@ -20,6 +20,6 @@ def make_reference(config: ReferenceConfig, folder: Path, dtype: torch.dtype, at
         return AdapterOffReference(policy)
     if config.engine == "hf":
         return HfReference(folder, dtype, attention, world.device)
-    from dpo_dist.reference.zero import ZeroReference    # deepspeed is imported only where it is used
+    from dpo_dist.reference.zero import ZeroReference  # deepspeed is imported only where it is used
 
     return ZeroReference(folder, dtype, attention, world.device, config.offload)

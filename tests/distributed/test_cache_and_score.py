@@ -29,7 +29,8 @@ def score(tmp_path: Path, base: list[str], *more: str) -> tuple[int, int]:
 
 def entries(cache_dir: Path) -> list[tuple[str, bytes]]:
     """(folder, key) of every entry of every shard."""
-    return [(shard.parent.name, key.tobytes()) for shard in cache_dir.rglob("*.safetensors") for key in safetensors.numpy.load_file(shard)["keys"]]
+    shards = [(shard.parent.name, safetensors.numpy.load_file(shard)["keys"]) for shard in cache_dir.rglob("*.safetensors")]
+    return [(folder, key.tobytes()) for folder, keys in shards for key in keys]
 
 
 def test_only_what_is_new_is_scored_and_nothing_that_does_not_matter_counts_as_new(tmp_path: Path, base: list[str]):

@@ -26,9 +26,9 @@ WORLDS = {
 
 
 def run(name: str, world: list[str], run_dir: Path, base: list[str]) -> list[dict[str, float]]:
-    dpo_dist("train", f"model.path={GOLDEN / 'policy'}", f"reference.path={GOLDEN / 'ref'}", train_on(GOLDEN / "rows.json"), *base, *LOSSES[name],
-             *world, "train.pairs_per_step=8", "train.max_steps=5", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_ratio=0",
-             "optim.max_grad_norm=null", f"run.dir={run_dir}")
+    models = [f"model.path={GOLDEN / 'policy'}", f"reference.path={GOLDEN / 'ref'}"]
+    dpo_dist("train", *models, train_on(GOLDEN / "rows.json"), *base, *LOSSES[name], *world, "train.pairs_per_step=8", "train.max_steps=5",
+             "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.max_grad_norm=null", f"run.dir={run_dir}")
     return metrics(run_dir)
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import write_tiny_llama
 
-from dpo_dist.config import ModelConfig, LoraConfig, UserError
+from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.attention import branch_misfit

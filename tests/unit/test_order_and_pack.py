@@ -82,7 +82,8 @@ def test_a_pair_longer_than_a_pack_is_refused_with_the_key_to_change():
 
 
 def test_a_pack_computes_a_shared_prompt_and_a_shared_completion_once():
-    pairs = [TokenizedPair((5, 6), (7, 1), (8, 9, 1), "a"), TokenizedPair((5, 6), (8, 9, 1), (4, 1), "b"), TokenizedPair((3,), (7, 1), (2, 1), "c")]
+    pairs = [TokenizedPair((5, 6), (7, 1), (8, 9, 1), "a"), TokenizedPair((5, 6), (8, 9, 1), (4, 1), "b"),
+             TokenizedPair((3,), (7, 1), (2, 1), "c")]
     batch = pack_pairs(pairs, [0, 1, 2], [1.0, 1.0, 1.0])
     assert batch.input_ids[0].tolist() == [5, 6, 7, 1, 8, 9, 1, 4, 1, 3, 7, 1, 2, 1]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 2, 3, 4, 2, 3, 0, 1, 2, 1, 2]
