@@ -28,6 +28,7 @@ ENDINGS = {"polite": "madam", "casual": "mate"}
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 HELD_OUT_SHARE = 0.2
+SAMPLES_A_PROMPT = 4
 
 
 def main(folder: Path, overrides: list[str]) -> int:
@@ -40,17 +41,17 @@ def main(folder: Path, overrides: list[str]) -> int:
               "cluster.procs_per_node=2", f"data.cache_dir={folder / 'tokens'}", *overrides]
 
     terminal.say("2/4  supervision (loss=sft): the model learns to answer, in either tone")
-    code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}", f"data.train=[{{path: {folder / 'sft.jsonl'}}}]", "train.epochs=6",
-                     "train.pairs_per_step=16", "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common])
+    code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}", f"data.train=[{{path: {folder / 'sft.jsonl'}}}]",
+                     "train.epochs=6", "train.pairs_per_step=16", "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common])
     if code:
         return code
     terminal.say("3/4  DPO (2 processes, ZeRO-3): reference scored once, policy trained, evaluated, exported")
-    code = dpo_dist(["run", "loss=rpo", f"model.path={folder / 'sft' / 'model'}", f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]", "train.epochs=4",
-                     "train.pairs_per_step=16", "optim.lr=5e-4", "loss.beta=0.5", f"run.dir={folder / 'dpo'}",
+    code = dpo_dist(["run", "loss=rpo", f"model.path={folder / 'sft' / 'model'}", f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]",
+                     "train.epochs=4", "train.pairs_per_step=16", "optim.lr=5e-4", "loss.beta=0.5", f"run.dir={folder / 'dpo'}",
                      f"reference.cache_dir={folder / 'reference'}", *common])
     if code:
         return code
-    terminal.say(f"4/4  answers sampled to {len(held_out)} held-out prompts")
+    terminal.say(f"4/4  {SAMPLES_A_PROMPT} answers sampled to each of {len(held_out)} held-out prompts")
     report(terminal, folder, held_out)
     return 0
 
@@ -59,8 +60,9 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
     """The table before/after, a few answers, and what to try next."""
     rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = (row for row in rows if row["split"] == "eval")
-    answers = {name: sample(folder / name / "model", [p for _, p in held_out]) for name in ("sft", "dpo")}
-    share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, held_out, strict=True)) / len(given)
+    asked = held_out * SAMPLES_A_PROMPT
+    answers = {name: sample(folder / name / "model", [p for _, p in asked]) for name in ("sft", "dpo")}
+    share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, asked, strict=True)) / len(given)
              for name, given in answers.items()}
     terminal.table("before and after DPO, on prompts that were never trained on", ["", "before", "after"], [
         ["reward accuracy", f"{before['rewards/accuracies']:.3f}", f"{after['rewards/accuracies']:.3f}"],
@@ -68,7 +70,7 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
         ["loss", f"{before['loss']:.4f}", f"{after['loss']:.4f}"],
         ["sampled answers that obey the rule", f"{share['sft']:.0%}", f"{share['dpo']:.0%}"]])
     terminal.table("sampled answers", ["prompt", "before", "after"],
-                   [[p, a, b] for (_, p), a, b in list(zip(held_out, answers["sft"], answers["dpo"], strict=True))[:4]])
+                   [[p, a, b] for (_, p), a, b in list(zip(asked, answers["sft"], answers["dpo"], strict=True))[:4]])
     result = {"accuracy": after["rewards/accuracies"], "obey_before": share["sft"], "obey_after": share["dpo"]}
     (folder / "result.json").write_text(json.dumps(result))
     terminal.say("On your own data:\n"

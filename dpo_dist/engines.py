@@ -1,9 +1,11 @@
 """The models of a run, opened in an order that never holds the reference and the policy at once without need."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_dist.config import RunConfig
+from dpo_dist.data.store import PairStore
 from dpo_dist.inputs import Inputs
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
@@ -28,8 +30,9 @@ class Scored:
         return f"scored {self.scored}, cached {self.cached}"
 
 
-def open_engines(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal) -> tuple[Policy, ReferenceEngine | None]:
-    """The policy, and where its reference log-probs come from (None for a loss without a reference)."""
+def open_engines(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World,
+                 terminal: Terminal) -> tuple[Policy, ReferenceEngine | None]:
+    """The policy, and where the reference log-probs of `data_sets` come from (None for a loss without a reference)."""
     def policy() -> Policy:
         return make_policy(config, inputs.policy_folder, inputs.attention, world)
 
@@ -40,18 +43,18 @@ def open_engines(config: RunConfig, inputs: Inputs, world: World, terminal: Term
         engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, learner)
         if config.reference.mode == "live":
             return learner, engine
-        return learner, CachedReference(fill_cache(config, inputs, world, terminal, learner).cache)
+        return learner, CachedReference(fill_cache(config, inputs, data_sets, world, terminal, learner).cache)
     if config.reference.mode == "live":
         engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world)
         return policy(), engine
-    scored = fill_cache(config, inputs, world, terminal)  # the reference is freed before the policy is loaded
+    scored = fill_cache(config, inputs, data_sets, world, terminal)      # the reference is freed before the policy is loaded
     return policy(), CachedReference(scored.cache)
 
 
-def fill_cache(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal, policy: Policy | None = None) -> Scored:
-    """Scores what the cache does not hold of the training and the held-out pairs. The model is loaded only where something is missing."""
+def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
+               policy: Policy | None = None) -> Scored:
+    """Scores what the cache does not hold of these pairs. The model is loaded only where something is missing."""
     cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
-    data_sets = [inputs.train, inputs.eval]
     scoring = plan(cache, data_sets, world, config.train.tokens_per_microbatch)
     if scoring.n_damaged_shards:
         terminal.say(f"reference cache: {scoring.n_damaged_shards} damaged shards set aside (*.corrupt in {cache.folder}); scored again")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import huggingface_hub.constants
+
 from dpo_dist.compose import compose
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.terminal import Terminal
@@ -34,7 +36,7 @@ def run_entry(overrides: Sequence[str], work: Work, marks_run: bool = True) -> i
         return 2
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
+    _network(config.run.offline)
     terminal = Terminal.start(str(run_dir / "logs" / f"rank-{rank_here()}.log"), is_main=rank_here() == 0)
     try:
         world = World.start(config.cluster)
@@ -63,6 +65,12 @@ def exit_with(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _network(offline: bool) -> None:
+    """Hugging Face's libraries read the variable when they are imported, which may be over by now: tell both."""
+    os.environ["HF_HUB_OFFLINE"] = "1" if offline else "0"
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline
 
 
 def _clear_markers(run_dir: Path) -> None:

@@ -61,7 +61,7 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.eval):
         raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: held_out.jsonl}]")
-    policy, reference = open_engines(config, inputs, world, terminal)
+    policy, reference = open_engines(config, inputs, [inputs.eval], world, terminal)
     means = evaluate_run(config, inputs, policy, reference, world)
     if world.is_main:
         path = Path(config.run_dir) / "eval.json"

@@ -10,8 +10,8 @@ from dpo_dist.checkpoint import resume_point
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.inputs import Inputs, read_inputs
-from dpo_dist.models.export import write_shards
 from dpo_dist.models.load import load_tokenizer
+from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.terminal import Terminal

@@ -89,6 +89,11 @@ def _check_pairs(pairs: PairStore, model: object, config: RunConfig) -> None:
     if "odpo" in config.loss.weights:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
     check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch)
+    longest = int((pairs.lengths()[:, 0] + pairs.lengths()[:, 1:].max(1)).max())
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(f"data holds a sequence of {longest} tokens, but model.path={config.model.path} has {positions} positions; "
+                        f"set data.max_length={positions}")
     vocabulary = getattr(model, "vocab_size", None)
     largest = pairs.largest_id()
     if vocabulary is not None and largest >= vocabulary:

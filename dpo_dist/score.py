@@ -14,7 +14,8 @@ from dpo_dist.world import World
 def score(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not config.loss.needs_reference:
         raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another loss")
-    terminal.say(str(fill_cache(config, read_inputs(config, world, terminal), world, terminal)))
+    inputs = read_inputs(config, world, terminal)
+    terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)))
 
 
 if __name__ == "__main__":

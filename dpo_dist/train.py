@@ -40,7 +40,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir}/model")
         return
 
-    policy, reference = open_engines(config, inputs, world, terminal)
+    policy, reference = open_engines(config, inputs, [inputs.train, inputs.eval], world, terminal)
     if resumed:
         policy.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")

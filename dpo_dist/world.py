@@ -30,6 +30,10 @@ class World:
         """Joins the processes that torchrun (or the launcher) started; a process started alone is a world of one."""
         rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if cluster.procs_per_node not in (None, local_size):
+            raise UserError(f"cluster.procs_per_node={cluster.procs_per_node}, but {local_size} processes were started on this machine; "
+                            "leave it out under torchrun, or start as many")
         device = _device(cluster, local_rank)
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported

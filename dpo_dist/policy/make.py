@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config import RunConfig, UserError
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
 from dpo_dist.policy import Policy
 from dpo_dist.policy.single import SinglePolicy
@@ -22,6 +22,8 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World) -
         return ScoredModel(wrapped, attention)
 
     if config.zero.stage is None:
+        if world.size > 1:
+            raise UserError(f"zero.stage=null is plain torch in one process, but {world.size} were started; set zero=zero3")
         return SinglePolicy(load_model(), config.optim, world.device)
     from dpo_dist.policy.zero import ZeroPolicy  # deepspeed is imported only where it is used
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config import OptimConfig
-from dpo_dist.models.export import merged_weights
 from dpo_dist.models.load import ScoredModel, token_logps
+from dpo_dist.models.weights import merged_weights
 from dpo_dist.preference import PackedBatch, TokenLogps
 
 

@@ -15,8 +15,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config import OptimConfig, ZeroConfig
-from dpo_dist.models.export import merged_weights
 from dpo_dist.models.load import ScoredModel, token_logps
+from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.preference import PackedBatch, TokenLogps
 from dpo_dist.world import World, prepare_deepspeed

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,3 +105,24 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
     write_rows(tmp_path / "rows.jsonl", 100, seed=7)
     assert "data.train has changed since step-000008" in dpo_dist(*words, code=2).stderr
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
+
+
+def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_and_evaluated(tmp_path: Path, words: list[str]):
+    words = [*words, "cluster.procs_per_node=2", "model.lora.rank=4", "tracking=tensorboard"]
+    dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
+    killed_after(3, words, tmp_path / "killed")
+    dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
+    assert model_digest(tmp_path / "killed") == model_digest(tmp_path / "straight")
+
+    shutil.rmtree(tmp_path / "killed" / "model")
+    dpo_dist("export", *words[1:], f"run.dir={tmp_path / 'killed'}")
+    assert model_digest(tmp_path / "killed") == model_digest(tmp_path / "straight")
+    card = (tmp_path / "straight" / "model" / "README.md").read_text()
+    assert "beta=0.5" in card and str(tmp_path / "rows.jsonl") in card and "rewards/accuracies" in card
+
+    dpo_dist("eval", *words[2:], f"model.path={tmp_path / 'straight' / 'model'}", f"reference.path={tmp_path / 'm'}", "model.lora.rank=0",
+             f"run.dir={tmp_path / 'eval'}")
+    again = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    last = metrics(tmp_path / "straight", "eval")[-1]
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert again[name] == pytest.approx(last[name], rel=1e-4, abs=1e-4)

@@ -1,4 +1,4 @@
-"""A trained model → a folder that `from_pretrained` loads: weights streamed one tensor at a time, LoRA merged, safetensors shards."""
+"""A live model → safetensors files that `from_pretrained` loads: streamed one tensor at a time, LoRA merged."""
 from __future__ import annotations
 
 import json
