@@ -38,10 +38,11 @@ class SinglePolicy:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        was_training = self.model.training               # may be nested: adapter_off scores while an evaluation runs
         self.model.eval()
         with torch.no_grad():
             yield
-        self.model.train()
+        self.model.train(was_training)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:

@@ -60,10 +60,11 @@ class ZeroPolicy:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        was_training = self._engine.training              # may be nested: adapter_off scores while an evaluation runs
         self._engine.eval()
         with torch.no_grad():
             yield
-        self._engine.train()
+        self._engine.train(was_training)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
