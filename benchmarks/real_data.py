@@ -34,9 +34,9 @@ def main(data: Path, out: Path) -> None:
 def align(path: Path, form: str, folder: Path) -> dict[str, object]:
     began = time.monotonic()
     parameters = write_model(folder / "base", path, form)
-    common = [f"data.train=[{{path: {path}, format: {form}}}]", "data.eval_fraction=0.1", "data.max_length=1024", "data.on_bad_row=skip",
+    common = [f"data.train=[{{path: {path}, format: {form}}}]", "data.eval_fraction=0.1", "data.max_length=2048", "data.on_bad_row=skip",
               f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}", "cluster.device=cpu", "model.dtype=fp32",
-              "cluster.procs_per_node=2", "train.pairs_per_step=16", "train.tokens_per_microbatch=2048"]
+              "cluster.procs_per_node=2", "train.pairs_per_step=16", "train.tokens_per_microbatch=4096"]
     step("train", "loss=sft", f"model.path={folder / 'base'}", "train.epochs=3", "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common)
     supervised = time.monotonic()
     step("run", f"model.path={folder / 'sft' / 'model'}", "train.epochs=2", "optim.lr=2e-5", "loss.beta=0.1",
@@ -48,7 +48,8 @@ def align(path: Path, form: str, folder: Path) -> dict[str, object]:
     held_out = [{k: round(v, 4) for k, v in row.items() if k not in ("step", "split")} for row in rows if row["split"] == "eval"]
     passport = json.loads((folder / "dpo" / "run.json").read_text())["passport"]
     back = json.loads((folder / "loaded_back" / "eval.json").read_text())
-    return {"parameters": parameters, "train_pairs": passport["train_pairs"]["count"], "held_out_pairs": passport["eval_pairs"]["count"],
+    return {"parameters": parameters, "data": (folder / "dpo" / "data.txt").read_text().splitlines(),
+            "train_pairs": passport["train_pairs"]["count"], "held_out_pairs": passport["eval_pairs"]["count"],
             "before": held_out[0], "after": held_out[-1], "after_loaded_back": {k: round(back[k], 4) for k in held_out[-1]},
             "seconds": {"supervision": round(supervised - began), "dpo": round(aligned - supervised)}}
 
@@ -72,7 +73,7 @@ def write_model(folder: Path, path: Path, form: str) -> int:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-                                         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+                                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
                                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())

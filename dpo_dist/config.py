@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -354,9 +355,11 @@ def validate(c: RunConfig) -> None:
              train__eval_every_steps=c.train.eval_every_steps, train__save_every_steps=c.train.save_every_steps,
              train__keep_checkpoints=c.train.keep_checkpoints, cluster__nodes=c.cluster.nodes,
              cluster__procs_per_node=c.cluster.procs_per_node, cluster__timeout_seconds=c.cluster.timeout_seconds,
-             optim__lr=c.optim.lr, optim__max_grad_norm=c.optim.max_grad_norm, loss__beta=c.loss.beta,
+             optim__lr=c.optim.lr, loss__beta=c.loss.beta,
              loss__discopop_tau=c.loss.discopop_tau)
     _between("optim.warmup_ratio", c.optim.warmup_ratio, 0, 1)
+    _between("optim.max_grad_norm", c.optim.max_grad_norm, 0, math.inf)
+    _between("optim.weight_decay", c.optim.weight_decay, 0, math.inf)
     _between("data.eval_fraction", c.data.eval_fraction, 0, 0.9)
     _between("loss.ld_alpha", c.loss.ld_alpha, 0, 1)
     _validate_label_smoothing(c.loss)

@@ -17,6 +17,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}      # nats a token, mea
 PROBED_PAIRS = 3
 
 
+def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, pair_ids: np.ndarray, pairs: PairStore,
+                 dtype: torch.dtype, world: World) -> None:
+    """Both checks; `reference` is None where there is none, or where it does not start from the policy's weights."""
+    check_packing(policy, pairs, pair_ids, dtype)
+    if reference is not None:
+        check_start(policy, reference, step, pairs, dtype, world)
+
+
 def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype: torch.dtype) -> None:
     """Raises where a packed, chunked forward and the model's own plain forward disagree on the step's shortest pairs.
 

@@ -12,7 +12,7 @@ from dpo_dist.engines import open_engines
 from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.evaluate import evaluate_run
 from dpo_dist.export import export_model
-from dpo_dist.gate import check_packing, check_start
+from dpo_dist.gate import check_step_0
 from dpo_dist.inputs import read_inputs
 from dpo_dist.metrics import MetricSums
 from dpo_dist.passport import begin_run, passport
@@ -58,9 +58,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
 
     before: dict[str, float] = {}
     if done == 0:
-        check_packing(policy, inputs.train, order.pairs_of_step(1, t.epochs, t.max_steps), inputs.dtype)
-        if reference is not None and inputs.same_start:
-            check_start(policy, reference, batches(1), inputs.train, inputs.dtype, world)
+        same = reference if inputs.same_start else None
+        check_step_0(policy, same, batches(1), order.pairs_of_step(1, t.epochs, t.max_steps), inputs.train, inputs.dtype, world)
         before = held_out(0)
     after = before if done < total else evaluate_run(config, inputs, policy, reference, world)
 
