@@ -8,7 +8,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean .venv
+.PHONY: help demo test check bench clean .venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -32,6 +32,10 @@ check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not distributed"
+
+bench: $(STAMP)  ## a training step beside TRL's, on one thread; results in benchmarks/results
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"
+	$(BIN)/python benchmarks/step_time.py
 
 clean:  ## remove caches and built packages; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

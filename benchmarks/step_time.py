@@ -1,0 +1,67 @@
+"""A DPO step of this project and of TRL, in turn, on the same model, rows, precision and thread: step_time.py [ROUNDS [STEPS]].
+
+Every figure is a process of its own; the programs alternate within a round, and what is printed are medians over rounds of ratios within
+a round, so that a machine whose speed drifts does no harm. Results: benchmarks/results/step_time.json.
+"""
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from workload import PAIRS_PER_STEP, write_model, write_rows
+
+HERE = Path(__file__).parent
+WARM_UP = 2                                      # steps that are not counted
+PROGRAMS = {"ours": ("run_ours.py", "dpo"), "ours sft": ("run_ours.py", "sft"), "ours score": ("run_ours.py", "score"),
+            "TRL": ("run_trl.py", "dpo"), "TRL precomputed": ("run_trl.py", "dpo_precomputed"), "TRL sft": ("run_trl.py", "sft")}
+
+
+def main(rounds: int, steps: int) -> None:
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for kind in PAIRS_PER_STEP:
+            folder = Path(temporary) / kind
+            folder.mkdir()
+            write_rows(folder / "rows.jsonl", kind, 100)
+            write_model(folder / "model")
+            runs = [{name: run(script, what, folder, kind, steps) for name, (script, what) in PROGRAMS.items()} for _ in range(rounds)]
+            results[kind] = summary(runs)
+            print(kind, json.dumps(results[kind], indent=2), flush=True)
+    (HERE / "results").mkdir(exist_ok=True)
+    written = {"rounds": rounds, "steps": steps, "threads": 1, "rows": results}
+    (HERE / "results" / "step_time.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def run(script: str, what: str, folder: Path, kind: str, steps: int) -> dict:
+    words = [sys.executable, str(HERE / script), what, str(folder), kind, str(steps)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{script} {what} failed:\n{done.stderr[-2000:]}")
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"], "peak_mib": told["peak_mib"]}
+
+
+def summary(runs: list[dict]) -> dict:
+    def ratio(a: str, b: str, what: str = "seconds") -> float:
+        return round(statistics.median(r[a][what] / r[b][what] for r in runs), 3)
+
+    first = runs[0]
+    apart = max(abs(a - b) for a, b in zip(first["ours"]["losses"], first["TRL"]["losses"], strict=True))
+    return {
+        "seconds a step": {name: round(statistics.median(r[name]["seconds"] for r in runs), 4) for name in PROGRAMS},
+        "peak MiB": {name: round(statistics.median(r[name]["peak_mib"] for r in runs)) for name in PROGRAMS},
+        "TRL / ours": ratio("TRL", "ours"), "TRL precomputed / ours": ratio("TRL precomputed", "ours"),
+        "ours / TRL sft": ratio("ours", "TRL sft"), "ours / ours sft": ratio("ours", "ours sft"),
+        "ours score / ours": ratio("ours score", "ours"), "peak memory, ours / TRL": ratio("ours", "TRL", "peak_mib"),
+        "largest difference of the losses to TRL's": apart,
+        "losses": {"ours": first["ours"]["losses"], "TRL": first["TRL"]["losses"]},
+    }
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in (sys.argv[1:] + ["5", "14"][len(sys.argv) - 1:])))
