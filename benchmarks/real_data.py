@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "real_data.json"
 def main(data: Path, out: Path) -> None:
     results = {name: align(data / name, form, out / name.split(".")[0]) for name, form in SETS.items() if (data / name).is_file()}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": f"{torch.get_num_threads()} CPU cores, fp32", "sets": results}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"machine": f"{torch.get_num_threads()} CPU cores, fp32", "sets": results}, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(results, indent=2))
 
 
@@ -48,7 +48,7 @@ def align(path: Path, form: str, folder: Path) -> dict[str, object]:
     held_out = [{k: round(v, 4) for k, v in row.items() if k not in ("step", "split")} for row in rows if row["split"] == "eval"]
     passport = json.loads((folder / "dpo" / "run.json").read_text())["passport"]
     back = json.loads((folder / "loaded_back" / "eval.json").read_text())
-    return {"parameters": parameters, "data": (folder / "dpo" / "data.txt").read_text().splitlines(),
+    return {"parameters": parameters, "data": (folder / "dpo" / "data.txt").read_text().replace(f"{path.parent}/", "").splitlines(),
             "train_pairs": passport["train_pairs"]["count"], "held_out_pairs": passport["eval_pairs"]["count"],
             "before": held_out[0], "after": held_out[-1], "after_loaded_back": {k: round(back[k], 4) for k in held_out[-1]},
             "seconds": {"supervision": round(supervised - began), "dpo": round(aligned - supervised)}}

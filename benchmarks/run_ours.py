@@ -33,7 +33,8 @@ LR = 1e-4
 def main(what: str, folder: Path, kind: str, steps: int) -> None:
     torch.set_num_threads(1)
     config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
-                      "cluster.device=cpu", f"data.cache_dir={folder / 'tokens'}", "optim.max_grad_norm=1.0", "train.tokens_per_microbatch=1024"])
+                      "cluster.device=cpu",
+                      f"data.cache_dir={folder / 'tokens'}", "optim.max_grad_norm=1.0", "train.tokens_per_microbatch=1024"])
     world = World.start(config.cluster)
     pairs = prepare(config.data, None, None)[0]
     policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"), config.optim, world.device)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist.checkpoint import TrainState, resume_point, save_checkpoint
@@ -64,9 +65,11 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     after = before if done < total else evaluate_run(config, inputs, policy, reference, world)
 
     clock, sums = Clock(world), MetricSums(loss, world.device)
-    with terminal.progress(total, done, "training") as bar:
+    with terminal.progress(total, done, "training") as bar, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(batches, min(done + 1, total))             # the next step is packed while this one computes
         for step in range(done + 1, total + 1):
-            part = train_step(policy, reference, batches(step), loss, sums, world)
+            now, coming = coming, ahead.submit(batches, min(step + 1, total))
+            part = train_step(policy, reference, now.result(), loss, sums, world)
             if world.max(0.0 if math.isfinite(part.item()) else 1.0):
                 raise FloatingPointError(f"the loss of step {step} is not finite; no weight was changed. Lower optim.lr, or look at the data")
             lr = learning_rate(config.optim, step, total)
