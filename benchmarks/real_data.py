@@ -27,7 +27,8 @@ RESULTS = Path(__file__).parent / "results" / "real_data.json"
 def main(data: Path, out: Path) -> None:
     results = {name: align(data / name, form, out / name.split(".")[0]) for name, form in SETS.items() if (data / name).is_file()}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": f"{torch.get_num_threads()} CPU cores, fp32", "sets": results}, indent=2, ensure_ascii=False) + "\n")
+    written = {"machine": f"{torch.get_num_threads()} CPU cores, fp32", "sets": results}
+    RESULTS.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(results, indent=2))
 
 
