@@ -57,7 +57,7 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
         for batch, positions in zip(step.batches, step.positions, strict=True):
             tokens = policy.token_logps(batch)
             here = batch.to(tokens.logps.device)
-            difference = (tokens.logps - reference.token_logps(here).to(tokens.logps.device)).abs()
+            difference = (tokens.logps - reference.token_logps(batch).to(tokens.logps.device)).abs()
             mean = torch.zeros(here.n_sequences, device=difference.device).index_add(0, here.sequence, difference) / here.lengths
             worst = torch.maximum(mean[here.chosen], mean[here.rejected]).tolist()
             if positions:

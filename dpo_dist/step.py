@@ -63,9 +63,9 @@ def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: Pack
     """(PairLogps, the pairs' weights) of one pack."""
     tokens = policy.token_logps(batch, collision=bool(loss.wpo))
     device = tokens.logps.device
-    batch = batch.to(device)
-    values = None if reference is None else reference.token_logps(batch).to(device)
-    return pair_logps(batch, tokens, values, loss, mean_chosen_tokens), batch.weight.double()
+    values = None if reference is None else reference.token_logps(batch).to(device, non_blocking=True)
+    here = batch.to(device)
+    return pair_logps(here, tokens, values, loss, mean_chosen_tokens), here.weight.double()
 
 
 def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums,

@@ -12,8 +12,8 @@ class ReferenceEngine(Protocol):
     """A frozen model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (law 1)."""
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """(N,) float32 log-probs in nats of the pack's completion tokens, on the batch's device. Where the engine is sharded, all
-        ranks call it the same number of times."""
+        """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where the engine
+        is sharded, all ranks call it the same number of times."""
 
     def close(self) -> None:
         """Frees the model's memory."""

@@ -14,9 +14,9 @@ class CachedReference:
         self._cache = cache
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        ids = batch.input_ids[0].cpu().numpy()
+        ids = batch.input_ids[0].numpy()
         values = [self._cache.logps(ids[slice(*tree.prompt)], ids[slice(*branch)]) for tree in batch.trees for branch in tree.branches]
-        return torch.from_numpy(np.concatenate(values)).to(batch.input_ids.device)
+        return torch.from_numpy(np.concatenate(values))
 
     def close(self) -> None:
         """Nothing is held."""
