@@ -19,7 +19,8 @@ class TrainState:
     """Where a run is. The order of pairs, the learning rate and the packs are functions of the step, so nothing else is needed."""
 
     step: int                    # optimizer steps done
-    data_digest: str
+    zero_stage: int | None       # the layout of the policy's own files
+    ranks: int
 
 
 def save_checkpoint(run_dir: Path, policy: Policy, state: TrainState, keep: int, world: World) -> Path:
@@ -38,15 +39,18 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def resume_point(run_dir: Path, data_digest: str) -> tuple[Path, TrainState] | None:
-    """The newest whole checkpoint and where it stands, or None. UserError where the training pairs are not the ones it was trained on."""
+def resume_point(run_dir: Path, zero_stage: int | None, ranks: int) -> tuple[Path, TrainState] | None:
+    """The newest whole checkpoint and where it stands, or None. UserError where this run cannot go on from it."""
     folder = latest_checkpoint(run_dir)
     if folder is None:
         return None
     state = TrainState(**json.loads((folder / "state.json").read_text()))
-    if state.data_digest != data_digest:
-        raise UserError(f"data.train has changed since {folder.name} was written, so the run cannot go on in the same order; "
-                        "restore the data, or start a new run with another run.dir")
+    if state.zero_stage != zero_stage:
+        raise UserError(f"{folder.name} was written with zero.stage={state.zero_stage}, not {zero_stage}; go on with the same zero.stage, "
+                        "or start a new run from the exported model")
+    if zero_stage == 0 and state.ranks != ranks:
+        raise UserError(f"{folder.name} was written by {state.ranks} ranks under ZeRO-0, which cannot go on with {ranks}; start as many, "
+                        "or train with zero=zero1 or higher")
     return folder, state
 
 

@@ -375,6 +375,10 @@ def validate(c: RunConfig) -> None:
                         f"{c.cluster.nodes} ... -m dpo_dist.train` on each node, or set cluster.nodes=1")
     if c.model.lora.rank == 0 and c.model.lora.alpha is not None:
         raise UserError(f"model.lora.alpha={c.model.lora.alpha} does nothing while model.lora.rank=0; set model.lora.rank=16")
+    if c.model.lora.rank == 0 and c.model.lora.target_modules != "all-linear":
+        raise UserError(f"model.lora.target_modules={c.model.lora.target_modules} does nothing while model.lora.rank=0; set model.lora.rank=16")
+    if c.train.eval_every_steps and not c.data.eval and not c.data.eval_fraction:
+        raise UserError(f"train.eval_every_steps={c.train.eval_every_steps} has nothing to evaluate; set data.eval or data.eval_fraction=0.05")
     _validate_reference(c)
     _validate_zero(c)
 
@@ -397,8 +401,11 @@ def _validate_reference(c: RunConfig) -> None:
                             "policy's own base weights as reference; remove reference.path or set reference.engine=hf")
     if c.reference.offload != "none" and c.reference.engine != "zero":
         raise UserError(f"reference.offload={c.reference.offload} is only for reference.engine=zero, not {c.reference.engine}")
-    if not c.loss.needs_reference and c.reference.path is not None:
-        raise UserError(f"reference.path={c.reference.path} would do nothing: loss.name={c.loss.name} uses no reference; remove it")
+    if not c.loss.needs_reference:
+        for key, default in (("path", None), ("engine", "hf"), ("mode", "cached")):
+            if getattr(c.reference, key) != default:
+                raise UserError(f"reference.{key}={getattr(c.reference, key)} would do nothing: loss.name={c.loss.name} uses no reference; "
+                                "remove it")
 
 
 def _validate_zero(c: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """How every command's process begins and ends: config, log file, world; then one message and an exit code, never a bare traceback."""
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -8,12 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import huggingface_hub.constants
 
 from dpo_dist.compose import compose
-from dpo_dist.config import RunConfig, UserError
+from dpo_dist.config import RunConfig, UserError, to_dict
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World, rank_here
 
@@ -22,27 +23,32 @@ Work = Callable[[RunConfig, World, Terminal], None]
 DONE, FAILED = "DONE", "FAILED"
 
 
-def run_entry(overrides: Sequence[str], work: Work, marks_run: bool = True) -> int:
+def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
     """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 for anything else.
 
     The first rank to fail writes <run.dir>/FAILED with the message and the code, which torchrun would lose, and tells the person;
-    the others only log. `marks_run`: whether success is written as <run.dir>/DONE.
+    the others only log. `owns_run`: the work is the run itself: one process group at a time, and its success is <run.dir>/DONE.
     """
     try:
         config = compose(overrides)
     except UserError as error:
-        if rank_here() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail_early(str(error))
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "logs").mkdir(exist_ok=True)
+        lock = _lock(run_dir) if owns_run and rank_here() == 0 else None     # held until the process ends
+    except (OSError, UserError) as error:
+        return _fail_early(f"run.dir={run_dir} cannot be used: {error}; set another run.dir")
+    if rank_here() == 0:
+        _clear_markers(run_dir, [DONE, FAILED] if owns_run else [FAILED])
     _network(config.run.offline)
     terminal = Terminal.start(str(run_dir / "logs" / f"rank-{rank_here()}.log"), is_main=rank_here() == 0)
     try:
         world = World.start(config.cluster)
-        world.on_main(lambda: _clear_markers(run_dir))
+        _agree(config, world)
         work(config, world, terminal)
-        if marks_run and world.is_main:
+        if owns_run and world.is_main:
             (run_dir / DONE).touch()
         world.barrier()
         return 0
@@ -56,6 +62,7 @@ def run_entry(overrides: Sequence[str], work: Work, marks_run: bool = True) -> i
         return _fail(run_dir, terminal, f"{type(error).__name__}: {error} ({where})", 1)
     finally:
         terminal.stop()
+        del lock
 
 
 def exit_with(code: int) -> NoReturn:
@@ -73,9 +80,32 @@ def _network(offline: bool) -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = offline
 
 
-def _clear_markers(run_dir: Path) -> None:
-    for marker in (DONE, FAILED):
+def _clear_markers(run_dir: Path, markers: Sequence[str]) -> None:
+    for marker in markers:
         (run_dir / marker).unlink(missing_ok=True)
+
+
+def _lock(run_dir: Path) -> TextIO:
+    """An open file that holds the run's lock. The system lets it go when the process ends, however it ends."""
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError("another process is training there now") from error
+    return file
+
+
+def _agree(config: RunConfig, world: World) -> None:
+    """UserError where ranks were started with different configs: they would wait for each other for ever."""
+    if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
+        raise UserError("the ranks were started with different overrides; give every node the same command")
+
+
+def _fail_early(message: str) -> int:
+    """Before there is a log: every rank would say the same."""
+    if rank_here() == 0:
+        print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _fail(run_dir: Path, terminal: Terminal, message: str, code: int) -> int:

@@ -12,6 +12,7 @@ from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.inputs import Inputs, read_inputs
 from dpo_dist.models.load import load_tokenizer
 from dpo_dist.models.weights import write_shards
+from dpo_dist.passport import check_same_run, passport
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.terminal import Terminal
@@ -79,7 +80,8 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     """Writes <run.dir>/model from the run's newest whole checkpoint."""
     run_dir = Path(config.run_dir)
     inputs = read_inputs(config, world, terminal)
-    resumed = world.on_main(lambda: resume_point(run_dir, inputs.train.digest))
+    world.on_main(lambda: check_same_run(run_dir, config, passport(config, inputs, world)))
+    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.stage, world.size))
     if resumed is None:
         raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
     policy = make_policy(config, inputs.policy_folder, inputs.attention, world)
@@ -89,4 +91,4 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
 
 
 if __name__ == "__main__":
-    exit_with(run_entry(sys.argv[1:], _export_command, marks_run=False))
+    exit_with(run_entry(sys.argv[1:], _export_command))

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.audit import summary_lines
@@ -14,7 +14,7 @@ from dpo_dist.data.pack import check_budget
 from dpo_dist.data.store import PairStore, prepare
 from dpo_dist.losses import check_strengths
 from dpo_dist.models.digest import model_digest, tokenizer_digest
-from dpo_dist.models.load import choose_attention, load_tokenizer, resolve, torch_dtype
+from dpo_dist.models.load import choose_attention, load_tokenizer, read_config, resolve, torch_dtype
 from dpo_dist.reference.cache import ReferenceKey
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
@@ -53,11 +53,13 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
     reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
-    model = AutoConfig.from_pretrained(policy_folder)
+    model = read_config(policy_folder)
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
-            _check_pairs(pairs, model, config)
+            _check_pairs(pairs, config)
+            _check_fits(pairs, model, f"model.path={config.model.path}")
+            _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
     return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, torch_dtype(config.model, world.device), attention,
                   reference_attention, getattr(model, "hidden_size", 1024), train, held_out)
 
@@ -85,17 +87,28 @@ def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal)
         terminal.say(summary)
 
 
-def _check_pairs(pairs: PairStore, model: object, config: RunConfig) -> None:
+def _check_pairs(pairs: PairStore, config: RunConfig) -> None:
+    if config.loss.needs_whole_step and np.ptp(pairs.weight) > 0:
+        raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; remove them from the data")
     if "odpo" in config.loss.weights:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
     check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch)
+
+
+def _check_fits(pairs: PairStore, model: Any, key: str) -> None:
+    """UserError where the pairs are too long for a model, or hold ids that it does not know."""
     longest = int((pairs.lengths()[:, 0] + pairs.lengths()[:, 1:].max(1)).max())
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and longest > positions:
-        raise UserError(f"data holds a sequence of {longest} tokens, but model.path={config.model.path} has {positions} positions; "
+        raise UserError(f"data holds a sequence of {longest} tokens, but {key} has {positions} positions; "
                         f"set data.max_length={positions}")
+    rope = getattr(model, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(model, "original_max_position_embeddings", None) or positions
+    if rope.get("rope_type") in ("dynamic", "longrope") and original is not None and longest > original:
+        raise UserError(f"data holds a sequence of {longest} tokens; beyond {original}, {key} changes its position embedding with the longest "
+                        f"sequence of a forward, so log-probs would depend on packing; set data.max_length={original}")
     vocabulary = getattr(model, "vocab_size", None)
     largest = pairs.largest_id()
     if vocabulary is not None and largest >= vocabulary:
-        raise UserError(f"data holds token id {largest}, but model.path={config.model.path} has a vocabulary of {vocabulary}; "
+        raise UserError(f"data holds token id {largest}, but {key} has a vocabulary of {vocabulary}; "
                         "use the tokenizer that belongs to the model")

@@ -31,11 +31,13 @@ class LogpHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None, collision: bool = False) -> Any:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision)
+        keep = torch.is_grad_enabled()                   # always off inside the function, so asked here
+        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep)
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] per row, chunk by chunk; each chunk's logits are computed again in backward.
+    """log softmax(head(hidden))[target] per row, chunk by chunk; in backward each chunk's logits are computed again, but for the last
+    chunk's, which are kept: backward begins with them, when one chunk of logits must exist anyhow.
 
     The parameters themselves are kept on ctx, not through save_for_backward: ZeRO-3 frees them after forward and gathers the
     same objects again before backward. One function call a pack means one gather a direction.
@@ -43,17 +45,18 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                scale: float, softcap: float | None, collision: bool) -> tuple[Tensor, Tensor]:
+                scale: float, softcap: float | None, collision: bool, keep: bool) -> tuple[Tensor, Tensor]:
         ctx.weight, ctx.bias, ctx.scale, ctx.softcap = weight, bias, scale, softcap
         logps = torch.empty(len(targets), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device)
         log_collision = torch.empty_like(logps) if collision else logps.new_empty(0)
         normalizer = torch.empty_like(logps)
         for rows in _chunks(len(targets)):
-            logits = _logits(hidden[rows], weight, bias, scale, softcap)[0]
+            logits, slope = _logits(hidden[rows], weight, bias, scale, softcap)
             normalizer[rows] = logits.logsumexp(-1)
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizer[rows]
             if collision:
                 log_collision[rows] = (2 * logits).logsumexp(-1) - 2 * normalizer[rows]
+        ctx.last_chunk = (logits, slope) if keep and len(targets) else None
         ctx.save_for_backward(hidden, targets, normalizer)
         ctx.mark_non_differentiable(log_collision)
         return logps, log_collision
@@ -63,22 +66,24 @@ class _ChunkedLogps(torch.autograd.Function):
         hidden, targets, normalizer = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         grad_hidden = torch.empty_like(hidden)
-        train_head = weight.requires_grad
-        grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype) if train_head else None
+        grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype) if weight.requires_grad else None
         grad_bias = torch.zeros_like(bias, dtype=normalizer.dtype) if bias is not None and bias.requires_grad else None
-        for rows in _chunks(len(targets)):
-            logits, slope = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
-            d = (logits - normalizer[rows, None]).exp_().mul_(-grad[rows, None])       # d logp / d logits = onehot - softmax
+        kept, ctx.last_chunk = ctx.last_chunk, None
+        for rows in reversed(_chunks(len(targets))):
+            logits, slope = kept or _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
+            kept = None
+            d = logits.sub_(normalizer[rows, None]).exp_().mul_(-grad[rows, None])     # d logp / d logits = onehot - softmax
             d.scatter_add_(1, targets[rows, None], grad[rows, None])
-            d = d * slope if isinstance(slope, Tensor) else d.mul_(slope)
+            if isinstance(slope, Tensor) or slope != 1.0:
+                d = d * slope
             d_low = d.to(hidden.dtype)
             grad_hidden[rows] = d_low @ weight
             if grad_weight is not None:
-                grad_weight += d_low.t() @ hidden[rows]
+                grad_weight += d_low.t() @ hidden[rows]                                # product in the weights' dtype, sum in fp32
             if grad_bias is not None:
                 grad_bias += d.sum(0)
         return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None, None)
+                None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None, None, None)
 
 
 def _chunks(n: int) -> list[slice]:

@@ -31,15 +31,26 @@ def passport(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
     }
 
 
+SAME_RUN = ("policy_weights", "reference_weights", "train_pairs", "dtype")          # what a run cannot change on its way
+
+
+def check_same_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
+    """UserError where the folder holds a run of another config, or of other weights or data under the same names."""
+    path = run_dir / "run.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    changed = _differences(before["identity_of"], config.identity_dict())
+    changed += _differences({k: before["passport"][k] for k in SAME_RUN}, {k: lineage[k] for k in SAME_RUN})
+    if changed:
+        raise UserError(f"run.dir={run_dir} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
+
+
 def begin_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
     """Writes run.json. UserError where the folder holds a run that was trained otherwise."""
+    check_same_run(run_dir, config, lineage)
     path = run_dir / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before["identity"] != config.identity():
-            changed = _differences(before["identity_of"], config.identity_dict())
-            raise UserError(f"run.dir={run_dir} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
-    content = {"config": to_dict(config), "passport": lineage, "identity": config.identity(), "identity_of": config.identity_dict()}
+    content = {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.rename(path)

@@ -19,4 +19,4 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(run_entry(sys.argv[1:], score, marks_run=False))
+    exit_with(run_entry(sys.argv[1:], score))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.config import LossConfig, UserError
+from dpo_dist.config import LossConfig
 from dpo_dist.data.pack import pack_pairs, pair_costs, plan_step
 from dpo_dist.data.store import PairStore
 from dpo_dist.logps import pair_logps
@@ -41,8 +41,6 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
     if not loss.uses_rejected:
         lengths = lengths * np.array([1, 1, 0], dtype=lengths.dtype)
     weights = np.asarray(pairs.weight[pair_ids], dtype=np.float64)
-    if loss.needs_whole_step and (weights != weights[0]).any():
-        raise UserError(f"loss.name={loss.name} sorts over the pairs of a step, so rows cannot have weights of their own; remove them")
     plan = plan_step(lengths, pair_costs(lengths, hidden_size), world.size, tokens_per_microbatch)
     batches, positions = [], []
     for members, is_filler in plan.of_rank(world.rank):

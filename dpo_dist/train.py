@@ -35,7 +35,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
 
     order = Order(t.seed, inputs.train.digest, inputs.train.source, inputs.train.source_weights, t.pairs_per_step)
     total = order.total_steps(t.epochs, t.max_steps)
-    resumed = world.on_main(lambda: resume_point(run_dir, inputs.train.digest))
+    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.stage, world.size))
     done = resumed[1].step if resumed else 0
     if done == total and world.on_main(lambda: (run_dir / "model").exists()):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir}/model")
@@ -74,6 +74,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 raise FloatingPointError(f"the loss of step {step} is not finite; no weight was changed. Lower optim.lr, or look at the data")
             lr = learning_rate(config.optim, step, total)
             grad_norm = policy.step(lr)
+            if not math.isfinite(grad_norm):             # the same on every rank
+                raise FloatingPointError(f"the gradient of step {step} is not finite; the last checkpoint is from before. Lower optim.lr")
             clock.stop()
 
             if step % t.log_every_steps == 0 or step == total:
@@ -84,7 +86,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             if step == total or (t.eval_every_steps and step % t.eval_every_steps == 0):
                 after = held_out(step)
             if step == total or (t.save_every_steps and step % t.save_every_steps == 0):
-                save_checkpoint(run_dir, policy, TrainState(step, inputs.train.digest), t.keep_checkpoints, world)
+                state = TrainState(step, config.zero.stage, world.size)
+                save_checkpoint(run_dir, policy, state, t.keep_checkpoints, world)
             clock.start()                                # evaluation and saving are not training time
 
     model = export_model(run_dir, policy, inputs, config, after, world)
@@ -96,4 +99,4 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(run_entry(sys.argv[1:], train))
+    exit_with(run_entry(sys.argv[1:], train, owns_run=True))

@@ -37,7 +37,7 @@ class World:
         device = _device(cluster, local_rank)
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
-        if size == 1 and "MASTER_PORT" not in os.environ:            # DeepSpeed wants a group even for one process
+        if size == 1 and "RANK" not in os.environ:            # DeepSpeed wants a group even for one process
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         if not dist.is_initialized():
             timeout = timedelta(seconds=cluster.timeout_seconds)

@@ -4,13 +4,14 @@ from __future__ import annotations
 import glob
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config import ClusterConfig
+from dpo_dist.config import ClusterConfig, UserError
 from dpo_dist.launcher.plan import Stage
 
 TAIL_LINES = 20
@@ -38,12 +39,17 @@ def run_stages(stages: Sequence[Stage], run_dir: Path) -> int:
 def run_stage(stage: Stage, run_dir: Path) -> int:
     """Starts the stage and waits. What it tells a person passes through; what libraries say goes to <run.dir>/logs/launcher.log."""
     logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot be made: {error}; set run.dir to a folder that can be written") from error
     failed = run_dir / "FAILED"
     failed.unlink(missing_ok=True)
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // stage.processes)), **os.environ, "PYTHONUNBUFFERED": "1"}
     with (logs / "launcher.log").open("ab") as log:
+        already = log.tell()
         process = subprocess.Popen(command(stage), stderr=log, env=environment)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())    # what ends the launcher ends what it started
         try:
             code = process.wait()
         except KeyboardInterrupt:                        # the processes got it too: let them end by themselves
@@ -55,8 +61,12 @@ def run_stage(stage: Stage, run_dir: Path) -> int:
         told = json.loads(failed.read_text())
         print(f"error: {told['message']}", file=sys.stderr)
         return int(told["exit_code"])
-    tail = (logs / "launcher.log").read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    print("\n".join([*tail, f"error: the {stage.name} stage ended with code {code}; its logs are in {logs}"]), file=sys.stderr)
+    said = (logs / "launcher.log").read_bytes()[already:].decode(errors="replace").splitlines()
+    told_early = [line for line in said if line.startswith("error: ")]       # before there was a folder to leave a marker in
+    if told_early:
+        print(told_early[-1], file=sys.stderr)
+        return 2
+    print("\n".join([*said[-TAIL_LINES:], f"error: the {stage.name} stage ended with code {code}; its logs are in {logs}"]), file=sys.stderr)
     return code if 0 < code < 256 else 1
 
 

@@ -87,16 +87,19 @@ _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, 
 def branch_misfit(config: PretrainedConfig) -> str | None:
     """None where branch attention is exact for this architecture, else why not.
 
-    Found out, not looked up: a tiny random model of the same architecture computes two branches packed and each row alone.
+    Found out, not looked up: a tiny random model of the same architecture computes two branches packed, and its twin with the
+    architecture's own attention computes each row alone. What the own attention knows and ours does not (sinks, chunks) shows here.
     """
     try:
         small = _shrink(config)
         model = AutoModelForCausalLM.from_config(small, attn_implementation="branch", dtype=torch.float32).eval()
+        twin = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager", dtype=torch.float32).eval()
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.2)
-            error = _packed_error(model)
+            twin.load_state_dict(model.state_dict())
+            error = _packed_error(model, twin)
     except Exception as problem:                                # any failure of a foreign architecture means: it does not fit
         return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
     return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
@@ -119,12 +122,12 @@ def _shrink(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
-def _packed_error(model: Any) -> float:
+def _packed_error(model: Any, twin: Any) -> float:
     ids = torch.arange(3, 27)
     prompt, left, right = ids[:10], ids[10:18], ids[18:]
     tree = Tree((0, 10), ((10, 18), (18, 24)))                  # type: ignore[arg-type]
     positions = torch.cat([torch.arange(10), torch.arange(10, 18), torch.arange(10, 16)])
     packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, forest=Forest([tree])).last_hidden_state[0]
-    rows = [model.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0] for c in (left, right)]
+    rows = [twin.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0] for c in (left, right)]
     wanted = torch.cat([rows[0], rows[1][10:]])
     return ((packed - wanted).abs().max() / wanted.abs().max()).item()

@@ -6,6 +6,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dpo_dist.config import UserError
+
 # Keys of config.json that do not change what the weights compute.
 _VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation"}
 
@@ -42,7 +44,7 @@ def _tensor_digests(file: Path) -> list[tuple[str, str, str]]:
             while left > 0:
                 block = f.read(min(left, 1 << 24))
                 if not block:
-                    raise OSError(f"{file} ends before its tensor {name}: the file is truncated")
+                    raise UserError(f"{file} ends before its tensor {name}: the file is truncated; copy it again")
                 digest.update(block)
                 left -= len(block)
             out.append((name, f"{entry['dtype']} {entry['shape']}", digest.hexdigest()))

@@ -23,6 +23,8 @@ class ScoredModel(nn.Module):
         self.attention = attention
         causal = self.causal
         head_name, head = _head(causal)
+        if hasattr(head, "base_layer"):
+            raise UserError(f"model.lora.target_modules names the output head '{head_name}', which cannot have adapters here; leave it out")
         setattr(causal, head_name, LogpHead(head, *_head_numerics(causal.config)))
         self.head_name = head_name
 
@@ -95,11 +97,19 @@ def torch_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
 
 
+def read_config(folder: Path) -> Any:
+    """The transformers config in a model's folder. UserError where transformers does not know what it is."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder}/config.json is not a model that transformers knows: {str(error).splitlines()[0]}") from error
+
+
 def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None]:
     """("branch" or "padded", why not branch). Raises UserError where branch was asked for and is not exact."""
     if config.attention == "padded":
         return "padded", None
-    misfit = branch_misfit(AutoConfig.from_pretrained(folder))
+    misfit = branch_misfit(read_config(folder))
     if misfit and config.attention == "branch":
         raise UserError(f"model.attention=branch does not fit {config.path} ({misfit}); set model.attention=auto or padded")
     return ("padded", misfit) if misfit else ("branch", None)
@@ -109,8 +119,22 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str) -> PreTrain
     """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive."""
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="branch" if attention == "branch" else "sdpa", use_safetensors=True, local_files_only=True)
+    def load(implementation: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, use_safetensors=True,
+                                                    local_files_only=True)
+
+    if attention == "branch":
+        model = load("branch")
+    else:
+        try:
+            model = load("sdpa")
+        except ValueError:                               # an architecture that only has its own
+            model = load("eager")
+    for module in model.modules():                       # log-probs of one model are one set of numbers: no dropout, whatever its config says
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     model.config.use_cache = False
     return model
 
@@ -122,10 +146,14 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     torch.manual_seed(seed)                              # the same adapters on every rank
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(
+        adapted = peft.get_peft_model(model, peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
+    for name, module in adapted.named_modules():
+        if (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")) or getattr(module, "lora_embedding_A", None):
+            raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear layer; name linear layers")
+    return adapted
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

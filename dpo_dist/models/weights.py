@@ -27,12 +27,12 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
             continue                                     # merged into its base weight
         owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
         adapters = _adapters(owner) if name.endswith(".base_layer.weight") else []
-        with gathered([parameter, *(p for a, b, _ in adapters for p in (a, b))]):
+        with gathered([parameter, *adapters]):
             weight = parameter.detach()
             if adapters and keep:
                 merged = weight.float()
-                for a, b, scaling in adapters:
-                    merged = merged + scaling * (b.detach().float() @ a.detach().float())
+                for name_of_adapter in owner.active_adapters:
+                    merged = merged + owner.get_delta_weight(name_of_adapter).detach().float()
                 weight = merged.to(weight.dtype)
             whole = weight.cpu().clone().contiguous() if keep else torch.empty(0)
         yield name.replace(".base_layer", ""), whole
@@ -42,9 +42,9 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
             yield name, buffer.detach().cpu().clone() if keep else torch.empty(0)
 
 
-def _adapters(layer: Any) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
-    """(A, B, scaling) of each LoRA adapter on a layer: its weight is base + scaling · B A (arXiv 2106.09685, section 4.1)."""
-    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in layer.active_adapters]
+def _adapters(layer: Any) -> list[nn.Parameter]:
+    """A and B of each LoRA adapter on a layer: its weight is base + scaling · B A (arXiv 2106.09685, section 4.1)."""
+    return [side[name].weight for name in layer.active_adapters for side in (layer.lora_A, layer.lora_B)]
 
 
 def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: bool) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
 from dpo_dist.policy import Policy
@@ -24,6 +26,9 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World) -
     if config.zero.stage is None:
         if world.size > 1:
             raise UserError(f"zero.stage=null is plain torch in one process, but {world.size} were started; set zero=zero3")
+        if dtype == torch.bfloat16:
+            raise UserError(f"model.dtype={config.model.dtype} is bf16 here, which needs DeepSpeed's fp32 master weights; "
+                            "set zero=zero0 (or higher) or model.dtype=fp32")
         return SinglePolicy(load_model(), config.optim, world.device)
     from dpo_dist.policy.zero import ZeroPolicy  # deepspeed is imported only where it is used
 

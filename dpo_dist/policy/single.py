@@ -20,7 +20,8 @@ class SinglePolicy:
         self.model = model.to(device).train()
         self._device, self._clip = device, optim.max_grad_norm
         self._trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                                            fused=True)
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
         return token_logps(self.model, batch.to(self._device), collision)

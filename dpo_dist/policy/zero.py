@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,7 +35,7 @@ class ZeroPolicy:
         unset_hf_deepspeed_config()
         del sharded_load
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
         self._engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
@@ -89,17 +90,15 @@ class ZeroPolicy:
     def _load_universal(self, folder: Path) -> Any:
         """A checkpoint of another number of ranks, through DeepSpeed's universal format."""
         universal = folder / "universal"
-        if self._world.is_main and not universal.exists():
-            from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
-
-            ds_to_universal(Namespace(input_folder=str(folder / STATE), output_folder=str(universal), num_extract_workers=1,
-                                      num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
-        self._world.barrier()
+        self._world.on_main(lambda: _convert(folder / STATE, universal))
         self._engine._config.load_universal_checkpoint = True
         try:
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=universal.name, load_module_strict=False)
         finally:
             self._engine._config.load_universal_checkpoint = False
+        for state in self._engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()    # DeepSpeed gives all of them one tensor, which each would then advance
         return loaded
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -107,3 +106,16 @@ class ZeroPolicy:
 
     def _gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
+
+
+def _convert(saved: Path, universal: Path) -> None:
+    """Writes the universal form beside the checkpoint, whole or not at all."""
+    if universal.exists():
+        return
+    from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+
+    partial = universal.with_name("universal.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1, num_merge_workers=1,
+                              keep_temp_folder=False, strict=True, inject_missing_state=False))
+    partial.rename(universal)

@@ -22,6 +22,7 @@ def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: b
         "zero_allow_untested_optimizer": True,                    # torch's AdamW: nothing to compile
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),        # many micro-steps add up to one gradient
         "zero_optimization": stage,
         "wall_clock_breakdown": False,
     }

@@ -21,6 +21,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dpo_dist.config import UserError
+
 FLUSH_SHARE = 0.05                 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
 FLUSH_SECONDS = 1.0                # ... while the number of shards grows only with the logarithm of the time
 
@@ -49,7 +51,10 @@ class LogpCache:
 
     def __init__(self, cache_dir: str, key: ReferenceKey):
         self.folder = Path(cache_dir) / key.folder
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"reference.cache_dir={cache_dir} cannot be made: {error}; set a folder that can be written") from error
         described = self.folder / "key.json"
         if not described.exists():
             _write_whole(described, json.dumps(asdict(key), indent=2).encode())
@@ -64,7 +69,10 @@ class LogpCache:
             if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
                 whole.append(path.name)
             else:
-                path.rename(path.with_suffix(".corrupt"))
+                try:
+                    path.rename(path.with_suffix(".corrupt"))
+                except FileNotFoundError:                # another job found it damaged too
+                    pass
                 damaged += 1
         return whole, damaged
 

@@ -1,6 +1,7 @@
 """A killed run goes on as if nothing had happened: bit-identical at the same world size, to rounding at another."""
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -102,9 +103,21 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
     dpo_dist(*words)
     said = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
     assert "holds another run (loss.beta was 0.5, is now 0.25)" in said and "choose another run.dir" in said
-    write_rows(tmp_path / "rows.jsonl", 100, seed=7)
-    assert "data.train has changed since step-000008" in dpo_dist(*words, code=2).stderr
+    assert "written with zero.stage=None, not 3; go on with the same zero.stage" in dpo_dist(*words, "zero=zero3", code=2).stderr
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
+    write_tiny_llama(tmp_path / "m", seed=1, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    assert "holds another run (policy_weights was" in dpo_dist(*words, code=2).stderr
+    write_rows(tmp_path / "rows.jsonl", 100, seed=7)
+    assert "train_pairs.digest was" in dpo_dist(*words, code=2).stderr
+
+
+def test_a_run_that_is_being_trained_is_not_trained_by_a_second_process(tmp_path: Path, words: list[str]):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = dpo_dist(*words, "zero=none", f"run.dir={tmp_path / 'run'}", code=2).stderr
+    assert "another process is training there now" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_and_evaluated(tmp_path: Path, words: list[str]):

@@ -15,6 +15,7 @@ from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.attention import branch_misfit
 from dpo_dist.models.digest import model_digest
 from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, load_causal_lm, token_logps
+from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.preference import PackedBatch, TokenizedPair
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -76,6 +77,30 @@ def test_an_architecture_that_branch_attention_would_get_wrong_is_found_out_and_
     assert attention == "padded" and "differ" in why
     with pytest.raises(UserError, match=r"model\.attention=branch does not fit .* set model\.attention=auto"):
         choose_attention(ModelConfig(str(tmp_path), "fp32", "branch", False, LoraConfig(0, None, "all-linear")), tmp_path)
+
+
+def test_attention_sinks_which_branch_attention_does_not_know_are_found_out():
+    assert "differ" in str(branch_misfit(transformers.GptOssConfig()))
+
+
+def test_adapters_on_the_output_head_are_refused_instead_of_lost(tmp_path: Path):
+    folder = write_tiny_llama(tmp_path)
+    with pytest.raises(UserError, match=r"model\.lora\.target_modules names the output head 'lm_head'"):
+        ScoredModel(add_lora(load_causal_lm(folder, torch.float32, "branch"), LoraConfig(4, None, ("lm_head", "q_proj")), 0), "branch")
+
+
+def test_merged_lora_weights_equal_the_adapted_model_for_transposed_layers_too(tmp_path: Path):
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "m")
+    model = ScoredModel(add_lora(load_causal_lm(tmp_path / "m", torch.float32, "branch"), LoraConfig(4, None, "all-linear"), 0), "branch")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    write_shards(tmp_path / "m", merged_weights(model), write=True)
+    batch = pack_pairs(PAIRS, [0, 1, 2], [1.0] * 3)
+    exported = ScoredModel(load_causal_lm(tmp_path / "m", torch.float32, "branch"), "branch")
+    assert (token_logps(exported, batch).logps - token_logps(model.eval(), batch).logps).abs().max() < 1e-4
 
 
 def test_fresh_lora_adapters_change_nothing_and_trained_ones_do(tmp_path: Path):
