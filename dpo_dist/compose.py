@@ -17,7 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config import RunConfig, UserError, decode, nearest
+from dpo_dist.config import RunConfig, UserError, nearest
+from dpo_dist.decode import decode
 
 
 def conf_dir() -> Path:

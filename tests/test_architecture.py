@@ -12,6 +12,8 @@ PACKAGE = Path(dpo_dist.__file__).parent
 FLOORS = [
     ["loss_options"],
     ["config"],
+    ["rules"],
+    ["decode"],
     ["compose", "terminal"],
     ["preference", "world", "schedule", "tracking"],
     ["logps", "losses", "entry"],
@@ -29,7 +31,7 @@ ONLY_IN = {
     "hydra": {"compose.py"},
     "omegaconf": {"compose.py", "launcher/cli.py"},
 }
-TORCH_FREE = {"loss_options", "config", "compose", "launcher"}
+TORCH_FREE = {"loss_options", "config", "rules", "decode", "compose", "launcher"}
 
 
 def imports(path: Path) -> Iterator[str]:

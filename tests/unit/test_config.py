@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from dpo_dist.compose import compose, conf_dir, documented_keys, yaml_comments
-from dpo_dist.config import UserError, decode, to_dict
+from dpo_dist.config import UserError, to_dict
+from dpo_dist.decode import decode
 
 MISTAKES = {
     "unknown key 'loss.bta': did you mean 'loss.beta'": ["loss.bta=1"],

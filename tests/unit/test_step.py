@@ -11,12 +11,13 @@ import torch
 from conftest import write_rows, write_tiny_llama
 
 from dpo_dist.compose import compose
-from dpo_dist.config import LossConfig, resolve_loss
+from dpo_dist.config import LossConfig
 from dpo_dist.data.store import PairStore, prepare
 from dpo_dist.metrics import MetricSums
 from dpo_dist.models.load import ScoredModel, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.hf import HfReference
+from dpo_dist.rules import resolve_loss
 from dpo_dist.step import step_batches, train_step
 from dpo_dist.world import World
 

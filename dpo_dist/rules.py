@@ -1,0 +1,125 @@
+"""What a RunConfig must obey: a loss's own defaults, ranges, and keys that contradict each other. No torch here."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from dpo_dist.config import LossConfig, RunConfig, UserError, nearest
+from dpo_dist.loss_options import LOSS_OPTIONS, MIXTURE
+
+
+def resolve_loss(loss: LossConfig) -> LossConfig:
+    """The loss with its own defaults filled in. An option that none of its terms uses is an error, never ignored."""
+    if (loss.name == MIXTURE) != bool(loss.terms):
+        raise UserError(f"loss.name={loss.name} with loss.terms={loss.terms}: a weighted sum takes loss.name={MIXTURE} and "
+                        "loss.terms={sigmoid: 1.0, sft: 0.5}; a single loss takes no terms")
+    for name in loss.weights:
+        if name not in LOSS_OPTIONS:
+            raise UserError(f"loss '{name}' is unknown: {nearest(name, [*LOSS_OPTIONS, MIXTURE])}")
+    used: dict[str, Any] = {}
+    for name in loss.weights:
+        for option, default in LOSS_OPTIONS[name].defaults.items():
+            if used.setdefault(option, default) != default and getattr(loss, option) is None:
+                raise UserError(f"loss.{option} has another default for '{name}' than for the other terms of "
+                                f"'{'+'.join(loss.weights)}'; set loss.{option}=...")
+    filled: dict[str, Any] = {}
+    for spec in dataclasses.fields(LossConfig):
+        if spec.name in ("name", "terms"):
+            continue
+        value = getattr(loss, spec.name)
+        if value is not None and spec.name not in used:
+            raise UserError(f"loss.{spec.name}={value} is not used by loss '{'+'.join(loss.weights)}'; remove it "
+                            f"(its options: {', '.join(sorted(used)) or 'none'})")
+        filled[spec.name] = used.get(spec.name) if value is None else value
+    if filled["f_alpha"] is not None and filled["f_divergence"] != "alpha_divergence":
+        raise UserError(f"loss.f_alpha={filled['f_alpha']} needs loss.f_divergence=alpha_divergence")
+    if filled["f_divergence"] == "alpha_divergence" and filled["f_alpha"] is None:
+        filled["f_alpha"] = 0.5
+    resolved = dataclasses.replace(loss, **filled)
+    if resolved.needs_whole_step and filled["ld_alpha"] is not None:
+        raise UserError(f"loss.ld_alpha={filled['ld_alpha']} does not go with a loss that sorts over the step; remove it")
+    return resolved
+
+
+def validate(c: RunConfig) -> None:
+    """Raises UserError for values out of range and for keys that contradict each other."""
+    def positive(**values: float | None) -> None:
+        for key, value in values.items():
+            if value is not None and not value > 0:
+                raise UserError(f"{key.replace('__', '.')}={value} must be greater than 0")
+
+    positive(data__max_length=c.data.max_length, train__pairs_per_step=c.train.pairs_per_step,
+             train__tokens_per_microbatch=c.train.tokens_per_microbatch, train__epochs=c.train.epochs,
+             train__max_steps=c.train.max_steps, train__log_every_steps=c.train.log_every_steps,
+             train__eval_every_steps=c.train.eval_every_steps, train__save_every_steps=c.train.save_every_steps,
+             train__keep_checkpoints=c.train.keep_checkpoints, cluster__nodes=c.cluster.nodes,
+             cluster__procs_per_node=c.cluster.procs_per_node, cluster__timeout_seconds=c.cluster.timeout_seconds,
+             optim__lr=c.optim.lr, loss__beta=c.loss.beta,
+             loss__discopop_tau=c.loss.discopop_tau)
+    _between("optim.warmup_ratio", c.optim.warmup_ratio, 0, 1)
+    _between("optim.max_grad_norm", c.optim.max_grad_norm, 0, math.inf)
+    _between("optim.weight_decay", c.optim.weight_decay, 0, math.inf)
+    _between("data.eval_fraction", c.data.eval_fraction, 0, 0.9)
+    _between("loss.ld_alpha", c.loss.ld_alpha, 0, 1)
+    _validate_label_smoothing(c.loss)
+    for split, sets in (("train", c.data.train), ("eval", c.data.eval)):
+        for i, d in enumerate(sets):
+            positive(**{f"data__{split}[{i}]__weight": d.weight})
+            if split == "eval" and d.weight != 1.0:
+                raise UserError(f"data.eval[{i}].weight={d.weight} would do nothing: held-out pairs are each counted once; remove it")
+    if c.data.eval and c.data.eval_fraction:
+        raise UserError(f"data.eval_fraction={c.data.eval_fraction} and data.eval are both set; keep one of them")
+    if c.cluster.nodes > 1 and c.cluster.name == "local":
+        raise UserError(f"cluster.nodes={c.cluster.nodes} cannot be started from here: run `torchrun --nnodes "
+                        f"{c.cluster.nodes} ... -m dpo_dist.train` on each node, or set cluster.nodes=1")
+    if c.model.lora.rank == 0 and c.model.lora.alpha is not None:
+        raise UserError(f"model.lora.alpha={c.model.lora.alpha} does nothing while model.lora.rank=0; set model.lora.rank=16")
+    if c.model.lora.rank == 0 and c.model.lora.target_modules != "all-linear":
+        raise UserError(f"model.lora.target_modules={c.model.lora.target_modules} does nothing while model.lora.rank=0; set model.lora.rank=16")
+    if c.train.eval_every_steps and not c.data.eval and not c.data.eval_fraction:
+        raise UserError(f"train.eval_every_steps={c.train.eval_every_steps} has nothing to evaluate; set data.eval or data.eval_fraction=0.05")
+    _validate_reference(c)
+    _validate_zero(c)
+
+
+def _validate_label_smoothing(loss: LossConfig) -> None:
+    _between("loss.label_smoothing", loss.label_smoothing, 0, 0.5)
+    for name in ("robust", "exo_pair"):
+        if name in loss.weights and not loss.label_smoothing:
+            raise UserError(f"loss.label_smoothing={loss.label_smoothing} must be greater than 0 for loss '{name}'")
+    if loss.label_smoothing == 0.5:
+        raise UserError("loss.label_smoothing=0.5 leaves no preference to learn; set it below 0.5")
+
+
+def _validate_reference(c: RunConfig) -> None:
+    if c.reference.engine == "adapter_off":
+        if c.model.lora.rank == 0:
+            raise UserError("reference.engine=adapter_off needs a LoRA policy; set model.lora.rank=16, or reference.engine=hf")
+        if c.reference.path not in (None, c.model.path):
+            raise UserError(f"reference.path={c.reference.path} differs from model.path={c.model.path}, but adapter_off takes the "
+                            "policy's own base weights as reference; remove reference.path or set reference.engine=hf")
+    if c.reference.offload != "none" and c.reference.engine != "zero":
+        raise UserError(f"reference.offload={c.reference.offload} is only for reference.engine=zero, not {c.reference.engine}")
+    if not c.loss.needs_reference:
+        for key, default in (("path", None), ("engine", "hf"), ("mode", "cached")):
+            if getattr(c.reference, key) != default:
+                raise UserError(f"reference.{key}={getattr(c.reference, key)} would do nothing: loss.name={c.loss.name} uses no reference; "
+                                "remove it")
+
+
+def _validate_zero(c: RunConfig) -> None:
+    if c.zero.stage != 3 and c.zero.offload_parameters != "none":
+        raise UserError(f"zero.offload_parameters={c.zero.offload_parameters} needs zero.stage=3, not {c.zero.stage}")
+    if c.zero.stage in (None, 0) and c.zero.offload_optimizer != "none":
+        raise UserError(f"zero.offload_optimizer={c.zero.offload_optimizer} needs zero.stage=1, 2 or 3, not {c.zero.stage}")
+    if c.zero.stage is None and (c.cluster.procs_per_node or 1) > 1:
+        raise UserError(f"zero.stage=null is plain torch in one process, but cluster.procs_per_node={c.cluster.procs_per_node}; "
+                        "set zero=zero3 or cluster.procs_per_node=1")
+    if c.zero.stage is None and c.model.dtype == "bf16":
+        raise UserError("model.dtype=bf16 needs DeepSpeed's fp32 master weights; set zero=zero0 (or higher) or model.dtype=fp32")
+
+
+def _between(key: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{key}={value} must be between {low} and {high}")
