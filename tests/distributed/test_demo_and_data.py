@@ -12,7 +12,7 @@ from conftest import REPO, dpo_dist, metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SHARED = Path(os.environ.get("DPO_DIST_SHARED", REPO.parent / "shared" / "data"))
+SHARED = Path(os.environ.get("DPO_DIST_SHARED", REPO.parent / "shared")) / "data"
 
 
 def test_the_demo_reaches_its_accuracy_and_more_sampled_answers_obey_the_rule(tmp_path: Path):
@@ -27,7 +27,7 @@ def test_the_demo_reaches_its_accuracy_and_more_sampled_answers_obey_the_rule(tm
 
 def test_a_real_chat_set_is_scored_trained_evaluated_exported_and_loaded_back(tmp_path: Path, base: list[str]):
     if not (SHARED / "dpo_en_demo.json").is_file():
-        pytest.skip(f"{SHARED} is missing; set DPO_DIST_SHARED to the folder of dpo_en_demo.json")
+        pytest.skip(f"{SHARED} is missing; set DPO_DIST_SHARED to the folder above it")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dpo_dist.demo import write_model
