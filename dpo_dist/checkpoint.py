@@ -4,11 +4,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from dpo_dist.config import UserError
-from dpo_dist.policy import Policy
 from dpo_dist.world import World
 
 COMPLETE = "COMPLETE"
@@ -23,11 +24,20 @@ class TrainState:
     ranks: int
 
 
-def save_checkpoint(run_dir: Path, policy: Policy, state: TrainState, keep: int, world: World) -> Path:
+class Kept(Protocol):
+    """A part of a run that goes on from where it was: the policy, and a reference that moves."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def save_checkpoint(run_dir: Path, parts: Sequence[Kept], state: TrainState, keep: int, world: World) -> Path:
     """Writes checkpoints/step-NNNNNN and removes the oldest beyond `keep`. All ranks call it."""
     folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
     world.on_main(lambda: _fresh(folder))
-    policy.save(folder)
+    for part in parts:
+        part.save(folder)
     world.barrier()                                        # every rank's part is written before the marker is
     world.on_main(lambda: _complete(folder, state, keep))
     return folder

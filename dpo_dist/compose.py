@@ -38,7 +38,7 @@ def compose_raw(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         return _to_plain(_compose(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(overrides, error)) from error
+        raise UserError(explain(overrides, error)) from error
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -55,7 +55,8 @@ def _to_plain(config: DictConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- what went wrong
 
 
-def _explain(overrides: Sequence[str], error: Exception) -> str:
+def explain(overrides: Sequence[str], error: Exception) -> str:
+    """The message for what Hydra refused: which override is wrong, and the nearest valid name."""
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml") if not f.stem.startswith("_")) for p in conf_dir().iterdir() if p.is_dir()}
     parsed: list[Override] = []
     for text in overrides:
@@ -73,8 +74,18 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
     valid = set(_flat_keys(_to_plain(_compose(choices))))
     for override in parsed:
         if override.key_or_group not in groups and override.key_or_group not in valid:
-            return f"unknown key '{override.key_or_group}': {nearest(override.key_or_group, valid)}"
+            other = _choice_with(override.key_or_group)
+            return f"unknown key '{override.key_or_group}': " + (f"it goes with {other}" if other else nearest(override.key_or_group, valid))
     return str(error).splitlines()[0]
+
+
+def _choice_with(key: str) -> str | None:
+    """group=choice of a YAML file, not chosen here, that has the key."""
+    group, _, name = key.partition(".")
+    for path in sorted((conf_dir() / group).glob("*.yaml")):
+        if any(dotted == name or dotted.startswith(f"{name}.") for dotted, _, _ in yaml_comments(path)):
+            return f"{group}={path.stem}"
+    return None
 
 
 def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -88,14 +99,18 @@ def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every key of the default configuration, read from the YAML files' own comments."""
-    out = []
+    """(key, default, meaning) of every key, read from the YAML files' own comments: those of the default configuration, and those that
+    another choice of a group brings."""
+    out: dict[str, tuple[str, str, str]] = {}
     config = conf_dir() / "config.yaml"
     defaults = dict(re.findall(r"^  - (?:optional )?(\w+): (\w+)$", config.read_text(), re.M))
-    for group, choice in defaults.items():
-        if choice != "null":
-            out += [(f"{group}.{key}", default, text) for key, default, text in yaml_comments(conf_dir() / group / f"{choice}.yaml")]
-    return out + yaml_comments(config)
+    for group, default_choice in defaults.items():
+        others = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml") if not file.stem.startswith("_"))
+        for choice in [default_choice, *others] if default_choice != "null" else []:
+            for key, default, text in yaml_comments(conf_dir() / group / f"{choice}.yaml"):
+                name = f"{group}.{key}"
+                out.setdefault(name, (name, default, text if choice == default_choice else f"{text} ({group}={choice})"))
+    return [*out.values(), *yaml_comments(config)]
 
 
 def yaml_comments(path: Path) -> list[tuple[str, str, str]]:

@@ -33,6 +33,7 @@ class ModelConfig:
     dtype: Literal["auto", "fp32", "bf16"]
     attention: Literal["auto", "branch", "padded"]
     gradient_checkpointing: bool
+    compile: bool
     lora: LoraConfig
 
 
@@ -54,16 +55,61 @@ class DataConfig:
     truncation: Literal["drop", "error", "keep_start", "keep_end"]
     on_bad_row: Literal["error", "skip"]
     chat_template: str | None
+    group_by_prompt: bool
     cache_dir: str
 
 
 @dataclass(frozen=True)
+class RequestsConfig:
+    sequences: int
+    at_once: int
+    timeout_seconds: float
+    wait_seconds: float
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    oracle: Literal["hf", "zero"]
+    pairs: int
+    token_mean: float | None
+    token_max: float | None
+    sequence_max: float | None
+    margin_max: float | None
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """TR-DPO: the reference moves to the policy every so many steps."""
+
+    mode: Literal["none", "soft", "hard"]
+    alpha: float | None
+    every_steps: int | None
+
+    @property
+    def share(self) -> float:
+        """How much of the way to the policy the reference goes."""
+        return 1.0 if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
 class ReferenceConfig:
+    """What follows `sync` is for an engine in servers of its own (vllm); it is empty for the others."""
+
     path: str | None
-    engine: Literal["hf", "zero", "adapter_off"]
-    mode: Literal["cached", "live"]
+    engine: Literal["hf", "zero", "tensor_parallel", "adapter_off", "vllm"]
+    mode: Literal["cached", "live", "ahead"]
+    procs: int | None
     cache_dir: str
-    offload: Literal["none", "cpu"]
+    offload: Literal["none", "cpu", "disk"]
+    tensor_parallel_size: int | None
+    sync: SyncConfig
+    urls: tuple[str, ...] | str = ()
+    server: str | None = None
+    served_name: str | None = None
+    version: str | None = None
+    quantization: str | None = None
+    requests: RequestsConfig | None = None
+    audit: AuditConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -137,12 +183,32 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    partition: str | None
+    account: str | None
+    qos: str | None
+    time_limit: str | None
+    signal_seconds: int
+    max_requeues: int
+    exclude: str | None
+    container_image: str | None
+    container_mounts: tuple[str, ...]
+    preflight: bool
+    setup: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
-    name: Literal["local"]
+    name: Literal["local", "slurm"]
     nodes: int
     procs_per_node: int | None
     device: Literal["auto", "cpu", "cuda"]
     timeout_seconds: int
+    peak_tflops: float | None
+    environment: dict[str, str] | None
+    jobs_at_once: int | None
+    slurm: SlurmConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +252,11 @@ class RunConfig:
         model = self.model.path.rstrip("/").rsplit("/", 1)[-1]
         return f"runs/{model}-{self.loss.name}-{self.identity()[:8]}"
 
+    @property
+    def scorer_dir(self) -> str:
+        """Where the scoring processes of reference.mode=ahead live: their logs, markers and lock, apart from the trainer's."""
+        return f"{self.run_dir}/scoring"
+
     def identity(self) -> str:
         """A digest of what decides the weights: not where it runs, how it is followed, or how often it is saved."""
         return hashlib.sha256(json.dumps(self.identity_dict(), sort_keys=True).encode()).hexdigest()
@@ -194,12 +265,13 @@ class RunConfig:
         whole = to_dict(self)
         for section in ("cluster", "tracking", "run", "experiment", "zero"):
             whole.pop(section)
-        for key in ("cache_dir", "engine", "mode", "offload"):
+        for key in ("cache_dir", "engine", "mode", "procs", "offload", "tensor_parallel_size", "urls", "server", "served_name",
+                    "version", "quantization", "requests", "audit"):
             whole["reference"].pop(key)
         whole["data"].pop("cache_dir")
         for key in ("tokens_per_microbatch", "log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints"):
             whole["train"].pop(key)
-        for key in ("attention", "gradient_checkpointing"):
+        for key in ("attention", "gradient_checkpointing", "compile"):
             whole["model"].pop(key)
         return whole
 

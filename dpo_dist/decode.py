@@ -49,7 +49,7 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
         return tuple(_decode(k, v, f"{key}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{key}={value!r} must be a mapping, as in {key}={{name: number}}")
+            raise UserError(f"{key}={value!r} must be a mapping, as in {key}={{name: value}}")
         return {str(k): _decode(args[1], v, f"{key}.{k}") for k, v in value.items()}
     return _decode_scalar(kind, value, key)
 

@@ -35,8 +35,7 @@ def main(folder: Path, overrides: list[str]) -> int:
     terminal = Terminal.start(str(folder / "demo.log"), is_main=True, capture=False)
     _quiet()
     terminal.say("1/4  data and a tiny model")
-    held_out = write_data(folder)
-    write_model(folder / "base", (folder / "sft.jsonl").read_text())
+    held_out = write_inputs(folder)
     common = [f"data.eval=[{{path: {folder / 'held_out.jsonl'}}}]", "cluster.device=cpu", "model.dtype=fp32", "data.max_length=128",
               "cluster.procs_per_node=2", f"data.cache_dir={folder / 'tokens'}", *overrides]
 
@@ -86,6 +85,13 @@ def obeys(answer: str, tone: str) -> bool:
     """The rule: a whole answer, with the ending that belongs to the question's tone."""
     direction, _, ending = answer.strip().partition(", ")
     return direction in DIRECTIONS and ending == ENDINGS[tone]
+
+
+def write_inputs(folder: Path) -> list[tuple[str, str]]:
+    """Writes the data and the model (base/); the held-out prompts as (tone, prompt)."""
+    held_out = write_data(folder)
+    write_model(folder / "base", (folder / "sft.jsonl").read_text())
+    return held_out
 
 
 def write_data(folder: Path) -> list[tuple[str, str]]:

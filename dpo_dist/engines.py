@@ -1,21 +1,30 @@
 """The models of a run, opened in an order that never holds the reference and the policy at once without need."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config import ReferenceConfig, RunConfig
 from dpo_dist.data.store import PairStore
 from dpo_dist.inputs import Inputs
+from dpo_dist.parity import audit, believe_earlier_audit
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.reference import ReferenceEngine
+from dpo_dist.reference.ahead import AheadReference, Scorer
 from dpo_dist.reference.cache import LogpCache
 from dpo_dist.reference.cached import CachedReference
-from dpo_dist.reference.fill import fill, plan
+from dpo_dist.reference.fill import fill, open_cache, plan
+from dpo_dist.reference.lookahead import Indexes
 from dpo_dist.reference.make import make_reference
+from dpo_dist.reference.moving import HasWeights, MovingReference
+from dpo_dist.reference.serving import open_served
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
+
+SECONDS_BEFORE_SHARED = 30.0         # what is scored ahead of training reaches it within this time, and within a second at the beginning
 
 
 @dataclass(frozen=True)
@@ -45,24 +54,60 @@ def open_engines(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStor
             return learner, engine
         return learner, CachedReference(fill_cache(config, inputs, data_sets, world, terminal, learner).cache)
     if config.reference.mode == "live":
-        engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world)
-        return policy(), engine
+        engine = _open_reference(config, inputs, data_sets, world, terminal)
+        learner = policy()
+        if config.reference.sync.mode == "none":
+            return learner, engine
+        assert isinstance(engine, HasWeights), "rules.py has seen to it"
+        return learner, MovingReference(engine, learner, config.reference.sync, world)
+    if config.reference.mode == "ahead":
+        cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
+        open_cache(cache, world)
+        scorer = Scorer(Path(config.scorer_dir), config.cluster.timeout_seconds)
+        return policy(), AheadReference(cache, world, scorer, terminal.say)
     scored = fill_cache(config, inputs, data_sets, world, terminal)      # the reference is freed before the policy is loaded
     return policy(), CachedReference(scored.cache)
 
 
 def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
-               policy: Policy | None = None) -> Scored:
-    """Scores what the cache does not hold of these pairs. The model is loaded only where something is missing."""
+               policy: Policy | None = None, windows: Indexes | None = None, progress: Callable[[], None] = lambda: None) -> Scored:
+    """Scores what the cache does not hold of these pairs. The model is loaded only where something is missing.
+
+    windows: training waits for these values, in this order (see lookahead.py), so they reach the disk soon. `progress` is called at
+    every pack.
+    """
     cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
-    scoring = plan(cache, data_sets, world, config.train.tokens_per_microbatch)
-    if scoring.n_damaged_shards:
-        terminal.say(f"reference cache: {scoring.n_damaged_shards} damaged shards set aside (*.corrupt in {cache.folder}); scored again")
-    if scoring.n_missing:
+    scoring, damaged = plan(cache, data_sets, world, config.train.tokens_per_microbatch, windows)
+    n_missing = len(scoring.sequences)
+    if damaged:
+        terminal.say(f"reference cache: {damaged} damaged shards set aside (*.corrupt in {cache.folder}); scored again")
+    if n_missing:
         if config.reference.engine == "adapter_off" and policy is None:
             policy = make_policy(config, inputs.policy_folder, inputs.attention, world)
-        engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, policy)
-        with terminal.progress(scoring.n_missing, description="reference") as bar:
-            fill(scoring, cache, data_sets, engine, world, bar.update)
+        engine = _open_reference(config, inputs, data_sets, world, terminal, policy)
+        with terminal.progress(n_missing, description="reference") as bar:
+            def tell(done: int) -> None:
+                bar.update(done)
+                progress()
+
+            fill(scoring, cache, data_sets, engine, world, tell, math.inf if windows is None else SECONDS_BEFORE_SHARED)
         engine.close()
-    return Scored(cache, scoring.n_missing, scoring.n_cached)
+    elif config.reference.audit is not None:
+        world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
+    return Scored(cache, n_missing, scoring.n_cached)
+
+
+def _open_reference(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
+                    policy: Policy | None = None) -> ReferenceEngine:
+    """The engine, whose values may be believed: one outside the training stack is audited first."""
+    def in_this_process(r: ReferenceConfig) -> ReferenceEngine:
+        return make_reference(r, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, policy)
+
+    settings = config.reference.audit
+    if settings is None:
+        return in_this_process(config.reference)
+    served = open_served(config, inputs.reference_key, inputs.reference_folder, world)
+    terminal.say(f"reference: {inputs.reference_key.recipe}, from {', '.join(served.urls)}")
+    oracle = replace(config.reference, engine=settings.oracle)
+    audit(config, inputs.reference_key, inputs.dtype, list(served.one_each()), lambda: in_this_process(oracle), data_sets, world, terminal)
+    return served

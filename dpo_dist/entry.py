@@ -1,7 +1,6 @@
 """How every command's process begins and ends: config, log file, world; then one message and an exit code, never a bare traceback."""
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -9,25 +8,29 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import huggingface_hub.constants
 
 from dpo_dist.compose import compose
 from dpo_dist.config import RunConfig, UserError, to_dict
+from dpo_dist.lock import hold_lock
+from dpo_dist.stop import Stopped
 from dpo_dist.terminal import Terminal
-from dpo_dist.world import World, rank_here
+from dpo_dist.world import World, lost_peer, node_here, rank_here
 
 Work = Callable[[RunConfig, World, Terminal], None]
 
-DONE, FAILED = "DONE", "FAILED"
+DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
 
 
 def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
     """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 for anything else.
 
     The first rank to fail writes <run.dir>/FAILED with the message and the code, which torchrun would lose, and tells the person;
-    the others only log. `owns_run`: the work is the run itself: one process group at a time, and its success is <run.dir>/DONE.
+    of the others, one a node tells what it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to stop
+    leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: one process group at a time, and its success is
+    <run.dir>/DONE.
     """
     try:
         config = compose(overrides)
@@ -37,11 +40,11 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "logs").mkdir(exist_ok=True)
-        lock = _lock(run_dir) if owns_run and rank_here() == 0 else None     # held until the process ends
+        lock = hold_lock(run_dir) if owns_run and rank_here() == 0 else None     # held until the process ends
     except (OSError, UserError) as error:
         return _fail_early(f"run.dir={run_dir} cannot be used: {error}; set another run.dir")
     if rank_here() == 0:
-        _clear_markers(run_dir, [DONE, FAILED] if owns_run else [FAILED])
+        _clear_markers(run_dir, [DONE, PREEMPTED, FAILED] if owns_run else [PREEMPTED, FAILED])
     _network(config.run.offline)
     terminal = Terminal.start(str(run_dir / "logs" / f"rank-{rank_here()}.log"), is_main=rank_here() == 0)
     try:
@@ -52,14 +55,20 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
             (run_dir / DONE).touch()
         world.barrier()
         return 0
+    except Stopped as stopped:
+        if world.is_main:
+            _mark_preempted(run_dir, stopped)
+            terminal.say(str(stopped))
+        world.barrier()                                  # a rank that left sooner would take the others with it
+        return stopped.exit_code
     except UserError as error:
         return _fail(run_dir, terminal, str(error), 2)
     except KeyboardInterrupt:
         return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
-        where = f"rank {rank_here()}, see {run_dir}/logs/rank-{rank_here()}.log"
-        return _fail(run_dir, terminal, f"{type(error).__name__}: {error} ({where})", 1)
+        what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
+        return _fail(run_dir, terminal, f"{what} (rank {rank_here()}, see {run_dir}/logs/rank-{rank_here()}.log)", 1)
     finally:
         terminal.stop()
         del lock
@@ -85,20 +94,16 @@ def _clear_markers(run_dir: Path, markers: Sequence[str]) -> None:
         (run_dir / marker).unlink(missing_ok=True)
 
 
-def _lock(run_dir: Path) -> TextIO:
-    """An open file that holds the run's lock. The system lets it go when the process ends, however it ends."""
-    file = (run_dir / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError("another process is training there now") from error
-    return file
-
-
 def _agree(config: RunConfig, world: World) -> None:
     """UserError where ranks were started with different configs: they would wait for each other for ever."""
     if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
         raise UserError("the ranks were started with different overrides; give every node the same command")
+
+
+def _mark_preempted(run_dir: Path, stopped: Stopped) -> None:
+    partial = run_dir / f"{PREEMPTED}.tmp"
+    partial.write_text(json.dumps({"message": str(stopped), "signal": stopped.signal}) + "\n")
+    partial.rename(run_dir / PREEMPTED)
 
 
 def _fail_early(message: str) -> int:
@@ -112,8 +117,18 @@ def _fail(run_dir: Path, terminal: Terminal, message: str, code: int) -> int:
     logging.getLogger(__name__).error("%s", message)
     try:
         with (run_dir / FAILED).open("x") as f:
-            json.dump({"message": message, "exit_code": code}, f)
+            json.dump({"message": message, "exit_code": code, "rank": rank_here(), "node": node_here()[0]}, f)
     except FileExistsError:
-        return code                                      # another rank has spoken
+        if _spoken_here(run_dir):
+            return code
     terminal.error(f"error: {message}")
     return code
+
+
+def _spoken_here(run_dir: Path) -> bool:
+    """True where a rank of this node has told the person, or another one of it will."""
+    node, local_rank = node_here()
+    try:
+        return local_rank != 0 or json.loads((run_dir / FAILED).read_text())["node"] == node
+    except (OSError, ValueError):                        # being written or removed at this moment
+        return True

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from dpo_dist.config import LossConfig, RunConfig, UserError
 from dpo_dist.data.store import PairStore
 from dpo_dist.engines import open_engines
 from dpo_dist.entry import exit_with, run_entry
+from dpo_dist.flops import Flops
 from dpo_dist.inputs import Inputs, read_inputs
 from dpo_dist.losses import preference_loss
 from dpo_dist.metrics import MetricSums
@@ -24,7 +26,7 @@ PAIRS_AT_ONCE = 1024                     # planned together; the result does not
 
 
 def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig, tokens_per_microbatch: int,
-             hidden_size: int, world: World) -> dict[str, float]:
+             flops: Flops, world: World) -> dict[str, float]:
     """{metric: mean over all pairs}. All ranks call it; each forwards its share."""
     sums = MetricSums(loss, world.device)
     lengths, weights = pairs.lengths(), np.asarray(pairs.weight, dtype=np.float64)
@@ -33,7 +35,9 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
-            part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, hidden_size)
+            part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops)
+            if reference is not None:
+                reference.wait_for(part.batches)
             for batch, at in zip(part.batches, part.positions, strict=True):
                 logps, weight = forward_pairs(policy, reference, batch, loss, mean_chosen_tokens)
                 if loss.needs_whole_step:
@@ -53,7 +57,7 @@ def evaluate_run(config: RunConfig, inputs: Inputs, policy: Policy, reference: R
     """`evaluate` on the run's held-out pairs; empty where it has none."""
     if not len(inputs.eval):
         return {}
-    return evaluate(policy, reference, inputs.eval, config.loss, config.train.tokens_per_microbatch, inputs.hidden_size, world)
+    return evaluate(policy, reference, inputs.eval, config.loss, config.train.tokens_per_microbatch, inputs.flops, world)
 
 
 def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
@@ -61,6 +65,8 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.eval):
         raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: held_out.jsonl}]")
+    if config.reference.mode == "ahead":                  # which is a way to train; no processes beside this one score
+        config = replace(config, reference=replace(config.reference, mode="cached"))
     policy, reference = open_engines(config, inputs, [inputs.eval], world, terminal)
     means = evaluate_run(config, inputs, policy, reference, world)
     if world.is_main:

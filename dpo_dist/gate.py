@@ -53,6 +53,7 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
 def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, pairs: PairStore, dtype: torch.dtype, world: World) -> None:
     """Raises where policy and reference start from the same weights and a log-prob of the first step still differs."""
     errors: list[tuple[float, str]] = []
+    reference.wait_for(step.batches)
     with policy.evaluating():
         for batch, positions in zip(step.batches, step.positions, strict=True):
             tokens = policy.token_logps(batch)

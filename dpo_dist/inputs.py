@@ -10,12 +10,16 @@ import torch
 
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.audit import summary_lines
-from dpo_dist.data.pack import check_budget
+from dpo_dist.data.plan import check_budget
 from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.flops import Flops
 from dpo_dist.losses import check_strengths
+from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.digest import model_digest, tokenizer_digest
-from dpo_dist.models.load import choose_attention, load_tokenizer, read_config, resolve, torch_dtype
-from dpo_dist.reference.cache import ReferenceKey
+from dpo_dist.models.load import check_quantized, choose_attention, load_tokenizer, quantization, read_config, resolve, torch_dtype
+from dpo_dist.reference.cache import PLAIN_RECIPE, ReferenceKey
+from dpo_dist.reference.serving import served_key
+from dpo_dist.shared_folders import check_shared
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
 
@@ -29,7 +33,8 @@ class Inputs:
     dtype: torch.dtype
     attention: str                       # how the policy's packs are computed: branch or padded
     reference_attention: str
-    hidden_size: int
+    reference_key: ReferenceKey          # what the cache's values are found by
+    flops: Flops                         # of the policy's forward
     train: PairStore
     eval: PairStore
 
@@ -38,21 +43,21 @@ class Inputs:
         """True where the policy starts from the reference's weights, so that every first margin must be 0."""
         return self.policy_digest == self.reference_digest
 
-    @property
-    def reference_key(self) -> ReferenceKey:
-        return ReferenceKey(weights=self.reference_digest, dtype=str(self.dtype).removeprefix("torch."))
-
 
 def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
+    check_shared(config, world)
     policy_folder = resolve(config.model.path, "model.path", config.run.offline)
     reference_folder = resolve(config.reference_path, "reference.path", config.run.offline) if config.loss.needs_reference else policy_folder
+    _check_quantization(config, policy_folder, reference_folder)
     policy_digest = world.on_main(lambda: model_digest(policy_folder))
     reference_digest = policy_digest if reference_folder == policy_folder else world.on_main(lambda: model_digest(reference_folder))
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
     reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
+    dtype = torch_dtype(config.model, world.device)
+    key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world))
     model = read_config(policy_folder)
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
@@ -60,8 +65,35 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
             _check_pairs(pairs, config)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, torch_dtype(config.model, world.device), attention,
-                  reference_attention, getattr(model, "hidden_size", 1024), train, held_out)
+    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention, key,
+                  forward_flops(model), train, held_out)
+
+
+def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dtype, world: World) -> ReferenceKey:
+    """The engines of the training stack give the same values, so they share a key, unless quantized weights or rounded partial sums make
+    other numbers; what servers answer is their own."""
+    name = str(dtype).removeprefix("torch.")
+    if config.reference.engine == "vllm":
+        return served_key(config.reference, digest, name)
+    parts = [PLAIN_RECIPE]
+    if how := quantization(read_config(folder)):
+        parts.append(how)
+    size = config.reference.tensor_parallel_size or world.local_size
+    if config.reference.engine == "tensor_parallel" and size > 1 and dtype != torch.float32:
+        parts.append(f"layers split over {size} ranks")          # their partial sums are rounded before they are added
+    return ReferenceKey(digest, name, ", ".join(parts))
+
+
+def _check_quantization(config: RunConfig, policy: Path, reference: Path) -> None:
+    """UserError for a quantized policy, and for a quantized reference that the engine or this machine cannot compute."""
+    if how := quantization(read_config(policy)):
+        raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full weights, and the quantized "
+                        "ones as reference.path")
+    if (how := quantization(read_config(reference))) and config.reference.engine != "vllm":      # its servers have kernels of their own
+        if config.reference.engine != "hf" or config.reference.offload != "none":
+            raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which reference.engine={config.reference.engine} "
+                            f"with reference.offload={config.reference.offload} cannot compute; set reference=hf reference.offload=none")
+        check_quantized(read_config(reference), f"reference.path={config.reference_path}")
 
 
 def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dpo_dist.config import LossConfig
 from dpo_dist.preference import PackedBatch, PairLogps, TokenLogps
 
-HEAD_CHUNK_TOKENS = 1024       # rows of logits that exist at once: 1024 x V fp32, 0.5 GiB at V = 128k
+LOGITS_AT_ONCE = 2**24          # elements of the logits that exist at once, 64 MiB in fp32, whatever the vocabulary
+NARROWEST_BLOCK = 256           # columns: a matrix product over fewer wastes its time
 
 
 class LogpHead(nn.Module):
@@ -32,12 +33,12 @@ class LogpHead(nn.Module):
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         keep = torch.is_grad_enabled()                   # always off inside the function, so asked here
-        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep)
+        return _BlockwiseLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep)
 
 
-class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] per row, chunk by chunk; in backward each chunk's logits are computed again, but for the last
-    chunk's, which are kept: backward begins with them, when one chunk of logits must exist anyhow.
+class _BlockwiseLogps(torch.autograd.Function):
+    """log softmax(head(hidden))[target] per row, over blocks of the vocabulary; in backward each block's logits are computed again, but
+    for the last block's, which are kept: backward begins with them, when one block of logits must exist anyhow.
 
     The parameters themselves are kept on ctx, not through save_for_backward: ZeRO-3 frees them after forward and gathers the
     same objects again before backward. One function call a pack means one gather a direction.
@@ -47,52 +48,66 @@ class _ChunkedLogps(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
                 scale: float, softcap: float | None, collision: bool, keep: bool) -> tuple[Tensor, Tensor]:
         ctx.weight, ctx.bias, ctx.scale, ctx.softcap = weight, bias, scale, softcap
-        logps = torch.empty(len(targets), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device)
-        log_collision = torch.empty_like(logps) if collision else logps.new_empty(0)
-        normalizer = torch.empty_like(logps)
-        for rows in _chunks(len(targets)):
-            logits, slope = _logits(hidden[rows], weight, bias, scale, softcap)
-            normalizer[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizer[rows]
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        target_logit = torch.zeros(len(targets), dtype=wide, device=hidden.device)
+        normalizer = torch.full_like(target_logit, -torch.inf)
+        twice = torch.full_like(target_logit, -torch.inf)                    # log of the sum over the vocabulary of exp(2 logit)
+        kept = None
+        for block in _blocks(len(targets), len(weight)):
+            kept = logits = None                                             # a block is gone before the next is made
+            logits, _ = kept = _logits(hidden, weight, bias, block, scale, softcap)
+            normalizer = torch.logaddexp(normalizer, logits.logsumexp(-1))
+            column, inside = _within(block, targets)
+            target_logit += logits.gather(1, column[:, None])[:, 0] * inside
             if collision:
-                log_collision[rows] = (2 * logits).logsumexp(-1) - 2 * normalizer[rows]
-        ctx.last_chunk = (logits, slope) if keep and len(targets) else None
+                twice = torch.logaddexp(twice, (2 * logits).logsumexp(-1))
+        ctx.kept = kept if keep else None
         ctx.save_for_backward(hidden, targets, normalizer)
+        log_collision = twice - 2 * normalizer if collision else normalizer.new_empty(0)
         ctx.mark_non_differentiable(log_collision)
-        return logps, log_collision
+        return target_logit - normalizer, log_collision
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         hidden, targets, normalizer = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype) if weight.requires_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=normalizer.dtype) if bias is not None and bias.requires_grad else None
-        kept, ctx.last_chunk = ctx.last_chunk, None
-        for rows in reversed(_chunks(len(targets))):
-            logits, slope = kept or _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
-            kept = None
-            d = logits.sub_(normalizer[rows, None]).exp_().mul_(-grad[rows, None])     # d logp / d logits = onehot - softmax
-            d.scatter_add_(1, targets[rows, None], grad[rows, None])
+        grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
+        grad_weight = torch.empty_like(weight) if weight.requires_grad else None
+        grad_bias = torch.empty_like(bias) if bias is not None and bias.requires_grad else None
+        kept, ctx.kept = ctx.kept, None
+        for block in reversed(_blocks(len(targets), len(weight))):
+            logits, slope = kept or _logits(hidden, weight, bias, block, ctx.scale, ctx.softcap)
+            column, inside = _within(block, targets)
+            d = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])           # d logp / d logits = onehot - softmax
+            d.scatter_add_(1, column[:, None], (grad * inside)[:, None])
             if isinstance(slope, Tensor) or slope != 1.0:
-                d = d * slope
+                d.mul_(slope)
             d_low = d.to(hidden.dtype)
-            grad_hidden[rows] = d_low @ weight
+            grad_hidden += d_low @ weight[block]                                       # products in the weights' dtype, sum in fp32
             if grad_weight is not None:
-                grad_weight += d_low.t() @ hidden[rows]                                # product in the weights' dtype, sum in fp32
+                torch.mm(d_low.t(), hidden, out=grad_weight[block])
             if grad_bias is not None:
-                grad_bias += d.sum(0)
-        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None, None, None)
+                grad_bias[block] = d.sum(0)
+            kept = logits = d = d_low = None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None, None
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(at, min(at + HEAD_CHUNK_TOKENS, n)) for at in range(0, n, HEAD_CHUNK_TOKENS)]
+def _blocks(rows: int, vocabulary: int) -> list[slice]:
+    """Columns of the logits that are computed together: the whole vocabulary where it is small enough."""
+    width = max(NARROWEST_BLOCK, LOGITS_AT_ONCE // max(1, rows))
+    return [slice(at, min(at + width, vocabulary)) for at in range(0, vocabulary, width)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | float]:
-    """Final logits in fp32 (or fp64), and their derivative by the head's raw output."""
-    logits = nn.functional.linear(hidden, weight, bias)
+def _within(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(column in the block, whether the target lies there); a column in range for those that do not."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    return (targets - block.start).clamp(0, block.stop - block.start - 1), inside
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, block: slice, scale: float,
+            softcap: float | None) -> tuple[Tensor, Tensor | float]:
+    """A block of the final logits in fp32 (or fp64), and their derivative by the head's raw output."""
+    logits = nn.functional.linear(hidden, weight[block], None if bias is None else bias[block])
     logits = logits.float() if logits.dtype != torch.float64 else logits
     if scale != 1.0:
         logits = logits * scale
@@ -133,6 +148,7 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
         assert policy.log_collision is not None, "WPO needs the head called with collision=True"
         excess = sequence_sums(policy.logps.detach() - policy.log_collision, batch) / tokens
         wpo = (excess[batch.chosen] + excess[batch.rejected]).exp().clamp(max=1.0)
+    kl, chosen_drift = (None, None) if reference is None else drift(batch, policy.logps, reference)
     return PairLogps(
         policy_chosen=sums[batch.chosen], policy_rejected=sums[batch.rejected],
         reference_chosen=None if reference_sums is None else reference_sums[batch.chosen],
@@ -140,7 +156,24 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
         chosen_tokens=tokens[batch.chosen], rejected_tokens=tokens[batch.rejected],
         strength=batch.strength, mean_chosen_tokens=mean_chosen_tokens, wpo_weight=wpo,
         whole_chosen=None if whole is None else whole[batch.chosen],
-        whole_rejected=None if whole is None else whole[batch.rejected])
+        whole_rejected=None if whole is None else whole[batch.rejected],
+        kl_per_token=kl, chosen_drift_per_token=chosen_drift)
+
+
+def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the policy is from the reference on each pair, from (N,) log-probs: (KL estimate, chosen drift), each (B,), nats a token.
+
+    KL estimate: the mean over the pair's completion tokens of exp(r) - 1 - r with r = log reference - log policy, Schulman's k3
+    (joschu.net/blog/kl-approx.html), which is never negative. k3 estimates KL(policy || reference) on tokens that the policy drew; these
+    were drawn by whoever wrote the data, so it is a proxy: good for ranking runs on the same pairs, not a KL to be quoted.
+    Chosen drift: the mean over the chosen completion's tokens of log policy - log reference; below 0, the policy unlearns what it was
+    shown as good. Every token counts in full, whatever loss.ld_alpha is.
+    """
+    r = (reference - policy).detach().double()
+    tokens = batch.lengths.double()
+    k3, gained = sequence_sums(r.expm1() - r, batch), -sequence_sums(r, batch)
+    kl = (k3[batch.chosen] + k3[batch.rejected]) / (tokens[batch.chosen] + tokens[batch.rejected])
+    return kl, gained[batch.chosen] / tokens[batch.chosen]
 
 
 def plain_token_logps(model: nn.Module, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:

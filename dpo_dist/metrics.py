@@ -9,7 +9,8 @@ from dpo_dist.losses import rewards
 from dpo_dist.preference import PairLogps
 from dpo_dist.world import World
 
-MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+         "reference/kl_per_token", "reference/chosen_drift_per_token")
 
 
 class MetricSums:
@@ -19,7 +20,6 @@ class MetricSums:
         self._loss = loss
         self._sums = torch.zeros(len(MEANS) + 1, dtype=torch.float64, device=device)
         self._has_rewards = True
-        self.tokens = self.pairs = 0                        # computed on this rank
 
     def add(self, pairs: PairLogps, per_pair_loss: Tensor, weight: Tensor) -> None:
         """pairs, per_pair_loss and weight: (B,); a filler has weight 0."""
@@ -30,7 +30,8 @@ class MetricSums:
             chosen, rejected = found if found is not None else (zero, zero)
             margin = chosen - rejected
             accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()     # a tie is half right
-            rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen, pairs.policy_rejected])
+            kl, drift = (zero if value is None else value for value in (pairs.kl_per_token, pairs.chosen_drift_per_token))
+            rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen, pairs.policy_rejected, kl, drift])
             total = (rows.double() * weight).sum(1)
             self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
 
@@ -40,6 +41,8 @@ class MetricSums:
         named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
         if not self._has_rewards:
             named = {name: value for name, value in named.items() if not name.startswith("rewards/")}
+        if not self._loss.needs_reference:
+            named = {name: value for name, value in named.items() if not name.startswith("reference/")}
         if not self._loss.uses_rejected:
             del named["logps/rejected"]
         return named

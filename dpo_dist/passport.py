@@ -20,6 +20,7 @@ def passport(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
         "policy_weights": inputs.policy_digest,
         "reference_weights": inputs.reference_digest if config.loss.needs_reference else None,
         "reference_key": inputs.reference_key.folder if config.loss.needs_reference else None,
+        "reference_sync": _sync(config) if config.loss.needs_reference else None,
         "train_pairs": {"count": len(inputs.train), "digest": inputs.train.digest},
         "eval_pairs": {"count": len(inputs.eval), "digest": inputs.eval.digest},
         "dtype": str(inputs.dtype).removeprefix("torch."),
@@ -31,7 +32,14 @@ def passport(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
     }
 
 
-SAME_RUN = ("policy_weights", "reference_weights", "train_pairs", "dtype")          # what a run cannot change on its way
+def _sync(config: RunConfig) -> str:
+    """How the reference moves, in words."""
+    sync = config.reference.sync
+    share = f"alpha {sync.alpha}, " if sync.mode == "soft" else ""
+    return "none: frozen" if sync.mode == "none" else f"{sync.mode}: {share}every {sync.every_steps} steps (TR-DPO)"
+
+
+SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")          # what a run cannot change on its way
 
 
 def check_same_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
@@ -49,8 +57,18 @@ def check_same_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) ->
 def begin_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
     """Writes run.json. UserError where the folder holds a run that was trained otherwise."""
     check_same_run(run_dir, config, lineage)
+    _write(run_dir / "run.json", {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()})
+
+
+def add_parity(run_dir: Path) -> None:
+    """Puts the audit's figures into run.json, once the reference of the run was held against the training stack."""
     path = run_dir / "run.json"
-    content = {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()}
+    content = json.loads(path.read_text())
+    content["passport"]["parity"] = json.loads((run_dir / "parity.json").read_text())
+    _write(path, content)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.rename(path)

@@ -83,6 +83,11 @@ class PackedBatch:
     def n_sequences(self) -> int:
         return self.lengths.shape[0]
 
+    def pinned(self) -> PackedBatch:
+        """The same in page-locked memory, from which a copy to a GPU does not hold up the process."""
+        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return PackedBatch(**{**vars(self), **pinned})
+
     def to(self, device: torch.device) -> PackedBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return PackedBatch(**{**vars(self), **moved})
@@ -115,3 +120,5 @@ class PairLogps:
     wpo_weight: Tensor | None = None         # (B,) in (0, 1], no gradient: how likely the pair is under the policy
     whole_chosen: Tensor | None = None       # (B,) only with ld_alpha: policy_chosen with every token counted in full,
     whole_rejected: Tensor | None = None     # (B,)   for a mixture's terms that do not use ld_alpha (sft)
+    kl_per_token: Tensor | None = None       # (B,) nats, no gradient; where there is a reference: how far the policy went from it, ...
+    chosen_drift_per_token: Tensor | None = None     # (B,) ... and how much likelier the chosen completion became; see logps.drift

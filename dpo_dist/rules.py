@@ -5,8 +5,10 @@ import dataclasses
 import math
 from typing import Any
 
-from dpo_dist.config import LossConfig, RunConfig, UserError, nearest
+from dpo_dist.config import ClusterConfig, LossConfig, RunConfig, UserError, nearest
 from dpo_dist.loss_options import LOSS_OPTIONS, MIXTURE
+
+NETWORK_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_")
 
 
 def resolve_loss(loss: LossConfig) -> LossConfig:
@@ -55,6 +57,9 @@ def validate(c: RunConfig) -> None:
              train__eval_every_steps=c.train.eval_every_steps, train__save_every_steps=c.train.save_every_steps,
              train__keep_checkpoints=c.train.keep_checkpoints, cluster__nodes=c.cluster.nodes,
              cluster__procs_per_node=c.cluster.procs_per_node, cluster__timeout_seconds=c.cluster.timeout_seconds,
+             cluster__peak_tflops=c.cluster.peak_tflops, cluster__jobs_at_once=c.cluster.jobs_at_once,
+             reference__procs=c.reference.procs, reference__sync__every_steps=c.reference.sync.every_steps,
+             reference__tensor_parallel_size=c.reference.tensor_parallel_size,
              optim__lr=c.optim.lr, loss__beta=c.loss.beta,
              loss__discopop_tau=c.loss.discopop_tau)
     _between("optim.warmup_ratio", c.optim.warmup_ratio, 0, 1)
@@ -70,9 +75,12 @@ def validate(c: RunConfig) -> None:
                 raise UserError(f"data.eval[{i}].weight={d.weight} would do nothing: held-out pairs are each counted once; remove it")
     if c.data.eval and c.data.eval_fraction:
         raise UserError(f"data.eval_fraction={c.data.eval_fraction} and data.eval are both set; keep one of them")
-    if c.cluster.nodes > 1 and c.cluster.name == "local":
-        raise UserError(f"cluster.nodes={c.cluster.nodes} cannot be started from here: run `torchrun --nnodes "
-                        f"{c.cluster.nodes} ... -m dpo_dist.train` on each node, or set cluster.nodes=1")
+    if c.model.compile and c.model.gradient_checkpointing:
+        raise UserError("model.compile=true does nothing beside model.gradient_checkpointing=true, inside which torch does not compile; "
+                        "set one of them to false")
+    if c.model.compile and c.zero.stage == 3:
+        raise UserError("model.compile=true does not go with zero.stage=3, whose hooks on every module would have each compiled again and "
+                        "again; set zero=zero2 or model.compile=false")
     if c.model.lora.rank == 0 and c.model.lora.alpha is not None:
         raise UserError(f"model.lora.alpha={c.model.lora.alpha} does nothing while model.lora.rank=0; set model.lora.rank=16")
     if c.model.lora.rank == 0 and c.model.lora.target_modules != "all-linear":
@@ -81,6 +89,7 @@ def validate(c: RunConfig) -> None:
         raise UserError(f"train.eval_every_steps={c.train.eval_every_steps} has nothing to evaluate; set data.eval or data.eval_fraction=0.05")
     _validate_reference(c)
     _validate_zero(c)
+    _validate_cluster(c.cluster)
 
 
 def _validate_label_smoothing(loss: LossConfig) -> None:
@@ -99,13 +108,74 @@ def _validate_reference(c: RunConfig) -> None:
         if c.reference.path not in (None, c.model.path):
             raise UserError(f"reference.path={c.reference.path} differs from model.path={c.model.path}, but adapter_off takes the "
                             "policy's own base weights as reference; remove reference.path or set reference.engine=hf")
-    if c.reference.offload != "none" and c.reference.engine != "zero":
-        raise UserError(f"reference.offload={c.reference.offload} is only for reference.engine=zero, not {c.reference.engine}")
+    engine_of = {"cpu": "zero", "disk": "hf"}
+    if c.reference.offload != "none" and c.reference.engine != engine_of[c.reference.offload]:
+        raise UserError(f"reference.offload={c.reference.offload} is only for reference.engine={engine_of[c.reference.offload]}, "
+                        f"not {c.reference.engine}")
+    if c.reference.tensor_parallel_size is not None and c.reference.engine != "tensor_parallel":
+        raise UserError(f"reference.tensor_parallel_size={c.reference.tensor_parallel_size} does nothing with reference.engine="
+                        f"{c.reference.engine}; remove it or set reference=tensor_parallel")
+    _validate_served(c)
+    if c.reference.mode == "ahead" and c.reference.engine == "adapter_off":
+        raise UserError("reference.mode=ahead scores beside training, but with reference.engine=adapter_off the reference is the policy "
+                        "itself; set reference.mode=cached or live, or reference.engine=hf")
+    if c.reference.procs is not None and c.reference.mode != "ahead":
+        raise UserError(f"reference.procs={c.reference.procs} would do nothing: with reference.mode={c.reference.mode} the training processes "
+                        "score; remove it, or set reference.mode=ahead")
+    _validate_sync(c)
     if not c.loss.needs_reference:
         for key, default in (("path", None), ("engine", "hf"), ("mode", "cached")):
             if getattr(c.reference, key) != default:
                 raise UserError(f"reference.{key}={getattr(c.reference, key)} would do nothing: loss.name={c.loss.name} uses no reference; "
                                 "remove it")
+
+
+def _validate_served(c: RunConfig) -> None:
+    """The keys of a reference in servers of its own."""
+    r = c.reference
+    if r.engine != "vllm":
+        for key in ("urls", "server", "served_name", "version", "quantization", "requests", "audit"):
+            if getattr(r, key):
+                raise UserError(f"reference.{key}={getattr(r, key)} is only for reference=vllm, not {r.engine}; remove it")
+        return
+    if r.requests is None or r.audit is None:
+        raise UserError("reference.engine=vllm needs reference.requests and reference.audit; choose it by reference=vllm, which sets them")
+    if r.urls and r.server:
+        raise UserError(f"reference.urls={r.urls} and reference.server={r.server} are both set; keep one of them")
+    if r.server and len(r.server.split()) > 1 and "{port}" not in r.server:
+        raise UserError(f"reference.server={r.server} has no {{port}}, so nobody knows where it would listen; write --port {{port}}")
+    for section in ("requests", "audit"):
+        for key, value in dataclasses.asdict(getattr(r, section)).items():
+            if isinstance(value, int | float) and not value > 0:
+                raise UserError(f"reference.{section}.{key}={value} must be greater than 0")
+    if r.requests.wait_seconds >= c.cluster.timeout_seconds:
+        raise UserError(f"reference.requests.wait_seconds={r.requests.wait_seconds} must be less than cluster.timeout_seconds="
+                        f"{c.cluster.timeout_seconds}, after which the other ranks give up; lower it")
+
+
+def _validate_sync(c: RunConfig) -> None:
+    sync = c.reference.sync
+    for key, value, modes in (("alpha", sync.alpha, ("soft",)), ("every_steps", sync.every_steps, ("soft", "hard"))):
+        if value is not None and sync.mode not in modes:
+            raise UserError(f"reference.sync.{key}={value} would do nothing: reference.sync.mode={sync.mode}; remove it")
+        if value is None and sync.mode in modes:
+            raise UserError(f"reference.sync.{key} is not set; set reference.sync.{key}={0.6 if key == 'alpha' else 512}, or another value")
+    if sync.alpha is not None and not 0 < sync.alpha <= 1:
+        raise UserError(f"reference.sync.alpha={sync.alpha} must be greater than 0 and at most 1")
+    if sync.mode == "none":
+        return
+    if not c.loss.needs_reference:
+        raise UserError(f"reference.sync.mode={sync.mode} would do nothing: loss.name={c.loss.name} uses no reference; remove it")
+    if c.reference.mode != "live":
+        raise UserError(f"reference.sync.mode={sync.mode} moves the reference while training runs, so its log-probs cannot be scored "
+                        f"beforehand (reference.mode={c.reference.mode}); set reference.mode=live")
+    if c.reference.engine not in ("hf", "zero"):
+        raise UserError(f"reference.sync.mode={sync.mode} moves the reference's own weights, which reference.engine={c.reference.engine} does "
+                        "not have at hand; set reference=hf or reference=zero")
+    if c.reference.offload == "disk":
+        raise UserError(f"reference.sync.mode={sync.mode} cannot move weights that stay in their files; set reference.offload=none")
+    if c.model.lora.rank:
+        raise UserError(f"reference.sync.mode={sync.mode} needs a policy that trains whole weights; set model.lora.rank=0")
 
 
 def _validate_zero(c: RunConfig) -> None:
@@ -116,8 +186,36 @@ def _validate_zero(c: RunConfig) -> None:
     if c.zero.stage is None and (c.cluster.procs_per_node or 1) > 1:
         raise UserError(f"zero.stage=null is plain torch in one process, but cluster.procs_per_node={c.cluster.procs_per_node}; "
                         "set zero=zero3 or cluster.procs_per_node=1")
-    if c.zero.stage is None and c.model.dtype == "bf16":
-        raise UserError("model.dtype=bf16 needs DeepSpeed's fp32 master weights; set zero=zero0 (or higher) or model.dtype=fp32")
+    if c.zero.stage in (None, 0) and c.model.dtype == "bf16":
+        raise UserError(f"model.dtype=bf16 needs DeepSpeed's fp32 master weights, which zero.stage={c.zero.stage} has not; set zero=zero1 "
+                        "(or higher) or model.dtype=fp32")
+
+
+def _validate_cluster(c: ClusterConfig) -> None:
+    for name in c.environment or {}:
+        if not name.startswith(NETWORK_VARIABLES):
+            raise UserError(f"cluster.environment.{name} is not a setting of the network between ranks (those begin with "
+                            f"{', '.join(NETWORK_VARIABLES)}); set it in the shell, or in cluster.slurm.setup")
+    if c.name == "local":
+        if c.nodes > 1:
+            raise UserError(f"cluster.nodes={c.nodes} with cluster=local: one machine cannot start others; take cluster=slurm, or run "
+                            "launch/node.sh on each machine (or launch/hosts.sh once) and leave cluster.nodes out")
+        if c.slurm is not None:
+            raise UserError("cluster.slurm is set, but cluster=local does nothing with it; set cluster=slurm")
+        return
+    if c.slurm is None:
+        raise UserError("cluster.name=slurm without cluster.slurm; set cluster=slurm, which brings it")
+    if c.procs_per_node is None:
+        raise UserError("cluster.procs_per_node=null: from here the nodes' devices cannot be counted; set cluster.procs_per_node=8, one a GPU")
+    if c.slurm.signal_seconds <= 0:
+        raise UserError(f"cluster.slurm.signal_seconds={c.slurm.signal_seconds} must be greater than 0")
+    if c.slurm.max_requeues < 0:
+        raise UserError(f"cluster.slurm.max_requeues={c.slurm.max_requeues} must be 0 (never) or greater")
+    if c.slurm.container_mounts and c.slurm.container_image is None:
+        raise UserError(f"cluster.slurm.container_mounts={c.slurm.container_mounts} does nothing without cluster.slurm.container_image; set it")
+    for line in c.slurm.extra:
+        if not line.startswith("-"):
+            raise UserError(f"cluster.slurm.extra has '{line}', which is not an option of sbatch; write it as in '--cpus-per-task=16'")
 
 
 def _between(key: str, value: float | None, low: float, high: float) -> None:

@@ -1,21 +1,72 @@
-"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out, and nothing else."""
+"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out, and nothing else.
+
+With reference.mode=ahead it goes through them in the order in which training asks, and its run.dir lies in the trainer's.
+"""
 from __future__ import annotations
 
+import signal
 import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
+from dpo_dist import stop
 from dpo_dist.config import RunConfig, UserError
+from dpo_dist.data.order import order_of
 from dpo_dist.engines import fill_cache
-from dpo_dist.entry import exit_with, run_entry
+from dpo_dist.entry import DONE, exit_with, run_entry
 from dpo_dist.inputs import read_inputs
+from dpo_dist.lock import hold_lock, is_held
+from dpo_dist.reference.lookahead import windows
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
 
+SECONDS_BETWEEN_LOOKS = 1.0
+
 
 def score(config: RunConfig, world: World, terminal: Terminal) -> None:
+    stop.listen()
     if not config.loss.needs_reference:
         raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another loss")
-    inputs = read_inputs(config, world, terminal)
-    terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)))
+    if config.reference.mode == "ahead":
+        _score_ahead(config, world, terminal)
+    else:
+        inputs = read_inputs(config, world, terminal)
+        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)))
+
+
+def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
+    """What training will ask for, in that order. The lock shows it that this is alive, and its own shows this when it has gone."""
+    here, t = Path(config.run_dir), config.train
+    with ExitStack() as alive:
+        world.on_main(lambda: _begin(here, alive))
+        inputs = read_inputs(config, world, terminal)
+        order = order_of(inputs.train, t, config.data.group_by_prompt)
+        asked = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
+        look = _end_with(here.parent) if world.is_main else (lambda: None)
+        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=asked, progress=look)))
+        world.on_main((here / DONE).touch)
+
+
+def _begin(here: Path, alive: ExitStack) -> None:
+    alive.enter_context(hold_lock(here))
+    (here / DONE).unlink(missing_ok=True)
+
+
+def _end_with(training: Path) -> Callable[[], None]:
+    """A function that asks this process to stop once training was seen in its folder, and then no more."""
+    seen, last = False, time.monotonic()
+
+    def look() -> None:
+        nonlocal seen, last
+        if time.monotonic() - last > SECONDS_BETWEEN_LOOKS:
+            last, held = time.monotonic(), is_held(training)
+            if seen and not held:
+                stop.ask(signal.SIGTERM)
+            seen |= held
+
+    return look
 
 
 if __name__ == "__main__":

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config import LossConfig
-from dpo_dist.data.pack import pack_pairs, pair_costs, plan_step
+from dpo_dist.data.pack import pack_pairs
+from dpo_dist.data.plan import PairShapes, distinct_flops, plan_step
 from dpo_dist.data.store import PairStore
+from dpo_dist.flops import Flops, StepWork
 from dpo_dist.logps import pair_logps
 from dpo_dist.losses import preference_loss
 from dpo_dist.metrics import MetricSums
+from dpo_dist.perf import Clock
 from dpo_dist.policy import Policy
 from dpo_dist.preference import PackedBatch, PairLogps, TokenizedPair
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.world import World
 
 PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", "strength",
-            "wpo_weight")
+            "wpo_weight", "kl_per_token", "chosen_drift_per_token")
 
 
 @dataclass(frozen=True)
@@ -32,28 +35,36 @@ class StepBatches:
     positions: tuple[tuple[int, ...], ...]       # of each pack's pairs in the step; empty for a filler
     total_weight: float
     mean_chosen_tokens: float
+    work: StepWork                               # of all ranks, forward and backward
 
 
 def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world: World, tokens_per_microbatch: int,
-                 hidden_size: int) -> StepBatches:
-    """This rank's packs of the step made of `pair_ids`."""
-    lengths = pairs.lengths()[pair_ids]
-    if not loss.uses_rejected:
-        lengths = lengths * np.array([1, 1, 0], dtype=lengths.dtype)
+                 flops: Flops) -> StepBatches:
+    """This rank's packs of the step made of `pair_ids`; `flops` are of a forward and backward (or whatever is to be counted)."""
+    shapes = pairs.shapes(pair_ids) if loss.uses_rejected else _chosen_alone(pairs.shapes(pair_ids))
     weights = np.asarray(pairs.weight[pair_ids], dtype=np.float64)
-    plan = plan_step(lengths, pair_costs(lengths, hidden_size), world.size, tokens_per_microbatch)
+    share = loss.ld_alpha is None
+    plan = plan_step(shapes, flops, world.size, tokens_per_microbatch, share)
     batches, positions = [], []
     for members, is_filler in plan.of_rank(world.rank):
         at = [int(pair_ids[m]) for m in members]
         weight = [0.0] * len(members) if is_filler else [float(weights[m]) for m in members]
-        batches.append(pack_pairs([_computed(pairs[i], loss) for i in at], at, weight, share_completions=loss.ld_alpha is None))
+        batch = pack_pairs([_computed(pairs[i], loss) for i in at], at, weight, share_completions=share)
+        batches.append(batch.pinned() if world.device.type == "cuda" else batch)
         positions.append(() if is_filler else members)
-    return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), float((weights * lengths[:, 1]).sum() / weights.sum()))
+    mean_chosen_tokens = float((weights * shapes.lengths[:, 1]).sum() / weights.sum())
+    work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops, share))
+    return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), mean_chosen_tokens, work)
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
     """The pair as far as the loss looks at it: one that ignores the rejected completion gets the chosen one twice, computed once."""
     return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
+
+
+def _chosen_alone(shapes: PairShapes) -> PairShapes:
+    """The shapes of pairs as `_computed` makes them for a loss that ignores the rejected completion."""
+    return PairShapes(shapes.lengths[:, [0, 1, 1]], shapes.content[:, [0, 1, 1]])
 
 
 def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,
@@ -67,8 +78,11 @@ def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: Pack
 
 
 def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums,
-               world: World) -> Tensor:
+               world: World, clock: Clock) -> Tensor:
     """Adds the step's gradient to the policy and its figures to `sums`; this rank's part of the step's loss, a scalar."""
+    if reference is not None:
+        reference.wait_for(step.batches)
+        clock.mark("data")
     slopes = _whole_step_slopes(policy, reference, step, loss, world) if loss.needs_whole_step else None
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, batch in enumerate(step.batches):
@@ -84,9 +98,9 @@ def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatc
             total += per_pair.sum() / step.total_weight
             if step.positions[i]:
                 sums.add(pairs, per_pair, weight)
+        clock.mark("forward")
         policy.backward(share, is_last=i == len(step.batches) - 1)
-        sums.tokens += batch.n_tokens
-        sums.pairs += len(step.positions[i])
+        clock.mark("backward")
     return total
 
 

@@ -26,7 +26,7 @@ class Tracker(Protocol):
         """Keeps one row: `step`, `split` and numbers. When it returns, the row in metrics.jsonl survives a kill and a power cut."""
 
     def finish(self, summary: Row) -> None:
-        """Keeps the run's last numbers and closes."""
+        """Keeps the run's last numbers, if there are any, and closes."""
 
 
 def open_tracker(config: RunConfig, run_dir: str | Path, is_main: bool, resumed_step: int) -> Tracker:
@@ -192,7 +192,8 @@ class TensorBoard:
         self._writer.flush()
 
     def finish(self, summary: Row) -> None:
-        self._writer.add_text("summary", "\n".join(f"- {name}: {value}" for name, value in summary.items()))
+        if summary:
+            self._writer.add_text("summary", "\n".join(f"- {name}: {value}" for name, value in summary.items()))
         self._writer.close()
 
 

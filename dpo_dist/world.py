@@ -17,6 +17,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Team:
+    """Consecutive ranks that work as one, this one among them; every method must be called by all of them, in the same order."""
+
+    rank: int                                  # this process's place among `size`
+    size: int
+    group: Any                                 # torch's process group, for libraries that ask for one
+
+    def gather(self, value: T) -> list[T]:
+        """Every member's value, in order of rank, on every member."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+
+@dataclass(frozen=True)
 class World:
     """One process among `size`; every method that talks must be called by all of them, in the same order."""
 
@@ -24,10 +39,12 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1                        # processes on this machine
 
     @classmethod
     def start(cls, cluster: ClusterConfig) -> World:
         """Joins the processes that torchrun (or the launcher) started; a process started alone is a world of one."""
+        os.environ.update(cluster.environment or {})                  # NCCL and gloo read theirs when the group starts
         rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -46,7 +63,7 @@ class World:
                 dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
             else:
                 dist.init_process_group("gloo", timeout=timeout)
-        return cls(rank, size, local_rank, device)
+        return cls(rank, size, local_rank, device, local_size)
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +74,12 @@ class World:
         total = values.detach().to("cpu", torch.float64, copy=True)
         dist.all_reduce(total)
         return total
+
+    def on_device_sum(self, value: float) -> float:
+        """The sum over all ranks, by the way that gradients take: nccl on GPUs, else gloo."""
+        total = torch.tensor(value, dtype=torch.float32, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
@@ -86,6 +109,11 @@ class World:
             raise result[1]
         return result[0]
 
+    def team(self, size: int) -> Team:
+        """This rank's team where the world is cut into teams of `size` consecutive ranks; `size` divides the world."""
+        group, _ = dist.new_subgroups(size)
+        return Team(self.rank % size, size, group)
+
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         dist.all_reduce(torch.zeros(1))
@@ -94,6 +122,22 @@ class World:
 def rank_here() -> int:
     """This process's rank, known before any process group exists."""
     return int(os.environ.get("RANK", 0))
+
+
+def node_here() -> tuple[int, int]:
+    """(this process's node, its rank on that node), both from 0, as torchrun numbers them."""
+    return int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
+    """What happened, where a collective failed because of another rank; None for any other error. gloo has no exception types for it."""
+    said = str(error)
+    if "Timed out waiting" in said:
+        return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its network or a process "
+                "on it is gone or hangs")
+    if "Connection closed by peer" in said or "Connection reset by peer" in said:
+        return "another rank closed its connection: its process ended"
+    return None
 
 
 def prepare_deepspeed(device: torch.device) -> None:

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from dpo_dist.config import DataConfig, DatasetConfig, UserError
 from dpo_dist.data.chat import template_text
 from dpo_dist.data.files import content_digest
+from dpo_dist.data.plan import PairShapes
 from dpo_dist.data.rows import Row, read_rows
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.data.writer import ARRAYS, PairWriter, Source, hash64
 from dpo_dist.preference import TokenizedPair
 
-FORMAT_VERSION = 1                           # raise it when the same rows would give other tokens or files
+FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
 
 
@@ -42,6 +43,7 @@ class PairStore:
     weight: NDArray[np.float32]
     strength: NDArray[np.float32]
     source: NDArray[np.uint16]
+    content: NDArray[np.uint64]
     where: NDArray[np.int64]
 
     @staticmethod
@@ -77,6 +79,10 @@ class PairStore:
     @cached_property
     def _lengths(self) -> NDArray[np.int32]:
         return np.diff(self.spans, axis=1).astype(np.int32)
+
+    def shapes(self, pair_ids: NDArray[np.int64]) -> PairShapes:
+        """What the planner needs to know of these pairs."""
+        return PairShapes(self._lengths[pair_ids], self.content[pair_ids])
 
     def largest_id(self) -> int:
         """The largest token id of all pairs; -1 where there are none."""
@@ -117,7 +123,7 @@ def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | N
 def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> str:
     """sha256 of all that decides the stores' content: files, tokenizer, template and the values of DataConfig."""
     values = dataclasses.asdict(config)
-    del values["cache_dir"], values["chat_template"]
+    del values["cache_dir"], values["group_by_prompt"], values["chat_template"]
     contents = [content_digest(dataset) for dataset in (*config.train, *config.eval)]
     template = template_text(tokenizer, config.chat_template)
     whole = {"version": FORMAT_VERSION, "values": values, "contents": contents, "tokenizer": tokenizer_digest, "template": template}

@@ -22,6 +22,7 @@ ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns
     "weight": ("<f4", 0),                    # (n,) the row's own weight in the loss
     "strength": ("<f4", 0),                  # (n,) NaN = unknown
     "source": ("<u2", 0),                    # (n,) index into meta's sources
+    "content": ("<u8", 3),                   # (n, 3) hash of prompt, chosen and rejected: equal tokens, equal number
     "where": ("<i8", 2),                     # (n, 2) index into meta's places, and the line or row number there (-1 = none)
 }
 IN_DIGEST = ("ids", "spans", "weight", "strength", "source")         # what training sees; where a row came from is no part of it
@@ -56,12 +57,13 @@ class PairWriter:
         self.waiting: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, pair: TokenizedPair, source: int, prompt_hash: int) -> None:
-        ids = np.array(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids, dtype="<i4")
+        parts = [np.array(each, dtype="<i4") for each in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+        ids, content = np.concatenate(parts), tuple(hash64(each.tobytes()) for each in parts)
         chosen = self.tokens + len(pair.prompt_ids)
         rejected = chosen + len(pair.chosen_ids)
         span = (self.tokens, chosen, rejected, self.tokens + len(ids))
         strength = float("nan") if pair.strength is None else pair.strength
-        for name, value in zip(ARRAYS, (ids, span, pair.weight, strength, source, self._place(pair.where)), strict=True):
+        for name, value in zip(ARRAYS, (ids, span, pair.weight, strength, source, content, self._place(pair.where)), strict=True):
             self.waiting[name].append(value)
         self.prompt_hashes.append(prompt_hash)
         self.pair_hashes.append(hash64(ids.tobytes() + np.diff(span).tobytes()))

@@ -1,6 +1,7 @@
 """The command `dpo-dist VERB [key=value ...]`. No torch here: help and errors answer at once."""
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +9,27 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dpo_dist.compose import compose, documented_keys
-from dpo_dist.config import UserError, nearest, to_dict
-from dpo_dist.launcher.local import device_count, run_stages
-from dpo_dist.launcher.plan import plan
+from dpo_dist.config import RunConfig, UserError, nearest, to_dict
+from dpo_dist.launcher.doctor import doctor, with_model
+from dpo_dist.launcher.local import command, device_count, run_stages
+from dpo_dist.launcher.multirun import multirun
+from dpo_dist.launcher.plan import LaunchPlan, plan
+from dpo_dist.launcher.slurm import describe, jobs_of, sbatch_command, submit
+from dpo_dist.launcher.status import status
+from dpo_dist.size_report import sizing_lines
 
-VERBS = {
+STAGE_VERBS = {
     "run": "the whole way: score the reference, train, evaluate on held-out pairs, export",
     "score": "fill the cache with the reference's log-probs, and nothing else",
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
     "export": "write <run.dir>/model from the newest whole checkpoint",
+}
+VERBS = {
+    **STAGE_VERBS,
+    "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does not fit",
+    "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
+    "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
 
@@ -41,25 +53,92 @@ def _main(words: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(_verb_help(verb))
         return 0
-    show = "--cfg" in rest
-    if show:
-        at = rest.index("--cfg")
-        if rest[at + 1:at + 2] != ["job"]:
-            raise UserError("--cfg takes the word job, as in: dpo-dist train model.path=... --cfg job")
-        del rest[at:at + 2]
+    if verb == "status":
+        print(status(_run_dir(rest)))
+        return 0
+    show, dry_run = _take_cfg(rest), _take_dry_run(rest)
+    sweeps = verb == "run" and not show and "-m" in rest
+    if sweeps:
+        rest.remove("-m")
     for word in rest:
         if word.startswith("-"):
-            raise UserError(f"unknown option '{word}': the options are --help and --cfg job; everything else is key=value")
-    config = compose(rest)
+            raise UserError(f"unknown option '{word}': the options are --help, --cfg job, --dry-run, and -m for run alone; everything else "
+                            "is key=value")
+        if word.startswith("sweep=") and not sweeps:
+            raise UserError(f"{word} names the runs of a sweep; write dpo-dist run -m {word} ...")
+    if sweeps:
+        return multirun(rest, dry_run)
+    config = compose(with_model(rest) if verb == "doctor" else rest)
+    if config.cluster.jobs_at_once not in (None, 1):
+        raise UserError(f"cluster.jobs_at_once={config.cluster.jobs_at_once} does nothing without a sweep; remove it, or sweep with run -m")
     if show:
-        print(OmegaConf.to_yaml(to_dict(config)), end="")
+        print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)), end="\n" if show == "run_dir" else "")
         return 0
-    return run_stages(plan(verb, config, rest, device_count(config.cluster)), Path(config.run_dir))
+    if verb == "doctor":
+        return doctor(config)
+    launch = plan("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
+    if verb == "plan":
+        print("\n".join([_plan_text(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)]))
+        return 0
+    return _start(launch, config, dry_run)
+
+
+def _start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
+    if config.cluster.name == "local":
+        if dry_run:
+            raise UserError("--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set cluster=slurm")
+        return run_stages(launch)
+    if dry_run:
+        print(describe(jobs_of(launch, config)))
+        return 0
+    for stage, job in submit(launch, config).items():
+        print(f"submitted {stage}: job {job}")
+    print(f"output: {launch.run_dir}/slurm; where it is: dpo-dist status {launch.run_dir}")
+    return 0
+
+
+def _take_cfg(rest: list[str]) -> str | None:
+    if "--cfg" not in rest:
+        return None
+    at = rest.index("--cfg")
+    what = rest[at + 1:at + 2]
+    if what not in (["job"], ["run_dir"]):
+        raise UserError("--cfg takes the word job or run_dir, as in: dpo-dist train model.path=... --cfg job")
+    del rest[at:at + 2]
+    return what[0]
+
+
+def _take_dry_run(rest: list[str]) -> bool:
+    if "--dry-run" not in rest:
+        return False
+    rest.remove("--dry-run")
+    return True
+
+
+def _run_dir(rest: list[str]) -> Path:
+    if len(rest) != 1:
+        raise UserError("status takes one folder, as in: dpo-dist status runs/my-run")
+    return Path(rest[0].removeprefix("run.dir="))
+
+
+def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
+    device = {"cpu": "CPU", "cuda": "GPU", "auto": "GPU, or CPU where there is none"}[config.cluster.device]
+    lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
+    jobs = {job.name: job for job in jobs_of(launch, config)} if config.cluster.name == "slurm" else {}
+    for stage in launch.stages:
+        what = sbatch_command(jobs[stage.name], {}) if jobs else command(stage)
+        when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""
+        lines += ["", stage.name + when,
+                  f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, each on a {device}",
+                  f"  starts  {shlex.join(what)}"]
+    return "\n".join(lines)
 
 
 def _usage() -> str:
     verbs = "\n".join(f"  {name:<8}{text}" for name, text in VERBS.items())
-    return f"usage: dpo-dist VERB [key=value ...]\n\n{verbs}\n\ndpo-dist VERB --help lists the keys; --cfg job prints the resolved config."
+    return (f"usage: dpo-dist VERB [key=value ...]\n\n{verbs}\n\ndpo-dist VERB --help lists the keys; --cfg job prints the resolved config; "
+            "--dry-run prints what cluster=slurm would submit.\n"
+            "dpo-dist run -m loss.beta=0.05,0.1,0.3 optim.lr=5e-7,1e-6 ... runs every combination; or -m sweep=beta_lr, or -m sweep=optuna.")
 
 
 def _verb_help(verb: str) -> str:

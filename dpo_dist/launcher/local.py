@@ -4,79 +4,225 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from dpo_dist.config import ClusterConfig, UserError
-from dpo_dist.launcher.plan import Stage
+from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 TAIL_LINES = 20
+SECONDS_BETWEEN_LOOKS = 0.2        # at stages that run side by side
+SECONDS_FOR_SURVIVORS = "10"       # that the ranks beside a failed one get before they are killed
 
 
 def device_count(cluster: ClusterConfig) -> int:
     """GPUs that the processes would see; 1 where the work is done on the CPU."""
+    return max(1, len(devices(cluster)))
+
+
+def devices(cluster: ClusterConfig) -> list[str]:
+    """The GPUs that the processes would see, as CUDA_VISIBLE_DEVICES names them; empty where the work is done on the CPU."""
     if cluster.device == "cpu":
-        return 1
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"]))
-    return max(1, len(glob.glob("/dev/nvidia[0-9]*")))
+        return [d.strip() for d in visible.split(",") if d.strip() and d.strip() != "-1"]
+    return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
-def run_stages(stages: Sequence[Stage], run_dir: Path) -> int:
-    """Runs the stages in turn until one fails; the exit code of the last one run."""
-    for stage in stages:
-        code = run_stage(stage, run_dir)
+def run_stages(plan: LaunchPlan) -> int:
+    """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is done."""
+    names = [stage.name for stage in plan.stages]
+    for stage in plan.stages:
+        if stage.beside in names:
+            continue
+        code = run_stage(stage, Path(plan.run_dir), [each for each in plan.stages if each.beside == stage.name])
         if code:
             return code
     return 0
 
 
-def run_stage(stage: Stage, run_dir: Path) -> int:
-    """Starts the stage and waits. What it tells a person passes through; what libraries say goes to <run.dir>/logs/launcher.log."""
+def run_stage(stage: Stage, run_dir: Path, servants: Sequence[Stage] = ()) -> int:
+    """Starts the stage, beside its servants, and waits. What it tells a person passes through; what libraries say goes to
+    <run.dir>/logs/launcher.log, and so does all that servants say to theirs. The exit code is the stage's own."""
+    total = stage.procs_per_node + sum(each.procs_per_node for each in servants)
+    beside = [_start(each, Path(each.run_dir), total, quiet=True) for each in servants]
+    started = _start(stage, Path(stage.run_dir or run_dir), total)
+    with _passing_signals_on([started, *beside]):
+        try:
+            code = _wait(started, beside)
+        finally:
+            for each in beside:
+                _end(each)
+    if (started.run_dir / "PREEMPTED").exists():
+        return 128 + int(json.loads((started.run_dir / "PREEMPTED").read_text())["signal"])
+    return _report_failure(stage, started.run_dir, code, started.said()) if code else 0
+
+
+@dataclass(frozen=True)
+class _Started:
+    stage: Stage
+    run_dir: Path
+    process: subprocess.Popen[bytes]
+    log_begins: int                    # in launcher.log
+
+    def said(self) -> str:
+        return (self.run_dir / "logs" / "launcher.log").read_bytes()[self.log_begins:].decode(errors="replace")
+
+    def ranks(self) -> list[int]:
+        """The ranks' process ids."""
+        return [self.process.pid] if self.stage.ranks == 1 else _children(self.process.pid)
+
+
+def _start(stage: Stage, run_dir: Path, procs_on_machine: int, quiet: bool = False) -> _Started:
     logs = run_dir / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be made: {error}; set run.dir to a folder that can be written") from error
-    failed = run_dir / "FAILED"
-    failed.unlink(missing_ok=True)
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // stage.processes)), **os.environ, "PYTHONUNBUFFERED": "1"}
+    for marker in ("DONE", "FAILED", "PREEMPTED") if stage.beside else ("FAILED", "PREEMPTED"):
+        (run_dir / marker).unlink(missing_ok=True)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs_on_machine)),
+                   "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SECONDS_FOR_SURVIVORS, **os.environ, "PYTHONUNBUFFERED": "1"}
+    if stage.devices is not None:
+        visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[d] if visible else str(d) for d in stage.devices)
     with (logs / "launcher.log").open("ab") as log:
         already = log.tell()
-        process = subprocess.Popen(command(stage), stderr=log, env=environment)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())    # what ends the launcher ends what it started
+        # in a session of its own, so that a Ctrl-C comes to this process alone, which passes it on to the ranks and not to torchrun
+        process = subprocess.Popen(command(stage), stdout=log if quiet else None, stderr=log, env=environment, start_new_session=True)
+    return _Started(stage, run_dir, process, already)
+
+
+def _wait(started: _Started, servants: Sequence[_Started]) -> int:
+    """The exit code. A servant that ends before its work is done is marked FAILED, which the stage will see: it goes as far as it can."""
+    serving = list(servants)
+    while serving:
         try:
-            code = process.wait()
-        except KeyboardInterrupt:                        # the processes got it too: let them end by themselves
-            process.wait()
-            code = 130
-    if code == 0:
-        return 0
-    if failed.exists():
-        told = json.loads(failed.read_text())
-        print(f"error: {told['message']}", file=sys.stderr)
-        return int(told["exit_code"])
-    said = (logs / "launcher.log").read_bytes()[already:].decode(errors="replace").splitlines()
-    told_early = [line for line in said if line.startswith("error: ")]       # before there was a folder to leave a marker in
-    if told_early:
-        print(told_early[-1], file=sys.stderr)
-        return 2
-    print("\n".join([*said[-TAIL_LINES:], f"error: the {stage.name} stage ended with code {code}; its logs are in {logs}"]), file=sys.stderr)
-    return code if 0 < code < 256 else 1
+            return started.process.wait(SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            for servant in [each for each in serving if each.process.poll() is not None]:
+                serving.remove(servant)
+                if not (servant.run_dir / "DONE").exists() and not (servant.run_dir / "FAILED").exists():
+                    _mark_failed(servant.run_dir, f"the {servant.stage.name} stage ended with code {servant.process.returncode}; "
+                                                  f"its logs are in {servant.run_dir}/logs")
+    return started.process.wait()
+
+
+def _end(servant: _Started) -> None:
+    """Asks a servant to keep what it has and to end; kills it where it does not."""
+    if servant.process.poll() is None:
+        for rank in servant.ranks():
+            _send(rank, signal.SIGTERM, os.kill)
+        try:
+            servant.process.wait(float(SECONDS_FOR_SURVIVORS))
+        except subprocess.TimeoutExpired:
+            _kill(servant)
+
+
+def _kill(started: _Started) -> None:
+    for leader in {*started.ranks(), started.process.pid}:                # each leads a session of its own, with all that it started
+        _send(leader, signal.SIGKILL, os.killpg)
 
 
 def command(stage: Stage) -> list[str]:
     """The command line of a stage: python alone for one process, torchrun for several."""
     module = ["-m", stage.module, *stage.overrides]
-    if stage.processes == 1:
+    if stage.ranks == 1:
         return [sys.executable, *module]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(stage.processes), "--master-addr", "127.0.0.1",
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(stage.procs_per_node), "--master-addr", "127.0.0.1",
             "--master-port", str(_free_port()), *module]
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@contextmanager
+def _passing_signals_on(started: Sequence[_Started]) -> Iterator[None]:
+    """Meanwhile, a signal to end goes to the ranks, which save first (dpo_dist/stop.py); torchrun would give them 30 seconds and kill
+    them. A second Ctrl-C kills them at once."""
+    interrupted = False
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        again, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
+        if again:
+            for each in started:
+                _kill(each)
+            return
+        if interrupted:
+            print("stopping after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        for rank in [rank for each in started for rank in each.ranks()]:
+            _send(rank, signal.SIGTERM if number == signal.SIGHUP else number, os.kill)
+
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    former = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for thread in Path(f"/proc/{pid}/task").glob("*/children") for child in thread.read_text().split()]
+
+
+def _send(pid: int, number: int, how: Callable[[int, int], None]) -> None:
+    try:
+        how(pid, number)
+    except ProcessLookupError:
+        pass                                             # it has ended by itself
+
+
+# -------------------------------------------------------------------------------------------------------------- failures
+
+
+def _report_failure(stage: Stage, run_dir: Path, code: int, said: str) -> int:
+    """Tells the person which rank failed, why, and where to read on; the exit code. What the ranks tell themselves, they have told."""
+    killed = _killed_rank(said)
+    if killed is not None:                               # it could not speak; what the others say is only that it is gone
+        rank, number = killed
+        message = f"rank {rank} was ended by {signal.Signals(number).name}" + (" (by the system, where memory ran out)" if number == 9 else "")
+        _mark_failed(run_dir, message)
+        print("\n".join([*_tail(run_dir / "logs" / f"rank-{rank}.log"), f"error: {message}; its log is {run_dir}/logs/rank-{rank}.log"]),
+              file=sys.stderr)
+        return 1
+    if (run_dir / "FAILED").exists():
+        told = json.loads((run_dir / "FAILED").read_text())
+        if told["exit_code"] == 1:
+            print("\n".join(_tail(run_dir / "logs" / f"rank-{told['rank']}.log")), file=sys.stderr)
+        print(f"error: {told['message']}", file=sys.stderr)
+        return int(told["exit_code"])
+    told_early = [line for line in said.splitlines() if line.startswith("error: ")]      # before there was a folder to leave a marker in
+    if told_early:
+        print(told_early[-1], file=sys.stderr)
+        return 2
+    lines = said.splitlines()[-TAIL_LINES:]
+    print("\n".join([*lines, f"error: the {stage.name} stage ended with code {code}; its logs are in {run_dir}/logs"]), file=sys.stderr)
+    return code if 0 < code < 256 else 1
+
+
+def _mark_failed(run_dir: Path, message: str) -> None:
+    (run_dir / "FAILED").write_text(json.dumps({"message": message, "exit_code": 1}))
+
+
+def _killed_rank(said: str) -> tuple[int, int] | None:
+    """(rank, signal) where torchrun says that a signal ended the first rank to fail."""
+    found = re.search(r"Root Cause.*?\brank +: (\d+).*?\bexitcode +: (-?\d+)", said, re.S)
+    return (int(found[1]), -int(found[2])) if found and int(found[2]) < 0 else None
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if log.exists() else []
 
 
 def _free_port() -> int:

@@ -1,32 +1,90 @@
-"""RunConfig → the stages of a command: which entry point runs, in how many processes. Pure."""
+"""RunConfig → the stages of a command: which entry point runs, on how many nodes, in how many processes, after what. Pure."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config import RunConfig, UserError
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry point, started as `processes` processes with these overrides."""
+    """One entry point, started as `nodes` times `procs_per_node` processes with these overrides, once the stages of `after` have succeeded.
+
+    beside: the stage that this one serves: both start together, and this one ends with it at the latest.
+    """
 
     name: str
     module: str
-    processes: int
+    nodes: int
+    procs_per_node: int
     overrides: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    beside: str | None = None
+    run_dir: str = ""                         # where its logs and markers are; empty = the plan's run_dir
+    devices: tuple[int, ...] | None = None    # of those that are visible on a machine; None = all
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.procs_per_node
 
 
-MODULES = {"score": "dpo_dist.score", "train": "dpo_dist.train", "eval": "dpo_dist.evaluate", "export": "dpo_dist.export"}
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What a command starts, in order, and the folder it leaves its results in."""
+
+    run_dir: str
+    stages: tuple[Stage, ...]
 
 
-def plan(verb: str, config: RunConfig, overrides: Sequence[str], devices: int) -> tuple[Stage, ...]:
-    """The stages of a verb. `run` scores in processes of their own, so that the trainer never shares memory with the reference;
-    the training stage then evaluates and exports while the policy is in memory."""
-    names = [verb] if verb != "run" else (["score"] if _scores_apart(config) else []) + ["train"]
-    processes = config.cluster.procs_per_node or devices
-    return tuple(Stage(name, MODULES[name], processes, tuple(overrides)) for name in names)
+@dataclass(frozen=True)
+class _Kind:
+    module: str
+    needed: Callable[[RunConfig], bool]       # by `run`
+    after: tuple[str, ...] = ()
 
 
-def _scores_apart(config: RunConfig) -> bool:
+def scores_apart(config: RunConfig) -> bool:
+    """Whether scoring is a stage of its own, so that the trainer never shares memory with the reference."""
     return config.loss.needs_reference and config.reference.mode == "cached" and config.reference.engine != "adapter_off"
+
+
+# `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the policy is in memory.
+STAGES = {
+    "score": _Kind("dpo_dist.score", scores_apart),
+    "train": _Kind("dpo_dist.train", lambda config: True, after=("score",)),
+    "eval": _Kind("dpo_dist.evaluate", lambda config: False),
+    "export": _Kind("dpo_dist.export", lambda config: False),
+}
+
+
+def plan(verb: str, config: RunConfig, overrides: Sequence[str], devices: int = 1) -> LaunchPlan:
+    """The stages of a verb: of `run` all that the config needs, of any other itself. `devices`: processes a node where the config says none."""
+    if config.reference.mode == "ahead" and verb in ("run", "train", "score"):
+        scoring, training = _side_by_side(config, tuple(overrides), devices)
+        return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
+    names = [name for name, kind in STAGES.items() if kind.needed(config)] if verb == "run" else [verb]
+    procs = config.cluster.procs_per_node or devices
+    stages = [Stage(name, STAGES[name].module, config.cluster.nodes, procs, tuple(overrides),
+                    tuple(before for before in STAGES[name].after if before in names)) for name in names]
+    return LaunchPlan(config.run_dir, tuple(stages))
+
+
+def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -> tuple[Stage, Stage]:
+    """reference.mode=ahead: (scoring, training), on devices of their own where a machine has several."""
+    local, scorers = config.cluster.name == "local", config.reference.procs or 1
+    trainers = config.cluster.procs_per_node or max(1, devices - scorers)
+    shared = not local or devices == 1                    # jobs get devices of their own from Slurm; a CPU, or a single GPU, is shared
+    if not shared and trainers + scorers > devices:
+        raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's {devices} devices; "
+                        f"set cluster.procs_per_node={max(1, devices - scorers)}")
+    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+", config.scorer_dir) else "'" + config.scorer_dir.replace("'", "\\'") + "'"
+    own = [f"run.dir={folder}", "cluster.nodes=1", f"cluster.procs_per_node={scorers}"]
+    if config.zero.stage is None:
+        own.append("zero.stage=0")                        # plain torch is for one process; scoring does not look at it
+    scoring = Stage("score", STAGES["score"].module, 1, scorers, (*overrides, *own), beside="train", run_dir=config.scorer_dir,
+                    devices=None if shared else tuple(range(trainers, trainers + scorers)))
+    training = Stage("train", STAGES["train"].module, config.cluster.nodes, trainers, overrides,
+                     devices=None if shared else tuple(range(trainers)))
+    return scoring, training

@@ -1,12 +1,16 @@
 """Branch attention: every prompt of a pack attends to itself, every completion to its prompt and itself, and to nothing else.
 
 No mask over the pack exists; the cost grows with the branches, not with the square of the pack. It is registered under the name
-"branch" in transformers' table of attention functions and receives the pack's structure as the keyword `forest`.
+"branch" in transformers' table of attention functions and receives the pack's structure as the keyword `forest`. On a GPU in low
+precision it is one call of torch's variable-length flash attention; elsewhere one scaled_dot_product_attention a branch.
 """
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,15 +19,53 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_dist.preference import Tree
+from dpo_dist.preference import Span, Tree
+
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention import varlen
+
+    varlen_attn = varlen.varlen_attn
+    VARLEN_KEYS = frozenset(inspect.signature(varlen_attn).parameters)       # it grew from release to release
+except ImportError:                                                          # before torch 2.10
+    varlen_attn, VARLEN_KEYS = None, frozenset()
 
 
 class Forest:
-    """A pack's trees, with the attention masks that all layers share (made once a pack)."""
+    """A pack's trees, and what all layers share of them (made once a pack)."""
 
     def __init__(self, trees: Sequence[Tree]):
-        self.trees = trees
+        self.lengths = [span.end - span.start for tree in trees for span in (tree.prompt, *tree.branches)]
+        self.branches = [len(tree.branches) for tree in trees]
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._starts: dict[torch.device, Tensor] = {}
+
+    def keys_of_each(self, key: Tensor, dim: int) -> list[list[Tensor]]:
+        """For each prompt and branch, in the pack's order, the pieces of `key` that it sees.
+
+        Cut by one split: its backward is one concatenation, where each slice's own would fill a tensor of the whole pack.
+        """
+        pieces, out = iter(key.split(self.lengths, dim)), []
+        for branches in self.branches:
+            prompt = next(pieces)
+            out += [[prompt], *([prompt, next(pieces)] for _ in range(branches))]
+        return out
+
+    @cached_property
+    def seen(self) -> list[int]:
+        """Keys that each prompt and branch sees, itself included."""
+        lengths, out = iter(self.lengths), []
+        for branches in self.branches:
+            prompt = next(lengths)
+            out += [prompt, *(prompt + next(lengths) for _ in range(branches))]
+        return out
+
+    def starts(self, device: torch.device) -> Tensor:
+        """(2, prompts and branches + 1) int32: where the queries, and the keys, of each begin, and the last one's end."""
+        if device not in self._starts:
+            starts = torch.tensor([[0, *accumulate(self.lengths)], [0, *accumulate(self.seen)]], dtype=torch.int32)
+            self._starts[device] = starts.to(device)
+        return self._starts[device]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool: causal, aligned at the lower right, at most `window` keys back."""
@@ -39,18 +81,36 @@ def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
                      sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
     """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal rows."""
     if forest is None:
-        whole = Forest(())
-        return _attend(whole, query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
-    out = []
-    for prompt, branches in ((t.prompt, t.branches) for t in forest.trees):
-        p = slice(*prompt)
-        out.append(_attend(forest, query[:, :, p], key[:, :, p], value[:, :, p], scaling, sliding_window, softcap))
-        for branch in branches:
-            b = slice(*branch)
-            keys = torch.cat([key[:, :, p], key[:, :, b]], 2)
-            values = torch.cat([value[:, :, p], value[:, :, b]], 2)
-            out.append(_attend(forest, query[:, :, b], keys, values, scaling, sliding_window, softcap))
+        return _attend(Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    if _varlen_fits(query, softcap):
+        return varlen_attention(query, key, value, forest, scaling, sliding_window), None
+    parts = zip(query.split(forest.lengths, 2), forest.keys_of_each(key, 2), forest.keys_of_each(value, 2), strict=True)
+    out = [_attend(forest, q, torch.cat(k, 2), torch.cat(v, 2), scaling, sliding_window, softcap) for q, k, v in parts]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _varlen_fits(query: Tensor, softcap: float | None) -> bool:
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and "window_size" in VARLEN_KEYS
+            and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None, window: int | None,
+                     attend: Callable[..., Any] | None = varlen_attn) -> Tensor:
+    """(1, T, H, D), as branch_attention: one call in which every prompt and branch is a sequence, with its prompt's keys before its own.
+
+    `attend` has the signature of torch.nn.attention.varlen.varlen_attn: causal, aligned at the lower right where keys outnumber queries.
+    """
+    assert attend is not None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                       # (T, H, D)
+    keys, values = (torch.cat([piece for pieces in forest.keys_of_each(x, 0) for piece in pieces]) for x in (k, v))
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in VARLEN_KEYS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        groups = q.shape[1] // k.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    of_queries, of_keys = forest.starts(q.device)
+    return attend(q.contiguous(), keys, values, of_queries, of_keys, max(forest.lengths), max(forest.seen), **options)[None]
 
 
 def _attend(forest: Forest, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
@@ -82,6 +142,7 @@ ALL_ATTENTION_FUNCTIONS.register("branch", branch_attention)
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
           "n_embd": 32, "n_head": 4, "n_inner": 48, "sliding_window": 6, "query_pre_attn_scalar": 8, "pad_token_id": 0,
           "bos_token_id": 1, "eos_token_id": 2}
+_WITH_HEADS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head", "n_inner")
 
 
 def branch_misfit(config: PretrainedConfig) -> str | None:
@@ -91,7 +152,7 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
     architecture's own attention computes each row alone. What the own attention knows and ours does not (sinks, chunks) shows here.
     """
     try:
-        small = _shrink(config)
+        small = shrink(config)
         model = AutoModelForCausalLM.from_config(small, attn_implementation="branch", dtype=torch.float32).eval()
         twin = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager", dtype=torch.float32).eval()
         with torch.random.fork_rng(), torch.no_grad():
@@ -105,9 +166,11 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
     return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
 
 
-def _shrink(config: PretrainedConfig) -> PretrainedConfig:
+def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
+    """The same architecture with 4 · scale heads of 8 (2 · scale key-value heads where they are fewer), and a layer of each kind."""
     small = copy.deepcopy(config)
-    for key, value in _SMALL.items():
+    wider = {key: scale * _SMALL[key] for key in _WITH_HEADS}
+    for key, value in {**_SMALL, **wider}.items():
         if getattr(small, key, None) is not None:
             setattr(small, key, value)
     if getattr(small, "num_key_value_heads", None) and config.num_key_value_heads == config.num_attention_heads:
@@ -125,7 +188,7 @@ def _shrink(config: PretrainedConfig) -> PretrainedConfig:
 def _packed_error(model: Any, twin: Any) -> float:
     ids = torch.arange(3, 27)
     prompt, left, right = ids[:10], ids[10:18], ids[18:]
-    tree = Tree((0, 10), ((10, 18), (18, 24)))                  # type: ignore[arg-type]
+    tree = Tree(Span(0, 10), (Span(10, 18), Span(18, 24)))
     positions = torch.cat([torch.arange(10), torch.arange(10, 18), torch.arange(10, 16)])
     packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, forest=Forest([tree])).last_hidden_state[0]
     rows = [twin.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0] for c in (left, right)]

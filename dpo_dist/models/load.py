@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.logps import LogpHead
-from dpo_dist.models.attention import Forest, branch_misfit
+from dpo_dist.models.attention import Forest, branch_attention, branch_misfit
 from dpo_dist.preference import PackedBatch, TokenLogps
 
 
@@ -33,8 +35,15 @@ class ScoredModel(nn.Module):
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
     def forward(self, batch: PackedBatch, collision: bool = False) -> tuple[Tensor, Tensor]:
-        hidden = self._branch_hidden(batch) if self.attention == "branch" else self._padded_hidden(batch)
-        return getattr(self.causal, self.head_name)(hidden, batch.targets, collision)
+        return self.head(self.hidden(batch), batch.targets, collision)
+
+    @property
+    def head(self) -> LogpHead:
+        return getattr(self.causal, self.head_name)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """(N, hidden size): the last hidden state that predicts each completion token."""
+        return self._branch_hidden(batch) if self.attention == "branch" else self._padded_hidden(batch)
 
     def _branch_hidden(self, batch: PackedBatch) -> Tensor:
         out = self.causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, forest=Forest(batch.trees))
@@ -105,6 +114,26 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{folder}/config.json is not a model that transformers knows: {str(error).splitlines()[0]}") from error
 
 
+def quantization(config: Any) -> str | None:
+    """How a model's weights are quantized ("bitsandbytes, 4 bits"), or None; from the quantization_config of its config.json."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return None
+    how = how if isinstance(how, dict) else how.to_dict()
+    bits = how.get("bits") or (4 if how.get("load_in_4bit") else 8 if how.get("load_in_8bit") else None)
+    return f"{how.get('quant_method', 'unnamed method')}, {f'{bits} bits' if bits else 'see config.json'}"
+
+
+def check_quantized(config: Any, key: str) -> None:
+    """UserError where what a quantized model needs (a library, a GPU) is not here."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True).validate_environment()
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(f"{key} is quantized ({quantization(config)}) and cannot be computed here: {str(error).splitlines()[0]}") from error
+
+
 def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None]:
     """("branch" or "padded", why not branch). Raises UserError where branch was asked for and is not exact."""
     if config.attention == "padded":
@@ -113,6 +142,17 @@ def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None
     if misfit and config.attention == "branch":
         raise UserError(f"model.attention=branch does not fit {config.path} ({misfit}); set model.attention=auto or padded")
     return ("padded", misfit) if misfit else ("branch", None)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most of the weights in a model's files. Loaded in it, weights stay in the files, mapped into memory page by page."""
+    bytes_of: dict[torch.dtype, int] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as f:
+            names = f.keys()
+            for tensor in map(f.get_tensor, names):
+                bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes
+    return max(bytes_of, key=lambda dtype: bytes_of[dtype])
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -154,6 +194,19 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
         if (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")) or getattr(module, "lora_embedding_A", None):
             raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear layer; name linear layers")
     return adapted
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Has torch compile each decoder layer, around its attention: one set of graphs for all layers and all shapes.
+
+    Attention is left as it is: it reads the pack's structure in plain Python, which a graph would have to be made anew for.
+    """
+    import torch._dynamo  # seconds; only where asked for
+
+    ALL_ATTENTION_FUNCTIONS.register("branch", torch._dynamo.disable(branch_attention))
+    layers = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers)
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

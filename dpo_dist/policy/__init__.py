@@ -4,9 +4,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_dist.models.load import ScoredModel
 from dpo_dist.preference import PackedBatch, TokenLogps
@@ -31,6 +31,9 @@ class Policy(Protocol):
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """Inside: the base model without its LoRA adapters."""
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside: these of the model's parameters are whole on every rank."""
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state, each rank its part."""

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_dist.config import OptimConfig
 from dpo_dist.models.load import ScoredModel, token_logps
@@ -49,6 +50,9 @@ class SinglePolicy:
     def adapters_off(self) -> Iterator[None]:
         with self.model.lm.disable_adapter():
             yield
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def save(self, folder: Path) -> None:
         safetensors.torch.save_file({n: p.detach().contiguous() for n, p in self._trained.items()}, folder / "weights.safetensors")

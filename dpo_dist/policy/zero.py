@@ -102,9 +102,9 @@ class ZeroPolicy:
         return loaded
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from merged_weights(self.model, self._gathered, keep=self._world.is_main)
+        yield from merged_weights(self.model, self.gathered, keep=self._world.is_main)
 
-    def _gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
 
 

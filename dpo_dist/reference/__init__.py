@@ -1,6 +1,8 @@
-"""The frozen reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one YAML."""
+"""The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one YAML."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -9,11 +11,32 @@ from dpo_dist.preference import PackedBatch
 
 
 class ReferenceEngine(Protocol):
-    """A frozen model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (law 1)."""
+    """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (law 1).
+
+    Engines inherit from this: what a frozen model with its values at hand has no need of stands here. All ranks call every method.
+    """
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where the engine
         is sharded, all ranks call it the same number of times."""
+        ...
 
     def close(self) -> None:
         """Frees the model's memory."""
+        return None
+
+    def wait_for(self, batches: Sequence[PackedBatch]) -> None:
+        """Returns once this rank's packs can be answered for, on every rank; called before the packs of a step are forwarded."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """The policy has made its optimizer step 1, 2, ...: a reference that follows it moves."""
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Writes what a resumed run needs of it, each rank its part."""
+        return None
+
+    def load(self, folder: Path) -> None:
+        """The state that `save` wrote; at another number of ranks too."""
+        return None

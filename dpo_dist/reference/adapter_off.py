@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dpo_dist.preference import PackedBatch, TokenLogps
+from dpo_dist.reference import ReferenceEngine
 
 
 class HasAdapters(Protocol):
@@ -19,13 +20,10 @@ class HasAdapters(Protocol):
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps: ...
 
 
-class AdapterOffReference:
+class AdapterOffReference(ReferenceEngine):
     def __init__(self, policy: HasAdapters):
         self._policy = policy
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with self._policy.evaluating(), self._policy.adapters_off():
             return self._policy.token_logps(batch).logps
-
-    def close(self) -> None:
-        """The policy owns the memory."""

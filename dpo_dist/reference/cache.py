@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +23,12 @@ import safetensors
 import safetensors.numpy
 
 from dpo_dist.config import UserError
+from dpo_dist.world import World
 
 FLUSH_SHARE = 0.05                 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
 FLUSH_SECONDS = 1.0                # ... while the number of shards grows only with the logarithm of the time
+
+PLAIN_RECIPE = "torch, softmax in fp32, v1"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ReferenceKey:
 
     weights: str                   # digest of the model's bytes, from its files
     dtype: str                     # fp32 or bf16
-    recipe: str = "torch, softmax in fp32, v1"
+    recipe: str = PLAIN_RECIPE
 
     @property
     def folder(self) -> str:
@@ -58,14 +62,13 @@ class LogpCache:
         described = self.folder / "key.json"
         if not described.exists():
             _write_whole(described, json.dumps(asdict(key), indent=2).encode())
-        self._shards: list[safetensors.safe_open] = []
-        self._high, self._low = np.empty(0, "<u8"), np.empty(0, "<u8")
-        self._where = np.empty((0, 3), np.int64)              # shard, start, end
+        self.open_shards(())
 
-    def verified_shards(self) -> tuple[list[str], int]:
-        """(names of the whole shards, number of damaged ones). Damaged ones are set aside, so their sequences count as missing."""
+    def verified_shards(self, known: Collection[str] = ()) -> tuple[list[str], int]:
+        """(names of the whole shards, number of damaged ones), `known` ones left out. Damaged ones are set aside, so their sequences count
+        as missing."""
         whole, damaged = [], 0
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(path for path in self.folder.glob("*.safetensors") if path.name not in known):
             if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
                 whole.append(path.name)
             else:
@@ -78,12 +81,26 @@ class LogpCache:
 
     def open_shards(self, names: Sequence[str]) -> None:
         """Makes exactly these shards readable. All ranks open the list that one of them verified, so all agree on what is missing."""
-        self._shards = [safetensors.safe_open(self.folder / name, framework="np") for name in names]
-        keys, where = [np.empty((0, 2), "<u8")], [np.empty((0, 3), np.int64)]
-        for i, shard in enumerate(self._shards):
+        self._shards: dict[str, safetensors.safe_open] = {}
+        self._high, self._low = np.empty(0, "<u8"), np.empty(0, "<u8")
+        self._where = np.empty((0, 3), np.int64)              # shard, start, end
+        self.add_shards(names)
+
+    def add_new_shards(self, world: World) -> bool:
+        """Makes the shards readable that have come since; whether there were any. All ranks call it, and open what rank 0 verified."""
+        names, _ = world.on_main(lambda: self.verified_shards(self._shards))
+        self.add_shards(names)
+        return bool(names)
+
+    def add_shards(self, names: Sequence[str]) -> None:
+        """Makes these shards readable beside those that are."""
+        keys, where = [np.stack([self._high, self._low], 1)], [self._where]
+        for i, name in enumerate(names, start=len(self._shards)):
+            shard = self._shards[name] = safetensors.safe_open(self.folder / name, framework="np")
             offsets = shard.get_tensor("offsets")
             keys.append(np.ascontiguousarray(shard.get_tensor("keys")).view("<u8").reshape(-1, 2))
             where.append(np.stack([np.full(len(offsets) - 1, i), offsets[:-1], offsets[1:]], 1))
+        self._opened = list(self._shards.values())
         both = np.concatenate(keys)
         order = np.lexsort((both[:, 1], both[:, 0]))
         self._high, self._low, self._where = both[order, 0], both[order, 1], np.concatenate(where)[order]
@@ -94,13 +111,23 @@ class LogpCache:
     def __contains__(self, key: bytes) -> bool:
         return self._find(key) is not None
 
+    def holds(self, keys: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of these keys, (n, 2) uint64, are there."""
+        if not len(self):
+            return np.zeros(len(keys), dtype=bool)
+        at = np.minimum(np.searchsorted(self._high, keys[:, 0]), len(self) - 1)
+        found = (self._high[at] == keys[:, 0]) & (self._low[at] == keys[:, 1])
+        for i in np.flatnonzero((self._high[at] == keys[:, 0]) & ~found):    # another key with the same first half comes before it
+            found[i] = self._find(keys[i].tobytes()) is not None
+        return found
+
     def logps(self, prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(C,) float32 log-probs of the completion's tokens, nats. KeyError where they were never scored."""
         at = self._find(sequence_key(prompt_ids, completion_ids))
         if at is None:
             raise KeyError(f"no reference log-probs in {self.folder} for a completion of {len(completion_ids)} tokens")
         shard, start, end = self._where[at]
-        values = self._shards[shard].get_slice("logps")[int(start):int(end)]
+        values = self._opened[shard].get_slice("logps")[int(start):int(end)]
         if len(values) != len(completion_ids):
             raise KeyError(f"{self.folder}: an entry has {len(values)} log-probs for {len(completion_ids)} tokens")
         return values
@@ -116,10 +143,11 @@ class LogpCache:
 
 
 class ShardWriter:
-    """Collects scored sequences and writes them as shards, often enough that a kill costs little."""
+    """Collects scored sequences and writes them as shards, often enough that a kill costs little, and a reader waits little
+    (`at_most_seconds`)."""
 
-    def __init__(self, cache: LogpCache):
-        self._folder = cache.folder
+    def __init__(self, cache: LogpCache, at_most_seconds: float = math.inf):
+        self._folder, self._at_most = cache.folder, at_most_seconds
         self._keys: list[bytes] = []
         self._logps: list[np.ndarray] = []
         self._began = self._flushed = time.monotonic()
@@ -132,7 +160,7 @@ class ShardWriter:
 
     def flush_if_due(self) -> None:
         now = time.monotonic()
-        if now - self._flushed >= max(FLUSH_SECONDS, FLUSH_SHARE * (now - self._began)):
+        if now - self._flushed >= max(FLUSH_SECONDS, min(FLUSH_SHARE * (now - self._began), self._at_most)):
             self.flush()
 
     def flush(self) -> None:

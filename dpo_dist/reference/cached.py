@@ -1,22 +1,29 @@
 """The cache as an engine: no model in memory, the log-probs come from disk."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_dist.preference import PackedBatch
-from dpo_dist.reference.cache import LogpCache
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.reference.cache import LogpCache, sequence_key
 
 
-class CachedReference:
+class CachedReference(ReferenceEngine):
     def __init__(self, cache: LogpCache):
         self._cache = cache
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        ids = batch.input_ids[0].numpy()
-        values = [self._cache.logps(ids[slice(*tree.prompt)], ids[slice(*branch)]) for tree in batch.trees for branch in tree.branches]
-        return torch.from_numpy(np.concatenate(values))
+        return torch.from_numpy(np.concatenate([self._cache.logps(prompt, completion) for prompt, completion in _sequences(batch)]))
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def keys(self, batch: PackedBatch) -> list[bytes]:
+        """What the pack's sequences are called in the cache."""
+        return [sequence_key(prompt, completion) for prompt, completion in _sequences(batch)]
+
+
+def _sequences(batch: PackedBatch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ids = batch.input_ids[0].numpy()
+    return ((ids[slice(*tree.prompt)], ids[slice(*branch)]) for tree in batch.trees for branch in tree.branches)

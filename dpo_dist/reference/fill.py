@@ -1,40 +1,23 @@
-"""Fills the cache: scores what is missing of a data set, each sequence once, sharing prompts, spread over the ranks."""
+"""Fills the cache: scores what is missing of a data set, spread over the ranks."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import chain
 
 import numpy as np
+from torch import Tensor
 
-from dpo_dist.data.pack import Sequences, pack_sequences, plan_scoring
-from dpo_dist.preference import TokenizedPair
+from dpo_dist import stop
+from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.cache import LogpCache, ShardWriter, sequence_key
+from dpo_dist.reference.missing import Indexes, Pairs, ScoringPlan, plan_scoring
 from dpo_dist.world import World
 
-
-class Pairs(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> TokenizedPair: ...
-
-
-class SequenceAt(NamedTuple):
-    """A sequence to score, by its place in the data: small enough to plan a million of them."""
-
-    data_set: int
-    pair: int
-    rejected: bool
-
-
-class ScoringPlan(NamedTuple):
-    """trees: sequences that share a prompt. packs[i][rank]: indexes of trees. cached, damaged: sequences there, shards set aside."""
-
-    trees: list[list[SequenceAt]]
-    packs: list[list[list[int]]]
-    n_missing: int
-    n_cached: int
-    n_damaged_shards: int
+ROUNDS_BETWEEN_AGREEMENTS = 8          # a round is one pack a rank; agreeing to stop holds the ranks together for a moment
 
 
 def open_cache(cache: LogpCache, world: World) -> int:
@@ -44,68 +27,61 @@ def open_cache(cache: LogpCache, world: World) -> int:
     return damaged
 
 
-def plan(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int) -> ScoringPlan:
-    """What is missing and who scores it: made on rank 0, the same everywhere."""
+def plan(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int,
+         windows: Indexes | None = None) -> tuple[ScoringPlan, int]:
+    """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` as in lookahead.py."""
     damaged = open_cache(cache, world)
-    return world.on_main(lambda: _plan(cache, data_sets, world.size, tokens_per_microbatch, damaged))
-
-
-def _plan(cache: LogpCache, data_sets: Sequence[Pairs], world_size: int, budget: int, damaged: int) -> ScoringPlan:
-    seen: set[bytes] = set()
-    by_prompt: dict[bytes, list[SequenceAt]] = {}
-    tokens: dict[bytes, tuple[int, list[int]]] = {}
-    n_cached = 0
-    for d, pairs in enumerate(data_sets):
-        for i in range(len(pairs)):
-            pair = pairs[i]
-            prompt = sequence_key(pair.prompt_ids, ())
-            for rejected, completion in ((False, pair.chosen_ids), (True, pair.rejected_ids)):
-                key = sequence_key(pair.prompt_ids, completion)
-                if key in seen:
-                    continue
-                seen.add(key)
-                if key in cache:
-                    n_cached += 1
-                else:
-                    by_prompt.setdefault(prompt, []).append(SequenceAt(d, i, rejected))
-                    tokens.setdefault(prompt, (len(pair.prompt_ids), []))[1].append(len(completion))
-    trees, sizes = [], []
-    for prompt, sequences in by_prompt.items():
-        prompt_tokens, completions = tokens[prompt]
-        for group in _within_budget(prompt_tokens, completions, budget):
-            trees.append([sequences[i] for i in group])
-            sizes.append(prompt_tokens + sum(completions[i] for i in group))
-    return ScoringPlan(trees, plan_scoring(sizes, world_size, budget), len(seen) - n_cached, n_cached, damaged)
-
-
-def _within_budget(prompt_tokens: int, completions: list[int], budget: int) -> list[list[int]]:
-    """Completions of one prompt, cut into trees that fit a pack (one completion at least)."""
-    groups: list[list[int]] = []
-    used = 0
-    for i, tokens in enumerate(completions):
-        if not groups or used + tokens > budget:
-            groups.append([])
-            used = prompt_tokens
-        groups[-1].append(i)
-        used += tokens
-    return groups
+    return world.on_main(lambda: plan_scoring(cache, data_sets, tokens_per_microbatch, windows)), damaged
 
 
 def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], engine: ReferenceEngine, world: World,
-         progress: Callable[[int], None] = lambda done: None) -> None:
-    """Scores the plan's packs into the cache; `progress` is told how many sequences are done on this rank's side of the world."""
-    writer, done = ShardWriter(cache), 0
-    for row in scoring.packs:
-        mine = row[world.rank]
-        trees = [_sequences(scoring.trees[i], data_sets) for i in mine or row[0]]     # nothing left: forward rank 0's, keep nothing
-        logps = engine.token_logps(pack_sequences(trees)).cpu().numpy()
-        if mine:
-            _keep(writer, trees, logps)
-        done += sum(len(scoring.trees[i]) for members in row for i in members)
-        progress(done)
-    writer.flush()
+         progress: Callable[[int], None] = lambda done: None, flush_seconds: float = math.inf) -> None:
+    """Scores the plan's packs into the cache, what is scored reaching the disk within `flush_seconds`; `progress` is told how many sequences
+    are done on this rank's side of the world.
+
+    Raises Stopped, with what is scored kept, where any rank was asked to end.
+    """
+    writer = ShardWriter(cache, flush_seconds)
+    first_pair = np.cumsum([0, *map(len, data_sets)])
+    starts = range(0, scoring.n_packs, world.size)
+    # Where nothing is left for this rank, rank 0's pack is forwarded as well (law 5), and not kept.
+    mine = [start + world.rank if start + world.rank < scoring.n_packs else start for start in starts]
+    packs = ([_sequences(each, data_sets, first_pair) for each in scoring.pack(j)] for j in mine)
+    try:
+        for i, (start, j, (trees, logps)) in enumerate(zip(starts, mine, _scored(packs, engine, writer.flush_if_due), strict=True)):
+            if j == start + world.rank:
+                _keep(writer, trees, logps.cpu().numpy())
+            done = int(scoring.trees[scoring.packs[min(start + world.size, scoring.n_packs)]])
+            progress(done)
+            if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (told := world.max(stop.asked())):
+                raise stop.Stopped(told, f"{done} sequences are scored")
+    finally:                                 # what is scored is kept, whatever ends the scoring
+        writer.flush()
     world.barrier()
     open_cache(cache, world)
+
+
+def _scored(packs: Iterable[list[Sequences]], engine: ReferenceEngine, while_waiting: Callable[[], None]) -> \
+        Iterator[tuple[list[Sequences], Tensor]]:
+    """(pack, its log-probs), in order. An engine in other processes says by `packs_at_once` how many it takes at a time, so that its
+    servers never wait for this process."""
+    at_once = getattr(engine, "packs_at_once", 1)
+    if at_once == 1:
+        yield from ((trees, engine.token_logps(pack_sequences(trees))) for trees in packs)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    asked: deque[tuple[list[Sequences], Future[Tensor]]] = deque()
+    try:
+        for trees in chain(packs, [None]):
+            if trees is not None:
+                asked.append((trees, pool.submit(engine.token_logps, pack_sequences(trees))))
+            while asked and (trees is None or len(asked) == at_once):
+                first, answer = asked.popleft()
+                while wait([answer], timeout=1.0).not_done:
+                    while_waiting()
+                yield first, answer.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)       # after a failure nobody waits for the rest
 
 
 def _keep(writer: ShardWriter, trees: Sequence[Sequences], logps: np.ndarray) -> None:
@@ -117,6 +93,11 @@ def _keep(writer: ShardWriter, trees: Sequence[Sequences], logps: np.ndarray) ->
     writer.flush_if_due()
 
 
-def _sequences(places: Sequence[SequenceAt], data_sets: Sequence[Pairs]) -> Sequences:
-    pairs = [data_sets[p.data_set][p.pair] for p in places]
-    return Sequences(pairs[0].prompt_ids, tuple(x.rejected_ids if p.rejected else x.chosen_ids for p, x in zip(places, pairs, strict=True)))
+def _sequences(tree: Indexes, data_sets: Sequence[Pairs], first_pair: np.ndarray) -> Sequences:
+    """The token ids of a tree, by its sequences' places in the data."""
+    prompt, completions = np.empty(0, np.int32), []
+    for sequence in tree.tolist():
+        at = int(np.searchsorted(first_pair, sequence // 2, side="right")) - 1
+        prompt, *both = data_sets[at].parts(sequence // 2 - int(first_pair[at]))
+        completions.append(tuple(both[sequence % 2].tolist()))
+    return Sequences(tuple(prompt.tolist()), tuple(completions))

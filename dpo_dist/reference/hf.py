@@ -8,21 +8,30 @@ import torch
 from torch import Tensor
 
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.models.stream import load_streamed
 from dpo_dist.preference import PackedBatch
+from dpo_dist.reference import ReferenceEngine
 
 
-class HfReference:
+class HfReference(ReferenceEngine):
     """Data-parallel: each rank scores packs of its own."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device):
-        self._model: ScoredModel | None = ScoredModel(load_causal_lm(folder, dtype, attention), attention).to(device).eval()
-        self._model.requires_grad_(False)
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str = "none"):
+        if offload == "disk":
+            model = load_streamed(folder, dtype, attention, device)
+        else:
+            model = ScoredModel(load_causal_lm(folder, dtype, attention), attention).to(device)
+        self._model: ScoredModel | None = model.eval().requires_grad_(False)
         self._device = device
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
+    @property
+    def model(self) -> ScoredModel:
         assert self._model is not None, "the engine is closed"
+        return self._model
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
         with torch.no_grad():
-            return token_logps(self._model, batch.to(self._device)).logps
+            return token_logps(self.model, batch.to(self._device)).logps
 
     def close(self) -> None:
         self._model = None

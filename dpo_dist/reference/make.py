@@ -19,7 +19,11 @@ def make_reference(config: ReferenceConfig, folder: Path, dtype: torch.dtype, at
         assert policy is not None, "adapter_off scores with the policy"
         return AdapterOffReference(policy)
     if config.engine == "hf":
-        return HfReference(folder, dtype, attention, world.device)
-    from dpo_dist.reference.zero import ZeroReference  # deepspeed is imported only where it is used
+        return HfReference(folder, dtype, attention, world.device, config.offload)
+    if config.engine == "tensor_parallel":               # deepspeed is imported only where it is used
+        from dpo_dist.reference.tensor_parallel import TensorParallelReference
+
+        return TensorParallelReference(folder, dtype, attention, world, config.tensor_parallel_size)
+    from dpo_dist.reference.zero import ZeroReference
 
     return ZeroReference(folder, dtype, attention, world.device, config.offload)

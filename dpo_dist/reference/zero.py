@@ -13,10 +13,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
 from dpo_dist.preference import PackedBatch
+from dpo_dist.reference import ReferenceEngine
 from dpo_dist.world import prepare_deepspeed
 
 
-class ZeroReference:
+class ZeroReference(ReferenceEngine):
     """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of packs."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str):
@@ -34,6 +35,10 @@ class ZeroReference:
         self._engine: Any = deepspeed.initialize(model=model, config=config)[0]
         self._engine.eval()
         self._device = device
+
+    @property
+    def model(self) -> ScoredModel:
+        return self._engine.module
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with torch.no_grad():

@@ -1,0 +1,139 @@
+"""The folders that a run writes: can they be written and shared, does their clock agree, is there room?"""
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from dpo_dist.config import RunConfig
+from dpo_dist.launcher.doctor.finding import Finding, together
+from dpo_dist.launcher.doctor.network import node_count
+
+LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay"}
+SKEW_SECONDS = 5                   # more, and files of different nodes cannot be put in order
+LEAST_FREE_GIB = 1
+STATE_BYTES = 12                   # a parameter in a checkpoint: its fp32 value and Adam's two moments (measured: 12.03)
+MODULE_BYTES = 4                   # ZeRO 0 to 2 keep the module's own weights beside them; the exported model has them too
+GIB = 2**30
+
+
+def shared_folder(config: RunConfig) -> Finding:
+    return together([_usable(key, folder, node_count(config)) for key, folder in _folders(config).items()])
+
+
+def clock(config: RunConfig) -> Finding | None:
+    """The clock of this machine against that of the file system, which the other nodes go by as well; None where nothing can be written."""
+    folder = _nearest(_folders(config)["run.dir"])
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
+            file.write(b"now")
+            file.flush()
+            skew = time.time() - os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return None                # shared_folder tells
+    if abs(skew) > SKEW_SECONDS:
+        return Finding(f"this machine's clock is {skew:+.0f} s off the file system's ({folder})", "synchronise both with NTP (chronyd)")
+    return Finding(f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}, within {SKEW_SECONDS} s of the file system's")
+
+
+def disk(config: RunConfig) -> Finding:
+    folder = _nearest(_folders(config)["run.dir"])
+    needed, why = needed_bytes(config)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        return Finding(f"{free / GIB:.1f} GiB free in {folder}, needs {needed / GIB:.1f} GiB {why}",
+                       "make room, set run.dir to a larger disk, or lower train.keep_checkpoints")
+    return Finding(f"{free / GIB:.1f} GiB free in {folder}, {why}")
+
+
+def _folders(config: RunConfig) -> dict[str, Path]:
+    folders = {"run.dir": Path(config.run_dir), "data.cache_dir": Path(config.data.cache_dir)}
+    if config.loss.needs_reference and config.reference.mode == "cached":
+        folders["reference.cache_dir"] = Path(config.reference.cache_dir)
+    return folders
+
+
+def _usable(key: str, folder: Path, nodes: int) -> Finding:
+    """What the project does in its folders: writes a file under another name and renames it, and locks."""
+    remedy = f"set {key} to a folder that can be written"
+    there = _nearest(folder)
+    kind = _file_system(there)
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".doctor-") as scratch:
+            _rename(Path(scratch))
+    except OSError as error:
+        return Finding(f"{key}={folder} cannot be written: {error.strerror} ({there})", remedy)
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".doctor-") as scratch:
+            locked = _locks(Path(scratch))
+    except OSError:
+        locked = False
+    if not locked:
+        return Finding(f"{key}={folder} is on {kind}, where flock does not work", f"{remedy} and locked; Lustre needs the mount option flock")
+    if nodes > 1 and kind in LOCAL_FILE_SYSTEMS:
+        return Finding(f"{nodes} nodes, but {key}={folder} is on {kind}, a disk of this machine alone",
+                       f"set {key} to a folder that every node mounts")
+    return Finding(f"{key} on {kind}")
+
+
+def _rename(scratch: Path) -> None:
+    (scratch / "new").write_text("new")
+    (scratch / "old").write_text("old")
+    (scratch / "new").replace(scratch / "old")
+    assert (scratch / "old").read_text() == "new"
+
+
+def _locks(scratch: Path) -> bool:
+    """True where a second lock is refused while the first is held."""
+    with (scratch / "lock").open("w") as first, (scratch / "lock").open("w") as second:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or where it would be made: a look leaves nothing behind."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of the mount that holds the folder, as Linux names it: ext4, nfs4, lustre."""
+    best = ("", "an unknown file system")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].encode().decode("unicode_escape")
+        if folder.resolve().is_relative_to(mount) and len(mount) >= len(best[0]):
+            best = (mount, after.split()[0])
+    return best[1]
+
+
+def needed_bytes(config: RunConfig) -> tuple[int, str]:
+    """(what a run will write, for what): its checkpoints and the model where the model's size is known, else the least."""
+    parameters = _parameters(Path(config.model.path))
+    if not parameters or config.model.lora.rank:
+        return LEAST_FREE_GIB * GIB, "for a run whose size is not known"
+    checkpoints = config.train.keep_checkpoints + 1      # the newest is written before the oldest goes
+    apart = MODULE_BYTES if config.zero.stage in (0, 1, 2) else 0
+    needed = parameters * ((STATE_BYTES + apart) * checkpoints + MODULE_BYTES)
+    return max(LEAST_FREE_GIB * GIB, needed), f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
+
+
+def _parameters(folder: Path) -> int:
+    """The number of parameters in a folder's safetensors files, from their headers; 0 where there are none."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        count += sum(math.prod(each["shape"]) for name, each in header.items() if name != "__metadata__")
+    return count

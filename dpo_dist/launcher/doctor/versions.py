@@ -1,0 +1,56 @@
+"""Are the installed packages ones that dpo-dist supports? Read from their metadata; nothing is imported."""
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import dpo_dist
+from dpo_dist.config import RunConfig
+from dpo_dist.launcher.doctor.finding import Finding
+
+SHOWN = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "omegaconf")
+CONSTRAINTS = Path(dpo_dist.__file__).resolve().parent.parent / "constraints.txt"       # there in a checkout and in the image
+
+
+def versions(_: RunConfig) -> Finding:
+    try:
+        about = metadata.metadata("dpo-dist")
+    except metadata.PackageNotFoundError:
+        return Finding("dpo-dist itself is not installed", "pip install -c constraints.txt -e .")
+    wrong = []
+    if platform.python_version() not in SpecifierSet(about["Requires-Python"]):
+        wrong.append(f"Python {platform.python_version()}, needs {about['Requires-Python']}")
+    for needed in map(Requirement, metadata.requires("dpo-dist") or []):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        found = _installed(needed.name)
+        if found is None:
+            wrong.append(f"{needed.name} is missing")
+        elif not needed.specifier.contains(found, prereleases=True):
+            wrong.append(f"{needed.name} {found}, needs {needed.specifier}")
+    if wrong:
+        return Finding("; ".join(wrong), "pip install -c constraints.txt . installs the tested versions")
+    shown = ", ".join(f"{name} {_installed(name)}" for name in SHOWN)
+    untested = list(_other_than_tested())
+    return Finding(f"Python {platform.python_version()}, {shown}" + (f" (supported; not the tested {', '.join(untested)})" if untested else ""))
+
+
+def _other_than_tested() -> Iterator[str]:
+    """`name==version` of constraints.txt for each shown package that is installed in another version."""
+    lines = CONSTRAINTS.read_text().splitlines() if CONSTRAINTS.is_file() else []
+    for pinned in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        found = _installed(pinned.name)
+        if pinned.name in SHOWN and found and (pinned.marker is None or pinned.marker.evaluate()) and not pinned.specifier.contains(found):
+            yield f"{pinned.name}{pinned.specifier}"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,43 @@
+"""Runs a sweep's groups on this machine: each group's reference is scored once, on all devices; then the trainings, in turn or several
+at a time. Every one is the command that a person would type."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.launcher.jobs import Command, Place, places, run_commands
+from dpo_dist.launcher.results import read_result
+from dpo_dist.launcher.sweep import Group, Job
+
+
+def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
+    """{run.dir: why not} of the jobs that could not be started. A failed one does not stop the others."""
+    where = {job.run_dir: places(job.config.cluster) for group in groups for job in group.jobs}    # UserErrors before anything starts
+    why_not: dict[Path, str] = {}
+    ready: list[Job] = []
+    for group in groups:
+        if group.score is not None:
+            print(f"sweep: the reference of {len(group.jobs)} jobs is scored", flush=True)
+            if run_commands([Command(("score", *group.score.overrides))], [{}]) != [0]:
+                why_not |= {job.run_dir: "its reference could not be scored, see above" for job in group.jobs}
+                continue
+        ready += group.jobs
+    if ready:
+        _train(ready, where[ready[0].run_dir])
+    return why_not
+
+
+def _train(jobs: Sequence[Job], where: Sequence[Place]) -> None:
+    def output(job: Job) -> Path | None:
+        return job.run_dir / "logs" / "console.log" if len(where) > 1 else None
+
+    def began(i: int) -> None:
+        told = f"; its output: {output(jobs[i])}" if len(where) > 1 else ""
+        print(f"sweep: job {i + 1} of {len(jobs)}: {jobs[i].name}{told}", flush=True)
+
+    def ended(i: int, code: int, seconds: float) -> None:
+        result = read_result(jobs[i])
+        state = "done" if result.done else f"failed: {result.message}"
+        print(f"sweep: job {i + 1} of {len(jobs)} ended after {seconds:.0f} s: {jobs[i].name}: {state}", flush=True)
+
+    run_commands([Command(("train", *job.overrides), output(job)) for job in jobs], where, began, ended)

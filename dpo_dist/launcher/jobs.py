@@ -1,0 +1,105 @@
+"""Runs several dpo-dist commands as processes of their own, each in a place of its own: a share of the machine's devices."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_dist.config import ClusterConfig, UserError
+from dpo_dist.launcher.local import devices
+
+POLL_SECONDS = 0.1
+
+Place = Mapping[str, str]                # what a job's environment has besides this process's
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a person would type after `dpo-dist`, and where its output goes; None = to this process's own."""
+
+    words: tuple[str, ...]
+    output: Path | None = None
+
+
+def places(cluster: ClusterConfig) -> list[Place]:
+    """`cluster.jobs_at_once` places with equal shares of the devices. UserError where they cannot be shared so."""
+    n = cluster.jobs_at_once or 1
+    if n == 1:
+        return [{}]
+    found = devices(cluster)
+    if not found:                                        # processors are shared by the system; threads are not
+        threads = max(1, (os.cpu_count() or 1) // (n * (cluster.procs_per_node or 1)))
+        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * n
+    if len(found) % n:
+        raise UserError(f"cluster.jobs_at_once={n} does not divide the {len(found)} devices of this machine; set it to a divisor")
+    share = len(found) // n
+    if (cluster.procs_per_node or 0) > share:
+        raise UserError(f"cluster.procs_per_node={cluster.procs_per_node} is more than each job's share of {share} devices; "
+                        f"remove it, or lower cluster.jobs_at_once={n}")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(found[i * share:(i + 1) * share])} for i in range(n)]
+
+
+def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Callable[[int], None] = lambda i: None,
+                 ended: Callable[[int, int, float], None] = lambda i, code, seconds: None) -> list[int]:
+    """Exit codes. As many run at once as there are places; one that fails does not stop the others.
+
+    began(i) and ended(i, code, seconds) are told of command i. Ctrl-C reaches the commands too, and SIGTERM is handed to them: none is
+    started any more, those that run are waited for, and KeyboardInterrupt follows.
+    """
+    codes = [-1] * len(commands)
+    waiting, free = deque(range(len(commands))), deque(where)
+    running: dict[int, tuple[subprocess.Popen[bytes], Place, float]] = {}
+    with _asked_to_stop() as asked:
+        while (waiting or running) and not asked:
+            while waiting and free:
+                i, place = waiting.popleft(), free.popleft()
+                began(i)
+                running[i] = (_start(commands[i], place), place, time.monotonic())
+            time.sleep(POLL_SECONDS)
+            for i, (process, place, started) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[i]
+                    free.append(place)
+                    codes[i] = code
+                    ended(i, code, time.monotonic() - started)
+    for process, *_ in running.values():
+        if signal.SIGTERM in asked:
+            process.terminate()
+    for process, *_ in running.values():
+        process.wait()
+    if asked:
+        raise KeyboardInterrupt
+    return codes
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The signals that asked this process to stop. Noted, not raised: an exception in the middle of a start would lose the process."""
+    asked: list[int] = []
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, lambda number, frame: asked.append(number))
+    try:
+        yield asked
+    finally:
+        for number in heard:
+            signal.signal(number, former[number])
+
+
+def _start(command: Command, place: Place) -> subprocess.Popen[bytes]:
+    with ExitStack() as files:
+        out = None
+        if command.output is not None:
+            command.output.parent.mkdir(parents=True, exist_ok=True)
+            out = files.enter_context(command.output.open("ab"))
+        return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *command.words], env={**os.environ, **place},
+                                stdout=out, stderr=None if out is None else subprocess.STDOUT)

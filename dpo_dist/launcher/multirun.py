@@ -1,0 +1,169 @@
+"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; here they are scored once, trained, and compared."""
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_dist.compose import compose, conf_dir, explain
+from dpo_dist.config import UserError, nearest
+from dpo_dist.launcher import here, on_slurm
+from dpo_dist.launcher.page import write_page
+from dpo_dist.launcher.results import OBJECTIVES, Result, best, command_of, read_result, table, write_json
+from dpo_dist.launcher.sweep import Job, check_comparable, group_jobs, key_of, make_job, run_dir_override, sweep_folder
+
+
+def multirun(words: Sequence[str], dry_run: bool = False) -> int:
+    """Exit code: 0 where every job is done, 1 where one is not. UserError for a bad value, before anything is started.
+
+    dry_run: prints what would be submitted to Slurm for the sweeper's first jobs, and ends there.
+    """
+    words = [_sweep_choice(word) if key_of(word) == "sweep" else word for word in words]
+    overrides = _parse(words)
+    swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
+    for key in swept:
+        if key.startswith(("run.", "cluster", "hydra")):
+            raise UserError(f"{key} cannot be swept: it does not say what is trained; give it one value")
+    if not swept and not any(key_of(word).startswith(("+sweep", "hydra.sweeper", "hydra/sweeper")) for word in words):
+        raise UserError("-m without a key of several values sweeps nothing; write, for instance, loss.beta=0.05,0.1,0.3 or sweep=beta_lr")
+    given = {o.get_key_element(): o.value() for o in overrides if not o.is_sweep_override()}
+    folder = Path(str(given.get("run.dir") or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
+    sweep = Sweep(folder, tuple(given), dry_run)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            hydra = GlobalHydra.instance().hydra         # taken out of the context, as composing a job opens one of its own
+        assert hydra is not None
+        run_jobs: Any = sweep.run_jobs                   # our launcher calls it for whole batches, not as Hydra calls a task
+        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *words], with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        _blame(overrides, words, error)
+    except UserError:
+        raise
+    except _Shown as shown:
+        print(shown)
+        return 0
+    except KeyboardInterrupt:
+        print("sweep: interrupted; the same command goes on with what is missing")
+        return 130
+    except Exception as error:
+        if not sweep.ended_badly:
+            raise
+        print(f"sweep: the sweeper gave up: {error}")    # Optuna's, after as many failures as it was told; the table is shown all the same
+    return sweep.report()
+
+
+class _Shown(Exception):
+    """Ends a dry run; what it would have submitted."""
+
+
+class Sweep:
+    """The jobs of one command, as Hydra's sweeper proposes them. `run_jobs` goes through Hydra as its task function."""
+
+    def __init__(self, folder: Path, fixed: Sequence[str], dry_run: bool):
+        self._folder, self._fixed, self._dry_run = folder, fixed, dry_run
+        self._results: dict[Path, Result] = {}
+        self._objective = ""
+
+    @property
+    def ended_badly(self) -> bool:
+        return any(not r.done for r in self._results.values())
+
+    def run_jobs(self, job_overrides: Sequence[Sequence[str]], objective: str, sweeper: Any) -> list[float | Exception]:
+        """The objective of each job, in turn; the exception that says why where there is none."""
+        _check_objective(objective, sweeper)
+        self._objective = objective
+        jobs = [make_job(overrides, self._fixed, self._folder) for overrides in job_overrides]
+        for job in jobs:
+            check_comparable(job.config, objective)
+        distinct = list({job.run_dir: job for job in jobs}.values())     # a sampler may propose the same values twice
+        missing = [job for job in distinct if not job.is_done()]
+        on_this_machine = jobs[0].config.cluster.name == "local"
+        if self._dry_run:
+            if on_this_machine:
+                raise UserError("--dry-run shows batch scripts, and cluster=local has none; set cluster=slurm")
+            raise _Shown(on_slurm.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
+        print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} to run", flush=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        why_not: dict[Path, str] = {}
+        try:
+            if missing:
+                why_not = (here if on_this_machine else on_slurm).run_groups(group_jobs(missing, self._folder))
+        finally:
+            self._results.update({job.run_dir: read_result(job, why_not.get(job.run_dir, "")) for job in distinct})
+            write_json(self._folder, self._all, objective)
+        return [self._outcome(job) for job in jobs]
+
+    def report(self) -> int:
+        """Shows the table and the best job, and writes sweep.html; the command's exit code."""
+        results, chosen = self._all, best(self._all, self._objective)
+        write_page(self._folder / "sweep.html", results, self._objective)
+        print(f"\n{table(results)}\n")
+        failed = [r for r in results if not r.done]
+        for r in failed:
+            print(f"failed: {r.job.name}: {r.message}")
+        if chosen:
+            print(f"best by held-out {self._objective}: {chosen.job.name}\n  {command_of(chosen.job)}\n  its model: {chosen.job.run_dir}/model")
+        print(f"{self._folder}/sweep.html and sweep.json hold all of it")
+        return 1 if failed else 0
+
+    @property
+    def _all(self) -> list[Result]:
+        return list(self._results.values())
+
+    def _outcome(self, job: Job) -> float | Exception:
+        result = self._results[job.run_dir]
+        value = result.metrics.get(self._objective, math.nan)
+        if not result.done:
+            return RuntimeError(result.message)
+        return value if math.isfinite(value) else RuntimeError(f"held-out {self._objective} is {value}")
+
+
+def _check_objective(objective: str, sweeper: Any) -> None:
+    if objective not in OBJECTIVES:
+        raise UserError(f"hydra.launcher.objective={objective} is not allowed: {nearest(objective, OBJECTIVES)}")
+    direction = sweeper.get("direction")
+    name = getattr(direction, "name", direction)
+    if name not in (None, OBJECTIVES[objective]):
+        raise UserError(f"hydra.sweeper.direction={name} is the wrong way for hydra.launcher.objective={objective}; "
+                        f"set hydra.sweeper.direction={OBJECTIVES[objective]}")
+
+
+def _sweep_choice(word: str) -> str:
+    choice, choices = word.partition("=")[2], sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))
+    if choice not in choices:
+        raise UserError(f"sweep={choice} is not a choice: {nearest(choice, choices)}")
+    return f"+{word}"
+
+
+def _parse(words: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(words))
+    except HydraException as error:
+        raise UserError(explain(words, error)) from error
+
+
+def _in_folder(folder: Path) -> str:
+    return run_dir_override(folder).replace("run.dir", "hydra.sweep.dir", 1)
+
+
+def _blame(overrides: Sequence[Override], words: Sequence[str], error: Exception) -> None:
+    """Raises the UserError that says what is wrong: each job is composed by itself until one tells."""
+    if any("optuna" in word for word in words) and not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"):
+        raise UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'") from error
+    ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
+    if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
+        each = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override() else [str(o.input_line)]
+                for o in ours]
+        for job in itertools.product(*each):
+            compose(job)
+    raise UserError(str(error).splitlines()[0]) from error

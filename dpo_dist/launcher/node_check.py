@@ -1,0 +1,62 @@
+"""What a node can tell about itself before the work: python -m dpo_dist.launcher.node_check [overrides]. No torch, so it takes a second."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_dist.compose import compose
+from dpo_dist.config import RunConfig, UserError
+
+FREE_GIB = 1.0
+NEEDED = ("torch", "deepspeed", "transformers")
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with this node, one sentence a fault."""
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            yield f"{sys.executable} has no {name}; see cluster.slurm.setup"
+    wanted, found = config.cluster.procs_per_node or 1, gpu_count()
+    on_gpus = config.cluster.device == "cuda" or (config.cluster.device == "auto" and shutil.which("nvidia-smi"))
+    if on_gpus and found < wanted:
+        yield f"{found} GPUs answer, {wanted} are needed"
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe-{socket.gethostname()}-{os.getpid()}"
+        probe.write_text("written")
+        probe.unlink()
+    except OSError as error:
+        yield f"run.dir={run_dir} cannot be written: {error}"
+        return
+    free = shutil.disk_usage(run_dir).free / 2**30
+    if free < FREE_GIB:
+        yield f"run.dir={run_dir} has {free:.1f} GiB left; a checkpoint needs more"
+
+
+def gpu_count() -> int:
+    """GPUs that the driver can talk to."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+
+
+def main() -> int:
+    try:
+        found = list(problems(compose(sys.argv[1:])))
+    except UserError as error:
+        found = [str(error)]
+    print("; ".join(found), end="")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the jobs of a sweep came to: their last held-out metrics, the best one, a table for the terminal, and <sweep>/sweep.json."""
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config import to_dict
+from dpo_dist.launcher.sweep import Job, Value, shown
+
+# What a sweep can be after, and in which direction. `loss` has another scale at every beta: compare by it only where beta is not swept.
+OBJECTIVES = {"rewards/accuracies": "maximize", "rewards/margins": "maximize", "loss": "minimize"}
+KL, DRIFT = "reference/kl_per_token", "reference/chosen_drift_per_token"
+COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "KL estimate", DRIFT: "chosen drift", "loss": "loss"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """`metrics` are those of the last held-out evaluation, empty unless the job is done; `message` says why it is not."""
+
+    job: Job
+    done: bool
+    metrics: dict[str, float]
+    message: str = ""
+
+
+def read_result(job: Job, why_not: str = "") -> Result:
+    """What the job's folder says; `why_not` is what is known besides of a job that could not be started."""
+    if job.is_done():
+        return Result(job, True, _last_held_out(job.run_dir / "metrics.jsonl"))
+    failed = job.run_dir / "FAILED"
+    if not why_not and failed.exists():
+        why_not = json.loads(failed.read_text())["message"]
+    return Result(job, False, {}, why_not or "it did not finish; the same sweep goes on with it")
+
+
+def best(results: Sequence[Result], objective: str) -> Result | None:
+    """The done job with the best objective; of equals the one closest to the reference. None where none has a finite one."""
+    sign = 1 if OBJECTIVES[objective] == "minimize" else -1
+    able = [r for r in results if math.isfinite(r.metrics.get(objective, math.nan))]
+    return min(able, key=lambda r: (sign * r.metrics[objective], r.metrics.get(KL, 0.0)), default=None)
+
+
+def command_of(job: Job) -> str:
+    """The command that trains what the job trained, in a folder of its own, ready to be copied."""
+    return shlex.join(["dpo-dist", "run", *job.overrides[:-1]])
+
+
+def columns(results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """(swept keys, measured metrics): what there is to show of these results."""
+    keys = list(dict.fromkeys(key for r in results for key in r.job.swept))
+    return keys, [name for name in COLUMNS if any(name in r.metrics for r in results)]
+
+
+def rows(results: Sequence[Result]) -> list[list[str]]:
+    """The table as text, its head first."""
+    keys, names = columns(results)
+    table = [[*keys, *(COLUMNS[name] for name in names), ""]]
+    for r in results:
+        measured = [f"{r.metrics[name]:.4f}" if name in r.metrics else "-" for name in names]
+        table.append([*(shown(r.job.swept.get(key)) for key in keys), *measured, "" if r.done else "failed"])
+    return table
+
+
+def table(results: Sequence[Result]) -> str:
+    cells = rows(results)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def write_json(folder: Path, results: Sequence[Result], objective: str) -> None:
+    """<folder>/sweep.json: every job with its values, folder and metrics, and the best one's command and whole config."""
+    chosen = best(results, objective)
+    content: dict[str, Any] = {
+        "objective": objective,
+        "direction": OBJECTIVES[objective],
+        "jobs": [{"swept": r.job.swept, "run_dir": str(r.job.run_dir), "done": r.done, "message": r.message,
+                  "metrics": {name: _jsonable(value) for name, value in r.metrics.items()}} for r in results],
+        "best": chosen and {"swept": chosen.job.swept, "run_dir": str(chosen.job.run_dir), "command": command_of(chosen.job),
+                            "config": to_dict(chosen.job.config)},
+    }
+    temporary = folder / "sweep.json.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.rename(folder / "sweep.json")
+
+
+def _last_held_out(path: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == "eval":
+            found = {name: float(value) for name, value in row.items() if name not in ("step", "split")}
+    return found
+
+
+def _jsonable(value: float) -> Value:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,144 @@
+"""What a sweep is: overrides → jobs, each in a folder of its own; jobs → groups that share the reference's log-probs. Runs nothing.
+
+A job's folder ends with a digest of what it trains (RunConfig.identity), so a sweep finds its runs again, whatever the order of its values,
+how a number was written, or which values and keys were added since.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.compose import compose
+from dpo_dist.config import RunConfig, UserError, to_dict
+from dpo_dist.launcher.plan import scores_apart
+
+Value = str | float | int | bool | None
+OF_THE_SWEEP = ("run.dir", "cluster.jobs_at_once", "+sweep")         # overrides that say how to sweep, and are no part of a job
+NOT_OF_THE_RUN = ("run.", "cluster", "tracking", "zero", "hydra")    # overrides that say where and how it runs, not what is trained
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a sweep. `config` has its run.dir, and so do `overrides`, which compose it in another process."""
+
+    swept: dict[str, Value]              # {key that differs between jobs: its value here}
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{key}={shown(value)}" for key, value in self.swept.items())
+
+    def is_done(self) -> bool:
+        """True where its folder holds this very run, finished."""
+        if not (self.run_dir / "DONE").exists():
+            return False
+        return bool(json.loads((self.run_dir / "run.json").read_text())["identity_of"] == self.config.identity_dict())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs that need the same reference log-probs, and the first of them in a folder for scoring; None where nothing is to be scored."""
+
+    jobs: tuple[Job, ...]
+    score: Job | None
+
+
+def sweep_folder(words: Sequence[str], swept: Sequence[str]) -> str:
+    """The sweep's folder where run.dir does not say it: a function of what is swept and of the other words, but not of the values."""
+    rest = sorted(word for word in words if not word.lstrip("+~").startswith(NOT_OF_THE_RUN) and key_of(word) not in swept)
+    digest = hashlib.sha256(json.dumps([sorted(swept), rest]).encode()).hexdigest()[:8]
+    return "-".join(["runs/sweep", *(_short(key) for key in swept), digest])
+
+
+def make_job(overrides: Sequence[str], fixed: Sequence[str], folder: Path) -> Job:
+    """The job that a sweeper proposed; `fixed` are the keys that are the same in all. Raises UserError for a bad value."""
+    config = compose([word for word in overrides if key_of(word) not in ("run.dir", "+sweep")])
+    swept = {key_of(word): _value(config, word) for word in overrides if key_of(word) not in (*fixed, *OF_THE_SWEEP)}
+    parts = [f"{_short(key)}_{shown(value)}" for key, value in swept.items()]
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:100]
+    digest = config.identity()[:8]
+    here = next(folder.glob(f"*-{digest}"), folder / f"{name}-{digest}")
+    return _in(here, Job(swept, (*(word for word in overrides if key_of(word) not in OF_THE_SWEEP), "run.dir=null"), config))
+
+
+def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
+    """The jobs by what decides their reference's log-probs, each group to be scored once; first those that need no scoring."""
+    groups: dict[str | None, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(reference_group(job.config), []).append(job)
+    return [Group(tuple(members), None if key is None else _in(folder / f"reference-{key}", members[0]))
+            for key, members in sorted(groups.items(), key=lambda item: item[0] or "")]
+
+
+def reference_group(config: RunConfig) -> str | None:
+    """A digest of what decides which reference log-probs a run needs, and their values; None where nothing is scored ahead of training.
+
+    From the config alone, so two names of the same weights are two groups; the second then finds in the cache what the first left there.
+    """
+    if not scores_apart(config):
+        return None
+    data = to_dict(config.data)
+    for key in ("cache_dir", "group_by_prompt"):
+        data.pop(key)
+    decides: dict[str, Any] = {
+        "reference": config.reference_path, "tokenizer": config.model.path, "dtype": config.model.dtype, "data": data,
+        "cache": config.reference.cache_dir}
+    if config.reference.engine == "vllm":                # the engines of the training stack give the same values; this one has its own
+        decides["served"] = [config.reference.version, config.reference.quantization, config.reference.server, config.reference.urls]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_comparable(config: RunConfig, objective: str) -> None:
+    """UserError where the runs of a sweep could not share their reference, or be compared on held-out pairs."""
+    if config.reference.mode == "ahead":
+        raise UserError("reference.mode=ahead is for a single run; the runs of a sweep share what is scored first: set reference.mode=cached")
+    if not config.data.eval and not config.data.eval_fraction:
+        raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs to compare the runs of a sweep by; "
+                        "set data.eval_fraction=0.05")
+    if objective.startswith("rewards/") and not config.loss.uses_rejected:
+        raise UserError(f"hydra.launcher.objective={objective} is not measured with loss.name={config.loss.name}, which implies no rewards; "
+                        "set hydra.launcher.objective=loss")
+
+
+def key_of(word: str) -> str:
+    """The key of an override `key=value`, with its + or ~."""
+    return word.split("=", 1)[0]
+
+
+def shown(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_dir_override(folder: Path) -> str:
+    """run.dir=..., quoted for Hydra."""
+    return "run.dir='" + str(folder).replace("'", "\\'") + "'"
+
+
+def _in(folder: Path, job: Job) -> Job:
+    """The job in another folder. Its run.dir is always the last override."""
+    config = dataclasses.replace(job.config, run=dataclasses.replace(job.config.run, dir=str(folder)))
+    return Job(job.swept, (*job.overrides[:-1], run_dir_override(folder)), config)
+
+
+def _value(config: RunConfig, word: str) -> Value:
+    """The value that an override ended up with; its own text where it is no single value (a group's choice, a list)."""
+    key, _, text = word.partition("=")
+    value: Any = to_dict(config)
+    for part in key.lstrip("+").split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return text if value is None or isinstance(value, dict | list) else value
+
+
+def _short(key: str) -> str:
+    return key.lstrip("+").rsplit(".", 1)[-1]

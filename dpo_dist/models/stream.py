@@ -1,0 +1,54 @@
+"""Models larger than memory: the weights stay in their files, and each layer is brought to the device for its forward alone."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_dist.config import UserError
+from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
+
+
+def load_streamed(folder: Path, dtype: torch.dtype, attention: str, device: torch.device) -> ScoredModel:
+    """A frozen ScoredModel on `device` that holds one layer there at a time, in `dtype`, with the numbers of a whole one.
+
+    Loaded in the files' own dtype, parameters are views of the mapped files: pages that the system reads when they are touched and
+    drops when memory is wanted. UserError where transformers must rewrite weights while it loads them (stacked experts).
+    """
+    model = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention), attention).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.untyped_storage().resizable():              # memory of torch's own: a copy, not a view of a mapped file
+            raise UserError(f"reference.offload=disk cannot read {name} of {folder} in place, as transformers makes it from several tensors "
+                            "of the files; set reference=zero with reference.offload=cpu, or reference=tensor_parallel")
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    for module in _units(model):
+        _stream(module, dtype, device)
+    return model
+
+
+def _units(model: ScoredModel) -> Iterator[nn.Module]:
+    """What is brought to the device together: each decoder layer, and each module outside them that owns parameters."""
+    layers = [layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    yield from layers
+    yield from (m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False)))
+
+
+def _stream(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    parameters = list(module.parameters())
+    stored: list[Tensor] = [p.data for p in parameters]
+
+    def bring(*_: Any) -> None:
+        for parameter, weights in zip(parameters, stored, strict=True):
+            parameter.data = weights.to(device, dtype) if weights.is_floating_point() else weights.to(device)
+
+    def drop(*_: Any) -> None:
+        for parameter, weights in zip(parameters, stored, strict=True):
+            parameter.data = weights
+
+    module.register_forward_pre_hook(bring)
+    module.register_forward_hook(drop, always_call=True)

@@ -1,0 +1,71 @@
+"""reference.mode=ahead: processes of their own score into the cache while training runs; here, training waits for what is missing."""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dpo_dist import stop
+from dpo_dist.config import UserError
+from dpo_dist.entry import DONE, FAILED
+from dpo_dist.lock import is_held
+from dpo_dist.preference import PackedBatch
+from dpo_dist.reference.cache import LogpCache
+from dpo_dist.reference.cached import CachedReference
+from dpo_dist.world import World
+
+POLL_SECONDS = 0.1
+
+
+class Scorer:
+    """The scoring processes as others see them: by the folder where they run, whose lock they hold while they live."""
+
+    def __init__(self, folder: Path, patience_seconds: float):
+        self._folder, self._patience, self._last_answer = folder, patience_seconds, time.monotonic()
+
+    def answered(self) -> None:
+        self._last_answer = time.monotonic()
+
+    def is_alive(self) -> bool:
+        """False where it has ended. It may also be still to come, or to come back: then True, and UserError once patience is at an end."""
+        alive = is_held(self._folder)
+        silent = time.monotonic() - self._last_answer
+        if silent > self._patience:
+            raise UserError(f"no reference log-prob has come for {silent:.0f} s; the scoring processes in {self._folder} are "
+                            f"{'there, but stuck' if alive else 'not there: start `dpo-dist score` with the same overrides beside this'}. "
+                            "cluster.timeout_seconds is the limit")
+        return alive or not ((self._folder / DONE).exists() or (self._folder / FAILED).exists())
+
+    def last_words(self) -> str:
+        failed = self._folder / FAILED
+        return json.loads(failed.read_text())["message"] if failed.exists() else "they say that all is done, so a file of the cache is lost"
+
+
+class AheadReference(CachedReference):
+    """The cache while it is being filled. Ranks wait together, in short turns, so that none is missed by the others' collectives."""
+
+    def __init__(self, cache: LogpCache, world: World, scorer: Scorer, say: Callable[[str], None]):
+        super().__init__(cache)
+        self._world, self._scorer, self._say = world, scorer, say
+        self._waited_seconds = 0.0
+
+    def wait_for(self, batches: Sequence[PackedBatch]) -> None:
+        """Raises, on all ranks alike, UserError where the values cannot come any more, and Stopped where a rank was asked to end."""
+        began = time.perf_counter()
+        wanted = [key for batch in batches for key in self.keys(batch)]
+        while self._world.max(any(key not in self._cache for key in wanted)):
+            if told := self._world.max(stop.asked()):
+                raise stop.Stopped(told, "training was waiting for the reference")
+            alive = self._world.on_main(self._scorer.is_alive)             # asked before the look, so that a last word is not missed
+            if self._cache.add_new_shards(self._world):
+                self._scorer.answered()
+            elif alive:
+                time.sleep(POLL_SECONDS)
+            else:
+                raise UserError(f"the scoring processes have ended before all was scored: {self._world.on_main(self._scorer.last_words)}. "
+                                "What they scored and what was trained is kept: the same command goes on from there")
+        self._waited_seconds += time.perf_counter() - began
+
+    def close(self) -> None:
+        self._say(f"reference: scored while training ran, which waited {self._waited_seconds:.1f} s for it in all")

@@ -1,0 +1,126 @@
+"""The reference split inside each node by DeepSpeed's inference engine (AutoTP): every rank of a team holds a slice of each layer."""
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dpo_dist.config import UserError
+from dpo_dist.models.attention import shrink
+from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, stored_dtype
+from dpo_dist.preference import PackedBatch
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.world import Team, World, prepare_deepspeed
+
+
+class TensorParallelReference(ReferenceEngine):
+    """Teams of ranks forward the packs of all their members in turn, each pack split over the team; each then keeps its own values.
+
+    Callers see a data-parallel engine: a pack for each rank. The output head is whole on every rank, which applies it to its own pack
+    alone: the head's work is divided without being sharded.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, world: World, size: int | None):
+        prepare_deepspeed(world.device)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)      # takes over the processes that World joined
+        config = read_config(folder)
+        size = _team_size(size, world, config)
+        self._team = world.team(size)
+        if size > 1:
+            _check_split(config, self._team, world.device, attention)
+        # In the files' own dtype the weights are mapped, not read: a rank reads its slices only, and no node holds whole copies.
+        self._model: ScoredModel | None = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention), attention).eval()
+        self._model.requires_grad_(False)
+        _split(self._model.lm, self._team, world.device)
+        for parameter in self._model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        self._device = world.device
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        assert self._model is not None, "the engine is closed"
+        with torch.no_grad():
+            for member, pack in enumerate(self._team.gather(batch)):
+                hidden = self._model.hidden(pack.to(self._device))
+                if member == self._team.rank:
+                    own = hidden
+            return self._model.head(own, batch.targets.to(self._device))[0]
+
+    def close(self) -> None:
+        self._model = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _team_size(size: int | None, world: World, config: Any) -> int:
+    """Ranks of a team: as asked, or all of a node. UserError where processes or heads cannot be divided so."""
+    size = size or world.local_size
+    smallest = min(world.gather(world.local_size))
+    if smallest % size:
+        raise UserError(f"reference.tensor_parallel_size={size} does not divide the {smallest} processes of a node; set a divisor of it")
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if (number := getattr(config, key, None)) and number % size:
+            raise UserError(f"reference.tensor_parallel_size={size} does not divide the reference's {number} {key}; set a divisor of "
+                            f"{number}, or reference=zero")
+    return size
+
+
+class _Mpu:
+    """What DeepSpeed asks for a process group that is not the whole world."""
+
+    def __init__(self, team: Team):
+        self._team = team
+
+    def get_model_parallel_group(self) -> Any:
+        return self._team.group
+
+
+def _split(lm: nn.Module, team: Team, device: torch.device) -> None:
+    """Replaces, in place, the linear layers of the decoder by this rank's slices of them. The head, a LogpHead, stays whole."""
+    if team.size > 1:
+        exact = {name: buffer.clone() for name, buffer in lm.named_buffers()}
+        dtype = next(lm.parameters()).dtype
+        teams = {"tp_size": team.size, "tp_group": team.group, "mpu": _Mpu(team)}        # without tp_group nothing is split, silently
+        deepspeed.init_inference(lm, dtype=dtype, replace_with_kernel_inject=False, tensor_parallel=teams)
+        for name, buffer in lm.named_buffers():              # DeepSpeed casts them too, and RoPE's frequencies would be rounded
+            buffer.data = exact[name].to(buffer.device)
+    lm.to(device)
+
+
+def _check_split(config: PretrainedConfig, team: Team, device: torch.device, attention: str) -> None:
+    """UserError where splitting changes what this architecture computes, or spares little memory.
+
+    Found out, not looked up: a tiny model of the architecture is split and held against its whole twin.
+    """
+    refused = f"reference.engine=tensor_parallel does not fit this reference, a {config.model_type}: "
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        whole = AutoModelForCausalLM.from_config(shrink(config, team.size), dtype=torch.float32,
+                                                 attn_implementation="branch" if attention == "branch" else "eager").eval()
+        for parameter in whole.parameters():
+            parameter.normal_(0.0, 0.2)
+        split = ScoredModel(copy.deepcopy(whole), attention).lm
+        ids = torch.arange(3, 27, device=device)[None]
+        wanted = whole.to(device).base_model(input_ids=ids, use_cache=False).last_hidden_state
+        try:
+            _split(split, team, device)
+            error = (split.base_model(input_ids=ids, use_cache=False).last_hidden_state - wanted).abs().max() / wanted.abs().max()
+        except (AssertionError, ValueError, RuntimeError) as problem:
+            raise UserError(f"{refused}DeepSpeed cannot split it ({problem}); set reference=zero") from problem
+    if not error < 1e-3:
+        raise UserError(f"{refused}split by DeepSpeed it computes something else (by {error:.2g}); set reference=zero")
+    share = max(team.gather(_matrices(split) / _matrices(whole)))
+    if share > (1 + 1 / team.size) / 2:
+        raise UserError(f"{refused}DeepSpeed leaves {share:.0%} of its layers' weights on every rank; set reference=zero")
+
+
+def _matrices(lm: Any) -> int:
+    """Elements of the weights of a model's layers."""
+    return sum(p.numel() for name, p in lm.named_parameters() if ".layers." in name and p.ndim >= 2)

@@ -1,0 +1,49 @@
+"""Ending early in good order. A signal is only a wish; all ranks grant it together, where nothing is lost: at a step's end.
+
+USR1 (a scheduler, ahead of its time limit), TERM (a preemption; Slurm sends it twice) and Ctrl-C are heard. The ranks agree by the
+largest of their `asked()`, in a collective that runs anyway, save, and raise `Stopped`.
+"""
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+HEARD = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+
+_asked = 0
+
+
+class Stopped(Exception):
+    """The work ended where it was asked to; the same command goes on from there. `asked`: the signal's number, as the ranks agreed."""
+
+    def __init__(self, asked: float, kept: str):
+        self.signal = signal.Signals(int(asked))
+        super().__init__(f"stopped by {self.signal.name}: {kept}; the same command goes on from there")
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, as in any program; else 0, since torchrun and srun take anything else for a failure."""
+        return 130 if self.signal == signal.SIGINT else 0
+
+
+def listen() -> None:
+    """From here on these signals are heard instead of ending the process; a second Ctrl-C ends it at once."""
+    for heard in HEARD:
+        signal.signal(heard, _hear)
+
+
+def ask(number: signal.Signals) -> None:
+    """As if this rank had been sent the signal."""
+    global _asked
+    _asked = max(_asked, number)
+
+
+def asked() -> float:
+    """0, or the number of the signal that this rank was sent. Ranks agree by the largest, so a scheduler's outranks Ctrl-C."""
+    return float(_asked)
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    ask(signal.Signals(number))
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
