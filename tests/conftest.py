@@ -29,17 +29,33 @@ def write_rows(path: Path, n: int, vocabulary: int = 64, seed: int = 0, longest:
     return rows
 
 
-def write_tiny_llama(folder: Path, seed: int = 0, **changes: object) -> Path:
+def write_tiny_llama(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object) -> Path:
     """Saves a random Llama (hidden 32, 2 layers, vocabulary 64) as safetensors."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.2,
-             "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{**_TINY, **changes})).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def write_tiny_qwen2(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """Saves a random Qwen2 (biases in its projections) of the same shape; its biases are not zero, as in a trained one."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(**{**_TINY, **changes}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+_TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.2,
+         "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
 def dpo_dist(*words: object, code: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:

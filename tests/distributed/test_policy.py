@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,36 @@ def test_the_metrics_and_the_folder_are_as_the_contract_says(tmp_path: Path, wor
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     assert written["config"]["loss"]["beta"] == 0.5
     assert written["passport"]["policy_weights"] == written["passport"]["reference_weights"]
+
+
+def test_the_time_of_a_step_is_told_part_by_part_and_mfu_against_a_stated_peak(tmp_path: Path, words: list[str]):
+    run(words, tmp_path / "run", "cluster.procs_per_node=2", "cluster.peak_tflops=0.5", "train.tokens_per_microbatch=160")
+    for row in metrics(tmp_path / "run"):
+        parts = [row[f"perf/{part}_seconds"] for part in ("data", "forward", "backward", "wait", "step")]
+        assert min(parts[1:]) > 0
+        step_pairs = 10
+        assert sum(parts) == pytest.approx(step_pairs / row["perf/pairs_per_second"], rel=0.3)
+        assert 0 < row["perf/mfu"] < 1
+        assert row["perf/busiest_rank"] >= 1
+
+
+def test_pairs_of_a_prompt_are_computed_together_and_train_the_same_weights(tmp_path: Path, base: list[str]):
+    """Four rated responses of each prompt: with all pairs of a prompt in one step, a prompt and a response are computed once."""
+    write_tiny_llama(tmp_path / "m")
+    r = random.Random(0)
+    with (tmp_path / "rows.jsonl").open("w") as f:
+        for prompt in range(8):
+            answers = [[*(r.randint(3, 60) for _ in range(r.randint(4, 20))), 1] for _ in range(4)]
+            for a, b in combinations(answers, 2):
+                f.write(json.dumps({"prompt_ids": [prompt + 3] * 12, "chosen_ids": a, "rejected_ids": b}) + "\n")
+    words = ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "train.pairs_per_step=12", "train.max_steps=4",
+             "train.tokens_per_microbatch=1000", "data.group_by_prompt=true", "reference.mode=live"]
+    one = run(words, tmp_path / "one", "zero=none")
+    two = run(words, tmp_path / "two", "cluster.procs_per_node=2", "train.tokens_per_microbatch=200")
+    assert two == pytest.approx(one, rel=2e-5, abs=2e-5)
+    for row in metrics(tmp_path / "one"):
+        tokens = row["perf/tokens_per_second"] / row["perf/pairs_per_second"] * 12
+        assert tokens <= 2 * (12 + 4 * 21), "two prompts a step, four responses each"
 
 
 def test_lora_under_zero_3_equals_lora_in_plain_torch_with_the_reference_switched_off_or_cached(tmp_path: Path, words: list[str]):

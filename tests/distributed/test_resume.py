@@ -116,7 +116,7 @@ def test_a_run_that_is_being_trained_is_not_trained_by_a_second_process(tmp_path
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         said = dpo_dist(*words, "zero=none", f"run.dir={tmp_path / 'run'}", code=2).stderr
-    assert "another process is training there now" in said
+    assert "another process is at work there now" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""The chunked head gives the log-probs, and the gradients, of a plain log_softmax over whole logits."""
+"""The blockwise head gives the log-probs, and the gradients, of a plain log_softmax over whole logits."""
 from __future__ import annotations
 
 from typing import Any
@@ -29,12 +29,13 @@ def example(bias: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
     return hidden, head, torch.randint(VOCABULARY, (TOKENS,)), torch.randn(TOKENS, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("chunk_tokens", [4, TOKENS, 1024])
+@pytest.mark.parametrize("columns", [1, 4, VOCABULARY, 1024])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 1.5)])
-def test_chunked_head_equals_a_plain_log_softmax_with_its_gradients(
-        chunk_tokens: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "HEAD_CHUNK_TOKENS", chunk_tokens)
+def test_the_head_in_blocks_equals_a_plain_log_softmax_with_its_gradients(
+        columns: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "LOGITS_AT_ONCE", columns * TOKENS)
+    monkeypatch.setattr(logps, "NARROWEST_BLOCK", 1)
     hidden, head, targets, upstream = example(bias)
     inputs = [hidden, *head.parameters()]
     expected, expected_collision = plain(hidden, head, targets, scale, softcap)

@@ -2,19 +2,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import write_tiny_llama
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import plain_token_logps
-from dpo_dist.models.attention import branch_misfit
+from dpo_dist.models.attention import Forest, branch_attention, branch_misfit, varlen_attention
 from dpo_dist.models.digest import model_digest
-from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, compile_layers, load_causal_lm, token_logps
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.preference import PackedBatch, TokenizedPair
 
@@ -63,6 +65,35 @@ def test_packed_log_probs_and_gradients_equal_the_models_own_forward(name: str, 
         assert (p.grad - gradients[n]).abs().max() < bound * max(1.0, p.grad.abs().max().item()), n
 
 
+def by_the_book(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of varlen_attn, in plain torch: each sequence by itself, causal, aligned at the lower right."""
+    out = []
+    for i in range(len(starts_q) - 1):
+        queries, keys, values = q[starts_q[i]:starts_q[i + 1]], k[starts_k[i]:starts_k[i + 1]], v[starts_k[i]:starts_k[i + 1]]
+        assert len(queries) <= max_q and len(keys) <= max_k and enable_gqa
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (keys, values))
+        back = torch.arange(len(queries))[:, None] + keys.shape[1] - len(queries) - torch.arange(keys.shape[1])[None]
+        visible = (back >= 0) & ((window_size[0] < 0) | (back <= window_size[0]))
+        scores = (queries.transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(~visible, -torch.inf)
+        out.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_variable_length_call_is_branch_attention_with_its_gradients(window: int | None):
+    """The kernel itself needs a GPU (tests/gpu); what it is asked for does not."""
+    torch.manual_seed(0)
+    trees = pack_pairs(PAIRS, [0, 1, 2], [1.0] * 3).trees
+    tokens = trees[-1].branches[-1].end
+    q, k, v = (torch.randn(1, heads, tokens, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    upstream = torch.randn(1, tokens, 4, 8, dtype=torch.float64)
+    wanted, _ = branch_attention(None, q, k, v, None, scaling=0.3, forest=Forest(trees), sliding_window=window)
+    found = varlen_attention(q, k, v, Forest(trees), 0.3, window, by_the_book)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad((found * upstream).sum(), (q, k, v)),
+                               torch.autograd.grad((wanted * upstream).sum(), (q, k, v)), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "GPT2"])
 def test_branch_attention_is_found_to_fit(name: str):
     config = getattr(transformers, f"{name}Config")(**{**SMALL, "hidden_size": 64, "num_hidden_layers": 4, **ARCHITECTURES[name]})
@@ -72,11 +103,11 @@ def test_branch_attention_is_found_to_fit(name: str):
 def test_an_architecture_that_branch_attention_would_get_wrong_is_found_out_and_padded(tmp_path: Path):
     config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
     config.save_pretrained(tmp_path)
-    model = ModelConfig(str(tmp_path), "fp32", "auto", False, LoraConfig(0, None, "all-linear"))
+    model = ModelConfig(str(tmp_path), "fp32", "auto", False, False, LoraConfig(0, None, "all-linear"))
     attention, why = choose_attention(model, tmp_path)
     assert attention == "padded" and "differ" in why
     with pytest.raises(UserError, match=r"model\.attention=branch does not fit .* set model\.attention=auto"):
-        choose_attention(ModelConfig(str(tmp_path), "fp32", "branch", False, LoraConfig(0, None, "all-linear")), tmp_path)
+        choose_attention(ModelConfig(str(tmp_path), "fp32", "branch", False, False, LoraConfig(0, None, "all-linear")), tmp_path)
 
 
 def test_attention_sinks_which_branch_attention_does_not_know_are_found_out():
@@ -140,3 +171,24 @@ def test_a_digest_sees_a_change_of_the_configs_numbers(tmp_path: Path):
     assert model_digest(folder) == before
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert model_digest(folder) != before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_numbers_and_are_compiled_once_for_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    folder = write_tiny_llama(tmp_path / "m")
+    plain_model, compiled = (ScoredModel(load_causal_lm(folder, torch.float32, "branch"), "branch") for _ in range(2))
+    uncompiled = ALL_ATTENTION_FUNCTIONS["branch"]
+    try:
+        compile_layers(compiled.lm)
+        graphs = []
+        for n in (3, 1, 2):                                       # packs of other lengths and numbers of branches
+            batch = pack_pairs(PAIRS[:n], list(range(n)), [1.0] * n)
+            values = token_logps(compiled, batch).logps
+            torch.testing.assert_close(values, token_logps(plain_model, batch).logps, rtol=0, atol=1e-5)
+            values.sum().backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("branch", uncompiled)
+    assert graphs[0] > 0 and len(set(graphs)) == 1

@@ -13,14 +13,17 @@ from conftest import write_rows, write_tiny_llama
 from dpo_dist.compose import compose
 from dpo_dist.config import LossConfig
 from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.flops import Flops
 from dpo_dist.metrics import MetricSums
 from dpo_dist.models.load import ScoredModel, load_causal_lm
+from dpo_dist.perf import Clock
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.hf import HfReference
 from dpo_dist.rules import resolve_loss
 from dpo_dist.step import step_batches, train_step
 from dpo_dist.world import World
 
+FLOPS = Flops(1e5, 1e4, ((1e3, None),))
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
@@ -41,8 +44,8 @@ def gradient(tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
         pairs, loss = pairs_of(rows), resolve_loss(loss)
         optim = compose([f"model.path={policy_folder}"]).optim
         policy = SinglePolicy(ScoredModel(load_causal_lm(policy_folder, torch.float32, "branch"), "branch"), optim, WORLD.device)
-        step = step_batches(pairs, np.arange(len(pairs)), loss, WORLD, tokens_per_microbatch, 32)
-        train_step(policy, reference if loss.needs_reference else None, step, loss, MetricSums(loss, WORLD.device), WORLD)
+        step = step_batches(pairs, np.arange(len(pairs)), loss, WORLD, tokens_per_microbatch, FLOPS)
+        train_step(policy, reference if loss.needs_reference else None, step, loss, MetricSums(loss, WORLD.device), WORLD, Clock(WORLD))
         return {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
 
     return run

@@ -63,7 +63,7 @@ def sentencepiece_like(template: str | None = None) -> PreTrainedTokenizerFast:
 
 def config(**changes: object) -> DataConfig:
     defaults = DataConfig(train=(), eval=(), eval_fraction=0.0, max_length=1000, truncation="drop", on_bad_row="error",
-                          chat_template=None, cache_dir="unused")
+                          chat_template=None, group_by_prompt=False, cache_dir="unused")
     return DataConfig(**{**vars(defaults), **changes})
 
 

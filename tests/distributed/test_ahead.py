@@ -1,0 +1,121 @@
+"""reference.mode=ahead: the same weights as when the reference is scored first, and nothing lost whoever is killed."""
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+from conftest import REPO, dpo_dist, eval_on, processes_on, train_on, write_rows, write_tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 8
+
+
+@pytest.fixture
+def words(tmp_path: Path, base: list[str]) -> list[str]:
+    write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
+    write_rows(tmp_path / "rows.jsonl", 200, longest=100)
+    write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
+    return ["run", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "held_out.jsonl"),
+            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "loss.beta=0.5", "train.tokens_per_microbatch=600"]
+
+
+def start(words: list[str], run_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def model_digest(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def entries(cache_dir: Path) -> list[bytes]:
+    return [key.tobytes() for shard in cache_dir.rglob("*.safetensors") for key in safetensors.numpy.load_file(shard)["keys"]]
+
+
+def trained(run: Path) -> bool:
+    """Whether a step is done."""
+    return (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text()
+
+
+def wait_until(condition, what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def kill(pids: list[int]) -> None:
+    assert pids, "there was something to kill"
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("zero", "world", "procs"), [("none", 1, 2), ("zero3", 2, 1)])
+def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: str, world: int, procs: int, tmp_path: Path, words: list[str]):
+    words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
+    dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
+    ahead = [*words, "reference.mode=ahead", f"reference.procs={procs}", f"reference.cache_dir={tmp_path / 'other'}"]
+    said = dpo_dist(*ahead, f"run.dir={tmp_path / 'ahead'}").stdout
+    assert "reference: scored while training ran, which waited " in said
+    assert model_digest(tmp_path / "ahead") == model_digest(tmp_path / "cached")
+    scored = entries(tmp_path / "other")
+    assert len(scored) == len(set(scored)) == 2 * (STEPS * 24 + 10), "what training asks for, each sequence once, and no more"
+    assert processes_on(tmp_path / "ahead") == []
+
+
+def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_and_the_same_command_goes_on(tmp_path: Path, words: list[str]):
+    words = [*words, "zero=none"]
+    dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
+    run, cache = tmp_path / "ahead", tmp_path / "other"
+    ahead = [*words, "reference.mode=ahead", f"reference.cache_dir={cache}"]
+
+    process = start(ahead, run)
+    wait_until(lambda: trained(run), "the first step")
+    kill(processes_on(run / "scoring"))
+    said = process.communicate(timeout=120)[0]
+    kept = len(entries(cache))
+    assert process.returncode == 2 and 0 < kept < 2 * (STEPS * 24 + 10), "the kill came midway"
+    assert "the scoring processes have ended before all was scored: the score stage ended with code -9" in said
+    assert list(run.glob("checkpoints/*/COMPLETE")), "what was trained is saved"
+
+    process = start(ahead, run)
+    wait_until(lambda: len(entries(cache)) > kept, "more scored")
+    kill([pid for pid in processes_on(run) if pid != process.pid and pid not in processes_on(run / "scoring")])
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and not (run / "DONE").exists()
+    assert processes_on(run) == [], "no orphans"
+
+    assert "resumed from step-" in dpo_dist(*ahead, f"run.dir={run}").stdout
+    assert model_digest(run) == model_digest(tmp_path / "cached")
+    assert max(Counter(entries(cache)).values()) == 1
+
+
+def test_training_alone_waits_no_longer_than_it_was_told_and_says_what_to_start(tmp_path: Path, words: list[str]):
+    alone = [sys.executable, "-m", "dpo_dist.train", *words[1:], "zero=none", "reference.mode=ahead", "cluster.timeout_seconds=3",
+             f"run.dir={tmp_path / 'alone'}"]
+    done = subprocess.run(alone, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "not there: start `dpo-dist score` with the same overrides beside this" in done.stderr + done.stdout
+
+
+def test_a_run_that_is_told_to_end_while_it_waits_saves_and_both_sides_end(tmp_path: Path, words: list[str]):
+    run = tmp_path / "run"
+    process = start([*words, "zero=none", "reference.mode=ahead"], run)
+    wait_until(lambda: trained(run), "the first step")
+    for pid in processes_on(run / "scoring"):
+        os.kill(pid, signal.SIGSTOP)                     # nothing more comes: training goes as far as it can, and waits
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert (run / "PREEMPTED").exists(), said
+    assert list(run.glob("checkpoints/*/COMPLETE"))
+    assert processes_on(run) == []

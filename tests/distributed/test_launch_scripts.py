@@ -1,0 +1,66 @@
+"""launch/ by hand: torchrun.sh on one box, hosts.sh on several, here two that are this one; a remote shell that is a local one."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, metrics, train_on, write_rows, write_tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def words(tmp_path: Path, base: list[str]) -> list[str]:
+    write_tiny_llama(tmp_path / "m")
+    write_rows(tmp_path / "rows.jsonl", 500, longest=80)
+    return [f"model.path={tmp_path / 'm'}", *(word for word in base if not word.startswith("cluster.procs")), train_on(tmp_path / "rows.jsonl"),
+            "train.pairs_per_step=12", "train.max_steps=200", "train.epochs=100", "optim.lr=1e-3", f"run.dir={tmp_path / 'a run'}"]
+
+
+def start(script: str, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so have its children."""
+    return subprocess.Popen([str(REPO / "launch" / script), *words], cwd=REPO, start_new_session=True, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def interrupt_after_a_step(process: subprocess.Popen[str], run_dir: Path) -> str:
+    """What it printed, after a Ctrl-C in its terminal."""
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=60)[0]
+
+
+def test_torchrun_sh_trains_on_one_box_and_ctrl_c_saves(tmp_path: Path, words: list[str]):
+    process = start("torchrun.sh", *words, PROCS_PER_NODE="2", MASTER_PORT="29613")
+    told = interrupt_after_a_step(process, tmp_path / "a run")
+    assert "stopped by SIGINT: step" in told and process.returncode != 0
+    assert list((tmp_path / "a run" / "checkpoints").glob("*/COMPLETE")) and (tmp_path / "a run" / "PREEMPTED").exists()
+    assert (tmp_path / "a run" / "logs" / "rank-1.log").exists()
+
+
+def test_hosts_sh_starts_a_node_on_every_host_and_ctrl_c_saves_on_all(tmp_path: Path, words: list[str]):
+    """Each node hears it once: a second Ctrl-C would have killed it, step and all, and this one's steps are longer than a call."""
+    words = [*words, "train.pairs_per_step=400", "train.tokens_per_microbatch=400"]
+    (tmp_path / "hosts").write_text("127.0.0.1  # node 0\n\n127.0.0.1\n")
+    remote = tmp_path / "remote"
+    remote.write_text('#!/bin/bash\nexec setsid --wait env --default-signal=INT bash -c "$2"\n')
+    remote.chmod(0o755)
+    process = start("hosts.sh", str(tmp_path / "hosts"), *words, PROCS_PER_NODE="1", MASTER_PORT="29614", REMOTE=str(remote))
+    told = interrupt_after_a_step(process, tmp_path / "a run")
+    assert "stopped by SIGINT: step" in told and process.returncode != 0
+    assert {p.name for p in (tmp_path / "a run" / "logs").glob("node-*.log")} == {"node-0.log", "node-1.log"}
+    assert list((tmp_path / "a run" / "checkpoints").glob("*/COMPLETE"))
+
+
+def test_a_node_that_knows_no_master_says_so(words: list[str]):
+    process = start("node.sh", *words, NNODES="2", NODE_RANK="0")
+    assert "error: MASTER_ADDR is not set" in process.communicate(timeout=30)[0] and process.returncode == 2

@@ -1,0 +1,195 @@
+"""On a real Slurm of three nodes: what is interrupted goes on to the very bits, what is cancelled stays so, bad nodes are left out."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPO, eval_on, metrics, train_on, write_rows, write_tiny_llama
+from slurm_cluster import NEEDED, Slurm
+
+from dpo_dist.compose import compose
+from dpo_dist.launcher.slurm import SweepGroup, Task, submit_sweep, wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
+
+STEPS, PAIRS = 60, 64
+WHOLE_NODES = "cluster.slurm.extra=['--cpus-per-task=4']"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    if os.geteuid() != 0 or missing:
+        pytest.skip(f"needs Debian's slurm-wlm, munge and iproute2 (no {', '.join(missing)})" if missing else "needs root")
+    cluster = Slurm.start(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_tiny_llama(folder / "m", hidden_size=64, intermediate_size=128)
+    write_rows(folder / "rows.jsonl", PAIRS, longest=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(folder: Path) -> list[str]:
+    """Two nodes with two processes each, ZeRO-3, in fp32 on the CPU."""
+    return [f"model.path={folder / 'm'}", train_on(folder / "rows.jsonl"), "cluster=slurm", "cluster.device=cpu", "cluster.nodes=2",
+            "cluster.procs_per_node=2", "cluster.timeout_seconds=60", "cluster.slurm.preflight=false", WHOLE_NODES, "model.dtype=fp32",
+            f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}", "data.max_length=256",
+            "train.pairs_per_step=8", f"train.max_steps={STEPS}", "train.epochs=10", "train.save_every_steps=10", "optim.lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def straight(slurm: Slurm, folder: Path, words: list[str]) -> Path:
+    """An uninterrupted run: scored, trained and exported as two jobs, after a look at the nodes."""
+    run_dir = folder / "straight"
+    ids = slurm.submit("run", [*words, "cluster.slurm.preflight=true", f"run.dir={run_dir}"])
+    slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
+    return run_dir
+
+
+def digest(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def output(run_dir: Path, stage: str = "train") -> str:
+    return "".join(path.read_text() for path in (run_dir / "slurm").glob(f"{stage}-*.out"))
+
+
+def under_way(slurm: Slurm, words: list[str], run_dir: Path) -> str:
+    """The id of a training job whose first step is done."""
+    job = slurm.submit("train", [*words, f"run.dir={run_dir}"])["train"]
+    until_first_step(slurm, run_dir)
+    return job
+
+
+def until_first_step(slurm: Slurm, run_dir: Path) -> None:
+    slurm.until("the first step", lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) > 0)
+
+
+def assert_went_on_to_the_same_bits(slurm: Slurm, job: str, run_dir: Path, straight: Path) -> None:
+    slurm.until_state(job, "COMPLETED", "FAILED", "CANCELLED", start_now=True)
+    assert slurm.show(job, "JobState") == "COMPLETED", output(run_dir)
+    assert int(slurm.show(job, "Restarts")) >= 1
+    assert "resumed from step-" in output(run_dir)
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in metrics(run_dir)] == [row["loss"] for row in metrics(straight)]
+    assert digest(run_dir) == digest(straight)
+
+
+def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(slurm: Slurm, straight: Path):
+    assert (straight / "DONE").exists(), output(straight, "score") + output(straight)
+    written = json.loads((straight / "run.json").read_text())
+    assert written["passport"]["ranks"] == 4 and written["config"]["zero"]["stage"] == 3
+    assert f"scored {2 * PAIRS}, cached 0" in output(straight, "score")
+    nodes = re.search(r"on (\S+) (\S+): dpo_dist.train", output(straight))
+    assert nodes and nodes[1] != nodes[2]
+    assert len(list((straight / "logs" / "preflight").glob("*/*.joined"))) == 4          # two nodes, two jobs
+    told = slurm.dpo_dist("status", straight)
+    assert "state     done" in told and f"step      {STEPS} of {STEPS}" in told and "COMPLETED" in told
+
+
+def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str], straight: Path):
+    job = under_way(slurm, words, folder / "usr1")
+    slurm.call("scancel", "--batch", "--signal=USR1", job)          # what Slurm itself sends ahead of the time limit
+    slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
+    assert "SIGUSR1" in (folder / "usr1" / "PREEMPTED").read_text()
+    assert_went_on_to_the_same_bits(slurm, job, folder / "usr1", straight)
+    assert not (folder / "usr1" / "PREEMPTED").exists()
+
+
+def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str], straight: Path):
+    job = under_way(slurm, words, folder / "preempted")
+    urgent = slurm.call("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1").strip()
+    slurm.until_state(urgent, "RUNNING", "COMPLETED")
+    assert slurm.show(job, "Restarts") == "1" and "SIGTERM" in (folder / "preempted" / "PREEMPTED").read_text()
+    assert_went_on_to_the_same_bits(slurm, job, folder / "preempted", straight)
+
+
+def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(slurm: Slurm, folder: Path, words: list[str]):
+    run_dir = folder / "cancelled"
+    own = [*(word for word in words if not word.startswith("cluster")), "cluster.device=cpu", f"run.dir={run_dir}"]
+    job = slurm.call("env", f"PYTHON={sys.executable}", "PROCS_PER_NODE=2", "PREFLIGHT=no", "sbatch", "--parsable", "--nodes=2",
+                     "--cpus-per-task=4", f"--output={folder}/by-hand.out", REPO / "slurm" / "train.sbatch", *own).strip()
+    until_first_step(slurm, run_dir)
+    slurm.call("scancel", job)
+    slurm.until_state(job, "CANCELLED")
+    slurm.until("the end of its processes", lambda: "saved and ended early" in (folder / "by-hand.out").read_text())
+    assert list((run_dir / "checkpoints").glob("*/COMPLETE"))
+    assert slurm.show(job, "JobState") == "CANCELLED" and slurm.show(job, "Restarts") == "0"
+    assert "stopped early" in slurm.dpo_dist("status", run_dir)
+
+
+def test_a_power_cut_of_one_node_costs_only_the_steps_since_the_last_checkpoint(slurm: Slurm, folder: Path, words: list[str], straight: Path):
+    job = under_way(slurm, words, folder / "power")
+    slurm.until("a checkpoint", lambda: any((folder / "power" / "checkpoints").glob("*/COMPLETE")))
+    slurm.testbed("kill", 2)
+    slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
+    assert_went_on_to_the_same_bits(slurm, job, folder / "power", straight)
+    slurm.testbed("boot", 2)
+    slurm.until("node2", lambda: slurm.call("sinfo", "-h", "-n", "node2", "-p", "main", "-o", "%T").strip() == "idle")
+
+
+def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(slurm: Slurm, folder: Path, words: list[str]):
+    run_dir = folder / "bad_node"
+    broken = f"cluster.slurm.setup=['export PYTHON=$([ $(hostname) = node2 ] && echo /nowhere/python || echo {sys.executable})']"
+    job = slurm.submit("train", [*words, "cluster.slurm.preflight=true", broken, "train.max_steps=2", f"run.dir={run_dir}"])["train"]
+    slurm.until_state(job, "COMPLETED", "FAILED", start_now=True)
+    assert slurm.show(job, "JobState") == "COMPLETED", output(run_dir)
+    assert "preflight failed: node2: " in output(run_dir) and "/nowhere/python" in output(run_dir)
+    assert slurm.show(job, "ExcNodeList") == "node2" and "node1 node3: dpo_dist.train" in output(run_dir)
+
+
+def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(slurm: Slurm, folder: Path, words: list[str]):
+    ids = slurm.submit("run", [*words[1:], f"model.path={folder / 'nothing'}", f"run.dir={folder / 'unscored'}"])
+    slurm.until_state(ids["score"], "FAILED")
+    slurm.until_state(ids["train"], "CANCELLED", seconds=30)
+    assert not (folder / "unscored" / "metrics.jsonl").exists()
+
+
+def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    small = [*words, "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none", "train.max_steps=2",
+             "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'sweep_reference'}"]
+    trainings = []
+    for beta in (0.05, 0.1, 0.3):
+        for lr in (5e-4, 1e-3):
+            own = (*small, f"loss.beta={beta}", f"optim.lr={lr}", f"run.dir={folder / 'sweep' / f'{beta}-{lr}'}")
+            trainings.append(Task(compose(own), own))
+    (group,) = submit_sweep([SweepGroup(trainings[0], tuple(trainings))], folder / "sweep", at_once=3)
+    wait_for([group.score_job, group.array_job], seconds_between=0.5)
+    told = "".join(path.read_text() for path in (folder / "sweep" / "group-0").glob("score-*.out"))
+    assert f"scored {2 * PAIRS}, cached 0" in told
+    finals = set()
+    for i, task in enumerate(trainings):
+        run_dir = Path(task.config.run_dir)
+        assert (run_dir / "DONE").exists(), list((folder / "sweep" / "group-0").iterdir())
+        assert json.loads((run_dir / "slurm.json").read_text()) == {"score": group.score_job, "train": f"{group.array_job}_{i}"}
+        assert "COMPLETED" in slurm.dpo_dist("status", run_dir)
+        finals.add(digest(run_dir))
+    assert len(finals) == 6
+    assert "--array=0-5%3" in (folder / "sweep" / "group-0" / "train.sbatch").read_text()
+
+
+def test_the_sweep_command_waits_for_its_jobs_and_compares_them(slurm: Slurm, folder: Path, words: list[str]):
+    write_rows(folder / "eval.jsonl", 8, seed=5)
+    sweep = [*words, eval_on(folder / "eval.jsonl"), "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none", "train.max_steps=2",
+             "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'command_reference'}",
+             f"run.dir={folder / 'command'}", "loss.beta=0.05,0.3", "optim.lr=5e-4,1e-3"]
+    first = slurm.dpo_dist("run", "-m", *sweep)
+    assert re.search(r"sweep: 4 trainings are array \d+, after scoring job \d+", first)
+    told = json.loads((folder / "command" / "sweep.json").read_text())
+    assert [job["done"] for job in told["jobs"]] == [True] * 4 and told["best"]
+    assert "4 are done, 0 to run" in slurm.dpo_dist("run", "-m", *sweep)

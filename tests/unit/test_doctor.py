@@ -1,0 +1,202 @@
+"""`dpo-dist doctor` on real trouble: each check is seen green, and red with its remedy."""
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import REPO, dpo_dist, train_on, write_rows, write_tiny_llama
+
+from dpo_dist.compose import compose
+from dpo_dist.launcher.doctor import folders
+from dpo_dist.launcher.doctor.services import slurm
+
+CHECKS = ("versions", "devices", "compiled ops", "ports", "shared folder", "clock", "disk", "wandb", "slurm")
+LEFT_OUT = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "WANDB_API_KEY", "NETRC")
+
+
+def doctor(folder: Path, *words: object, code: int, path: Path | None = None, **environment: str) -> dict[str, str]:
+    """{check: what it said, with its remedy} of a doctor that was run in `folder`; `path` goes before all other packages."""
+    clean = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
+    packages = os.pathsep.join([*([str(path)] if path else []), str(REPO)])
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "doctor", "cluster.device=cpu", *map(str, words)], cwd=folder,
+                          capture_output=True, text=True, timeout=120, env={**clean, "PYTHONPATH": packages, **environment})
+    assert done.returncode == code, done.stdout + done.stderr
+    said: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith(("ok ", "RED")):
+            name = next(name for name in CHECKS if line[5:].startswith(name))
+            said[name] = line
+        elif line.strip().startswith("remedy:"):
+            said[name] += line
+    assert all(("remedy: " in text) == text.startswith("RED") for text in said.values())
+    return said
+
+
+def red(said: dict[str, str]) -> list[str]:
+    return [name for name, text in said.items() if text.startswith("RED")]
+
+
+def package(folder: Path, name: str, code: str) -> Path:
+    """A folder for PYTHONPATH that holds a module of this name."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(code)
+    return folder
+
+
+@contextmanager
+def listening(port: int = 0) -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", port)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_on_a_sound_machine_all_is_green_and_nothing_is_left_behind(tmp_path: Path):
+    said = doctor(tmp_path, code=0)
+    assert [name for name in said if name != "slurm"] == ["versions", "devices", "compiled ops", "ports", "shared folder", "clock", "disk"]
+    assert "torch 2" in said["versions"] and "cores" in said["devices"] and "none needed" in said["compiled ops"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_mistake_is_one_message_and_exit_code_2(tmp_path: Path):
+    assert "did you mean 'model.path'" in dpo_dist("doctor", "model.pat=x", code=2).stderr
+
+
+def test_a_version_outside_the_supported_range_is_red(tmp_path: Path):
+    about = tmp_path / "old" / "torch-2.1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.1.0\n")
+    said = doctor(tmp_path, code=1, path=tmp_path / "old")
+    assert red(said) == ["versions"]
+    assert "torch 2.1.0, needs >=2.8" in said["versions"] and "pip install -c constraints.txt" in said["versions"]
+
+
+def test_a_torch_that_does_not_load_and_a_gpu_that_is_not_there_are_red(tmp_path: Path):
+    broken = package(tmp_path / "broken", "torch", "raise ImportError('libcudart.so.12: cannot open shared object file')")
+    said = doctor(tmp_path, code=1, path=broken)
+    assert "devices" in red(said) and "libcudart.so.12: cannot open" in said["devices"]
+    hidden = doctor(tmp_path, "cluster.device=cuda", code=1, CUDA_VISIBLE_DEVICES="")
+    assert "cluster.device=cuda, but torch sees no GPU" in hidden["devices"] and "set cluster.device=cpu" in hidden["devices"]
+
+
+def test_a_deepspeed_that_does_not_load_is_red_where_it_is_used(tmp_path: Path):
+    broken = package(tmp_path / "broken", "deepspeed", "raise RuntimeError('built for another torch')")
+    said = doctor(tmp_path, code=1, path=broken)
+    assert red(said) == ["compiled ops"]
+    assert "built for another torch" in said["compiled ops"] and "zero=none" in said["compiled ops"]
+    assert "compiled ops" not in doctor(tmp_path, "zero=none", code=0, path=broken)
+
+
+def test_an_occupied_master_port_is_red_and_a_free_one_green(tmp_path: Path):
+    with listening() as port:
+        said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT=str(port))
+    assert red(said) == ["ports"]
+    assert f"MASTER_PORT={port} cannot be had" in said["ports"] and "set MASTER_PORT to a free port" in said["ports"]
+    assert f"port {port} is free" in doctor(tmp_path, "zero=none", code=0, MASTER_PORT=str(port))["ports"]
+    assert "is no port" in doctor(tmp_path, "zero=none", code=1, MASTER_PORT="http")["ports"]
+
+
+def test_an_interface_that_is_not_there_is_red_and_a_real_one_green(tmp_path: Path):
+    said = doctor(tmp_path, "zero=none", code=1, GLOO_SOCKET_IFNAME="ib7")
+    assert red(said) == ["ports"] and "ib7 is no interface" in said["ports"] and "lo" in said["ports"]
+    assert "lo (127.0.0.1) talks" in doctor(tmp_path, "zero=none", code=0, GLOO_SOCKET_IFNAME="lo")["ports"]
+
+
+def test_an_unknown_master_address_is_red(tmp_path: Path):
+    said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT="29517", MASTER_ADDR="nobody.invalid", GLOO_SOCKET_IFNAME="lo")
+    assert "MASTER_ADDR=nobody.invalid has no address" in said["ports"]
+
+
+def test_a_file_where_a_folder_should_be_is_red(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    said = doctor(tmp_path, "zero=none", f"data.cache_dir={tmp_path / 'file'}", code=1)
+    assert red(said) == ["shared folder"]
+    assert "data.cache_dir=" in said["shared folder"] and "set data.cache_dir to a folder that can be written" in said["shared folder"]
+
+
+def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
+    said = doctor(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT="29518")
+    assert red(said) == ["shared folder"]
+    assert "a disk of this machine alone" in said["shared folder"] and "that every node mounts" in said["shared folder"]
+
+
+def test_a_clock_that_is_off_the_file_systems_is_red(tmp_path: Path):
+    late = package(tmp_path / "late", "sitecustomize", "import time\nreal = time.time\ntime.time = lambda: real() - 3600\n")
+    said = doctor(tmp_path, "zero=none", code=1, path=late)
+    assert red(said) == ["clock"] and "-3600 s off" in said["clock"] and "NTP" in said["clock"]
+
+
+def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
+    try:
+        said = doctor(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
+        assert red(said) == ["disk"] and "needs 1.0 GiB" in said["disk"] and "set run.dir to a larger disk" in said["disk"]
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        said = doctor(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
+        assert "shared folder" in red(said) and "Read-only file system" in said["shared folder"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_the_room_that_is_asked_for_is_what_checkpoints_and_model_take(zero: str, tmp_path: Path, base: list[str],
+                                                                      monkeypatch: pytest.MonkeyPatch):
+    write_tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    write_rows(tmp_path / "rows.jsonl", 8)
+    words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"zero={zero}", f"run.dir={tmp_path / 'run'}"]
+    dpo_dist("train", *words, "train.pairs_per_step=4", "train.max_steps=2", "train.save_every_steps=1")
+    left = [tmp_path / "run" / "checkpoints", tmp_path / "run" / "model"]
+    written = sum(file.stat().st_size for folder in left for file in folder.rglob("*") if file.is_file())
+    monkeypatch.setattr(folders, "LEAST_FREE_GIB", 0)            # the run is smaller than the least that is asked for
+    needed, why = folders.needed_bytes(compose([*words, "train.keep_checkpoints=1"]))        # 1 and the one being written: 2
+    assert "2 checkpoints" in why
+    assert needed == pytest.approx(written, rel=0.05)
+
+
+def test_wandb_online_needs_a_login_and_a_server_that_answers(tmp_path: Path):
+    online = ["zero=none", "tracking=wandb", "tracking.mode=online"]
+    assert "offline" in doctor(tmp_path, "zero=none", "tracking=wandb", code=0)["wandb"]
+    nobody = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
+    said = doctor(tmp_path, *online, code=1, **nobody)
+    assert red(said) == ["wandb"] and "there is no login for 127.0.0.1" in said["wandb"] and "`wandb login`" in said["wandb"]
+    said = doctor(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
+    assert "127.0.0.1 does not answer" in said["wandb"] and "tracking.mode=offline" in said["wandb"]
+    with listening() as port:
+        said = doctor(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}, WANDB_API_KEY="k" * 40)
+    assert "a login is there" in said["wandb"]
+
+
+def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.parent.mkdir()
+
+    def say(script: str) -> str:
+        sinfo.write_text(f"#!/bin/sh\n{script}\n")
+        sinfo.chmod(0o755)
+        return doctor(tmp_path, "zero=none", code=0, PATH=f"{sinfo.parent}:{os.environ['PATH']}")["slurm"]
+
+    assert "gpu (4 nodes idle)" in say("echo gpu 4 idle")
+    assert "Unable to contact slurm controller; only cluster=slurm needs it" in say("echo Unable to contact slurm controller >&2; exit 1")
+
+    config = compose(["model.path=m"])
+    on_slurm = replace(config, cluster=replace(config.cluster, name="slurm"))
+    monkeypatch.setenv("PATH", str(sinfo.parent))
+    dead = slurm(on_slurm)
+    assert dead is not None and not dead.ok and dead.said == "cluster=slurm, but Unable to contact slurm controller"
+    sinfo.unlink()
+    missing = slurm(on_slurm)
+    assert missing is not None and not missing.ok and "there is no sinfo here" in missing.said
+    assert slurm(config) is None

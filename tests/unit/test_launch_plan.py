@@ -1,0 +1,133 @@
+"""A command is planned without torch and without starting anything: stages, jobs, batch scripts, and where a run is."""
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from dpo_dist.compose import compose
+from dpo_dist.config import RunConfig, UserError
+from dpo_dist.launcher.plan import LaunchPlan, plan
+from dpo_dist.launcher.slurm import SweepGroup, Task, describe, jobs_of, render_sweep, shipped
+from dpo_dist.launcher.status import status
+
+SLURM = ["model.path=m", "cluster=slurm", "cluster.nodes=2", "run.dir=/runs/my run"]
+
+
+def planned(words: list[str], verb: str = "run") -> tuple[LaunchPlan, RunConfig]:
+    config = compose(words)
+    return plan(verb, config, words), config
+
+
+def directives(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def variables(script: str) -> dict[str, str]:
+    """What the settings of a rendered script are worth to a shell."""
+    block = script.partition("# >>> settings")[2].partition("# <<< settings")[0]
+    done = subprocess.run(["bash", "-c", block + "\nfor v in PYTHON MODULE PROCS_PER_NODE RUN_DIR TASKS PREFLIGHT; do echo $v=${!v}; done; "
+                           'echo "CONTAINER=${CONTAINER[*]}"; declare -f setup'], capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def test_a_run_is_scored_first_and_trained_after_unless_there_is_nothing_to_score():
+    launch, _ = planned(["model.path=m", "cluster.procs_per_node=4"])
+    assert [(s.name, s.module, s.ranks, s.after) for s in launch.stages] == [("score", "dpo_dist.score", 4, ()),
+                                                                            ("train", "dpo_dist.train", 4, ("score",))]
+    for alone in (["loss=simpo"], ["reference.mode=live"], ["reference=adapter_off", "model.lora.rank=4"]):
+        assert [(s.name, s.after) for s in planned(["model.path=m", *alone])[0].stages] == [("train", ())]
+    assert [s.name for s in planned(["model.path=m"], "eval")[0].stages] == ["eval"]
+
+
+def test_every_option_of_a_job_reaches_its_script():
+    slurm = {"partition": "gpu", "account": "lab", "qos": "high", "time_limit": "8:00:00", "signal_seconds": 600, "exclude": "node9",
+             "preflight": "false"}
+    words = [*SLURM, *(f"cluster.slurm.{key}={value}" for key, value in slurm.items()), "cluster.slurm.extra=['--mem=0']",
+             "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
+    score, train = jobs_of(*planned(words))
+    assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8",
+            "--signal=B:USR1@600", "--partition=gpu", "--account=lab", "--qos=high",
+            "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue", "--ntasks-per-node=1"} <= set(directives(train.script))
+    assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8", "RUN_DIR": "/runs/my run",
+                                       "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
+    assert "    module load cuda\n    . venv/bin/activate\n" in score.script
+    assert not any(line.startswith("--gpus") for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[0].script))
+
+
+def test_a_container_sees_the_working_folder_the_run_and_what_else_is_named():
+    words = [*SLURM, "cluster.slurm.container_image=/images/a.sqsh", "cluster.slurm.container_mounts=['/data:/data']"]
+    container = variables(jobs_of(*planned(words))[0].script)["CONTAINER"]
+    assert "--container-image=/images/a.sqsh" in container and f"{Path.cwd()}:{Path.cwd()},/runs/my run:/runs/my run,/data:/data" in container
+
+
+def test_training_waits_for_scoring_and_is_cancelled_with_it():
+    text = describe(jobs_of(*planned([*SLURM, "data.train=[{path: 'a b.jsonl'}]"])))
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("sbatch ")]
+    assert commands[1][2:4] == ["--dependency=afterok:<score>", "--kill-on-invalid-dep=yes"]
+    assert commands[0][-1] == "data.train=[{path: 'a b.jsonl'}]"
+
+
+def test_the_template_is_a_batch_script_as_it_stands():
+    subprocess.run(["bash", "-n", str(shipped("slurm/train.sbatch"))], check=True)
+    for script in shipped("launch").iterdir():
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_a_sweep_is_one_array_a_group_whose_tasks_read_their_own_overrides(tmp_path: Path):
+    def task(beta: float) -> Task:
+        words = (*SLURM[:3], f"loss.beta={beta}", f"run.dir=/runs/beta {beta}")
+        return Task(compose(words), words)
+
+    text = render_sweep([SweepGroup(task(0.1), (task(0.1), task(0.2))), SweepGroup(None, (task(0.3),))], tmp_path, at_once=2)
+    assert "#SBATCH --array=0-1%2" in text and "#SBATCH --array=0-0%2" in text
+    assert text.count("--dependency=afterok:<score>") == 1 and text.count("MODULE=dpo_dist.score") == 1
+    lines = [line for line in text.splitlines() if line.startswith("'/runs/beta")]
+    assert [shlex.split(line)[0] for line in lines] == ["/runs/beta 0.1", "/runs/beta 0.2", "/runs/beta 0.3"]
+    assert shlex.split(lines[1])[-2:] == ["loss.beta=0.2", "run.dir=/runs/beta 0.2"]
+    assert not any(tmp_path.iterdir())
+    other = Task(compose([*SLURM, "cluster.nodes=4"]), ())
+    with pytest.raises(UserError, match="differ in `cluster`"):
+        render_sweep([SweepGroup(None, (task(0.1), other))], tmp_path)
+
+
+@pytest.mark.parametrize("words", [["plan"], ["run", "--dry-run"]])
+def test_plan_and_dry_run_answer_at_once_and_write_nothing(words: list[str], tmp_path: Path):
+    script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script, *words, *SLURM[:3], f"run.dir={tmp_path / 'run'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 1.5
+    assert "dpo_dist.score" in done.stdout or "score.sbatch" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_prints_the_command_that_run_starts():
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "plan", "model.path=m", "cluster.procs_per_node=2"], cwd=REPO,
+                          capture_output=True, text=True, check=True)
+    assert "train, after score" in done.stdout and "ranks   2: 1 node with 2" in done.stdout
+    assert "-m torch.distributed.run --nproc-per-node 2" in done.stdout and "-m dpo_dist.train model.path=m" in done.stdout
+
+
+def test_status_tells_how_a_run_stands(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no run"):
+        status(tmp_path)
+    (tmp_path / "logs").mkdir()
+    assert "step      none yet" in status(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 7, "split": "train", "loss": 0.5}) + '\n{"step": 8, "spl')
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 20}}}))
+    for step in (5, 6):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000005" / "COMPLETE").touch()
+    (tmp_path / "PREEMPTED").write_text(json.dumps({"message": "stopped by SIGUSR1", "signal": 10}))
+    told = status(tmp_path)
+    assert "7 of 20, loss 0.5000" in told and "saved     step-000005\n" in told + "\n" and "stopped early: stopped by SIGUSR1" in told
+    (tmp_path / "PREEMPTED").unlink()
+    (tmp_path / "DONE").touch()
+    assert "state     done" in status(tmp_path)

@@ -1,0 +1,65 @@
+"""How far the policy is from the reference, as metrics tell it, is what the written-out definition says, token by token."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dpo_dist.config import LossConfig
+from dpo_dist.data.pack import pack_pairs
+from dpo_dist.logps import drift, pair_logps
+from dpo_dist.losses import preference_loss
+from dpo_dist.metrics import MetricSums
+from dpo_dist.preference import PackedBatch, TokenizedPair, TokenLogps
+from dpo_dist.rules import resolve_loss
+from dpo_dist.world import World
+
+WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+PAIRS = [TokenizedPair((5, 6), (7, 8, 1), (9, 1), "a"), TokenizedPair((5, 6, 7), (4, 1), (9, 9, 9, 1), "b")]
+WEIGHTS = [1.0, 3.0]
+
+
+def example() -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
+    """A pack and the log-probs of its completion tokens by a policy and by a reference."""
+    batch = pack_pairs(PAIRS, [0, 1], WEIGHTS)
+    torch.manual_seed(0)
+    return batch, -torch.rand(len(batch.targets)) * 3, -torch.rand(len(batch.targets)) * 3
+
+
+def test_kl_estimate_and_drift_are_means_over_a_pairs_tokens():
+    batch, policy, reference = example()
+    kl, chosen_drift = drift(batch, policy, reference)
+    for b in range(2):
+        tokens = {which: (batch.sequence == int(getattr(batch, which)[b])).nonzero()[:, 0].tolist() for which in ("chosen", "rejected")}
+        r = {t: (reference[t] - policy[t]).item() for t in tokens["chosen"] + tokens["rejected"]}
+        assert kl[b].item() == pytest.approx(sum(math.exp(x) - 1 - x for x in r.values()) / len(r), rel=1e-6)
+        assert chosen_drift[b].item() == pytest.approx(-sum(r[t] for t in tokens["chosen"]) / len(tokens["chosen"]), rel=1e-6)
+    assert (kl > 0).all()
+    assert drift(batch, policy, policy)[0].abs().max() == 0
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(("loss", "measured"), [(LossConfig("sigmoid"), True), (LossConfig("ipo", ld_alpha=0.5), True),
+                                                (LossConfig("simpo"), False)])
+def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_there_is_one(loss: LossConfig, measured: bool):
+    batch, policy, reference = example()
+    loss = resolve_loss(loss)
+    pairs = pair_logps(batch, TokenLogps(policy), reference if loss.needs_reference else None, loss, 2.5)
+    sums = MetricSums(loss, WORLD.device)
+    sums.add(pairs, preference_loss(pairs, loss), batch.weight.double())
+    means = sums.means(WORLD)
+    if not measured:
+        assert not [name for name in means if name.startswith("reference/")]
+        return
+    kl, chosen_drift = drift(batch, policy, reference)              # ld_alpha changes neither
+    assert means["reference/kl_per_token"] == pytest.approx(((kl[0] + 3 * kl[1]) / 4).item(), rel=1e-9)
+    assert means["reference/chosen_drift_per_token"] == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1]) / 4).item(), rel=1e-9)
