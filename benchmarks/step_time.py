@@ -17,8 +17,11 @@ from workload import PAIRS_PER_STEP, write_model, write_rows
 
 HERE = Path(__file__).parent
 WARM_UP = 2                                      # steps that are not counted
-PROGRAMS = {"ours": ("run_ours.py", "dpo"), "ours sft": ("run_ours.py", "sft"), "ours score": ("run_ours.py", "score"),
-            "TRL": ("run_trl.py", "dpo"), "TRL precomputed": ("run_trl.py", "dpo_precomputed"), "TRL sft": ("run_trl.py", "sft")}
+PROGRAMS = {
+    "ours": ("run_ours.py", "dpo"), "ours unshared": ("run_ours.py", "dpo_unshared"), "ours sft": ("run_ours.py", "sft"),
+    "ours score": ("run_ours.py", "score"),
+    "TRL": ("run_trl.py", "dpo"), "TRL precomputed": ("run_trl.py", "dpo_precomputed"), "TRL sft": ("run_trl.py", "sft"),
+}
 
 
 def main(rounds: int, steps: int) -> None:
@@ -27,7 +30,7 @@ def main(rounds: int, steps: int) -> None:
         for kind in PAIRS_PER_STEP:
             folder = Path(temporary) / kind
             folder.mkdir()
-            write_rows(folder / "rows.jsonl", kind, 100)
+            write_rows(folder / "rows.jsonl", kind, 120)
             write_model(folder / "model")
             runs = [{name: run(script, what, folder, kind, steps) for name, (script, what) in PROGRAMS.items()} for _ in range(rounds)]
             results[kind] = summary(runs)
@@ -43,23 +46,29 @@ def run(script: str, what: str, folder: Path, kind: str, steps: int) -> dict:
     if done.returncode:
         sys.exit(f"{script} {what} failed:\n{done.stderr[-2000:]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"], "peak_mib": told["peak_mib"]}
+    shares = [flops / seconds / rate for flops, seconds, rate in
+              zip(told.get("flops", []), told["seconds"], told.get("product_rates", []), strict=False)]
+    return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"], "peak_mib": told["peak_mib"],
+            "share": statistics.median(shares[WARM_UP:]) if shares else None}
 
 
 def summary(runs: list[dict]) -> dict:
     def ratio(a: str, b: str, what: str = "seconds") -> float:
         return round(statistics.median(r[a][what] / r[b][what] for r in runs), 3)
 
-    first = runs[0]
-    apart = max(abs(a - b) for a, b in zip(first["ours"]["losses"], first["TRL"]["losses"], strict=True))
+    def apart(a: str, b: str) -> float:
+        return max(abs(x - y) for x, y in zip(runs[0][a]["losses"], runs[0][b]["losses"], strict=True))
+
     return {
         "seconds a step": {name: round(statistics.median(r[name]["seconds"] for r in runs), 4) for name in PROGRAMS},
         "peak MiB": {name: round(statistics.median(r[name]["peak_mib"] for r in runs)) for name in PROGRAMS},
         "TRL / ours": ratio("TRL", "ours"), "TRL precomputed / ours": ratio("TRL precomputed", "ours"),
         "ours / TRL sft": ratio("ours", "TRL sft"), "ours / ours sft": ratio("ours", "ours sft"),
         "ours score / ours": ratio("ours score", "ours"), "peak memory, ours / TRL": ratio("ours", "TRL", "peak_mib"),
-        "largest difference of the losses to TRL's": apart,
-        "losses": {"ours": first["ours"]["losses"], "TRL": first["TRL"]["losses"]},
+        "share of the matrix-product rate": round(statistics.median(r["ours"]["share"] for r in runs), 3),
+        "largest difference of the losses to TRL's": apart("ours", "TRL"),
+        "largest difference of the losses to the unshared path's": apart("ours", "ours unshared"),
+        "losses": {name: runs[0][name]["losses"] for name in ("ours", "TRL")},
     }
 
 

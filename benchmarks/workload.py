@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import combinations
 from pathlib import Path
 
 VOCABULARY = 4096
-PAIRS_PER_STEP = {"long": 2, "uneven": 4}        # long: prompts of 256 tokens, completions 64 to 128; uneven: 8 to 32, completions 8 to 256
+# long: prompts of 256 tokens, completions 64 to 128. uneven: 8 to 32, completions 8 to 256. ratings: as long, but four responses to a
+# prompt, and all six pairs of them in a step.
+PAIRS_PER_STEP = {"long": 2, "uneven": 4, "ratings": 6}
 
 
 def write_rows(path: Path, kind: str, n: int, vocabulary: int = VOCABULARY, seed: int = 1) -> None:
-    """Writes n token_ids rows, JSON Lines; every completion ends with token 1."""
+    """Writes n token_ids rows (of ratings, whole prompts), JSON Lines; every completion ends with token 1."""
     r = random.Random(seed)
 
     def ids(length: int) -> list[int]:
@@ -20,7 +23,11 @@ def write_rows(path: Path, kind: str, n: int, vocabulary: int = VOCABULARY, seed
         return int(min(256, max(8, r.lognormvariate(4.0, 0.9))))
 
     with path.open("w") as f:
-        for _ in range(n):
+        for _ in range(n // 6 if kind == "ratings" else 0):
+            prompt, answers = ids(256), [[*ids(r.randint(63, 127)), 1] for _ in range(4)]
+            for better, worse in combinations(answers, 2):
+                f.write(json.dumps({"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse}) + "\n")
+        for _ in range(0 if kind == "ratings" else n):
             if kind == "long":
                 prompt, chosen, rejected = 256, r.randint(64, 128), r.randint(64, 128)
             else:

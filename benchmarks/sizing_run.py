@@ -1,0 +1,131 @@
+"""A few steps of one run, in the processes that torchrun started; rank 0 prints a line of JSON: sizing_run.py STEPS [overrides].
+
+Memory is the resident set's peak minus what the process holds once everything is imported, each phase by itself: the kernel's mark
+(VmHWM) is set back between them.
+"""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  loaded by ZeRO at first use: baseline
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_dist.compose import compose
+from dpo_dist.data.store import prepare
+from dpo_dist.gate import check_packing
+from dpo_dist.metrics import MetricSums
+from dpo_dist.models.cost import forward_flops
+from dpo_dist.models.load import read_config
+from dpo_dist.perf import Clock
+from dpo_dist.policy.make import make_policy
+from dpo_dist.step import step_batches, train_step
+from dpo_dist.world import World
+
+PHASES = ("load", "gate", "forward", "backward", "step")         # as Clock marks them
+
+
+class PhaseClock(Clock):
+    """A Clock that also keeps the memory peak of each part."""
+
+    def __init__(self, world: World):
+        self.peaks = dict.fromkeys(PHASES, 0)
+        super().__init__(world)
+
+    def mark(self, part: str | None) -> None:
+        super().mark(part)
+        if part is not None:
+            self.peaks[part] = max(self.peaks[part], peak_bytes())
+        reset_peak()
+
+
+def peak_bytes(what: str = "VmHWM") -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _warm_up(folder: Path, world: World) -> None:
+    """A step of a tiny model of the same architecture: libraries load and threads start at first use, which is no model's memory."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 32}
+    tiny = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **small))
+    optimizer = torch.optim.AdamW(tiny.parameters(), fused=True)
+    tiny(input_ids=torch.arange(32)[None]).logits.sum().backward()
+    torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
+    optimizer.step()
+    world.barrier()
+
+
+def device_rates(world: World) -> dict[str, float]:
+    """What this rank's core does while the others do the same: fields of sizing.Device."""
+    def seconds(work: Callable[[], object], times: int) -> float:
+        work()
+        world.barrier()
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - began) / times
+
+    a, big, small = torch.ones(1024, 1024), torch.ones(8 * 2**20), torch.ones(1)
+    around = 2 * (world.size - 1) / world.size
+    latency = seconds(lambda: dist.all_reduce(small), 50)
+    weights = [torch.nn.Parameter(torch.ones(2**21)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones(2**21)
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    return {"flops": 2 * 1024**3 / seconds(lambda: torch.mm(a, a), 8), "latency": latency,
+            "link": around * 4 * big.numel() / seconds(lambda: dist.all_reduce(big), 4),
+            "bandwidth": 28 * 2**22 / seconds(optimizer.step, 4)}
+
+
+def main(steps: int, overrides: list[str]) -> None:
+    torch.set_num_threads(1)
+    config = compose(overrides)
+    world = World.start(config.cluster)
+    _warm_up(Path(config.model.path), world)
+    baseline = peak_bytes("VmRSS")
+    folder = Path(config.model.path)
+    pairs = prepare(config.data, None, None)[0]
+    flops = forward_flops(read_config(folder)).training(frozen_base=config.model.lora.rank > 0)
+    clock = PhaseClock(world)
+    policy = make_policy(config, folder, "branch", world)
+    clock.mark("load")
+    per_step = config.train.pairs_per_step
+    check_packing(policy, pairs, np.arange(per_step), torch.float32)
+    clock.mark("gate")
+    seconds, cpu_seconds, work = [], [], None
+    for step in range(steps):
+        ids = np.arange(step * per_step, (step + 1) * per_step) % len(pairs)
+        batches = step_batches(pairs, ids, config.loss, world, config.train.tokens_per_microbatch, flops)
+        clock.mark(None)
+        world.barrier()
+        began, began_cpu = time.perf_counter(), time.process_time()
+        train_step(policy, None, batches, config.loss, MetricSums(config.loss, world.device), world, clock)
+        policy.step(1e-4)
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - began_cpu)
+        clock.mark("step")
+        work = batches.work
+    told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline, "peaks": {k: v - baseline for k, v in clock.peaks.items()},
+            "micro_steps": len(batches.batches), "tokens": work.tokens, "flops": work.flops,
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.parameters())}
+    told["device"] = device_rates(world)
+    everyone = world.gather(told)
+    if world.is_main:
+        peaks = {phase: max(one["peaks"][phase] for one in everyone) for phase in PHASES}
+        told["cpu_seconds"] = np.mean([one["cpu_seconds"] for one in everyone], 0).tolist()
+        print(json.dumps({**told, "peaks": peaks, "peak": max(peaks.values())}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

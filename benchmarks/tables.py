@@ -1,0 +1,80 @@
+"""Writes the speed tables of README.md from the committed results: tables.py [--check]. With --check, 1 where README.md says otherwise."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
+ROWS = {"long": "long shared prompts", "uneven": "short uneven rows", "ratings": "four rated responses a prompt, all six pairs"}
+
+
+def main(check: bool) -> int:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    wanted = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    if not check:
+        README.write_text(wanted)
+    return int(check and wanted != text)
+
+
+def tables() -> str:
+    parts = [step_table(read("step_time")), other_table(read("memory"), read("scaling"))]
+    return "\n\n".join(parts)
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def step_table(results: dict[str, Any]) -> str:
+    rows = results["rows"]
+
+    def line(label: str, value: Any) -> str:
+        return f"| {label} | " + " | ".join(value(rows[kind]) for kind in ROWS) + " |"
+
+    def ratio(name: str, digits: int = 2) -> Any:
+        return lambda row: f"{row[name]:.{digits}f}"
+
+    return "\n".join([
+        "| medians of ratios over " + f"{results['rounds']} rounds | " + " | ".join(ROWS.values()) + " |",
+        "|---|" + "---|" * len(ROWS),
+        line("TRL's step over ours", ratio("TRL / ours")),
+        line("TRL's step, reference precomputed, over ours", ratio("TRL precomputed / ours")),
+        line("our DPO step over TRL's SFT step on the same pairs", ratio("ours / TRL sft")),
+        line("our DPO step over our SFT step, unshared", ratio("ours / ours sft")),
+        line("scoring the pairs over training on them", ratio("ours score / ours", 3)),
+        line("peak memory over TRL's", ratio("peak memory, ours / TRL", 3)),
+        line("share of a matrix product's rate, FLOPs of distinct tokens", ratio("share of the matrix-product rate")),
+        line("losses: largest difference to TRL's", lambda row: f"{row[APART]:.1e}"),
+        line("losses: largest difference to the unshared path's", lambda row: f"{row[APART_UNSHARED]:.1e}"),
+    ])
+
+
+APART = "largest difference of the losses to TRL's"
+APART_UNSHARED = "largest difference of the losses to the unshared path's"
+
+
+def other_table(memory: dict[str, Any], scaling: dict[str, Any]) -> str:
+    growth, planning = memory["largest over smallest vocabulary"]["one_pack"], scaling["planning"]
+    worst = {ranks: max(draw[ranks]["busiest"]["worst"] for draw in scaling["balance"].values()) for ranks in ("2 ranks", "8 ranks")}
+    measured = max(each["measured, seconds"]["worst"] for each in scaling["measured"].values())
+    return "\n".join([
+        "| | measured |", "|---|---|",
+        f"| peak memory of a step, vocabulary 131,072 over 4,096, {memory['completion_tokens']:,} completion tokens; weights, gradients and "
+        f"optimizer state taken off (and the strictest reading: see `memory.py`) | {growth['step_mib']:.2f} "
+        f"({growth['step_and_gradients_mib']:.2f}) |",
+        f"| busiest over mean rank, 64 pairs of 8 to 2,048 tokens, planned cost: worst of 200 draws from each of {len(scaling['balance'])} "
+        f"distributions, on 2 and 8 ranks | {worst['2 ranks']:.3f}, {worst['8 ranks']:.3f} |",
+        f"| the same, measured on 2 ranks: worst step | {measured:.3f} |",
+        f"| the plan of {planning['pairs']:,} pairs on 8 ranks, all steps of an epoch | {planning['training, 8 ranks']['seconds']:.1f} s, "
+        f"{planning['training, 8 ranks']['bytes_a_pair']:.0f} bytes a pair |",
+    ])
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
