@@ -105,6 +105,7 @@ class ReferenceConfig:
     sync: SyncConfig
     urls: tuple[str, ...] | str = ()
     server: str | None = None
+    nodes: int | None = None
     served_name: str | None = None
     version: str | None = None
     quantization: str | None = None
@@ -196,6 +197,7 @@ class SlurmConfig:
     preflight: bool
     setup: tuple[str, ...]
     extra: tuple[str, ...]
+    server_extra: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,8 @@ class RunConfig:
         whole = to_dict(self)
         for section in ("cluster", "tracking", "run", "experiment", "zero"):
             whole.pop(section)
-        for key in ("cache_dir", "engine", "mode", "procs", "offload", "tensor_parallel_size", "urls", "server", "served_name",
-                    "version", "quantization", "requests", "audit"):
+        for key in ("cache_dir", "engine", "mode", "procs", "offload", "tensor_parallel_size", "urls", "server", "nodes",
+                    "served_name", "version", "quantization", "requests", "audit"):
             whole["reference"].pop(key)
         whole["data"].pop("cache_dir")
         for key in ("tokens_per_microbatch", "log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints"):

@@ -58,7 +58,7 @@ def validate(c: RunConfig) -> None:
              train__keep_checkpoints=c.train.keep_checkpoints, cluster__nodes=c.cluster.nodes,
              cluster__procs_per_node=c.cluster.procs_per_node, cluster__timeout_seconds=c.cluster.timeout_seconds,
              cluster__peak_tflops=c.cluster.peak_tflops, cluster__jobs_at_once=c.cluster.jobs_at_once,
-             reference__procs=c.reference.procs, reference__sync__every_steps=c.reference.sync.every_steps,
+             reference__procs=c.reference.procs, reference__nodes=c.reference.nodes, reference__sync__every_steps=c.reference.sync.every_steps,
              reference__tensor_parallel_size=c.reference.tensor_parallel_size,
              optim__lr=c.optim.lr, loss__beta=c.loss.beta,
              loss__discopop_tau=c.loss.discopop_tau)
@@ -112,9 +112,10 @@ def _validate_reference(c: RunConfig) -> None:
     if c.reference.offload != "none" and c.reference.engine != engine_of[c.reference.offload]:
         raise UserError(f"reference.offload={c.reference.offload} is only for reference.engine={engine_of[c.reference.offload]}, "
                         f"not {c.reference.engine}")
-    if c.reference.tensor_parallel_size is not None and c.reference.engine != "tensor_parallel":
+    splits = c.reference.engine == "tensor_parallel" or (c.reference.engine == "vllm" and c.reference.server)
+    if c.reference.tensor_parallel_size is not None and not splits:
         raise UserError(f"reference.tensor_parallel_size={c.reference.tensor_parallel_size} does nothing with reference.engine="
-                        f"{c.reference.engine}; remove it or set reference=tensor_parallel")
+                        f"{c.reference.engine}; remove it, set reference=tensor_parallel, or reference.server for reference=vllm")
     _validate_served(c)
     if c.reference.mode == "ahead" and c.reference.engine == "adapter_off":
         raise UserError("reference.mode=ahead scores beside training, but with reference.engine=adapter_off the reference is the policy "
@@ -134,14 +135,19 @@ def _validate_served(c: RunConfig) -> None:
     """The keys of a reference in servers of its own."""
     r = c.reference
     if r.engine != "vllm":
-        for key in ("urls", "server", "served_name", "version", "quantization", "requests", "audit"):
+        for key in ("urls", "server", "nodes", "served_name", "version", "quantization", "requests", "audit"):
             if getattr(r, key):
                 raise UserError(f"reference.{key}={getattr(r, key)} is only for reference=vllm, not {r.engine}; remove it")
         return
     if r.requests is None or r.audit is None:
         raise UserError("reference.engine=vllm needs reference.requests and reference.audit; choose it by reference=vllm, which sets them")
-    if r.urls and r.server:
+    if r.urls and r.server and not r.nodes:              # of servers on nodes of their own, the job itself adds the URLs
         raise UserError(f"reference.urls={r.urls} and reference.server={r.server} are both set; keep one of them")
+    if r.nodes and not r.server:
+        raise UserError(f"reference.nodes={r.nodes} needs servers to start there; set reference.server to the python of an environment that "
+                        "holds vLLM")
+    if r.nodes and c.cluster.name != "slurm":
+        raise UserError(f"reference.nodes={r.nodes} are nodes that Slurm gives; set cluster=slurm, or start the servers and set reference.urls")
     if r.server and len(r.server.split()) > 1 and "{port}" not in r.server:
         raise UserError(f"reference.server={r.server} has no {{port}}, so nobody knows where it would listen; write --port {{port}}")
     for section in ("requests", "audit"):

@@ -51,7 +51,7 @@ class World:
         if cluster.procs_per_node not in (None, local_size):
             raise UserError(f"cluster.procs_per_node={cluster.procs_per_node}, but {local_size} processes were started on this machine; "
                             "leave it out under torchrun, or start as many")
-        device = _device(cluster, local_rank)
+        device = device_of(cluster, local_rank)
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
         if size == 1 and "RANK" not in os.environ:            # DeepSpeed wants a group even for one process
@@ -148,7 +148,8 @@ def prepare_deepspeed(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
+def device_of(cluster: ClusterConfig, local_rank: int) -> torch.device:
+    """Where a rank computes. UserError where the machine has no such device."""
     if cluster.device == "cpu" or (cluster.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

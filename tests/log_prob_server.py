@@ -1,7 +1,7 @@
 """A real HTTP server that answers /v1/completions as vLLM does, with the log-probs of a tiny model, and with faults when told to.
 
 In a test's process: `with LogProbServer(folder) as server: server.url`. As a process of its own, to be killed: python tests/log_prob_server.py
---model FOLDER --port PORT [--name NAME] [--seconds-a-request S] [--answered FILE].
+--model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered FILE].
 """
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class LogProbServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, folder: Path, port: int = 0, name: str | None = None, version: str = "0.0.test"):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, folder: Path, port: int = 0, name: str | None = None, version: str = "0.0.test",
+                 host: str = "127.0.0.1"):
+        super().__init__((host, port), Handler)
         self.model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
         self.name, self.version = name or str(folder), version
         self.max_model_len = self.model.config.max_position_embeddings
@@ -116,8 +117,8 @@ class Handler(BaseHTTPRequestHandler):
 class Reporting(LogProbServer):
     """Writes the sequences whose answer went out to a file, a line each, so that they outlive the process."""
 
-    def __init__(self, answered_file: Path, *args: Any):
-        super().__init__(*args)
+    def __init__(self, answered_file: Path, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.file = answered_file
 
     def finish_request(self, *args: Any) -> None:
@@ -139,10 +140,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--name")
     parser.add_argument("--seconds-a-request", type=float, default=0.0)
     parser.add_argument("--answered", type=Path, default=Path("/dev/null"))
     told = parser.parse_args()
-    server = Reporting(told.answered, told.model, told.port, told.name)
+    server = Reporting(told.answered, told.model, told.port, told.name, host=told.host)
     server.seconds_a_request = told.seconds_a_request
     server.serve_forever()

@@ -130,6 +130,7 @@ def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
         when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""
         lines += ["", stage.name + when,
                   f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, each on a {device}",
+                  *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"] if stage.server_nodes else []),
                   f"  starts  {shlex.join(what)}"]
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ class Stage:
     beside: str | None = None
     run_dir: str = ""                         # where its logs and markers are; empty = the plan's run_dir
     devices: tuple[int, ...] | None = None    # of those that are visible on a machine; None = all
+    server_nodes: int = 0                     # further nodes, with one of the reference's servers on each
 
     @property
     def ranks(self) -> int:
@@ -67,8 +68,15 @@ def plan(verb: str, config: RunConfig, overrides: Sequence[str], devices: int = 
     names = [name for name, kind in STAGES.items() if kind.needed(config)] if verb == "run" else [verb]
     procs = config.cluster.procs_per_node or devices
     stages = [Stage(name, STAGES[name].module, config.cluster.nodes, procs, tuple(overrides),
-                    tuple(before for before in STAGES[name].after if before in names)) for name in names]
+                    tuple(before for before in STAGES[name].after if before in names), server_nodes=_server_nodes(name, config))
+              for name in names]
     return LaunchPlan(config.run_dir, tuple(stages))
+
+
+def _server_nodes(name: str, config: RunConfig) -> int:
+    """Only the stage that scores holds nodes for servers: the others find the values in the cache."""
+    scores = "train" if config.reference.mode == "live" else "score"
+    return (config.reference.nodes or 0) if name == scores else 0
 
 
 def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -> tuple[Stage, Stage]:
@@ -84,7 +92,7 @@ def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -
     if config.zero.stage is None:
         own.append("zero.stage=0")                        # plain torch is for one process; scoring does not look at it
     scoring = Stage("score", STAGES["score"].module, 1, scorers, (*overrides, *own), beside="train", run_dir=config.scorer_dir,
-                    devices=None if shared else tuple(range(trainers, trainers + scorers)))
+                    devices=None if shared else tuple(range(trainers, trainers + scorers)), server_nodes=_server_nodes("score", config))
     training = Stage("train", STAGES["train"].module, config.cluster.nodes, trainers, overrides,
                      devices=None if shared else tuple(range(trainers)))
     return scoring, training

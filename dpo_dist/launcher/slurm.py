@@ -156,6 +156,9 @@ def _jobs_of_group(group: SweepGroup, folder: Path, at_once: int | None) -> list
         script = render(stage, group.score.config, _name(str(folder.parent), stage.name), folder / "score-%j.out", run_dir=run_dir)
         jobs.append(Job("score", script, folder / "score.sbatch", stage.overrides))
     (stage,) = plan("train", first.config, ()).stages
+    if stage.server_nodes:
+        raise UserError(f"reference.nodes={first.config.reference.nodes} with reference.mode=live would give each task of an array nodes of "
+                        "its own for servers, which Slurm does not do; set reference.mode=cached")
     array = f"0-{len(group.trainings) - 1}" + (f"%{at_once}" if at_once else "")
     script = render(stage, first.config, _name(str(folder.parent), stage.name), folder / "train-%a-%A.out", tasks=_tasks_file(folder),
                     array=array)
@@ -180,15 +183,27 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
     assert slurm is not None, "rules.py has seen to it"
     before, _, rest = shipped("slurm/train.sbatch").read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    options = [f"#SBATCH {option}" for option in _options(stage, config, slurm, name, output, array)]
+    options = _options(stage, config, slurm, name, output, array)
+    if stage.server_nodes:
+        options += ["hetjob", *_server_options(stage, config, slurm)]
+    options = [f"#SBATCH {option}" for option in options]
     return "\n".join([before + BEGIN + "\n".join(options), *_variables(stage, config, slurm, run_dir, tasks), END + after])
 
 
 def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, output: Path, array: str | None) -> list[str]:
-    optional = {"array": array, "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit,
-                "exclude": slurm.exclude}
-    return [f"--job-name={name}", f"--output={output}", f"--nodes={stage.nodes}", f"--signal=B:USR1@{slurm.signal_seconds}",
-            *([] if config.cluster.device == "cpu" else [f"--gpus-per-node={stage.procs_per_node}"]),
+    return [f"--job-name={name}", f"--output={output}", *([f"--array={array}"] if array else []), f"--signal=B:USR1@{slurm.signal_seconds}",
+            *_machines(stage.nodes, stage.procs_per_node, config, slurm)]
+
+
+def _server_options(stage: Stage, config: RunConfig, slurm: SlurmConfig) -> list[str]:
+    """The second part of a heterogeneous job: nodes for the reference's servers."""
+    return ["--ntasks-per-node=1", "--requeue", *_machines(stage.server_nodes, config.reference.tensor_parallel_size or 1, config, slurm),
+            *slurm.server_extra]
+
+
+def _machines(nodes: int, gpus: int, config: RunConfig, slurm: SlurmConfig) -> list[str]:
+    optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit, "exclude": slurm.exclude}
+    return [f"--nodes={nodes}", *([] if config.cluster.device == "cpu" else [f"--gpus-per-node={gpus}"]),
             *(f"--{key}={value}" for key, value in optional.items() if value is not None), *slurm.extra]
 
 

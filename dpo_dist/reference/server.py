@@ -13,11 +13,10 @@ from dpo_dist import watched
 from dpo_dist.config import UserError
 from dpo_dist.reference.wire import Unanswered, about
 
-# For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be computed, not
-# remembered; and half of a GPU's memory is left to the audit's oracle.
+# For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be computed, not remembered.
 STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}", "--dtype", "{dtype}",
-            "--max-model-len", "{max_length}", "--host", "127.0.0.1", "--port", "{port}", "--skip-tokenizer-init",
-            "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5")
+            "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}", "--skip-tokenizer-init",
+            "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}")
 SECONDS_BETWEEN_LOOKS = 0.5
 SHOWN_LINES = 5                          # of the log of a server that did not start
 FIND_VERSION = ("import importlib.util as u, runpy; p = u.find_spec('vllm').submodule_search_locations[0]; "
@@ -34,6 +33,8 @@ class ServerSpec:
     dtype: str                           # float32 or bfloat16
     quantization: str | None
     max_length: int                      # tokens of a sequence and of the answer
+    gpus: int                            # that split each layer
+    gpu_memory: float                    # share of a GPU's memory that it may take
     offline: bool
 
 
@@ -46,37 +47,39 @@ class Server:
         watched.stop(self.watcher)
 
 
-def start_server(spec: ServerSpec, log: Path, wait_seconds: float) -> Server:
-    """A server on this machine that answers. UserError, with the end of its log, where it ends or is not up in time."""
-    port = _free_port()
+def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "127.0.0.1", port: int | None = None) -> Server:
+    """A server on this machine that answers; `host` and `port`: where it listens. UserError, with the end of its log, where it ends or is
+    not up in time."""
+    port = port or _free_port()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1" if spec.offline else "0"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
         environment.pop(name, None)                      # this process's own place among others, which is none of the server's business
-    server = Server(f"http://127.0.0.1:{port}", watched.start(command(spec, port), log, environment))
+    server = Server(f"http://127.0.0.1:{port}", watched.start(command(spec, host, port), log, environment))
     until = time.monotonic() + wait_seconds
     try:
         while time.monotonic() < until:
             if server.watcher.poll() is not None:
                 raise UserError(f"reference.server={spec.server} ended with code {server.watcher.returncode} before it answered: "
-                                + _end_of(log))
+                                + end_of(log))
             try:
                 about(server.url, timeout_seconds=10)
                 return server
             except Unanswered:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-        raise UserError(f"reference.server={spec.server} was not up after {wait_seconds:g} s: {_end_of(log)}; look into {log}, or raise "
+        raise UserError(f"reference.server={spec.server} was not up after {wait_seconds:g} s: {end_of(log)}; look into {log}, or raise "
                         "reference.requests.wait_seconds")
     except BaseException:
         server.stop()
         raise
 
 
-def command(spec: ServerSpec, port: int) -> list[str]:
+def command(spec: ServerSpec, host: str, port: int) -> list[str]:
     """The command line: one word is a python, several are a whole command; what stands in braces is filled in."""
     words = shlex.split(spec.server)
     if len(words) == 1:
         words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else [])]
-    fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length), "port": str(port)}
+    fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length), "gpus": str(spec.gpus),
+            "memory": str(spec.gpu_memory), "host": host, "port": str(port)}
     for key, value in fill.items():                      # not str.format: JSON in an argument has braces of its own
         words = [word.replace("{" + key + "}", value) for word in words]
     return words
@@ -97,7 +100,8 @@ def installed_version(server: str) -> str | None:
     return done.stdout.strip()
 
 
-def _end_of(log: Path) -> str:
+def end_of(log: Path) -> str:
+    """The last lines of a server's log, in one, and where all of it is."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-SHOWN_LINES:]) + f" (all of it: {log})"
 

@@ -15,6 +15,7 @@ from dpo_dist.reference.wire import About, Unanswered, about
 from dpo_dist.world import World
 
 LOOK_SECONDS = 10.0                      # for an answer to /version and /v1/models
+BESIDE_THE_ORACLE, NODE_OF_ITS_OWN = 0.5, 0.9        # shares of a GPU's memory that a server takes: the audit's oracle runs where the ranks are
 
 
 def recipe(version: str, quantization: str | None) -> str:
@@ -55,16 +56,19 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
     r, requests = config.reference, config.reference.requests
     assert requests is not None
     server: Server | None = None
-    if r.server:
+    if r.urls:
+        urls, sharing = _urls(r.urls, requests.wait_seconds), world.size
+    elif r.nodes:
+        raise UserError(f"the cache lacks values, and reference.nodes={r.nodes} servers are started by the job that scores; run "
+                        "`dpo-dist score` with the same keys first")
+    elif r.server:
         if world.local_rank == 0:
             log = Path(config.run_dir) / "logs" / f"reference-server-{world.rank}.log"
-            server = start_server(_spec(config, key, folder, r.server), log, requests.wait_seconds)
+            server = start_server(server_spec(config, key.dtype, folder), log, requests.wait_seconds)
         started = world.gather(server.url if server else None)                       # by the first rank of each machine
         first = world.rank - world.local_rank
         others = [url is None for url in started[first + 1:]]
         urls, sharing = [str(started[first])], 1 + (others.index(False) if False in others else len(others))
-    elif r.urls:
-        urls, sharing = _urls(r.urls, requests.wait_seconds), world.size
     else:
         raise UserError("reference.engine=vllm has values to score, but no servers: set reference.urls=[http://host:8000], or reference.server "
                         "to the python of an environment that holds vLLM")
@@ -79,11 +83,14 @@ def _name(config: RunConfig) -> str:
     return config.reference.served_name or config.reference_path
 
 
-def _spec(config: RunConfig, key: ReferenceKey, folder: Path, server: str) -> ServerSpec:
+def server_spec(config: RunConfig, dtype: str, folder: Path) -> ServerSpec:
+    """What reference.server is to serve. dtype: as in ReferenceKey; folder: the reference's."""
+    r = config.reference
+    assert r.server is not None
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     longest = config.data.max_length + 1
-    return ServerSpec(server, str(folder), _name(config), key.dtype, config.reference.quantization,
-                      longest if positions is None else min(longest, positions), config.run.offline)
+    return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization, longest if positions is None else min(longest, positions),
+                      r.tensor_parallel_size or 1, NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
 
 
 def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -156,6 +157,37 @@ def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(s
     slurm.until_state(ids["score"], "FAILED")
     slurm.until_state(ids["train"], "CANCELLED", seconds=30)
     assert not (folder / "unscored" / "metrics.jsonl").exists()
+
+
+def served(*command: object) -> list[str]:
+    """A reference whose servers are this command, on two nodes; the ranks are on one."""
+    return ["cluster.nodes=1", "train.max_steps=2", "reference=vllm", "reference.nodes=2", "reference.audit.pairs=8",
+            "reference.requests.wait_seconds=50", f"reference.server='{' '.join(map(str, command))}'"]
+
+
+def test_the_reference_is_served_from_nodes_of_its_own(slurm: Slurm, folder: Path, words: list[str]):
+    run_dir, server = folder / "served", REPO / "tests" / "log_prob_server.py"
+    ids = slurm.submit("run", [*words, *served(sys.executable, server, "--model {model} --name {name} --host {host} --port {port}"),
+                               f"reference.cache_dir={folder / 'served_reference'}", f"run.dir={run_dir}"])
+    slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
+    assert (run_dir / "DONE").exists(), output(run_dir, "score") + output(run_dir)
+    told = output(run_dir, "score")
+    ranks = re.search(r"on (\S+): dpo_dist.score", told)
+    servers = re.search(r"from http://(\S+):\d+, http://(\S+):\d+", told)
+    assert ranks and servers and len({ranks[1], servers[1], servers[2]}) == 3
+    assert f"scored {2 * PAIRS}, cached 0" in told and json.loads((run_dir / "parity.json").read_text())["servers"] == 2
+    assert metrics(run_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "the policy starts from the weights that are served"
+    slurm.until("the end of the servers", lambda: not slurm.call("squeue", "--noheader", "--jobs", ids["score"], code=None).strip())
+
+
+def test_a_server_that_does_not_start_fails_the_scoring_at_once(slurm: Slurm, folder: Path, words: list[str]):
+    run_dir, broken = folder / "unserved", folder / "broken.py"
+    broken.write_text("raise SystemExit('out of memory')\n")
+    ids = slurm.submit("run", [*words, *served(sys.executable, broken, "{port}"), f"reference.cache_dir={folder / 'unserved_reference'}",
+                               f"run.dir={run_dir}"])
+    slurm.until_state(ids["score"], "FAILED", seconds=40)            # not after reference.requests.wait_seconds
+    slurm.until_state(ids["train"], "CANCELLED", seconds=30)
+    assert re.search(r"error: node\d: reference.server=.* ended with code 1 before it answered: out of memory", output(run_dir, "score"))
 
 
 def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch):

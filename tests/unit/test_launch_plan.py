@@ -74,6 +74,23 @@ def test_training_waits_for_scoring_and_is_cancelled_with_it():
     assert commands[0][-1] == "data.train=[{path: 'a b.jsonl'}]"
 
 
+def test_the_stage_that_scores_gets_nodes_for_the_references_servers():
+    served = [*SLURM, "cluster.slurm.extra=['--mem=0']", "reference=vllm", "reference.server=python", "reference.nodes=3",
+              "reference.tensor_parallel_size=4", "cluster.slurm.server_extra=['--mem=1G']"]
+    score, train = jobs_of(*planned(served))
+    ranks, servers = " ".join(directives(score.script)).split(" hetjob ")
+    assert "--nodes=2 --gpus-per-node=8 --mem=0" in ranks
+    assert servers == "--ntasks-per-node=1 --requeue --nodes=3 --gpus-per-node=4 --mem=0 --mem=1G"
+    assert "hetjob" not in directives(train.script)
+    (live,) = jobs_of(*planned([*served, "reference.mode=live"]))
+    assert "hetjob" in directives(live.script)
+    beside, training = jobs_of(*planned([*served, "reference.mode=ahead"]))
+    assert "hetjob" in directives(beside.script) and "hetjob" not in directives(training.script)
+    task = Task(compose([*served, "reference.mode=live"]), ())
+    with pytest.raises(UserError, match="which Slurm does not do"):
+        render_sweep([SweepGroup(None, (task,))], Path("/nowhere"))
+
+
 def test_the_template_is_a_batch_script_as_it_stands():
     subprocess.run(["bash", "-n", str(shipped("slurm/train.sbatch"))], check=True)
     for script in shipped("launch").iterdir():
