@@ -28,8 +28,8 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
     "deepspeed": {"policy/zero.py", "reference/zero.py", "reference/tensor_parallel.py", "world.py"},
     "wandb": {"tracking.py"},
-    "hydra": {"compose.py", "launcher/multirun.py"},
-    "omegaconf": {"compose.py", "launcher/cli.py", "launcher/multirun.py"},
+    "hydra": {"compose.py", "launcher/sweep/multirun.py"},
+    "omegaconf": {"compose.py", "launcher/cli.py", "launcher/sweep/multirun.py"},
 }
 TORCH_FREE = {"loss_options", "config", "rules", "decode", "compose", "watched", "launcher", "flops", "shape", "sizing", "size_report"}
 

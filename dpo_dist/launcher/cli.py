@@ -12,10 +12,10 @@ from dpo_dist.compose import compose, documented_keys
 from dpo_dist.config import RunConfig, UserError, nearest, to_dict
 from dpo_dist.launcher.doctor import doctor, with_model
 from dpo_dist.launcher.local import command, device_count, run_stages
-from dpo_dist.launcher.multirun import multirun
 from dpo_dist.launcher.plan import LaunchPlan, plan
 from dpo_dist.launcher.slurm import describe, jobs_of, sbatch_command, submit
 from dpo_dist.launcher.status import status
+from dpo_dist.launcher.sweep.multirun import multirun
 from dpo_dist.size_report import sizing_lines
 
 STAGE_VERBS = {

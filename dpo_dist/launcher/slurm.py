@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config import RunConfig, SlurmConfig, UserError
-from dpo_dist.launcher.plan import LaunchPlan, Stage, plan
+from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 JOBS_FILE = "slurm.json"               # in run.dir: {stage: Slurm's id}
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
@@ -21,7 +21,7 @@ STATES_OF_THE_LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQU
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """A batch script and how it is submitted."""
 
     name: str
@@ -35,10 +35,10 @@ class Job:
 # -------------------------------------------------------------------------------------------------------- a run's own stages
 
 
-def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[Job]:
+def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     """The stages as jobs, in order. Writes nothing."""
     folder = Path(launch.run_dir) / "slurm"
-    return [Job(stage.name, render(stage, config, _name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
+    return [BatchJob(stage.name, render(stage, config, job_name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
                                    run_dir=stage.run_dir or launch.run_dir),
                 folder / f"{stage.name}.sbatch", stage.overrides, stage.after,
                 tuple(each.name for each in launch.stages if each.beside == stage.name)) for stage in launch.stages]
@@ -51,11 +51,11 @@ def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
     if busy:
         raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them with scancel")
     ids = submit_jobs(jobs)
-    _record(Path(launch.run_dir), ids)
+    record(Path(launch.run_dir), ids)
     return ids
 
 
-def submit_jobs(jobs: Sequence[Job]) -> dict[str, str]:
+def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
     """Submits jobs in order, each after those it names; {name: Slurm's id}. Raises UserError with what Slurm said."""
     ids: dict[str, str] = {}
     for job in jobs:
@@ -65,7 +65,7 @@ def submit_jobs(jobs: Sequence[Job]) -> dict[str, str]:
     return ids
 
 
-def sbatch_command(job: Job, ids: Mapping[str, str]) -> list[str]:
+def sbatch_command(job: BatchJob, ids: Mapping[str, str]) -> list[str]:
     """The command that submits the job, given the ids of those before it. A job whose condition can no longer come true is cancelled."""
     wanted = [f"{how}:{':'.join(ids.get(name, f'<{name}>') for name in names)}"
               for how, names in (("afterok", job.after), ("after", job.served_by)) if names]
@@ -73,7 +73,7 @@ def sbatch_command(job: Job, ids: Mapping[str, str]) -> list[str]:
     return ["sbatch", "--parsable", *before, str(job.path), *job.arguments]
 
 
-def describe(jobs: Sequence[Job]) -> str:
+def describe(jobs: Sequence[BatchJob]) -> str:
     """The batch scripts and sbatch commands, as --dry-run prints them."""
     return "\n".join(f"# ---- {job.path}\n{job.script}\n# ---- submitted with\n{shlex.join(sbatch_command(job, {}))}\n" for job in jobs)
 
@@ -87,90 +87,6 @@ def _sbatch(command: list[str]) -> str:
         raise UserError(f"Slurm refused the job: {' '.join(done.stderr.split())}; see cluster.slurm in `--cfg job`, and set "
                         "cluster.device=cpu where the nodes have no GPUs")
     return done.stdout.strip().split(";")[0]
-
-
-# ------------------------------------------------------------------------------------------------------------------ sweeps
-
-
-@dataclass(frozen=True)
-class Task:
-    """One entry of a sweep: its config, and the overrides that compose it (`cluster=slurm` and `run.dir=...` among them)."""
-
-    config: RunConfig
-    overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SweepGroup:
-    """Trainings that share one reference: `score` is one of them whose data hold all their pairs; None where nothing needs scoring."""
-
-    score: Task | None
-    trainings: tuple[Task, ...]
-
-
-@dataclass(frozen=True)
-class SubmittedGroup:
-    """Slurm's ids: the scoring job (None where there was none), and the array, whose task i is the group's training i."""
-
-    score_job: str | None
-    array_job: str
-
-
-def submit_sweep(groups: Sequence[SweepGroup], folder: Path, at_once: int | None = None) -> list[SubmittedGroup]:
-    """The jobs of a sweep: for each group one scoring job, then one array (--array=0-N%at_once) whose tasks each run one training.
-
-    Batch scripts and the tasks' overrides are written into `folder`, which every node must see. An array starts when its own group's
-    scoring has succeeded, and is cancelled when that has failed; a failed training stops no other. Each run's job ids are kept in
-    its <run.dir>/slurm.json, which `dpo-dist status` reads. `at_once`: trainings of a group that run at the same time; None = all.
-    Returns at once; `wait_for` waits. Raises UserError where a group's trainings differ in `cluster`, or where Slurm refuses a job.
-    """
-    submitted = []
-    for i, group in enumerate(groups):
-        jobs = _jobs_of_group(group, folder / f"group-{i}", at_once)
-        (folder / f"group-{i}").mkdir(parents=True, exist_ok=True)
-        _tasks_file(folder / f"group-{i}").write_text(_task_lines(group))
-        ids = submit_jobs(jobs)
-        for n, task in enumerate(group.trainings):
-            _record(Path(task.config.run_dir), {**ids, "train": f"{ids['train']}_{n}"})
-        submitted.append(SubmittedGroup(ids.get("score"), ids["train"]))
-    return submitted
-
-
-def render_sweep(groups: Sequence[SweepGroup], folder: Path, at_once: int | None = None) -> str:
-    """The batch scripts and the sbatch commands that `submit_sweep` would use, as text for --dry-run; starts and writes nothing."""
-    texts = []
-    for i, group in enumerate(groups):
-        here = folder / f"group-{i}"
-        texts += [describe(_jobs_of_group(group, here, at_once)), f"# ---- {_tasks_file(here)}", _task_lines(group)]
-    return "\n".join(texts)
-
-
-def _jobs_of_group(group: SweepGroup, folder: Path, at_once: int | None) -> list[Job]:
-    first = group.trainings[0]
-    if any(task.config.cluster != first.config.cluster for task in group.trainings):
-        raise UserError("the trainings of a sweep differ in `cluster`, but one array has one shape; sweep over other keys")
-    jobs = []
-    if group.score is not None:
-        (stage,) = plan("score", group.score.config, group.score.overrides).stages
-        run_dir = group.score.config.run_dir
-        script = render(stage, group.score.config, _name(str(folder.parent), stage.name), folder / "score-%j.out", run_dir=run_dir)
-        jobs.append(Job("score", script, folder / "score.sbatch", stage.overrides))
-    (stage,) = plan("train", first.config, ()).stages
-    if stage.server_nodes:
-        raise UserError(f"reference.nodes={first.config.reference.nodes} with reference.mode=live would give each task of an array nodes of "
-                        "its own for servers, which Slurm does not do; set reference.mode=cached")
-    array = f"0-{len(group.trainings) - 1}" + (f"%{at_once}" if at_once else "")
-    script = render(stage, first.config, _name(str(folder.parent), stage.name), folder / "train-%a-%A.out", tasks=_tasks_file(folder),
-                    array=array)
-    return [*jobs, Job("train", script, folder / "train.sbatch", (), ("score",) if jobs else ())]
-
-
-def _tasks_file(folder: Path) -> Path:
-    return folder / "tasks"
-
-
-def _task_lines(group: SweepGroup) -> str:
-    return "".join(shlex.join([task.config.run_dir, *task.overrides]) + "\n" for task in group.trainings)
 
 
 # --------------------------------------------------------------------------------------------------------------- rendering
@@ -221,7 +137,7 @@ def _variables(stage: Stage, config: RunConfig, slurm: SlurmConfig, run_dir: str
             "setup() {", *(f"    {line}" for line in slurm.setup or (":",)), "}"]
 
 
-def _name(folder: str, stage: str) -> str:
+def job_name(folder: str, stage: str) -> str:
     """A job's name: the run's folder and the stage, in letters that Slurm and file names take."""
     return re.sub(r"[^\w.-]", "-", f"{Path(folder).name}-{stage}")
 
@@ -262,7 +178,8 @@ def recorded_jobs(run_dir: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _record(run_dir: Path, ids: Mapping[str, str]) -> None:
+def record(run_dir: Path, ids: Mapping[str, str]) -> None:
+    """Keeps {stage: Slurm's id} where `dpo-dist status` looks."""
     run_dir.mkdir(parents=True, exist_ok=True)
     new = run_dir / f"{JOBS_FILE}.new"
     new.write_text(json.dumps(dict(ids)) + "\n")

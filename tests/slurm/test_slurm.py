@@ -15,8 +15,9 @@ import pytest
 from conftest import REPO, eval_on, metrics, train_on, write_rows, write_tiny_llama
 from slurm_cluster import NEEDED, Slurm
 
-from dpo_dist.compose import compose
-from dpo_dist.launcher.slurm import SweepGroup, Task, submit_sweep, wait_for
+from dpo_dist.launcher.slurm import wait_for
+from dpo_dist.launcher.sweep.groups import group_jobs, make_job
+from dpo_dist.launcher.sweep.on_slurm import submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
 
@@ -195,24 +196,21 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
         monkeypatch.setenv(name, value)
     small = [*words, "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none", "train.max_steps=2",
              "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'sweep_reference'}"]
-    trainings = []
-    for beta in (0.05, 0.1, 0.3):
-        for lr in (5e-4, 1e-3):
-            own = (*small, f"loss.beta={beta}", f"optim.lr={lr}", f"run.dir={folder / 'sweep' / f'{beta}-{lr}'}")
-            trainings.append(Task(compose(own), own))
-    (group,) = submit_sweep([SweepGroup(trainings[0], tuple(trainings))], folder / "sweep", at_once=3)
-    wait_for([group.score_job, group.array_job], seconds_between=0.5)
-    told = "".join(path.read_text() for path in (folder / "sweep" / "group-0").glob("score-*.out"))
+    trainings = [make_job([*small, "cluster.jobs_at_once=3", f"loss.beta={beta}", f"optim.lr={lr}"], (), folder / "sweep")
+                 for beta in (0.05, 0.1, 0.3) for lr in (5e-4, 1e-3)]
+    (ids,) = submit(group_jobs(trainings, folder / "sweep"))
+    wait_for([ids.score, ids.array], seconds_between=0.5)
+    scripts = folder / "sweep" / "slurm" / "group-0"
+    told = "".join(path.read_text() for path in scripts.glob("score-*.out"))
     assert f"scored {2 * PAIRS}, cached 0" in told
     finals = set()
-    for i, task in enumerate(trainings):
-        run_dir = Path(task.config.run_dir)
-        assert (run_dir / "DONE").exists(), list((folder / "sweep" / "group-0").iterdir())
-        assert json.loads((run_dir / "slurm.json").read_text()) == {"score": group.score_job, "train": f"{group.array_job}_{i}"}
-        assert "COMPLETED" in slurm.dpo_dist("status", run_dir)
-        finals.add(digest(run_dir))
+    for i, job in enumerate(trainings):
+        assert (job.run_dir / "DONE").exists(), list(scripts.iterdir())
+        assert json.loads((job.run_dir / "slurm.json").read_text()) == {"score": ids.score, "train": f"{ids.array}_{i}"}
+        assert "COMPLETED" in slurm.dpo_dist("status", job.run_dir)
+        finals.add(digest(job.run_dir))
     assert len(finals) == 6
-    assert "--array=0-5%3" in (folder / "sweep" / "group-0" / "train.sbatch").read_text()
+    assert "--array=0-5%3" in (scripts / "train.sbatch").read_text()
 
 
 def test_the_sweep_command_waits_for_its_jobs_and_compares_them(slurm: Slurm, folder: Path, words: list[str]):

@@ -17,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.compose import compose, conf_dir, explain
 from dpo_dist.config import UserError, nearest
-from dpo_dist.launcher import here, on_slurm
-from dpo_dist.launcher.page import write_page
-from dpo_dist.launcher.results import OBJECTIVES, Result, best, command_of, read_result, table, write_json
-from dpo_dist.launcher.sweep import Job, check_comparable, group_jobs, key_of, make_job, run_dir_override, sweep_folder
+from dpo_dist.launcher.sweep import here, on_slurm
+from dpo_dist.launcher.sweep.groups import Job, check_comparable, group_jobs, key_of, make_job, run_dir_override, sweep_folder
+from dpo_dist.launcher.sweep.page import write_page
+from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_json
 
 
 def multirun(words: Sequence[str], dry_run: bool = False) -> int:

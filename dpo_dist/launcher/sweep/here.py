@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.launcher.jobs import Command, Place, places, run_commands
-from dpo_dist.launcher.results import read_result
-from dpo_dist.launcher.sweep import Group, Job
+from dpo_dist.launcher.sweep.groups import Group, Job
+from dpo_dist.launcher.sweep.processes import Command, Place, places, run_commands
+from dpo_dist.launcher.sweep.results import read_result
 
 
 def run_groups(groups: Sequence[Group]) -> dict[Path, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from dpo_dist.launcher.results import COLUMNS, DRIFT, KL, Result, best, columns, command_of, rows
-from dpo_dist.launcher.sweep import shown
+from dpo_dist.launcher.sweep.groups import shown
+from dpo_dist.launcher.sweep.results import COLUMNS, DRIFT, KL, Result, best, columns, command_of, rows
 
 PLOTS = ("rewards/accuracies", "rewards/margins", KL, DRIFT)
 UNITS = {"rewards/accuracies": "share of held-out pairs", "rewards/margins": "beta × nats", KL: "nats a token, k3 on the data's completions",
