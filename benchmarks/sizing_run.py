@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.compose import compose
 from dpo_dist.data.store import prepare
+from dpo_dist.entry import exit_with
 from dpo_dist.gate import check_packing
 from dpo_dist.metrics import MetricSums
 from dpo_dist.models.cost import forward_flops
@@ -129,3 +130,4 @@ def main(steps: int, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2:])
+    exit_with(0)                                                     # an ordinary exit is aborted by gloo's threads now and then
