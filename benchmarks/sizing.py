@@ -3,8 +3,9 @@
 Each run is a process group of its own (sizing_run.py); a shape's results replace its earlier ones in results/sizing.json; with a dash for
 the shape, only the predictions are made anew. glibc is told to give every allocation over 64 KiB pages of its own
 (MALLOC_MMAP_THRESHOLD_), so that the resident set is what is alive: without it, freed tensors below 32 MiB may stay. What the device does
-(matrix product, all-reduce, AdamW) is measured beside the runs, not fitted to them; the median over all runs is what the step times are
-predicted with. A rank's CPU seconds are kept beside the wall clock's: others may use the machine, and what they take shows in the latter.
+(matrix product, all-reduce, gather and scatter, AdamW, ZeRO-3's hooks on a tiny model) is measured beside the runs, not fitted to them; the
+step times are predicted with the medians over all runs. A rank's CPU seconds are kept beside the wall clock's: others may use the machine,
+and what they take shows in the latter.
 """
 from __future__ import annotations
 
@@ -30,11 +31,11 @@ PROMPT, COMPLETION, RANKS, STEPS = 256, 128, 2, 4
 RUNS = ((0, False), (2, True), (3, False), (3, True))                 # (ZeRO stage, gradient checkpointing)
 SHAPES = {                                                            # 21, 48 and 96 million parameters; pairs of a step
     "S": ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
-           "vocab_size": 8192, "tie_word_embeddings": False}, 8),
+           "vocab_size": 8192, "tie_word_embeddings": False}, 4),
     "M": ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 14, "num_attention_heads": 8, "num_key_value_heads": 2,
            "vocab_size": 16384, "tie_word_embeddings": True}, 4),
     "L": ({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7, "num_attention_heads": 16, "num_key_value_heads": 4,
-           "vocab_size": 16384, "tie_word_embeddings": True}, 2),
+           "vocab_size": 16384, "tie_word_embeddings": True}, 4),
 }
 
 
@@ -73,7 +74,7 @@ def measure(folder: Path, shape: str, stage: int, checkpointing: bool) -> dict:
 
 def compared(told: dict[str, dict]) -> dict:
     """Prediction beside measurement for each run, the worst memory error, and the pairs of runs whose order in time is not as predicted."""
-    device = {key: median([one["device"][key] for one in told.values()]) for key in ("flops", "latency", "link", "bandwidth")}
+    device = {key: median([one["device"][key] for one in told.values()]) for key in next(iter(told.values()))["device"]}
     world, lengths, runs = World(1, RANKS, replace(CPU, **device)), Lengths(PROMPT, COMPLETION, COMPLETION, 64, "the benchmark's rows"), []
     for name, one in told.items():
         of, stage, checkpointing = name.split()

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  loaded by ZeRO at first use: baseline
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # loaded by ZeRO at first use: baseline
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import read_config
 from dpo_dist.perf import Clock
 from dpo_dist.policy.make import make_policy
+from dpo_dist.policy.zero_config import deepspeed_config
+from dpo_dist.sizing import MODULES_OF_A_LAYER
 from dpo_dist.step import step_batches, train_step
 from dpo_dist.world import World
 
@@ -55,11 +58,16 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _warm_up(folder: Path, world: World) -> None:
-    """A step of a tiny model of the same architecture: libraries load and threads start at first use, which is no model's memory."""
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "num_attention_heads": 2,
+def tiny_model(folder: Path, layers: int) -> torch.nn.Module:
+    """Of the same architecture."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers, "vocab_size": 64, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 32}
-    tiny = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **small))
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **small))
+
+
+def _warm_up(folder: Path, world: World) -> None:
+    """A step of a tiny model: libraries load and threads start at first use, which is no model's memory."""
+    tiny = tiny_model(folder, 1)
     optimizer = torch.optim.AdamW(tiny.parameters(), fused=True)
     tiny(input_ids=torch.arange(32)[None]).logits.sum().backward()
     torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
@@ -67,7 +75,7 @@ def _warm_up(folder: Path, world: World) -> None:
     world.barrier()
 
 
-def device_rates(world: World) -> dict[str, float]:
+def device_rates(folder: Path, world: World) -> dict[str, float]:
     """What this rank's core does while the others do the same: fields of sizing.Device."""
     def seconds(work: Callable[[], object], times: int) -> float:
         work()
@@ -80,12 +88,28 @@ def device_rates(world: World) -> dict[str, float]:
     a, big, small = torch.ones(1024, 1024), torch.ones(8 * 2**20), torch.ones(1)
     around = 2 * (world.size - 1) / world.size
     latency = seconds(lambda: dist.all_reduce(small), 50)
+    all_reduce = seconds(lambda: dist.all_reduce(big), 4)
+    half, parts = big[:len(big) // world.size].clone(), big.chunk(world.size)
+
+    def gather_and_scatter() -> None:                    # as DeepSpeed does both: what is sent whole is copied, rank by rank
+        gathered = torch.empty_like(big)
+        dist.all_gather_into_tensor(gathered, half)
+        torch.cat(gathered.chunk(world.size))
+        dist.reduce_scatter_tensor(half, torch.cat(parts))
+
+    layers, ids = 8, torch.arange(32)[None]
+    tiny = tiny_model(folder, layers)
+    plain = seconds(lambda: tiny(input_ids=ids).logits.sum().backward(), 8)
+    config = deepspeed_config(compose(["model.path=m"]).zero, compose(["model.path=m"]).optim, bf16=False, on_gpu=False)
+    engine = deepspeed.initialize(model=tiny, optimizer=torch.optim.AdamW(tiny.parameters()), config=config)[0]
+    hooked = seconds(lambda: engine.backward(engine(input_ids=ids).logits.sum()), 8)
     weights = [torch.nn.Parameter(torch.ones(2**21)) for _ in range(2)]
     for weight in weights:
         weight.grad = torch.ones(2**21)
     optimizer = torch.optim.AdamW(weights, fused=True)
     return {"flops": 2 * 1024**3 / seconds(lambda: torch.mm(a, a), 8), "latency": latency,
-            "link": around * 4 * big.numel() / seconds(lambda: dist.all_reduce(big), 4),
+            "link": around * 4 * big.numel() / all_reduce, "sharded_share": all_reduce / seconds(gather_and_scatter, 4),
+            "hook": (hooked - plain) / (2 * MODULES_OF_A_LAYER * layers),
             "bandwidth": 28 * 2**22 / seconds(optimizer.step, 4)}
 
 
@@ -120,7 +144,7 @@ def main(steps: int, overrides: list[str]) -> None:
     told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline, "peaks": {k: v - baseline for k, v in clock.peaks.items()},
             "micro_steps": len(batches.batches), "tokens": work.tokens, "flops": work.flops,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.parameters())}
-    told["device"] = device_rates(world)
+    told["device"] = device_rates(folder, world)
     everyone = world.gather(told)
     if world.is_main:
         peaks = {phase: max(one["peaks"][phase] for one in everyone) for phase in PHASES}

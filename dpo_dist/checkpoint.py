@@ -22,6 +22,7 @@ class TrainState:
     step: int                    # optimizer steps done
     zero_stage: int | None       # the layout of the policy's own files
     ranks: int
+    sums: list[float]            # of metrics.MetricSums since the last logged step, over all ranks
 
 
 class Kept(Protocol):
@@ -33,12 +34,15 @@ class Kept(Protocol):
 
 
 def save_checkpoint(run_dir: Path, parts: Sequence[Kept], state: TrainState, keep: int, world: World) -> Path:
-    """Writes checkpoints/step-NNNNNN and removes the oldest beyond `keep`. All ranks call it."""
+    """Writes checkpoints/step-NNNNNN, unless it is there, and removes the oldest beyond `keep`. All ranks call it."""
     folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
-    world.on_main(lambda: _fresh(folder))
+    if world.on_main(lambda: _is_there(folder)):
+        return folder
     for part in parts:
         part.save(folder)
-    world.barrier()                                        # every rank's part is written before the marker is
+    if world.local_rank == 0:
+        os.sync()                                          # this node's parts reach the disk before the marker does
+    world.barrier()
     world.on_main(lambda: _complete(folder, state, keep))
     return folder
 
@@ -64,14 +68,18 @@ def resume_point(run_dir: Path, zero_stage: int | None, ranks: int) -> tuple[Pat
     return folder, state
 
 
-def _fresh(folder: Path) -> None:
+def _is_there(folder: Path) -> bool:
+    """Whether this step is saved; where it is not, the folder is empty afterwards."""
+    if (folder / COMPLETE).exists():
+        return True
     shutil.rmtree(folder, ignore_errors=True)              # what a killed save left
     folder.mkdir(parents=True)
+    return False
 
 
 def _complete(folder: Path, state: TrainState, keep: int) -> None:
     (folder / "state.json").write_text(json.dumps(asdict(state)))
-    os.sync()                                              # the parts reach the disk before the marker does
+    os.sync()
     (folder / COMPLETE).touch()
     for old in sorted(folder.parent.glob(f"step-*/{COMPLETE}"))[:-keep]:
         old.unlink()                                       # first no longer whole, then gone

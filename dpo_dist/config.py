@@ -58,6 +58,11 @@ class DataConfig:
     group_by_prompt: bool
     cache_dir: str
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides the tokenized pairs, besides the content of files and of the tokenizer; JSON-ready."""
+        return {key: value for key, value in to_dict(self).items() if key not in ("cache_dir", "group_by_prompt")}
+
 
 @dataclass(frozen=True)
 class RequestsConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_dist import stop
 from dpo_dist.config import LossConfig, RunConfig, UserError
 from dpo_dist.data.store import PairStore
 from dpo_dist.engines import open_engines
@@ -27,13 +28,15 @@ PAIRS_AT_ONCE = 1024                     # planned together; the result does not
 
 def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig, tokens_per_microbatch: int,
              flops: Flops, world: World) -> dict[str, float]:
-    """{metric: mean over all pairs}. All ranks call it; each forwards its share."""
+    """{metric: mean over all pairs}. All ranks call it; each forwards its share. Raises Stopped where one was asked to end."""
     sums = MetricSums(loss, world.device)
     lengths, weights = pairs.lengths(), np.asarray(pairs.weight, dtype=np.float64)
     mean_chosen_tokens = float((weights * lengths[:, 1]).sum() / weights.sum())
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            if told := world.max(stop.asked()):
+                raise stop.Stopped(told, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
             part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops)
             if reference is not None:

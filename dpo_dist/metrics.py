@@ -16,9 +16,9 @@ MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewar
 class MetricSums:
     """Sums over pairs, weighted as in the loss; kept on the device, so that adding never waits for it."""
 
-    def __init__(self, loss: LossConfig, device: torch.device):
+    def __init__(self, loss: LossConfig, device: torch.device, begun: list[float] | None = None):
         self._loss = loss
-        self._sums = torch.zeros(len(MEANS) + 1, dtype=torch.float64, device=device)
+        self._sums = torch.tensor(begun or [0.0] * (len(MEANS) + 1), dtype=torch.float64, device=device)
         self._has_rewards = True
 
     def add(self, pairs: PairLogps, per_pair_loss: Tensor, weight: Tensor) -> None:
@@ -35,9 +35,13 @@ class MetricSums:
             total = (rows.double() * weight).sum(1)
             self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
 
+    def total(self, world: World) -> list[float]:
+        """The sums over all ranks, with which one rank may begin. All ranks call it."""
+        return world.sum(self._sums).tolist()
+
     def means(self, world: World) -> dict[str, float]:
         """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it."""
-        *sums, weight = world.sum(self._sums).tolist()
+        *sums, weight = self.total(world)
         named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
         if not self._has_rewards:
             named = {name: value for name, value in named.items() if not name.startswith("rewards/")}

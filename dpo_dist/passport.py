@@ -54,9 +54,8 @@ def check_same_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) ->
         raise UserError(f"run.dir={run_dir} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
 
 
-def begin_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
-    """Writes run.json. UserError where the folder holds a run that was trained otherwise."""
-    check_same_run(run_dir, config, lineage)
+def write_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
+    """Writes run.json."""
     _write(run_dir / "run.json", {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()})
 
 

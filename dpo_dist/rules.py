@@ -9,6 +9,7 @@ from dpo_dist.config import ClusterConfig, LossConfig, RunConfig, UserError, nea
 from dpo_dist.loss_options import LOSS_OPTIONS, MIXTURE
 
 NETWORK_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_")
+PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
 
 
 def resolve_loss(loss: LossConfig) -> LossConfig:
@@ -62,6 +63,12 @@ def validate(c: RunConfig) -> None:
              reference__tensor_parallel_size=c.reference.tensor_parallel_size,
              optim__lr=c.optim.lr, loss__beta=c.loss.beta,
              loss__discopop_tau=c.loss.discopop_tau)
+    positive(optim__eps=c.optim.eps)
+    for beta in c.optim.betas:
+        if not 0 <= beta < 1:
+            raise UserError(f"optim.betas={list(c.optim.betas)} must each be at least 0 and less than 1")
+    if c.model.lora.rank < 0:
+        raise UserError(f"model.lora.rank={c.model.lora.rank} must be 0 (no adapters) or greater")
     _between("optim.warmup_ratio", c.optim.warmup_ratio, 0, 1)
     _between("optim.max_grad_norm", c.optim.max_grad_norm, 0, math.inf)
     _between("optim.weight_decay", c.optim.weight_decay, 0, math.inf)
@@ -134,6 +141,9 @@ def _validate_reference(c: RunConfig) -> None:
 def _validate_served(c: RunConfig) -> None:
     """The keys of a reference in servers of its own."""
     r = c.reference
+    if c.cluster.slurm is not None and c.cluster.slurm.server_extra and not r.nodes:
+        raise UserError(f"cluster.slurm.server_extra={list(c.cluster.slurm.server_extra)} is for the nodes of reference.nodes, which is not "
+                        "set; remove it, or set reference.nodes")
     if r.engine != "vllm":
         for key in ("urls", "server", "nodes", "served_name", "version", "quantization", "requests", "audit"):
             if getattr(r, key):
@@ -187,6 +197,9 @@ def _validate_sync(c: RunConfig) -> None:
 def _validate_zero(c: RunConfig) -> None:
     if c.zero.stage != 3 and c.zero.offload_parameters != "none":
         raise UserError(f"zero.offload_parameters={c.zero.offload_parameters} needs zero.stage=3, not {c.zero.stage}")
+    if c.zero.stage != 3 and c.zero.persistence_threshold != PERSISTENCE_THRESHOLD:
+        raise UserError(f"zero.persistence_threshold={c.zero.persistence_threshold} does nothing with zero.stage={c.zero.stage}, which keeps "
+                        "every parameter whole; remove it, or set zero=zero3")
     if c.zero.stage in (None, 0) and c.zero.offload_optimizer != "none":
         raise UserError(f"zero.offload_optimizer={c.zero.offload_optimizer} needs zero.stage=1, 2 or 3, not {c.zero.stage}")
     if c.zero.stage is None and (c.cluster.procs_per_node or 1) > 1:
@@ -219,9 +232,10 @@ def _validate_cluster(c: ClusterConfig) -> None:
         raise UserError(f"cluster.slurm.max_requeues={c.slurm.max_requeues} must be 0 (never) or greater")
     if c.slurm.container_mounts and c.slurm.container_image is None:
         raise UserError(f"cluster.slurm.container_mounts={c.slurm.container_mounts} does nothing without cluster.slurm.container_image; set it")
-    for line in c.slurm.extra:
-        if not line.startswith("-"):
-            raise UserError(f"cluster.slurm.extra has '{line}', which is not an option of sbatch; write it as in '--cpus-per-task=16'")
+    for key, lines in (("extra", c.slurm.extra), ("server_extra", c.slurm.server_extra)):
+        for line in lines:
+            if not line.startswith("-"):
+                raise UserError(f"cluster.slurm.{key} has '{line}', which is not an option of sbatch; write it as in '--cpus-per-task=16'")
 
 
 def _between(key: str, value: float | None, low: float, high: float) -> None:

@@ -17,7 +17,7 @@ def check_shared(config: RunConfig, world: World) -> None:
     if world.size == 1:
         return
     folders = {"run.dir": Path(config.run_dir), "data.cache_dir": Path(config.data.cache_dir)}
-    if config.loss.needs_reference and config.reference.mode == "cached":
+    if config.loss.needs_reference and config.reference.mode != "live":
         folders["reference.cache_dir"] = Path(config.reference.cache_dir)
     tokens = world.on_main(lambda: {key: _leave_token(folder) for key, folder in folders.items()})
     unseen = [(key, f"{folders[key].absolute()} on {socket.gethostname()}") for key, name in tokens.items()

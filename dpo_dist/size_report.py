@@ -66,13 +66,14 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World)
         f"assumed   {world.device.name}: {world.device.flops / 1e12:.4g} TFLOP/s at {world.device.efficiency:.0%}, "
         f"{world.link / 1e9:.3g} GB/s between ranks, {world.device.bandwidth / 1e9:.4g} GB/s of memory"]
     seconds, stored = scoring_seconds(config, shape, lengths, world), cache_bytes(lengths)
-    if config.loss.needs_reference and config.reference.mode == "cached":
+    if config.loss.needs_reference and config.reference.mode != "live":
         lines.append(f"scoring   {scoring_memory(config, shape, lengths, world) / GIB:.2f} GiB a rank; " + (
-            f"{seconds:.3g} s, cache {stored / 2**20:.3g} MiB" if seconds is not None and stored is not None
+            f"{seconds:.3g} s on all ranks, cache {stored / 2**20:.3g} MiB" if seconds is not None and stored is not None
             else "time and cache size need the number of pairs, known once the data is tokenized"))
     if not need.fits(world.device):
         lines += too_large(config, shape, lengths, world, need)
-    if config.loss.needs_reference and scoring_memory(config, shape, lengths, world) > world.device.memory:
+    scores_here = config.loss.needs_reference and config.reference.mode != "live" and config.reference.engine != "vllm"
+    if scores_here and scoring_memory(config, shape, lengths, world) > world.device.memory:
         lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set "
                      + ("reference.offload=cpu" if config.reference.engine == "zero" else "reference=zero"))
     return lines
@@ -152,12 +153,11 @@ def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Call
 
 
 def token_lengths(config: RunConfig) -> Lengths:
-    """Means over the tokenized pairs of these data sets where data.cache_dir has them, else the worst case."""
-    wanted = [(d.path, d.format) for d in config.data.train]
-    stores = sorted(Path(config.data.cache_dir).glob("*/train/meta.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in stores if wanted else ():
-        meta = json.loads(file.read_text())
-        if meta["pairs"] and [(s["path"], s["format"]) for s in meta["sources"]] == wanted:
-            prompt, chosen, rejected = np.diff(np.load(file.parent / "spans.npy", mmap_mode="r"), axis=1).mean(0).tolist()
-            return Lengths(prompt, chosen, rejected, int(meta["pairs"]), f"mean of {meta['pairs']:,} tokenized pairs")
+    """Means over the tokenized pairs that were last made with these keys, where data.cache_dir has any, else the worst case."""
+    stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
+    for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
+        spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")
+        if len(spans) and json.loads(file.read_text()) == config.data.decisive:
+            prompt, chosen, rejected = np.diff(spans, axis=1).mean(0).tolist()
+            return Lengths(prompt, chosen, rejected, len(spans), f"mean of {len(spans):,} tokenized pairs")
     return worst_lengths(config.data.max_length)

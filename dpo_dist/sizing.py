@@ -18,6 +18,7 @@ LOGITS_AT_ONCE, NARROWEST_BLOCK = 2**24, 256     # as in logps.py, which imports
 BUCKET = 500_000_000                             # DeepSpeed's reduce buckets, elements
 LIVE = 1_000_000_000                             # stage3_max_live_parameters: gathered elements that may stay until backward needs them
 PREFETCH = 50_000_000                            # stage3_prefetch_bucket_size, elements
+MODULES_OF_A_LAYER = 13                          # that ZeRO-3 hooks: of Llama's seven linear layers, two norms, and what holds them
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,18 @@ class Device:
     pieces: int                      # copies of attention's output that are kept; 2 where branches are computed in turn and joined
     masks: bool                      # attention over a branch keeps its mask
     flat_copies: int                 # of a bucket in ZeRO-3's reduce-scatter: interleaved by rank, and gloo's own
+    sharded_share: float             # of link, which is an all-reduce's: what ZeRO-3's gathers and scatters reach, copies among them
+    hook: float                      # seconds of Python that ZeRO-3 adds to a module's pass, where nothing hides it
 
 
 CPU = Device(
     "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75, bandwidth=5e9,
-    host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2, masks=True, flat_copies=2)
+    host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2, masks=True, flat_copies=2,
+    sharded_share=0.25, hook=3e-4)
 GPU_80GB = Device(
     "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40, bandwidth=2.5e12,
-    host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1, masks=False, flat_copies=1)
+    host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1, masks=False, flat_copies=1,
+    sharded_share=1.0, hook=0.0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class Memory:
     gradients: float                 # held from one micro-step to the next (ZeRO-3: always)
     buckets: float                   # buffers for reductions that stay
     gathered: float                  # ZeRO-3: weights made whole: as many as may stay, at least the largest
+    in_flight: float                 # ZeRO-3: what an all-gather brought, rank by rank, until the last weight of it was asked for
     activations: float               # what forward keeps for backward; with checkpointing the layers' inputs alone
     recomputed: float                # with checkpointing: one layer's activations, made again
     workspace: float                 # gradients of activations inside one layer
@@ -134,12 +140,12 @@ class Memory:
 
     @property
     def moments(self) -> dict[str, float]:
-        """{moment: bytes} of the four that may be the peak."""
+        """{moment: bytes} of the five that may be the peak. Whole weights go when backward is through with them."""
         always = self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets + self.reference
         passing = always + self.gathered + self.activations
-        return {"the head computes": passing + self.head,
+        return {"the last layer goes forward": passing + self.in_flight, "the head computes": passing + self.head,
                 "the last layer goes backward": passing + self.recomputed + self.workspace + self.head_gradient,
-                "gradients are reduced": always + self.gathered + self.reduction, "the optimizer steps": always + self.update}
+                "gradients are reduced": always + self.reduction, "the optimizer steps": always + self.update}
 
     @property
     def peak(self) -> float:
@@ -167,7 +173,7 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World)
         terms["weights"] = 0.0
     terms |= _pack_terms(config, shape, lengths, packs, width, device)
     if config.loss.needs_reference and config.reference.mode == "live" and config.reference.engine != "adapter_off":
-        terms["reference"] = width * shape.parameters / (ranks if config.reference.engine == "zero" else 1)
+        terms["reference"] = reference_weights(config, shape, world)
     if device is CPU or not math.isfinite(device.memory):                # offloading moves nothing where there is one kind of memory
         terms["framework"] += terms["host"]
     return Memory(**{**terms, "framework": terms["framework"] + device.framework})
@@ -190,7 +196,7 @@ def _model_terms(stage: int | None, width: int, everything: float, trained: floa
                 "update": 8.0 * part - min(held, 4.0 * part)}
     gathered = width * min(everything, max(LIVE + PREFETCH, largest)) if ranks > 1 else 0.0      # one rank's part is the whole
     return {"weights": width * everything / ranks, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * part,
-            "buckets": bucket, "gathered": gathered, "update": 4.0 * part,
+            "buckets": bucket, "gathered": gathered, "in_flight": min(gathered, float(width * max(PREFETCH, largest))), "update": 4.0 * part,
             "reduction": device.flat_copies * width * min(trained, max(BUCKET, largest))}        # a larger tensor goes alone
 
 
@@ -217,14 +223,26 @@ def dtype_bytes(config: RunConfig, device: Device) -> int:
 
 
 def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World) -> float:
-    """Bytes of a rank that scores the reference: weights, one layer's work, logits."""
+    """Bytes of a rank that scores the reference: weights, one layer's work, logits. Those of servers (vllm) are not counted."""
     width = dtype_bytes(config, world.device)
-    shared = config.reference.engine == "zero"
     tokens = config.train.tokens_per_microbatch
-    gathered = width * min(shape.parameters, LIVE + PREFETCH) if shared else 0.0
-    weights = 0.0 if config.reference.offload == "cpu" else width * shape.parameters / (world.ranks if shared else 1)
+    gathered = width * (min(shape.parameters, LIVE + PREFETCH) + min(shape.parameters, PREFETCH)) if config.reference.engine == "zero" else 0.0
+    weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
     return world.device.framework + weights + gathered + layer + 8.0 * LOGITS_AT_ONCE
+
+
+def reference_weights(config: RunConfig, shape: ModelShape, world: World) -> float:
+    """Bytes of the reference's weights on a rank; with adapter_off those that it shares with the policy."""
+    r, whole = config.reference, float(dtype_bytes(config, world.device) * shape.parameters)
+    if r.engine == "vllm" or r.offload == "cpu":
+        return 0.0
+    if r.offload == "disk":                              # one piece at a time
+        return whole * max(shape.layer, shape.embedding, shape.head) / shape.parameters
+    if r.engine == "tensor_parallel":
+        return whole / (r.tensor_parallel_size or world.ranks // world.nodes)
+    sharded = r.engine == "zero" or (r.engine == "adapter_off" and config.zero.stage == 3)
+    return whole / (world.ranks if sharded else 1)
 
 
 # -------------------------------------------------------------------------------------------------------------------- time
@@ -235,6 +253,7 @@ class StepTime:
     """Seconds of an optimizer step, by what they go to; bytes that a rank sends in it."""
 
     compute: float
+    hooks: float                     # ZeRO-3's Python around each module, where kernels do not hide it
     communication: float
     update: float
     sent: float
@@ -244,7 +263,7 @@ class StepTime:
     def seconds(self) -> float:
         """As if communication hid behind computation wherever the device can do that: the least that a step takes."""
         together = max(self.compute, self.communication) if self.overlaps else self.compute + self.communication
-        return together + self.update
+        return together + self.hooks + self.update
 
 
 def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World) -> StepTime:
@@ -256,9 +275,13 @@ def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Wor
     rate = (config.cluster.peak_tflops * 1e12 if config.cluster.peak_tflops else device.flops) * device.efficiency
     trained = shape.lora_parameters(config.model.lora.rank) if frozen else shape.parameters
     sent, collectives = traffic(config, shape, world, packs.micro_steps, trained)
+    link, hooks = world.link, 0.0
+    if config.zero.stage == 3:
+        passes = 3 if config.model.gradient_checkpointing else 2
+        link, hooks = link * device.sharded_share, device.hook * passes * packs.micro_steps * MODULES_OF_A_LAYER * shape.layers
     touched = 28.0 * trained / (1 if config.zero.stage in (None, 0) else ranks)          # AdamW reads 16 and writes 12 bytes an element
     bandwidth = device.host_bandwidth if config.zero.offload_optimizer == "cpu" else device.bandwidth
-    return StepTime(flops / (ranks * rate), sent / world.link + collectives * device.latency, touched / bandwidth, sent, device.overlaps)
+    return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency, touched / bandwidth, sent, device.overlaps)
 
 
 def pair_flops(shape: ModelShape, lengths: Lengths, frozen: bool, checkpointing: bool) -> float:

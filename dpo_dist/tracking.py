@@ -100,6 +100,12 @@ def keep_rows_until(path: Path, step: int) -> None:
     _replace(path, kept)
 
 
+def last_step(path: Path, split: str) -> int | None:
+    """The step of the last row of a split in a metrics.jsonl that is whole; None where there is none."""
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return max((row["step"] for row in rows if row["split"] == split), default=None)
+
+
 def _is_row_until(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step

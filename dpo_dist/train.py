@@ -17,12 +17,13 @@ from dpo_dist.export import export_model
 from dpo_dist.gate import check_step_0
 from dpo_dist.inputs import read_inputs
 from dpo_dist.metrics import MetricSums
-from dpo_dist.passport import add_parity, begin_run, passport
+from dpo_dist.parity import believe_earlier_audit
+from dpo_dist.passport import add_parity, check_same_run, passport, write_run
 from dpo_dist.perf import Clock, known_peak_tflops
 from dpo_dist.schedule import learning_rate
 from dpo_dist.step import StepBatches, step_batches, train_step
 from dpo_dist.terminal import Terminal
-from dpo_dist.tracking import open_tracker
+from dpo_dist.tracking import last_step, open_tracker
 from dpo_dist.world import World
 
 
@@ -33,7 +34,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     lineage = passport(config, inputs, world)
-    world.on_main(lambda: begin_run(run_dir, config, lineage))
+    world.on_main(lambda: check_same_run(run_dir, config, lineage))
 
     order = order_of(inputs.train, t, config.data.group_by_prompt)
     total = order.total_steps(t.epochs, t.max_steps)
@@ -42,10 +43,9 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if done == total and world.on_main(lambda: (run_dir / "model").exists()):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir}/model")
         return
+    world.on_main(lambda: write_run(run_dir, config, lineage))
 
     policy, reference = open_engines(config, inputs, [inputs.train, inputs.eval], world, terminal)
-    if config.reference.audit is not None:
-        world.on_main(lambda: add_parity(run_dir))
     kept: list[Kept] = [policy] if reference is None else [policy, reference]
     if resumed:
         for each in kept:
@@ -66,28 +66,44 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         return means
 
     def save(step: int) -> None:
-        save_checkpoint(run_dir, kept, TrainState(step, config.zero.stage, world.size), t.keep_checkpoints, world)
+        state = TrainState(step, config.zero.stage, world.size, sums.total(world))
+        save_checkpoint(run_dir, kept, state, t.keep_checkpoints, world)
 
+    def evaluates(step: int) -> bool:
+        return step in (0, total) or bool(t.eval_every_steps and step % t.eval_every_steps == 0)
+
+    if config.reference.audit is not None:
+        if config.reference.mode == "ahead" and reference is not None:   # audited where it scores, before its first value
+            reference.wait_for(batches(min(done + 1, total)).batches)
+            world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
+        world.on_main(lambda: add_parity(run_dir))
     before: dict[str, float] = {}
     if done == 0:
         same = reference if inputs.same_start else None
         check_step_0(policy, same, batches(1), order.pairs_of_step(1, t.epochs, t.max_steps), inputs.train, inputs.dtype, world)
         before = held_out(0)
-    after = before if done < total else evaluate_run(config, inputs, policy, reference, world)
+    after = before
+    if done and evaluates(done):
+        if world.on_main(lambda: last_step(run_dir / "metrics.jsonl", "eval")) != done:     # ended between saving and evaluating
+            after = held_out(done)
+        elif done == total:
+            after = evaluate_run(config, inputs, policy, reference, world)
 
     peak = config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype)
-    clock, sums = Clock(world, peak), MetricSums(loss, world.device)
+    clock, sums = Clock(world, peak), MetricSums(loss, world.device, resumed[1].sums if resumed and world.is_main else None)
     with terminal.progress(total, done, "training") as bar, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(batches, min(done + 1, total))             # the next step is packed while this one computes
         for step in range(done + 1, total + 1):
             now, coming = coming.result(), ahead.submit(batches, min(step + 1, total))
+            if reference is not None:
+                try:
+                    reference.wait_for(now.batches)
+                except (stop.Stopped, UserError):        # on all ranks alike: the reference's values do not come
+                    if step - 1 > done:
+                        save(step - 1)
+                    raise
             clock.mark("data")
-            try:
-                part = train_step(policy, reference, now, loss, sums, world, clock)
-            except (stop.Stopped, UserError):            # all ranks, before anything of the step was done: the reference's values do not come
-                if step - 1 > done:
-                    save(step - 1)
-                raise
+            part = train_step(policy, reference, now, loss, sums, world, clock)
             told = world.max(stop.asked() if math.isfinite(part.item()) else math.inf)
             if told == math.inf:
                 raise FloatingPointError(f"the loss of step {step} is not finite; no weight was changed. Lower optim.lr, or look at the data")
@@ -106,13 +122,13 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 tracker.log({"step": step, "split": "train", **row})
                 bar.update(step, loss=row["loss"], accuracy=row.get("rewards/accuracies"), pairs_per_second=row["perf/pairs_per_second"])
                 sums = MetricSums(loss, world.device)
-            if step == total or (t.eval_every_steps and step % t.eval_every_steps == 0):
-                after = held_out(step)
             if step == total or told or (t.save_every_steps and step % t.save_every_steps == 0):
                 save(step)
             if told:
                 tracker.finish({})
                 raise stop.Stopped(told, f"step {step} of {total} is saved")
+            if evaluates(step):
+                after = held_out(step)
             clock.mark(None)                             # evaluation and saving are not training time
 
     model = export_model(run_dir, policy, inputs, config, after, world)

@@ -64,7 +64,7 @@ class Forest:
         """(2, prompts and branches + 1) int32: where the queries, and the keys, of each begin, and the last one's end."""
         if device not in self._starts:
             starts = torch.tensor([[0, *accumulate(self.lengths)], [0, *accumulate(self.seen)]], dtype=torch.int32)
-            self._starts[device] = starts.to(device)
+            self._starts[device] = starts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else starts.to(device)
         return self._starts[device]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ class Scorer:
         self._folder, self._patience, self._last_answer = folder, patience_seconds, time.monotonic()
 
     def answered(self) -> None:
+        """Patience begins anew."""
         self._last_answer = time.monotonic()
 
     def is_alive(self) -> bool:
@@ -53,6 +54,7 @@ class AheadReference(CachedReference):
     def wait_for(self, batches: Sequence[PackedBatch]) -> None:
         """Raises, on all ranks alike, UserError where the values cannot come any more, and Stopped where a rank was asked to end."""
         began = time.perf_counter()
+        self._scorer.answered()                          # while training computed, nobody asked
         wanted = [key for batch in batches for key in self.keys(batch)]
         while self._world.max(any(key not in self._cache for key in wanted)):
             if told := self._world.max(stop.asked()):

@@ -63,3 +63,17 @@ def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_th
     kl, chosen_drift = drift(batch, policy, reference)              # ld_alpha changes neither
     assert means["reference/kl_per_token"] == pytest.approx(((kl[0] + 3 * kl[1]) / 4).item(), rel=1e-9)
     assert means["reference/chosen_drift_per_token"] == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1]) / 4).item(), rel=1e-9)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_sums_that_were_kept_go_on_as_if_nothing_had_been_between():
+    config = resolve_loss(LossConfig("sigmoid"))
+    batch, policy, reference = example()
+    pairs, weight = pair_logps(batch, TokenLogps(policy), reference, config, 2.5), batch.weight.double()
+    whole, first = MetricSums(config, WORLD.device), MetricSums(config, WORLD.device)
+    for sums in (whole, first):
+        sums.add(pairs, preference_loss(pairs, config), weight)
+    later = MetricSums(config, WORLD.device, first.total(WORLD))
+    for sums in (whole, later):
+        sums.add(pairs, 2 * preference_loss(pairs, config), weight)
+    assert later.means(WORLD) == whole.means(WORLD)

@@ -7,12 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+from conftest import train_on
 
 from dpo_dist import logps
 from dpo_dist.compose import compose
 from dpo_dist.config import RunConfig
+from dpo_dist.data.store import prepare
 from dpo_dist.shape import ModelShape, model_shape
 from dpo_dist.size_report import report, smallest_change, token_lengths
 from dpo_dist.sizing import (
@@ -27,6 +28,7 @@ from dpo_dist.sizing import (
     cache_bytes,
     memory,
     pair_flops,
+    reference_weights,
     scoring_memory,
     step_time,
     worst_lengths,
@@ -63,6 +65,7 @@ def test_model_terms_in_fp32_on_two_ranks(stage: str, weights: int, master: int,
     assert (need.weights, need.master_weights, need.optimizer, need.gradients, need.reduction, need.update) == (
         weights, master, optimizer, gradients, reduction, update)
     assert need.buckets == (4 * N if stage == "3" else 0) and need.gathered == (4 * N if stage == "3" else 0)
+    assert need.in_flight == need.gathered, "fewer than DeepSpeed gathers ahead"
 
 
 def test_gradients_are_held_from_one_micro_step_to_the_next():
@@ -167,15 +170,31 @@ def test_a_reference_that_does_not_fit_names_the_engine_that_does():
     assert any("set reference=zero" in line for line in report(here, published("llama-3.1-70b"), LENGTHS, world))
 
 
+def test_the_reference_takes_what_its_engine_holds():
+    large, gpus = published("llama-3.1-70b"), World(8, 64, GPU_80GB)
+    whole = 2 * large.parameters
+
+    def weights(*words: str) -> float:
+        return reference_weights(config("cluster.device=auto", *words), large, gpus)
+
+    assert (weights(), weights("reference=zero"), weights("reference=tensor_parallel")) == (whole, whole / 64, whole / 8)
+    assert weights("reference=tensor_parallel", "reference.tensor_parallel_size=4") == whole / 4
+    assert weights("reference=vllm") == 0 < weights("reference.offload=disk") < whole / 30
+    live = config("cluster.device=auto", "reference=tensor_parallel", "reference.mode=live")
+    assert memory(live, large, LENGTHS, gpus).reference == whole / 8
+
+
 def test_lengths_come_from_tokenized_data_where_there_is_some(tmp_path: Path):
-    here = config(f"data.cache_dir={tmp_path}", "data.train=[{path: rows.jsonl, format: token_ids}]", "data.max_length=100")
+    lengths = ((4, 2, 1), (2, 4, 3))
+    rows = [{key: [5] * n for key, n in zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)} for row in lengths]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.cache_dir={tmp_path / 'tokens'}", train_on(tmp_path / "rows.jsonl")]
+    here = config(*words, "data.max_length=100")
     assert token_lengths(here) == worst_lengths(100)
-    store = tmp_path / "x" / "train"
-    store.mkdir(parents=True)
-    (store / "meta.json").write_text(json.dumps({"pairs": 2, "sources": [{"path": "rows.jsonl", "format": "token_ids"}]}))
-    np.save(store / "spans.npy", np.array([[0, 4, 6, 7], [7, 9, 13, 16]]))
+    prepare(here.data, None, None)
     found = token_lengths(here)
     assert (found.prompt, found.chosen, found.rejected, found.pairs) == (3, 3, 2, 2)
+    assert token_lengths(config(*words, "data.max_length=50")) == worst_lengths(50), "cut otherwise, they would have other lengths"
 
 
 def test_plan_answers_without_torch():
