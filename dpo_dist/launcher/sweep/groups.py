@@ -111,6 +111,17 @@ def check_comparable(config: RunConfig, objective: str) -> None:
                         "set hydra.launcher.objective=loss")
 
 
+def check_distinct(jobs: Sequence[Job]) -> None:
+    """UserError where jobs of different values train the same thing. A sampler may propose the same values twice."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        other = first.setdefault(job.config.identity(), job)
+        for key, value in job.swept.items():
+            if value != other.swept.get(key, value):
+                raise UserError(f"{key.lstrip('+')} cannot be swept: {other.name} and {job.name} train the same thing, as it says where or how "
+                                "a run is computed or followed, not what is trained; give it one value")
+
+
 def key_of(word: str) -> str:
     """The key of an override `key=value`, with its + or ~."""
     return word.split("=", 1)[0]

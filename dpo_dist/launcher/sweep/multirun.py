@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_dist.compose import compose, conf_dir, explain
 from dpo_dist.config import UserError, nearest
 from dpo_dist.launcher.sweep import here, on_slurm
-from dpo_dist.launcher.sweep.groups import Job, check_comparable, group_jobs, key_of, make_job, run_dir_override, sweep_folder
+from dpo_dist.launcher.sweep.groups import Job, check_comparable, check_distinct, group_jobs, key_of, make_job, run_dir_override, sweep_folder
 from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_json
 
@@ -85,6 +85,7 @@ class Sweep:
         jobs = [make_job(overrides, self._fixed, self._folder) for overrides in job_overrides]
         for job in jobs:
             check_comparable(job.config, objective)
+        check_distinct([*(r.job for r in self._all), *jobs])
         distinct = list({job.run_dir: job for job in jobs}.values())     # a sampler may propose the same values twice
         missing = [job for job in distinct if not job.is_done()]
         on_this_machine = jobs[0].config.cluster.name == "local"

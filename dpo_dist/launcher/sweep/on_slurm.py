@@ -1,6 +1,7 @@
 """Runs a sweep's groups on Slurm: a scoring job a group and an array of trainings after it; then waits, so that results can be compared."""
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ def rendered(groups: Sequence[Group]) -> str:
 
 
 def _with_folders(groups: Sequence[Group]) -> list[tuple[Group, Path]]:
-    return [(group, groups[0].jobs[0].run_dir.parent / "slurm" / f"group-{i}") for i, group in enumerate(groups)]
+    """Each group's folder, named by its tasks: a later command never changes the lines that an array under way still reads."""
+    return [(group, group.jobs[0].run_dir.parent / "slurm" / f"group-{hashlib.sha256(_task_lines(group).encode()).hexdigest()[:8]}")
+            for group in groups]
 
 
 def _batch_jobs(group: Group, folder: Path) -> list[BatchJob]:
