@@ -41,7 +41,8 @@ def main(command: Sequence[str]) -> int:
             pass                                         # not sys.stdin, whose lock a thread that waits would keep at the process's end
         _end(process)
 
-    signal.signal(signal.SIGTERM, lambda *_: _end(process))
+    # in a thread: this one is inside wait(), which holds a lock that _end() needs
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, args=[process], daemon=True).start())
     threading.Thread(target=end_with_the_pipe, daemon=True).start()
     code = process.wait()
     _signal(process, signal.SIGKILL)                     # what it started and left behind
