@@ -33,14 +33,14 @@ trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
 
 command=$(printf '%q ' "$here/node.sh" "$@")
+remotes=()
 for i in "${!hosts[@]}"; do
     $REMOTE "${hosts[$i]}" "$there && env $settings NODE_RANK=$i $command" < /dev/null &
+    remotes+=($!)
 done
 code=0
-while true; do
-    ended=0
-    wait -n || ended=$?
-    [ "$ended" != 127 ] || break                     # no host is left
-    [ "$ended" = 0 ] || [ "$ended" -gt 128 ] || code=$ended      # more than 128: a signal came meanwhile
+for remote in "${remotes[@]}"; do
+    while kill -0 "$remote" 2>/dev/null; do wait "$remote" || true; done      # a signal ends a wait, too
+    wait "$remote" || code=$?
 done
 exit "$code"

@@ -16,14 +16,24 @@ set -euo pipefail
 
 ranks() { cat /proc/"$torchrun"/task/*/children 2>/dev/null; }
 
+# Whether torchrun has come to its ranks, and not still waits for the other nodes: from then on it catches QUIT, the third signal.
+begun() { (( 0x0$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$torchrun/status" 2>/dev/null) & 4 )); }
+
 # The ranks save first and then end (dpo_dist/stop.py); torchrun, which would kill them after 30 seconds, ignores these signals.
-interrupts=0
+torchrun=none early='' interrupts=0
 pass_on() {
-    local number=$1
+    local number=$1 pids
+    if [ "$torchrun" = none ]; then early=$1; return; fi
     if [ "$1" = INT ] && [ $((++interrupts)) -gt 1 ]; then number=KILL; fi
-    for pid in $(ranks); do kill -s "$number" "$pid" 2>/dev/null || true; done
+    until pids=$(ranks); [ -n "$pids" ]; do
+        if [ "$number" = KILL ] || ! begun; then
+            kill -s KILL "$torchrun" 2>/dev/null && echo "node $NODE_RANK: ended by $1 before its ranks had begun" >&2
+            return 0
+        fi
+        sleep .1 || true                        # they are about to begin, or have just ended
+    done
+    for pid in $pids; do kill -s "$number" "$pid" 2>/dev/null || true; done
 }
-torchrun=none
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
 trap 'pass_on USR1' USR1
@@ -59,13 +69,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > PROCS_PER_NODE ? $(nproc
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m "${MODULE:-dpo_dist.train}" "$@" 2>> "$log"
 ) &
 torchrun=$!
+[ -z "$early" ] || pass_on "$early"
 
+while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done      # a signal ends a wait, too
 code=0
 wait "$torchrun" || code=$?
-while kill -0 "$torchrun" 2>/dev/null; do      # a signal had ended the wait, not torchrun
-    code=0
-    wait "$torchrun" || code=$?
-done
 rm -f "$RUN_DIR/logs/node-$NODE_RANK.pid"
 if [ "$code" != 0 ] && [ ! -e "$RUN_DIR/PREEMPTED" ]; then
     said=$(tail -c +$((already + 1)) "$log")

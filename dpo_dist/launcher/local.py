@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from dpo_dist.config import ClusterConfig, UserError
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 TAIL_LINES = 20
-SECONDS_BETWEEN_LOOKS = 0.2        # at stages that run side by side
+SECONDS_BETWEEN_LOOKS = 0.2        # at signals, and at stages that run side by side
+SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SECONDS_FOR_SURVIVORS = "10"       # that the ranks beside a failed one get before they are killed
 
 
@@ -39,31 +39,41 @@ def devices(cluster: ClusterConfig) -> list[str]:
 
 
 def run_stages(plan: LaunchPlan) -> int:
-    """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is done."""
+    """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is done.
+
+    A signal to end goes to the ranks, which save first (dpo_dist/stop.py), and starts no further stage. A second Ctrl-C kills them at once.
+    """
     names = [stage.name for stage in plan.stages]
-    for stage in plan.stages:
-        if stage.beside in names:
-            continue
-        code = run_stage(stage, Path(plan.run_dir), [each for each in plan.stages if each.beside == stage.name])
-        if code:
-            return code
+    with noting_signals(*SIGNALS_TO_END) as asked:
+        for stage in plan.stages:
+            if stage.beside in names:
+                continue
+            if asked:
+                return _ended_early(asked, f"before the {stage.name} stage")
+            code = run_stage(stage, Path(plan.run_dir), [each for each in plan.stages if each.beside == stage.name], asked)
+            if code:
+                return code
     return 0
 
 
-def run_stage(stage: Stage, run_dir: Path, servants: Sequence[Stage] = ()) -> int:
+def run_stage(stage: Stage, run_dir: Path, servants: Sequence[Stage], asked: Sequence[int]) -> int:
     """Starts the stage, beside its servants, and waits. What it tells a person passes through; what libraries say goes to
-    <run.dir>/logs/launcher.log, and so does all that servants say to theirs. The exit code is the stage's own."""
+    <run.dir>/logs/launcher.log, and so does all that servants say to theirs. The exit code is the stage's own. `asked`: see noting_signals."""
     total = stage.procs_per_node + sum(each.procs_per_node for each in servants)
-    beside = [_start(each, Path(each.run_dir), total, quiet=True) for each in servants]
-    started = _start(stage, Path(stage.run_dir or run_dir), total)
-    with _passing_signals_on([started, *beside]):
-        try:
-            code = _wait(started, beside)
-        finally:
-            for each in beside:
-                _end(each)
+    beside: list[_Started] = []
+    try:
+        for each in servants:
+            beside.append(_start(each, Path(each.run_dir), total, quiet=True))
+        started = _start(stage, Path(stage.run_dir or run_dir), total)
+        code = _wait(started, beside, asked)
+    finally:
+        for servant in beside:
+            _end(servant)
     if (started.run_dir / "PREEMPTED").exists():
         return 128 + int(json.loads((started.run_dir / "PREEMPTED").read_text())["signal"])
+    if code and asked and _ended_by(asked, started, code):
+        (started.run_dir / "FAILED").unlink(missing_ok=True)             # of a rank that only saw another one go
+        return _ended_early(asked, f"in the {stage.name} stage")
     return _report_failure(stage, started.run_dir, code, started.said()) if code else 0
 
 
@@ -102,19 +112,21 @@ def _start(stage: Stage, run_dir: Path, procs_on_machine: int, quiet: bool = Fal
     return _Started(stage, run_dir, process, already)
 
 
-def _wait(started: _Started, servants: Sequence[_Started]) -> int:
-    """The exit code. A servant that ends before its work is done is marked FAILED, which the stage will see: it goes as far as it can."""
-    serving = list(servants)
-    while serving:
+def _wait(started: _Started, servants: Sequence[_Started], asked: Sequence[int]) -> int:
+    """The exit code. Signals are passed on meanwhile. A servant that ends before its work is done is marked FAILED, which the stage will
+    see: it goes as far as it can."""
+    serving, passed = list(servants), 0
+    while True:
         try:
             return started.process.wait(SECONDS_BETWEEN_LOOKS)
         except subprocess.TimeoutExpired:
+            if len(asked) > passed and _pass_on(asked[passed:], asked.count(signal.SIGINT) > 1, [started, *serving]):
+                passed = len(asked)
             for servant in [each for each in serving if each.process.poll() is not None]:
                 serving.remove(servant)
                 if not (servant.run_dir / "DONE").exists() and not (servant.run_dir / "FAILED").exists():
                     _mark_failed(servant.run_dir, f"the {servant.stage.name} stage ended with code {servant.process.returncode}; "
                                                   f"its logs are in {servant.run_dir}/logs")
-    return started.process.wait()
 
 
 def _end(servant: _Started) -> None:
@@ -146,30 +158,55 @@ def command(stage: Stage) -> list[str]:
 
 
 @contextmanager
-def _passing_signals_on(started: Sequence[_Started]) -> Iterator[None]:
-    """Meanwhile, a signal to end goes to the ranks, which save first (dpo_dist/stop.py); torchrun would give them 30 seconds and kill
-    them. A second Ctrl-C kills them at once."""
-    interrupted = False
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        again, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
-        if again:
-            for each in started:
-                _kill(each)
-            return
-        if interrupted:
-            print("stopping after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-        for rank in [rank for each in started for rank in each.ranks()]:
-            _send(rank, signal.SIGTERM if number == signal.SIGHUP else number, os.kill)
-
-    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    former = {number: signal.signal(number, pass_on) for number in heard}
+def noting_signals(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Those of these signals that came meanwhile, in order; one that is ignored (nohup) stays so. Noted, not raised: an exception in the
+    middle of a start would lose the process."""
+    asked: list[int] = []
+    former = {number: signal.getsignal(number) for number in numbers}
+    heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, lambda number, frame: asked.append(number))
     try:
-        yield
+        yield asked
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number in heard:
+            signal.signal(number, former[number])
+
+
+def _pass_on(numbers: Sequence[int], at_once: bool, running: Sequence[_Started]) -> bool:
+    """Whether it could be done: a torchrun that has not started its ranks yet is about to. Not torchrun itself is told, as it would give its
+    ranks 30 seconds and kill them."""
+    if at_once:
+        for each in running:
+            _kill(each)
+        return True
+    told = [each.ranks() for each in running if each.process.poll() is None]
+    if not all(told):
+        return False
+    if signal.SIGINT in numbers:
+        print("stopping after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+    for rank in [rank for ranks in told for rank in ranks]:
+        for number in numbers:
+            _send(rank, _sent(number), os.kill)
+    return True
+
+
+def _ended_by(asked: Sequence[int], started: _Started, code: int) -> bool:
+    """Whether a signal that was passed on ended the stage itself, which was not listening yet or is one that has nothing to save."""
+    killed = _killed_rank(started.said())
+    number = killed[1] if killed else max(0, -code)
+    sent = {_sent(each) for each in asked} | ({signal.SIGKILL} if asked.count(signal.SIGINT) > 1 else set())
+    return number in sent if number else not (started.run_dir / "FAILED").exists()
+
+
+def _sent(number: int) -> int:
+    """The signal that the ranks are sent for it: they do not know HUP."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
+
+
+def _ended_early(asked: Sequence[int], where: str) -> int:
+    print(f"ended by {signal.Signals(asked[0]).name} {where}; the same command goes on from there", file=sys.stderr)
+    return 128 + asked[0]
 
 
 def _children(pid: int) -> list[int]:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, metrics, train_on, write_rows, write_tiny_llama
+from conftest import REPO, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from test_two_nodes import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -40,7 +41,7 @@ def interrupt_after_a_step(process: subprocess.Popen[str], run_dir: Path) -> str
 
 
 def test_torchrun_sh_trains_on_one_box_and_ctrl_c_saves(tmp_path: Path, words: list[str]):
-    process = start("torchrun.sh", *words, PROCS_PER_NODE="2", MASTER_PORT="29613")
+    process = start("torchrun.sh", *words, PROCS_PER_NODE="2", MASTER_PORT=str(free_port()))
     told = interrupt_after_a_step(process, tmp_path / "a run")
     assert "stopped by SIGINT: step" in told and process.returncode != 0
     assert list((tmp_path / "a run" / "checkpoints").glob("*/COMPLETE")) and (tmp_path / "a run" / "PREEMPTED").exists()
@@ -54,7 +55,7 @@ def test_hosts_sh_starts_a_node_on_every_host_and_ctrl_c_saves_on_all(tmp_path: 
     remote = tmp_path / "remote"
     remote.write_text('#!/bin/bash\nexec setsid --wait env --default-signal=INT bash -c "$2"\n')
     remote.chmod(0o755)
-    process = start("hosts.sh", str(tmp_path / "hosts"), *words, PROCS_PER_NODE="1", MASTER_PORT="29614", REMOTE=str(remote))
+    process = start("hosts.sh", str(tmp_path / "hosts"), *words, PROCS_PER_NODE="1", MASTER_PORT=str(free_port()), REMOTE=str(remote))
     told = interrupt_after_a_step(process, tmp_path / "a run")
     assert "stopped by SIGINT: step" in told and process.returncode != 0
     assert {p.name for p in (tmp_path / "a run" / "logs").glob("node-*.log")} == {"node-0.log", "node-1.log"}
@@ -64,3 +65,24 @@ def test_hosts_sh_starts_a_node_on_every_host_and_ctrl_c_saves_on_all(tmp_path: 
 def test_a_node_that_knows_no_master_says_so(words: list[str]):
     process = start("node.sh", *words, NNODES="2", NODE_RANK="0")
     assert "error: MASTER_ADDR is not set" in process.communicate(timeout=30)[0] and process.returncode == 2
+
+
+def test_a_node_that_is_told_to_end_before_it_has_ranks_starts_none(tmp_path: Path):
+    """Nobody else would: the other node is never started, and torchrun waits for it."""
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'torch.distributed.run' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
+    process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
+                    RUN_DIR=str(tmp_path / "run"), PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in told
+    assert not processes_on(tmp_path / "run")
+
+
+@pytest.mark.parametrize("code", [1, 127, 137, 255])
+def test_hosts_sh_fails_when_a_host_does_whatever_its_code(code: int, tmp_path: Path):
+    """ssh ends with 255 where it cannot connect, with 127 where there is no such command, and with 137 where that was killed."""
+    (tmp_path / "hosts").write_text("first\nsecond\nthird\n")
+    remote = tmp_path / "remote"
+    remote.write_text(f"#!/bin/bash\n[ $1 != second ] || exit {code}\n")
+    remote.chmod(0o755)
+    process = start("hosts.sh", str(tmp_path / "hosts"), RUN_DIR=str(tmp_path), REMOTE=str(remote))
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == code

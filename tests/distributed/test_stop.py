@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO, dpo_dist, metrics, processes_on, train_on, write_rows, write_tiny_llama
 
+from dpo_dist.launcher.plan import Stage
+
 pytestmark = pytest.mark.distributed
 
 STEPS = 40
@@ -29,8 +31,10 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
 
 
 def start(*words: object) -> subprocess.Popen[str]:
+    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so have its children."""
     return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *map(str, words)], cwd=REPO, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -82,8 +86,11 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: list[str]):
     time.sleep(1)
     assert process.poll() is None, "the first waits for the step"
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(5) != 0
-    assert not processes_on(tmp_path / "run")
+    assert process.wait(30) == 128 + signal.SIGINT
+    deadline = time.monotonic() + 30
+    while processes_on(tmp_path / "run"):
+        assert time.monotonic() < deadline, "its ranks are left behind"
+        time.sleep(0.05)
 
 
 def test_scoring_that_is_told_to_end_keeps_what_is_scored_and_the_training_does_not_start(tmp_path: Path, words: list[str]):
@@ -107,7 +114,45 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are
     os.kill(rank(1, tmp_path / "run"), signal.SIGKILL)
     died = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and time.monotonic() - died < 10
+    assert process.returncode == 1 and time.monotonic() - died < 30
     assert "the last words of rank 1" in err and "error: rank 1 was ended by SIGKILL" in err
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["message"].startswith("rank 1 was ended")
     assert not processes_on(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------- signals at awkward moments, of stages in short
+
+
+def run_stages(folder: Path, *stages: Stage) -> subprocess.CompletedProcess[str]:
+    """`run_stages` of these in a process of its own. Their modules, and a sitecustomize for all processes, are looked for in `folder`."""
+    script = f"""import sys
+from dpo_dist.launcher.local import run_stages
+from dpo_dist.launcher.plan import LaunchPlan, Stage
+sys.exit(run_stages(LaunchPlan({str(folder / 'run')!r}, {stages!r})))"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPO)])})
+
+
+def test_a_signal_that_a_stage_no_longer_heeds_starts_no_further_stage(tmp_path: Path):
+    (tmp_path / "over.py").write_text("import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.kill(os.getppid(), 15)\n")
+    (tmp_path / "further.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w')\n")
+    done = run_stages(tmp_path, Stage("score", "over", 1, 1, ()), Stage("train", "further", 1, 1, (), after=("score",)))
+    assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM before the train stage" in done.stderr, done.stderr
+    assert not (tmp_path / "begun").exists()
+
+
+def test_a_signal_before_torchrun_has_started_its_ranks_ends_them_as_soon_as_they_are_there(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'torch.distributed.run' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
+    (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
+    done = run_stages(tmp_path, Stage("train", "forever", 1, 2, (f"run.dir={tmp_path / 'run'}",)))
+    assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM in the train stage" in done.stderr, done.stderr
+    assert not processes_on(tmp_path / "run") and not (tmp_path / "run" / "FAILED").exists()
+
+
+def test_what_was_started_beside_a_stage_that_cannot_be_started_is_ended(tmp_path: Path):
+    (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
+    (tmp_path / "run").write_text("a file where a folder should be")
+    beside = Stage("score", "forever", 1, 1, (f"run.dir={tmp_path / 'beside'}",), beside="train", run_dir=str(tmp_path / "beside"))
+    done = run_stages(tmp_path, beside, Stage("train", "forever", 1, 1, ()))
+    assert done.returncode == 1 and "UserError: run.dir=" in done.stderr, done.stderr
+    assert (tmp_path / "beside" / "logs" / "launcher.log").exists() and not processes_on(tmp_path / "beside")

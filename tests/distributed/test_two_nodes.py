@@ -16,7 +16,7 @@ from namespaces import Node, two_nodes
 
 pytestmark = pytest.mark.distributed
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 30                 # where a node is lost
 BIN = Path(sys.executable).parent
 
 
@@ -31,7 +31,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 40)
     base = [word for word in base if not word.startswith(("cluster.procs_per_node", "cluster.timeout"))]
-    return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"cluster.timeout_seconds={TIMEOUT_SECONDS}",
+    return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "cluster.timeout_seconds=60",
             "data.eval_fraction=0.2", "train.pairs_per_step=8", "optim.lr=1e-3", "loss.beta=0.5", "zero=zero3"]
 
 
@@ -72,12 +72,12 @@ def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(processes:
 def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(lost: int, nodes: tuple[Node, Node], tmp_path: Path,
                                                                            words: list[str]):
     run_dir = tmp_path / "run"
-    jobs = run_on(nodes, [*words, "train.epochs=500", f"run.dir={run_dir}"], tmp_path, 1)
+    jobs = run_on(nodes, [*words, f"cluster.timeout_seconds={TIMEOUT_SECONDS}", "train.epochs=500", f"run.dir={run_dir}"], tmp_path, 1)
     wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) >= 2, jobs)
     nodes[lost].cut_off()
     began = time.monotonic()
-    ended = finish(jobs, timeout=TIMEOUT_SECONDS + 60)
-    assert time.monotonic() - began < TIMEOUT_SECONDS + 20, ended
+    ended = finish(jobs, timeout=TIMEOUT_SECONDS + 90)
+    assert time.monotonic() - began < TIMEOUT_SECONDS + 60, ended
     for code, said in ended:                                     # each node has a terminal of its own
         assert code != 0
         assert f"no answer from another rank for {TIMEOUT_SECONDS} s (cluster.timeout_seconds)" in said, said

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config import ClusterConfig, UserError
-from dpo_dist.launcher.local import devices
+from dpo_dist.launcher.local import devices, noting_signals
 
 POLL_SECONDS = 0.1
 
@@ -56,7 +56,7 @@ def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Cal
     codes = [-1] * len(commands)
     waiting, free = deque(range(len(commands))), deque(where)
     running: dict[int, tuple[subprocess.Popen[bytes], Place, float]] = {}
-    with _asked_to_stop() as asked:
+    with noting_signals(signal.SIGTERM, signal.SIGINT) as asked:
         while (waiting or running) and not asked:
             while waiting and free:
                 i, place = waiting.popleft(), free.popleft()
@@ -78,21 +78,6 @@ def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Cal
     if asked:
         raise KeyboardInterrupt
     return codes
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """The signals that asked this process to stop. Noted, not raised: an exception in the middle of a start would lose the process."""
-    asked: list[int] = []
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]
-    for number in heard:
-        signal.signal(number, lambda number, frame: asked.append(number))
-    try:
-        yield asked
-    finally:
-        for number in heard:
-            signal.signal(number, former[number])
 
 
 def _start(command: Command, place: Place) -> subprocess.Popen[bytes]:
