@@ -57,6 +57,11 @@ def listening(port: int = 0) -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
+def free_port() -> int:
+    with listening() as port:
+        return port
+
+
 def test_on_a_sound_machine_all_is_green_and_nothing_is_left_behind(tmp_path: Path):
     said = doctor(tmp_path, code=0)
     assert [name for name in said if name != "slurm"] == ["versions", "devices", "compiled ops", "ports", "shared folder", "clock", "disk"]
@@ -109,7 +114,7 @@ def test_an_interface_that_is_not_there_is_red_and_a_real_one_green(tmp_path: Pa
 
 
 def test_an_unknown_master_address_is_red(tmp_path: Path):
-    said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT="29517", MASTER_ADDR="nobody.invalid", GLOO_SOCKET_IFNAME="lo")
+    said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid", GLOO_SOCKET_IFNAME="lo")
     assert "MASTER_ADDR=nobody.invalid has no address" in said["ports"]
 
 
@@ -121,7 +126,7 @@ def test_a_file_where_a_folder_should_be_is_red(tmp_path: Path):
 
 
 def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
-    said = doctor(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT="29518")
+    said = doctor(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT=str(free_port()))
     assert red(said) == ["shared folder"]
     assert "a disk of this machine alone" in said["shared folder"] and "that every node mounts" in said["shared folder"]
 
