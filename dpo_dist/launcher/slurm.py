@@ -56,12 +56,18 @@ def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
 
 
 def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
-    """Submits jobs in order, each after those it names; {name: Slurm's id}. Raises UserError with what Slurm said."""
+    """Submits jobs in order, each after those it names; {name: Slurm's id}. All or none: UserError with what Slurm said of the first that it
+    refused, the others cancelled."""
     ids: dict[str, str] = {}
     for job in jobs:
         job.path.parent.mkdir(parents=True, exist_ok=True)
         job.path.write_text(job.script)
-        ids[job.name] = _sbatch(sbatch_command(job, ids))
+        try:
+            ids[job.name] = _sbatch(sbatch_command(job, ids))
+        except UserError:
+            if ids:
+                subprocess.run(["scancel", *ids.values()])
+            raise
     return ids
 
 
@@ -107,7 +113,7 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
 
 
 def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, output: Path, array: str | None) -> list[str]:
-    return [f"--job-name={name}", f"--output={output}", *([f"--array={array}"] if array else []), f"--signal=B:USR1@{slurm.signal_seconds}",
+    return [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []), f"--signal=B:USR1@{slurm.signal_seconds}",
             *_machines(stage.nodes, stage.procs_per_node, config, slurm)]
 
 
@@ -153,22 +159,37 @@ def shipped(name: str) -> Path:
 
 
 def wait_for(job_ids: Sequence[str], seconds_between: float = 10.0) -> None:
-    """Returns when none of these jobs (arrays: with all their tasks) is pending or running any more, however each ended."""
-    while any(is_alive(job) for job in job_ids):
-        time.sleep(seconds_between)
+    """Returns when none of these jobs (arrays: with all their tasks) is pending or running any more, however each ended. A controller that
+    does not answer for a while is waited for, too."""
+    for job in job_ids:
+        while _may_be_alive(job):
+            time.sleep(seconds_between)
+
+
+def _may_be_alive(job: str) -> bool:
+    try:
+        return is_alive(job)
+    except UserError:
+        return True
 
 
 def job_states(job: str) -> list[str]:
-    """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here."""
+    """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here. UserError where Slurm
+    does not answer, which says nothing of the job."""
     try:
         done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
     except FileNotFoundError:
         return []
-    return re.findall(r"\bJobState=(\S+)", done.stdout) if done.returncode == 0 else []
+    if done.returncode == 0:
+        return re.findall(r"\bJobState=(\S+)", done.stdout)
+    said = " ".join((done.stdout + done.stderr).split())
+    if "Invalid job id" in said:
+        return []
+    raise UserError(f"Slurm does not say how job {job} is: {said}; try again when `scontrol ping` says that the controller is up")
 
 
 def is_alive(job: str) -> bool:
-    """Whether any of the job is pending or running."""
+    """Whether any of the job is pending or running. UserError where Slurm does not answer."""
     return any(state.startswith(STATES_OF_THE_LIVING) for state in job_states(job))
 
 

@@ -16,8 +16,15 @@ def status(run_dir: Path) -> str:
     whole = sorted(marker.parent.name for marker in run_dir.glob("checkpoints/step-*/COMPLETE"))
     lines.append(f"saved     {', '.join(whole) or 'nothing yet'}")
     for stage, job in recorded_jobs(run_dir).items():
-        lines.append(f"{stage:<9} job {job}: {', '.join(job_states(job)) or 'Slurm knows nothing of it any more'}")
+        lines.append(f"{stage:<9} job {job}: {_job_state(job)}")
     return "\n".join(lines)
+
+
+def _job_state(job: str) -> str:
+    try:
+        return ", ".join(job_states(job)) or "Slurm knows nothing of it any more"
+    except UserError as error:
+        return f"unknown: {error}"
 
 
 def _state(run_dir: Path) -> str:

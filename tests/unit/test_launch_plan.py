@@ -68,6 +68,11 @@ def test_a_container_sees_the_working_folder_the_run_and_what_else_is_named():
     assert "--container-image=/images/a.sqsh" in container and f"{Path.cwd()}:{Path.cwd()},/runs/my run:/runs/my run,/data:/data" in container
 
 
+def test_a_folder_with_a_space_reaches_the_script_quoted():
+    _, train = jobs_of(*planned(SLURM))
+    assert '--output="/runs/my run/slurm/train-%j.out"' in directives(train.script)
+
+
 def test_training_waits_for_scoring_and_is_cancelled_with_it():
     text = describe(jobs_of(*planned([*SLURM, "data.train=[{path: 'a b.jsonl'}]"])))
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("sbatch ")]
@@ -111,6 +116,16 @@ def test_a_sweep_is_one_array_a_group_whose_tasks_read_their_own_overrides(tmp_p
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="differ in `cluster`"):
         rendered([Group((job(0.1), job(0.2, "cluster.nodes=4")), None)])
+
+
+def test_each_set_of_tasks_of_a_sweep_has_a_folder_of_its_own_and_the_same_tasks_the_same(tmp_path: Path):
+    """An array task reads its line when it starts, which may be after a later command has submitted other trainings of the sweep."""
+    def tasks_files(*betas: float) -> set[str]:
+        group = Group(tuple(make_job([*SLURM[:3], f"loss.beta={beta}"], (), tmp_path) for beta in betas), None)
+        return {line for line in rendered([group]).splitlines() if line.startswith("# ----") and line.endswith("/tasks")}
+
+    assert tasks_files(0.1, 0.2) == tasks_files(0.1, 0.2)
+    assert len(tasks_files(0.1, 0.2) | tasks_files(0.1) | tasks_files(0.1, 0.2, 0.3)) == 3
 
 
 @pytest.mark.parametrize("words", [["plan"], ["run", "--dry-run"]])
