@@ -15,7 +15,8 @@ import pytest
 from conftest import REPO, eval_on, metrics, train_on, write_rows, write_tiny_llama
 from slurm_cluster import NEEDED, Slurm
 
-from dpo_dist.launcher.slurm import wait_for
+from dpo_dist.config import UserError
+from dpo_dist.launcher.slurm import BatchJob, job_states, submit_jobs, wait_for
 from dpo_dist.launcher.sweep.groups import group_jobs, make_job
 from dpo_dist.launcher.sweep.on_slurm import submit
 
@@ -55,7 +56,7 @@ def words(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(slurm: Slurm, folder: Path, words: list[str]) -> Path:
     """An uninterrupted run: scored, trained and exported as two jobs, after a look at the nodes."""
-    run_dir = folder / "straight"
+    run_dir = folder / "a straight run"
     ids = slurm.submit("run", [*words, "cluster.slurm.preflight=true", f"run.dir={run_dir}"])
     slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
     return run_dir
@@ -137,10 +138,46 @@ def test_a_power_cut_of_one_node_costs_only_the_steps_since_the_last_checkpoint(
     job = under_way(slurm, words, folder / "power")
     slurm.until("a checkpoint", lambda: any((folder / "power" / "checkpoints").glob("*/COMPLETE")))
     slurm.testbed("kill", 2)
-    slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
+    slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1", seconds=300)
     assert_went_on_to_the_same_bits(slurm, job, folder / "power", straight)
     slurm.testbed("boot", 2)
     slurm.until("node2", lambda: slurm.call("sinfo", "-h", "-n", "node2", "-p", "main", "-o", "%T").strip() == "idle")
+
+
+def test_a_job_that_slurm_requeues_once_too_often_ends(slurm: Slurm, folder: Path, words: list[str]):
+    job = under_way(slurm, [*words, "cluster.slurm.max_requeues=0"], folder / "too_often")
+    slurm.call("scontrol", "requeue", job)                # as Slurm itself does it after a preemption
+    slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
+    slurm.until_state(job, "FAILED", "COMPLETED", start_now=True)
+    assert slurm.show(job, "JobState") == "FAILED" and "this would be start 2, and max_requeues is 0" in output(folder / "too_often")
+
+
+def in_its_environment(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_refused_job_takes_those_submitted_with_it_away(slurm: Slurm, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    in_its_environment(slurm, monkeypatch)
+    jobs = [BatchJob(name, f"#!/bin/bash\n#SBATCH --output=/dev/null --partition={partition}\nsleep 600\n", folder / f"{name}.sbatch", ())
+            for name, partition in (("accepted", "main"), ("refused", "nowhere"))]
+    with pytest.raises(UserError, match="invalid partition"):
+        submit_jobs(jobs)
+    slurm.until("its end", lambda: slurm.call("squeue", "--noheader", "--states=all", "--name=accepted.sbatch", "--format=%T").strip()
+                == "CANCELLED")
+
+
+def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    nobody = tmp_path / "slurm.conf"                     # a controller's port where nothing listens
+    nobody.write_text(re.sub("SlurmctldPort=.*", "SlurmctldPort=1", Path(slurm.environment["SLURM_CONF"]).read_text()))
+    in_its_environment(slurm, monkeypatch)
+    assert job_states("999999") == job_states("999999_3") == []
+    (tmp_path / "slurm.json").write_text(json.dumps({"train": "999999"}))
+    assert "Slurm knows nothing of it any more" in slurm.dpo_dist("status", tmp_path)
+    monkeypatch.setenv("SLURM_CONF", str(nobody))
+    with pytest.raises(UserError, match="Slurm does not say how job 999999 is"):
+        job_states("999999")
+    assert "unknown: Slurm does not say" in Slurm(dict(os.environ)).dpo_dist("status", tmp_path)
 
 
 def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(slurm: Slurm, folder: Path, words: list[str]):
@@ -156,14 +193,14 @@ def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_w
 def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(slurm: Slurm, folder: Path, words: list[str]):
     ids = slurm.submit("run", [*words[1:], f"model.path={folder / 'nothing'}", f"run.dir={folder / 'unscored'}"])
     slurm.until_state(ids["score"], "FAILED")
-    slurm.until_state(ids["train"], "CANCELLED", seconds=30)
+    slurm.until_state(ids["train"], "CANCELLED", seconds=120)
     assert not (folder / "unscored" / "metrics.jsonl").exists()
 
 
 def served(*command: object) -> list[str]:
     """A reference whose servers are this command, on two nodes; the ranks are on one."""
     return ["cluster.nodes=1", "train.max_steps=2", "reference=vllm", "reference.nodes=2", "reference.audit.pairs=8",
-            "reference.requests.wait_seconds=50", f"reference.server='{' '.join(map(str, command))}'"]
+            "cluster.timeout_seconds=600", "reference.requests.wait_seconds=500", f"reference.server='{' '.join(map(str, command))}'"]
 
 
 def test_the_reference_is_served_from_nodes_of_its_own(slurm: Slurm, folder: Path, words: list[str]):
@@ -186,21 +223,20 @@ def test_a_server_that_does_not_start_fails_the_scoring_at_once(slurm: Slurm, fo
     broken.write_text("raise SystemExit('out of memory')\n")
     ids = slurm.submit("run", [*words, *served(sys.executable, broken, "{port}"), f"reference.cache_dir={folder / 'unserved_reference'}",
                                f"run.dir={run_dir}"])
-    slurm.until_state(ids["score"], "FAILED", seconds=40)            # not after reference.requests.wait_seconds
-    slurm.until_state(ids["train"], "CANCELLED", seconds=30)
+    slurm.until_state(ids["score"], "FAILED", seconds=200)           # not after reference.requests.wait_seconds
+    slurm.until_state(ids["train"], "CANCELLED", seconds=120)
     assert re.search(r"error: node\d: reference.server=.* ended with code 1 before it answered: out of memory", output(run_dir, "score"))
 
 
 def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch):
-    for name, value in slurm.environment.items():
-        monkeypatch.setenv(name, value)
+    in_its_environment(slurm, monkeypatch)
     small = [*words, "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none", "train.max_steps=2",
              "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'sweep_reference'}"]
     trainings = [make_job([*small, "cluster.jobs_at_once=3", f"loss.beta={beta}", f"optim.lr={lr}"], (), folder / "sweep")
                  for beta in (0.05, 0.1, 0.3) for lr in (5e-4, 1e-3)]
     (ids,) = submit(group_jobs(trainings, folder / "sweep"))
     wait_for([ids.score, ids.array], seconds_between=0.5)
-    scripts = folder / "sweep" / "slurm" / "group-0"
+    (scripts,) = (folder / "sweep" / "slurm").iterdir()
     told = "".join(path.read_text() for path in scripts.glob("score-*.out"))
     assert f"scored {2 * PAIRS}, cached 0" in told
     finals = set()
