@@ -50,7 +50,7 @@ class ScoredModel(nn.Module):
         return out.last_hidden_state[0][batch.predict_at]
 
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
-        """Each sequence in a row of its own, padded on the right, where causal attention never looks."""
+        """Each sequence in a row of its own, padded on the right, where causal attention never looks. The plan bounds rows times longest."""
         rows = [torch.cat([batch.input_ids[0, slice(*t.prompt)], batch.input_ids[0, slice(*b)]]) for t in batch.trees for b in t.branches]
         prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches], device=batch.offset.device)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -170,13 +170,19 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str) -> PreTrain
             model = load("sdpa")
         except ValueError:                               # an architecture that only has its own
             model = load("eager")
-    for module in model.modules():                       # log-probs of one model are one set of numbers: no dropout, whatever its config says
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    _without_dropout(model)
     model.config.use_cache = False
     return model
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
+    """Log-probs of one model are one set of numbers: no dropout, whatever its config says: not in layers, nor as rates that forwards read."""
+    for each in (*model.modules(), model.config):
+        if isinstance(each, nn.Dropout):
+            each.p = 0.0
+        for name, value in vars(each).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(each, name, 0.0)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:

@@ -100,6 +100,19 @@ def test_branch_attention_is_found_to_fit(name: str):
     assert branch_misfit(config) is None
 
 
+@pytest.mark.parametrize("name", ["OPT", "Starcoder2", "Falcon", "GPT2"])
+def test_a_model_in_training_has_no_dropout_whatever_its_config_says(name: str, tmp_path: Path):
+    rates = {"OPT": {"dropout": 0.5, "layerdrop": 0.5, "ffn_dim": 48, "word_embed_proj_dim": 32},
+             "Starcoder2": {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5},
+             "Falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5}, "GPT2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{key: value for key, value in SMALL.items() if key != "head_dim"}, **rates[name])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = ScoredModel(load_causal_lm(tmp_path, torch.float32, "padded"), "padded")
+    batch = pack_pairs(PAIRS, [0, 1, 2], [1.0] * 3)
+    assert torch.equal(token_logps(model.train(), batch).logps, token_logps(model.eval(), batch).logps)
+
+
 def test_an_architecture_that_branch_attention_would_get_wrong_is_found_out_and_padded(tmp_path: Path):
     config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
     config.save_pretrained(tmp_path)
