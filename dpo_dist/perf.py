@@ -1,6 +1,7 @@
 """How fast and how large: what a step's time was spent on, how much was computed, and the share of the device's peak that it reached."""
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections import defaultdict
@@ -12,10 +13,12 @@ from dpo_dist.flops import StepWork
 from dpo_dist.world import World
 
 PARTS = ("data", "forward", "backward", "wait", "step")      # waiting for packs; ...; for the slowest rank; clipping and the update
-DENSE_BF16_TFLOPS = {                                        # by a part of the device's name, the more special first; vendors' data sheets
-    "B300": 2250, "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
-    "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+DENSE_BF16_TFLOPS = {                                        # by the device's name, ORNAMENTS aside; vendors' data sheets
+    "B300": 2250, "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIE": 756, "H100 NVL": 835,
+    "H800": 989, "H20": 148, "A100": 312, "A100 PCIE": 312, "A800": 312, "A800 PCIE": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125,
+    "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
 }
+ORNAMENTS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|SXM\d*|AC|HBM3E?|\d+GB?")     # words that leave the peak as it is
 
 
 class Clock:
@@ -63,6 +66,7 @@ class Clock:
         if mean:
             row["perf/busiest_rank"] = busiest / mean
         if self._peak_tflops:
+            row["perf/peak_tflops"] = self._peak_tflops
             row["perf/mfu"] = self._work.flops / (seconds * self._world.size * self._peak_tflops * 1e12)
         self._seconds.clear()
         self._steps, self._work = 0, StepWork()
@@ -88,5 +92,10 @@ def known_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's dense matrix peak as its data sheet states it; None where it is not known here (a CPU, another dtype)."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((float(peak) for part, peak in DENSE_BF16_TFLOPS.items() if part in name), None)
+    return sheet_tflops(torch.cuda.get_device_name(device))
+
+
+def sheet_tflops(name: str) -> float | None:
+    """The dense bf16 peak of the device of this name. None where any word of it is unknown: a part of a device, or a smaller kin."""
+    words = re.split(r"[\s-]+", name.upper())
+    return DENSE_BF16_TFLOPS.get(" ".join(word for word in words if not ORNAMENTS.fullmatch(word)))
