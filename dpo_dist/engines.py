@@ -77,7 +77,8 @@ def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore]
     every pack.
     """
     cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
-    scoring, damaged = plan(cache, data_sets, world, config.train.tokens_per_microbatch, windows)
+    padded = inputs.reference_attention == "padded" and config.reference.engine != "vllm"           # whose servers lay out rows themselves
+    scoring, damaged = plan(cache, data_sets, world, config.train.tokens_per_microbatch, windows, padded)
     n_missing = len(scoring.sequences)
     if damaged:
         terminal.say(f"reference cache: {damaged} damaged shards set aside (*.corrupt in {cache.folder}); scored again")

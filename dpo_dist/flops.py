@@ -13,12 +13,14 @@ Floats = NDArray[np.float64]
 class Flops:
     """Forward FLOPs of a causal language model. A product of (m, k) and (k, n) counts 2 m k n; all else is not counted.
 
-    `attention` holds, for each kind of layer, (FLOPs for each query and key that it sees, the layers' window or None).
+    `attention` holds, for each kind of layer, (FLOPs for each query and key that it sees, the layers' window or None). `padded`: each
+    sequence is a row with its prompt, padded to the longest (see ScoredModel), so that no prompt is shared.
     """
 
     per_token: float                                     # the layers' matrices
     per_completion_token: float                          # the head's
     attention: tuple[tuple[float, int | None], ...]
+    padded: bool = False
 
     def of_tokens(self, start: NDArray[np.integer], end: NDArray[np.integer]) -> Floats:
         """FLOPs of the tokens start to end (exclusive) of sequences, each of which sees all that is before it. Without the head."""
@@ -36,7 +38,8 @@ class Flops:
     def training(self, frozen_base: bool) -> Flops:
         """Forward and backward. A matrix's backward costs two forwards, or one where it gets no gradient of its own (LoRA's base)."""
         linear = 2 if frozen_base else 3
-        return Flops(linear * self.per_token, linear * self.per_completion_token, tuple((3 * each, window) for each, window in self.attention))
+        return Flops(linear * self.per_token, linear * self.per_completion_token, tuple((3 * each, window) for each, window in self.attention),
+                     self.padded)
 
 
 def _keys_seen(n: NDArray[np.integer], window: int | None) -> Floats:
@@ -50,7 +53,7 @@ def _keys_seen(n: NDArray[np.integer], window: int | None) -> Floats:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What all ranks do in a step: pairs, tokens forwarded (repeated ones too), and the FLOPs of its distinct tokens, there and back."""
+    """What all ranks do in a step: pairs, tokens forwarded (repeats and padding too), and the FLOPs of its distinct tokens, there and back."""
 
     pairs: int = 0
     tokens: int = 0

@@ -1,7 +1,7 @@
 """What a command reads before it starts: the models' folders and digests, and the tokenized pairs."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,18 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
     reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
+    padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
     key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world))
     model = read_config(policy_folder)
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
-            _check_pairs(pairs, config)
+            _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
     return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention, key,
-                  forward_flops(model), train, held_out)
+                  replace(forward_flops(model), padded=padded), train, held_out)
 
 
 def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dtype, world: World) -> ReferenceKey:
@@ -119,12 +120,12 @@ def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal)
         terminal.say(summary)
 
 
-def _check_pairs(pairs: PairStore, config: RunConfig) -> None:
+def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
     if config.loss.needs_whole_step and np.ptp(pairs.weight) > 0:
         raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; remove them from the data")
     if "odpo" in config.loss.weights:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
-    check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch)
+    check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch, padded)
 
 
 def _check_fits(pairs: PairStore, model: Any, key: str) -> None:

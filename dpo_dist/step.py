@@ -53,7 +53,7 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
         batches.append(batch.pinned() if world.device.type == "cuda" else batch)
         positions.append(() if is_filler else members)
     mean_chosen_tokens = float((weights * shapes.lengths[:, 1]).sum() / weights.sum())
-    work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops, share))
+    work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops))
     return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), mean_chosen_tokens, work)
 
 

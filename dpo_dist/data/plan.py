@@ -1,7 +1,8 @@
 """Which rank forwards which pairs at which micro-step: decided from lengths and contents alone, identically on every rank.
 
 Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is computed once. Packs
-keep to a token budget, are equally many on every rank (law 5), and those of one micro-step cost nearly the same.
+keep to a token budget (of padded rows: rows times the longest), are equally many on every rank (law 5), and those of one micro-step
+cost nearly the same.
 """
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +35,8 @@ class StepPlan:
     """packs[micro_step][rank] = the positions (in the step's list of pairs) that this rank forwards then.
 
     A pack that would be empty repeats one pair as a filler: `is_filler[micro_step][rank]`; its loss counts 0, and the ranks' forwards
-    stay equal in number (law 5). costs[micro_step][rank]: FLOPs of the pack's forward. tokens: all that is forwarded.
+    stay equal in number (law 5). costs[micro_step][rank]: FLOPs of the pack's forward, padding aside. tokens: all that is forwarded,
+    padding too.
     """
 
     packs: tuple[tuple[tuple[int, ...], ...], ...]
@@ -56,24 +59,43 @@ class StepPlan:
         return max(loads) * len(loads) / sum(loads)
 
 
+class _Size(NamedTuple):
+    """What a forward computes: rows, padded to the longest. Tokens laid end to end are rows of one token, which pad nothing."""
+
+    rows: int
+    longest: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.longest
+
+    def beside(self, other: _Size) -> _Size:
+        return _Size(self.rows + other.rows, max(self.longest, other.longest))
+
+
+NOTHING = _Size(0, 0)
+
+
 class _Unit(NamedTuple):
     """Pairs of one prompt that stay in one pack."""
 
     members: tuple[int, ...]
-    tokens: int
+    size: _Size
     cost: float
 
 
 class _Pair(NamedTuple):
-    """A pair as the planner sees it: (content, tokens, cost) of its completions."""
+    """A pair as the planner sees it: (content, size, cost) of its completions."""
 
     at: int
-    chosen: tuple[int, int, float]
-    rejected: tuple[int, int, float]
+    chosen: tuple[int, _Size, float]
+    rejected: tuple[int, _Size, float]
 
 
 class _Prompt(NamedTuple):
-    tokens: int
+    """Pairs, and what is computed once for them all: the prompt, or nothing where each row repeats it."""
+
+    size: _Size
     cost: float
     pairs: list[_Pair]
 
@@ -83,12 +105,16 @@ def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_micr
 
     Largest first into the cheapest pack with room (Graham 1969). Where that balances badly, filling one micro-step after the other,
     one micro-step more, and prompts cut smaller are tried, and what ends sooner is taken: a prompt computed twice may cost less than
-    ranks that wait.
+    ranks that wait. Padded rows go with those of like length instead.
     """
-    prompts, filler = _prompts(shapes, flops)
+    prompts = _prompts(shapes, flops)
+    filler = _filler(prompts, tokens_per_microbatch, share_completions)
     whole = _cut(prompts, tokens_per_microbatch, math.inf, share_completions)
-    best = _spread(whole, filler, world_size, tokens_per_microbatch)
     mean = sum(u.cost for u in whole) / world_size
+    if flops.padded:
+        units = _cut(prompts, tokens_per_microbatch, mean, share_completions)
+        return _assign(_rows_alike(units, world_size, tokens_per_microbatch), filler, world_size)
+    best = _spread(whole, filler, world_size, tokens_per_microbatch)
     pack = mean / len(best.packs)
     for part, more_micro_steps, in_turn in ((math.inf, 0, True), (math.inf, 1, True), (math.inf, 1, False), (math.inf, 2, False),
                                             (pack, 0, False), (pack / 2, 0, False), (pack / 4, 0, False)):
@@ -99,29 +125,36 @@ def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_micr
     return best
 
 
-def distinct_flops(shapes: PairShapes, flops: Flops, share_completions: bool = True) -> float:
+def distinct_flops(shapes: PairShapes, flops: Flops) -> float:
     """FLOPs of a forward of these pairs in which nothing is computed twice, however they are packed."""
     prompt_cost, completion_cost = flops.of_pairs(shapes.lengths)
     _, prompts = np.unique(shapes.content[:, 0], return_index=True)
     total = prompt_cost[prompts].sum()
-    if not share_completions:
-        return float(total + completion_cost.sum())
     completions = np.stack([np.repeat(shapes.content[:, 0], 2), shapes.content[:, 1:].ravel()], 1)
     _, once = np.unique(completions, axis=0, return_index=True)
     return float(total + completion_cost.ravel()[once].sum())
 
 
-def _prompts(shapes: PairShapes, flops: Flops) -> tuple[list[_Prompt], _Unit]:
-    """(the pairs by prompt, the cheapest pair: what a rank with nothing to do forwards)."""
+def _prompts(shapes: PairShapes, flops: Flops) -> list[_Prompt]:
+    """The pairs by prompt."""
     prompt_cost, completion_cost = flops.of_pairs(shapes.lengths)
     found: dict[int, _Prompt] = {}
     rows = zip(shapes.content.tolist(), shapes.lengths.tolist(), prompt_cost.tolist(), completion_cost.tolist(), strict=True)
     for at, ((prompt, chosen, rejected), (p, c, r), cost, (chosen_cost, rejected_cost)) in enumerate(rows):
-        pair = _Pair(at, (chosen, c, chosen_cost), (rejected, r, rejected_cost))
-        found.setdefault(prompt, _Prompt(p, cost, [])).pairs.append(pair)
-    alone = prompt_cost + completion_cost.sum(1)
-    cheapest = int(alone.argmin())
-    return list(found.values()), _Unit((cheapest,), int(shapes.lengths[cheapest].sum()), float(alone[cheapest]))
+        if flops.padded:
+            once = _Prompt(NOTHING, 0.0, [])
+            pair = _Pair(at, (chosen, _Size(1, p + c), cost + chosen_cost), (rejected, _Size(1, p + r), cost + rejected_cost))
+        else:
+            once = _Prompt(_Size(p, 1), cost, [])
+            pair = _Pair(at, (chosen, _Size(c, 1), chosen_cost), (rejected, _Size(r, 1), rejected_cost))
+        found.setdefault(prompt, once).pairs.append(pair)
+    return list(found.values())
+
+
+def _filler(prompts: Iterable[_Prompt], budget: int, share: bool) -> _Unit:
+    """The cheapest pair: what a rank with nothing to do forwards."""
+    alone = (_pieces(prompt._replace(pairs=[pair]), budget, math.inf, share)[0] for prompt in prompts for pair in prompt.pairs)
+    return min(alone, key=lambda unit: (unit.cost, unit.members))
 
 
 def _cut(prompts: Iterable[_Prompt], budget: int, part: float, share: bool) -> list[_Unit]:
@@ -148,38 +181,43 @@ def _pieces(prompt: _Prompt, budget: int, cap: float, share: bool) -> list[_Unit
     units: list[_Unit] = []
     members: list[int] = []
     seen: set[int] = set()
-    tokens, cost = prompt.tokens, prompt.cost
+    size, cost = prompt.size, prompt.cost
     for pair in prompt.pairs if len(prompt.pairs) == 1 else sorted(prompt.pairs, key=lambda p: p.chosen):
-        more_tokens, more_cost = _added(pair, seen, share)
-        if members and (tokens + more_tokens > budget or cost + more_cost > cap):
-            units.append(_Unit(tuple(members), tokens, cost))
+        more, more_cost = _added(pair, seen, share)
+        if members and (size.beside(more).tokens > budget or cost + more_cost > cap):
+            units.append(_Unit(tuple(members), size, cost))
             members, seen = [], set()
-            tokens, cost = prompt.tokens, prompt.cost
-            more_tokens, more_cost = _added(pair, seen, share)
+            size, cost = prompt.size, prompt.cost
+            more, more_cost = _added(pair, seen, share)
         members.append(pair.at)
         seen |= {pair.chosen[0], pair.rejected[0]}
-        tokens, cost = tokens + more_tokens, cost + more_cost
-    return [*units, _Unit(tuple(members), tokens, cost)]
+        size, cost = size.beside(more), cost + more_cost
+    return [*units, _Unit(tuple(members), size, cost)]
 
 
-def _added(pair: _Pair, seen: set[int], share: bool) -> tuple[int, float]:
-    """(tokens, cost) of the pair's completions that are not computed yet."""
+def _added(pair: _Pair, seen: set[int], share: bool) -> tuple[_Size, float]:
+    """(size, cost) of the pair's completions that are not computed yet."""
     fresh = {c[0]: c for c in (pair.chosen, pair.rejected) if c[0] not in seen}.values() if share else (pair.chosen, pair.rejected)
-    return sum(c[1] for c in fresh), sum(c[2] for c in fresh)
+    return reduce(_Size.beside, (c[1] for c in fresh), NOTHING), sum(c[2] for c in fresh)
 
 
 def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int, more_micro_steps: int = 0,
             in_turn: bool = False) -> StepPlan:
-    """Units into micro_steps x world_size packs; a micro-step's packs are neighbours in cost, and the busiest rank gets the cheapest."""
+    """The plan with as few micro-steps as the budget allows, or so many more."""
     order = sorted(units, key=lambda u: (-u.cost, u.members))
-    micro_steps = max(1, -(-sum(u.tokens for u in units) // (budget * world_size))) + more_micro_steps
+    micro_steps = max(1, -(-sum(u.size.tokens for u in units) // (budget * world_size))) + more_micro_steps
     fill = _fill_in_turn if in_turn else _fill
     while (bins := fill(order, micro_steps, world_size, budget)) is None:
         micro_steps += 1
+    return _assign(bins, filler, world_size)
+
+
+def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan:
+    """Packs, world_size for each micro-step: a micro-step's are neighbours in cost, and the busiest rank gets the cheapest."""
     bins.sort(key=lambda units: (-sum(u.cost for u in units), units))
     load = [0.0] * world_size
     packs, fillers, costs, tokens = [], [], [], 0
-    for m in range(micro_steps):
+    for m in range(len(bins) // world_size):
         row: list[list[_Unit]] = [[]] * world_size
         ranks = sorted(range(world_size), key=lambda r: load[r])
         for rank, pack in zip(ranks, bins[m * world_size:(m + 1) * world_size], strict=True):
@@ -188,9 +226,40 @@ def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int,
         full = [pack or [filler] for pack in row]
         packs.append(tuple(tuple(i for unit in pack for i in unit.members) for pack in full))
         costs.append(tuple(sum(unit.cost for unit in pack) for pack in full))
-        tokens += sum(unit.tokens for pack in full for unit in pack)
+        tokens += sum(reduce(_Size.beside, (unit.size for unit in pack)).tokens for pack in full)
         load = [a + b for a, b in zip(load, costs[-1], strict=True)]
     return StepPlan(tuple(packs), tuple(fillers), tuple(costs), tokens)
+
+
+def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[list[_Unit]]:
+    """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding, and none much larger than another."""
+    order = sorted(units, key=lambda u: (-u.size.longest, u.members))
+    packs = _in_order(order, budget)
+    n_packs = -(-len(packs) // world_size) * world_size
+    low, high = 0.0, float(budget)
+    for _ in range(8):
+        middle = (low + high) / 2
+        smaller = _in_order(order, middle)
+        if len(smaller) <= n_packs:
+            packs, high = smaller, middle
+        else:
+            low = middle
+    return packs + [[] for _ in range(n_packs - len(packs))]
+
+
+def _in_order(order: Iterable[_Unit], cap: float) -> list[list[_Unit]]:
+    """Packs of units as they come, of at most `cap` tokens, or of one unit that has more."""
+    packs: list[list[_Unit]] = []
+    size = NOTHING
+    for unit in order:
+        grown = size.beside(unit.size)
+        if packs and grown.tokens <= cap:
+            packs[-1].append(unit)
+        else:
+            packs.append([unit])
+            grown = unit.size
+        size = grown
+    return packs
 
 
 def _fill(order: Iterable[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
@@ -220,12 +289,12 @@ def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float
     left = []
     for unit in order:
         full = []
-        while heap and used[heap[0][1]] + unit.tokens > budget:
+        while heap and used[heap[0][1]] + unit.size.tokens > budget:
             full.append(heapq.heappop(heap))
         if heap and heap[0][0] + unit.cost <= cap:
             cost, b = heap[0]
             packs[b].append(unit)
-            used[b] += unit.tokens
+            used[b] += unit.size.tokens
             heapq.heapreplace(heap, (cost + unit.cost, b))
         else:
             left.append(unit)
@@ -234,11 +303,12 @@ def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float
     return packs, left
 
 
-def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int) -> None:
-    """Raises UserError where a pair alone is longer than a pack may be."""
-    tokens = lengths.sum(1)
+def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int, padded: bool = False) -> None:
+    """Raises UserError where a pair alone is longer than a pack may be: as padded rows, each with the prompt, or laid end to end."""
+    tokens = 2 * (lengths[:, 0] + lengths[:, 1:].max(1)) if padded else lengths.sum(1)
     worst = int(tokens.argmax())
     if tokens[worst] > tokens_per_microbatch:
         name = f" ({where[worst]})" if where is not None else ""
-        raise UserError(f"train.tokens_per_microbatch={tokens_per_microbatch} is less than the {tokens[worst]} tokens of one pair{name}; "
+        how = ", as two padded rows" if padded else ""
+        raise UserError(f"train.tokens_per_microbatch={tokens_per_microbatch} is less than the {tokens[worst]} tokens of one pair{name}{how}; "
                         f"set train.tokens_per_microbatch={tokens[worst]} or more, or lower data.max_length")

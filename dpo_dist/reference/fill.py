@@ -27,11 +27,11 @@ def open_cache(cache: LogpCache, world: World) -> int:
     return damaged
 
 
-def plan(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int,
-         windows: Indexes | None = None) -> tuple[ScoringPlan, int]:
-    """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` as in lookahead.py."""
+def plan(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int, windows: Indexes | None = None,
+         padded: bool = False) -> tuple[ScoringPlan, int]:
+    """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` and `padded` as in plan_scoring."""
     damaged = open_cache(cache, world)
-    return world.on_main(lambda: plan_scoring(cache, data_sets, tokens_per_microbatch, windows)), damaged
+    return world.on_main(lambda: plan_scoring(cache, data_sets, tokens_per_microbatch, windows, padded)), damaged
 
 
 def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], engine: ReferenceEngine, world: World,

@@ -45,10 +45,12 @@ class ScoringPlan(NamedTuple):
         return [self.sequences[self.trees[i]:self.trees[i + 1]] for i in range(self.packs[j], self.packs[j + 1])]
 
 
-def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microbatch: int, windows: Indexes | None = None) -> ScoringPlan:
+def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microbatch: int, windows: Indexes | None = None,
+                 padded: bool = False) -> ScoringPlan:
     """The plan for what `cache` lacks. Packs come longest trees first, so that those which run side by side are alike.
 
     windows: (pairs,) as in lookahead.py: one after the other, prompts shared within each; pairs of NEVER are left out. None: all at once.
+    padded: a sequence is a row with its prompt, so each is a tree of its own, and a pack's tokens are rows times the longest.
     """
     prompts, sequences = _keys(data_sets)
     prompt = _ranks(prompts)
@@ -60,16 +62,16 @@ def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microb
     window = np.zeros(len(prompt), np.int8) if windows is None else windows
     missing = missing[np.lexsort((missing, prompt[missing // 2], window[missing // 2]))]
     pair = missing // 2
-    starts_prompt = (np.diff(prompt[pair], prepend=-1) != 0) | (np.diff(window[pair], prepend=-1) != 0)
+    starts_tree = (np.diff(prompt[pair], prepend=-1) != 0) | (np.diff(window[pair], prepend=-1) != 0) | padded
     lengths = np.concatenate([pairs.lengths() for pairs in data_sets]) if len(data_sets) > 1 else data_sets[0].lengths()
-    trees, sizes = _trees(starts_prompt, lengths[pair, 0], lengths[pair, 1 + missing % 2], tokens_per_microbatch)
+    trees, sizes = _trees(starts_tree, lengths[pair, 0], lengths[pair, 1 + missing % 2], tokens_per_microbatch)
     longest_first = np.lexsort((missing[trees[:-1]], -sizes, window[pair[trees[:-1]]]))
     del pair
     counts = np.diff(trees)[longest_first]
     ends = np.cumsum(counts)
     at = np.repeat(trees[:-1][longest_first] - (ends - counts), counts) + np.arange(len(missing))
-    return ScoringPlan(missing[at], np.concatenate([[0], ends]).astype(np.int64), _packs(sizes[longest_first], tokens_per_microbatch),
-                       n_cached)
+    packs = (_padded_packs if padded else _packs)(sizes[longest_first], tokens_per_microbatch)
+    return ScoringPlan(missing[at], np.concatenate([[0], ends]).astype(np.int64), packs, n_cached)
 
 
 def _keys(data_sets: Sequence[Pairs]) -> tuple[Keys, Keys]:
@@ -116,13 +118,13 @@ def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
     return fresh
 
 
-def _trees(starts_prompt: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens: Ids, budget: int) -> tuple[Indexes, Indexes]:
-    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: one tree a prompt, cut where it exceeds a pack."""
-    if not len(starts_prompt):
+def _trees(starts_tree: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens: Ids, budget: int) -> tuple[Indexes, Indexes]:
+    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: from each start to the next, cut where it exceeds a pack."""
+    if not len(starts_tree):
         return np.zeros(1, np.int64), np.empty(0, np.int64)
-    starts = np.flatnonzero(starts_prompt)
+    starts = np.flatnonzero(starts_tree)
     tokens = np.add.reduceat(completion_tokens.astype(np.int64), starts) + prompt_tokens[starts]
-    ends = np.append(starts[1:], len(starts_prompt))
+    ends = np.append(starts[1:], len(starts_tree))
     cuts: list[int] = []
     for g in np.flatnonzero(tokens > budget).tolist():
         used = int(prompt_tokens[starts[g]])
@@ -133,7 +135,7 @@ def _trees(starts_prompt: NDArray[np.bool_], prompt_tokens: Ids, completion_toke
             used += int(completion_tokens[i])
     starts = np.sort(np.concatenate([starts, np.array(cuts, dtype=np.int64)]))
     tokens = np.add.reduceat(completion_tokens.astype(np.int64), starts) + prompt_tokens[starts]
-    return np.append(starts, len(starts_prompt)).astype(np.int64), tokens.astype(np.int64)
+    return np.append(starts, len(starts_tree)).astype(np.int64), tokens.astype(np.int64)
 
 
 def _packs(sizes: Indexes, budget: int) -> Indexes:
@@ -144,3 +146,14 @@ def _packs(sizes: Indexes, budget: int) -> Indexes:
         before = until[bounds[-1] - 1] if bounds[-1] else 0
         bounds.append(max(bounds[-1] + 1, int(np.searchsorted(until, before + budget, side="right"))))
     return np.array(bounds, dtype=np.int64)
+
+
+def _padded_packs(sizes: Indexes, budget: int) -> Indexes:
+    """Boundaries of packs of rows, filled in turn while rows times the longest keep to the budget; a longer row is a pack of its own."""
+    bounds, longest = [0], 0
+    for i, size in enumerate(sizes.tolist()):
+        longest = max(longest, size)
+        if i > bounds[-1] and (i + 1 - bounds[-1]) * longest > budget:
+            bounds.append(i)
+            longest = size
+    return np.array([*bounds, len(sizes)] if len(sizes) else bounds, dtype=np.int64)

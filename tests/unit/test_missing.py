@@ -63,6 +63,19 @@ def test_every_sequence_of_all_data_sets_is_planned_once_under_its_prompt_within
         assert sum(sizes) <= budget or (len(pack) == 1 and len(pack[0]) == 1), "more than the budget only for a sequence that is longer alone"
 
 
+@pytest.mark.parametrize("budget", [20, 64, 1000])
+@pytest.mark.parametrize("windows", [None, np.arange(200) % 3])
+def test_padded_rows_keep_to_the_budget_and_each_sequence_is_one(cache: LogpCache, budget: int, windows: np.ndarray | None):
+    rows = random_rows(200)
+    packs = texts(plan_scoring(cache, [rows], budget, windows, padded=True), [rows])
+    assert all(len(tree) == 1 for pack in packs for tree in pack)
+    found = [s for pack in packs for tree in pack for s in tree]
+    assert sorted(found) == sorted({(tuple(row[0]), tuple(c)) for row in rows.rows for c in row[1:]})
+    for pack in packs:
+        assert len(pack) * max(len(prompt) + len(c) for ((prompt, c),) in pack) <= budget or len(pack) == 1
+    assert budget < 1000 or len(packs) < 0.2 * len(found), "packs are full"
+
+
 def test_a_prompt_is_one_tree_where_its_completions_fit_a_pack(cache: LogpCache):
     rows = random_rows(300)
     plan = plan_scoring(cache, [rows], 1000)
@@ -84,8 +97,9 @@ def test_what_the_cache_holds_is_not_planned_again(cache: LogpCache):
 
 
 def test_nothing_missing_is_no_pack(cache: LogpCache):
-    plan = plan_scoring(cache, [Rows([])], 100)
-    assert (plan.n_packs, len(plan.sequences), plan.n_cached) == (0, 0, 0)
+    for padded in (False, True):
+        plan = plan_scoring(cache, [Rows([])], 100, padded=padded)
+        assert (plan.n_packs, len(plan.sequences), plan.n_cached) == (0, 0, 0)
 
 
 def test_longest_trees_come_first_so_that_packs_side_by_side_are_alike(cache: LogpCache):

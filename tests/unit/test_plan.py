@@ -1,6 +1,8 @@
 """Which rank forwards what: properties that hold for any lengths, ranks and budgets."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,7 +86,35 @@ def test_the_planned_cost_is_that_of_the_tokens_in_the_pack():
         plan = plan_step(shapes_of(lengths, content), per_token, 1, 10_000, share)
         ((members,),), ((cost,),) = plan.packs, plan.costs
         batch = pack_pairs([pairs[i] for i in members], list(members), [1.0] * len(members), share)
-        assert batch.n_tokens == cost == plan.tokens == distinct_flops(shapes_of(lengths, content), per_token, share)
+        assert batch.n_tokens == cost == plan.tokens
+        assert (plan.tokens == distinct_flops(shapes_of(lengths, content), per_token)) is share, "what is repeated is no work done"
+
+
+def padded_tokens(lengths: np.ndarray, pack: tuple[int, ...]) -> int:
+    """Of the rows of pairs that share nothing."""
+    rows = [int(lengths[i, 0] + n) for i in pack for n in lengths[i, 1:]]
+    return len(rows) * max(rows)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_budget_bounds_what_padded_rows_take(world: int):
+    r = np.random.default_rng(world)
+    for lengths in (np.array([[2000, 1048, 1048]] + 29 * [[20, 60, 60]]), drawn("log-uniform", r)):
+        plan = plan_step(shapes_of(lengths), replace(FLOPS, padded=True), world, 8192)
+        assert forwarded(plan) == list(range(len(lengths)))
+        taken = [padded_tokens(lengths, pack) for row in plan.packs for pack in row]
+        assert max(taken) <= 8192 and sum(taken) == plan.tokens
+        assert {len(row) for row in plan.packs} == {world}
+
+
+def test_padded_rows_repeat_the_prompt_and_share_a_completion():
+    shapes = rated(prompts=1, responses=4)
+    rows = shapes.lengths[0, 0] + np.array(list({int(c): int(n) for c, n in zip(shapes.content[:, 1:].ravel(), shapes.lengths[:, 1:].ravel(),
+                                                                                strict=True)}.values()))
+    plan = plan_step(shapes, Flops(1.0, 0.0, (), padded=True), 1, 10_000)
+    assert plan.tokens == 4 * rows.max() and plan.costs == ((rows.sum(),),)
+    many = rated(prompts=1, responses=8)
+    assert not any(map(any, plan_step(many, Flops(1.0, 0.0, (), padded=True), 2, 10_000).is_filler)), "cut where a rank would be idle"
 
 
 def test_pairs_of_a_prompt_share_a_pack_and_four_responses_cost_four_forwards():
@@ -116,6 +146,11 @@ def test_a_rank_with_nothing_to_do_forwards_the_cheapest_pair():
     assert sum(map(sum, plan.is_filler)) == 2
 
 
+def test_a_filler_whose_completions_are_one_sequence_counts_it_once():
+    plan = plan_step(shapes_of(np.array([[1, 2, 2]]), np.array([[0, 1, 1]])), Flops(1.0, 0.0, ()), 3, 100)
+    assert plan.tokens == 9 and plan.costs == ((3.0, 3.0, 3.0),)
+
+
 def test_a_prompt_whose_pairs_exceed_a_pack_is_cut_into_packs_within_the_budget():
     shapes = rated(prompts=1, responses=16)
     budget = int(shapes.lengths.sum(1).max()) + 200
@@ -134,3 +169,6 @@ def test_the_plan_is_the_same_every_time():
 def test_a_pair_longer_than_a_pack_is_refused_with_the_key_to_change():
     with pytest.raises(UserError, match=r"train\.tokens_per_microbatch=10 .* 60 tokens .*row 7.* set train\.tokens_per_microbatch=60"):
         check_budget(np.array([[20, 20, 20]]), ["row 7"], 10)
+    check_budget(np.array([[20, 20, 20]]), None, 60)
+    with pytest.raises(UserError, match=r"the 80 tokens of one pair, as two padded rows; set train\.tokens_per_microbatch=80"):
+        check_budget(np.array([[20, 20, 20]]), None, 60, padded=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,24 @@ def test_the_gradient_does_not_depend_on_the_packs(gradient: Callable[..., dict[
     rows = write_rows(tmp_path / "x", 9)
     rows += [{**rows[0], "chosen_ids": rows[0]["rejected_ids"], "rejected_ids": [9, 9, 1]}, rows[1]]       # shared prompts and completions
     assert close(gradient(rows, loss), gradient(rows, loss, tokens_per_microbatch=80))
+
+
+def test_the_budget_bounds_and_counts_what_a_padded_model_computes(tmp_path: Path):
+    folder = write_tiny_llama(tmp_path / "m")
+    r = np.random.default_rng(0)
+    rows = [{part: r.integers(3, 64, n).tolist() for part, n in zip(("prompt_ids", "chosen_ids", "rejected_ids"), lengths, strict=True)}
+            for lengths in [(100, 50, 50), *29 * [(2, 6, 6)]]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = compose([f"model.path={folder}", f"data.train=[{{path: {tmp_path / 'rows.jsonl'}, format: token_ids}}]",
+                      f"data.cache_dir={tmp_path / 'tokens'}"])
+    pairs, loss = prepare(config.data, None, None)[0], resolve_loss(LossConfig("sigmoid"))
+    model = ScoredModel(load_causal_lm(folder, torch.float32, "padded"), "padded")
+    computed: list[int] = []
+    model.causal.base_model.register_forward_pre_hook(lambda *given: computed.append(given[-1]["input_ids"].numel()), with_kwargs=True)
+    step = step_batches(pairs, np.arange(30), loss, WORLD, 400, replace(FLOPS, padded=True))
+    for batch in step.batches:
+        model(batch)
+    assert max(computed) <= 400 and sum(computed) == step.work.tokens
 
 
 def test_a_row_of_weight_two_counts_as_much_as_the_row_twice(gradient: Callable[..., dict[str, torch.Tensor]], tmp_path: Path):
