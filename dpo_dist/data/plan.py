@@ -112,8 +112,9 @@ def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_micr
     whole = _cut(prompts, tokens_per_microbatch, math.inf, share_completions)
     mean = sum(u.cost for u in whole) / world_size
     if flops.padded:
-        units = _cut(prompts, tokens_per_microbatch, mean, share_completions)
-        return _assign(_rows_alike(units, world_size, tokens_per_microbatch), filler, world_size)
+        cuts = (_cut(prompts, tokens_per_microbatch, part, share_completions) for part in (math.inf, mean, mean / 2, mean / 4))
+        plans = (_assign(_rows_alike(units, world_size, tokens_per_microbatch), filler, world_size) for units in cuts)
+        return min(plans, key=lambda plan: plan.makespan)
     best = _spread(whole, filler, world_size, tokens_per_microbatch)
     pack = mean / len(best.packs)
     for part, more_micro_steps, in_turn in ((math.inf, 0, True), (math.inf, 1, True), (math.inf, 1, False), (math.inf, 2, False),
