@@ -1,12 +1,15 @@
 """A real HTTP server that answers /v1/completions as vLLM does, with the log-probs of a tiny model, and with faults when told to.
 
 In a test's process: `with LogProbServer(folder) as server: server.url`. As a process of its own, to be killed: python tests/log_prob_server.py
---model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered FILE].
+--model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered FILE] [--killed-after N].
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ Answer = dict[str, Any]
 
 class LogProbServer(ThreadingHTTPServer):
     """`fault(n, answer)` may change the n-th request's answer, or send something else altogether by raising Say; `requests` are those that
-    came, `answered` the sequences whose answer went out."""
+    came, `answered` the sequences that were answered: noted before the answer goes out, so that whoever has it finds them there."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -51,6 +54,12 @@ class LogProbServer(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         """A client that went away is nothing to tell about."""
+
+    def note(self, sequences: list[tuple[int, ...]]) -> None:
+        self.answered += sequences
+
+    def sent(self) -> None:
+        """What was noted last has gone out."""
 
     def complete(self, request: dict[str, Any]) -> Answer:
         choices = [{"index": i, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": self.prompt_logprobs(prompt)}
@@ -89,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         if request["model"] != self.server.name:
             return self.say(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
         try:
-            self.say(200, self.server.fault(n, self.server.complete(request)))
+            answer = self.server.fault(n, self.server.complete(request))
         except Say as instead:
             if instead.status is not None:
                 self.send_response(instead.status)
@@ -98,8 +107,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(instead.body)
             self.close_connection = True
             return None
-        with self.server.lock:
-            self.server.answered += [tuple(prompt) for prompt in request["prompt"]]
+        with self.server.lock:                               # what is noted and what is sent are the same whenever the lock is free
+            self.server.note([tuple(prompt) for prompt in request["prompt"]])
+            self.say(200, answer)
+            self.server.sent()
         return None
 
     def say(self, status: int, content: Answer) -> None:
@@ -115,18 +126,21 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Reporting(LogProbServer):
-    """Writes the sequences whose answer went out to a file, a line each, so that they outlive the process."""
+    """Notes the answered sequences in a file, a line each, so that they outlive the process; and is killed, without warning but never
+    between a note and its answer, once it has answered so many."""
 
-    def __init__(self, answered_file: Path, *args: Any, **kwargs: Any):
+    def __init__(self, answered_file: Path, killed_after: float, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.file = answered_file
+        self.file, self.killed_after = answered_file, killed_after
 
-    def finish_request(self, *args: Any) -> None:
-        super().finish_request(*args)
-        with self.lock, self.file.open("a") as f:
-            for sequence in self.answered:
-                f.write(json.dumps(sequence) + "\n")
-            self.answered.clear()
+    def note(self, sequences: list[tuple[int, ...]]) -> None:
+        super().note(sequences)
+        with self.file.open("a") as f:
+            f.writelines(json.dumps(sequence) + "\n" for sequence in sequences)
+
+    def sent(self) -> None:
+        if len(self.answered) >= self.killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def values(answer: Answer) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -144,7 +158,8 @@ if __name__ == "__main__":
     parser.add_argument("--name")
     parser.add_argument("--seconds-a-request", type=float, default=0.0)
     parser.add_argument("--answered", type=Path, default=Path("/dev/null"))
+    parser.add_argument("--killed-after", type=float, default=math.inf)
     told = parser.parse_args()
-    server = Reporting(told.answered, told.model, told.port, told.name, host=told.host)
+    server = Reporting(told.answered, told.killed_after, told.model, told.port, told.name, host=told.host)
     server.seconds_a_request = told.seconds_a_request
     server.serve_forever()

@@ -41,6 +41,9 @@ def half_its_size(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     try:
         group.mkdir()
         (group / ("memory.max" if second else "memory.limit_in_bytes")).write_text(str(fp32_bytes // 2))
+        swap = group / ("memory.swap.max" if second else "memory.memsw.limit_in_bytes")      # the first's counts memory and swap together
+        if swap.exists():
+            swap.write_text("0" if second else str(fp32_bytes // 2))
     except OSError as error:
         if group.exists():
             group.rmdir()

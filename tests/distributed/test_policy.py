@@ -6,6 +6,7 @@ import math
 import random
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 
 import pytest
 from conftest import dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
@@ -49,13 +50,16 @@ def test_the_metrics_and_the_folder_are_as_the_contract_says(tmp_path: Path, wor
 
 def test_the_time_of_a_step_is_told_part_by_part_and_mfu_against_a_stated_peak(tmp_path: Path, words: list[str]):
     run(words, tmp_path / "run", "cluster.procs_per_node=2", "cluster.peak_tflops=0.5", "train.tokens_per_microbatch=160")
+    explained = []
     for row in metrics(tmp_path / "run"):
         parts = [row[f"perf/{part}_seconds"] for part in ("data", "forward", "backward", "wait", "step")]
         assert min(parts[1:]) > 0
         step_pairs = 10
-        assert sum(parts) == pytest.approx(step_pairs / row["perf/pairs_per_second"], rel=0.3)
+        explained.append(sum(parts) * row["perf/pairs_per_second"] / step_pairs)      # means over ranks, against the slowest rank's time
         assert 0 < row["perf/mfu"] < 1
+        assert row["perf/peak_tflops"] == 0.5
         assert row["perf/busiest_rank"] >= 1
+    assert max(explained) <= 1.001 and median(explained) >= 0.7
 
 
 def test_pairs_of_a_prompt_are_computed_together_and_train_the_same_weights(tmp_path: Path, base: list[str]):

@@ -23,6 +23,7 @@ from log_prob_server import Answer, LogProbServer, values
 
 pytestmark = pytest.mark.distributed
 SERVER = REPO / "tests" / "log_prob_server.py"
+MIDWAY = str(2 * 16 + 150)            # answered sequences: the audit's, and some of the 600
 
 
 @pytest.fixture
@@ -165,9 +166,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def server_process(folder: Path, port: int, answered: Path) -> Iterator[subprocess.Popen[bytes]]:
+def server_process(folder: Path, port: int, answered: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen([sys.executable, str(SERVER), "--model", str(folder), "--port", str(port), "--seconds-a-request", "0.05",
-                                "--answered", str(answered)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                "--answered", str(answered), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -198,11 +199,9 @@ def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_n
     words += [f"reference.urls=[http://127.0.0.1:{port}]", "cluster.procs_per_node=2", "train.tokens_per_microbatch=200",
               "reference.requests.sequences=4", "reference.requests.wait_seconds=50"]
     scoring = start(words)                                # before there is a server: it may be starting
-    with server_process(tmp_path / "m", port, log) as server:
-        wait_until(lambda: len(answered_lines(log)) > 2 * 16 + 150)
-        os.kill(server.pid, signal.SIGKILL)
-    time.sleep(2)
-    assert scoring.poll() is None and len(answered_lines(log)) < 500, "the kill came midway"
+    with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
+        assert server.wait(timeout=90) == -signal.SIGKILL
+    assert len(answered_lines(log)) < 500, "the kill came midway"
     with server_process(tmp_path / "m", port, log):
         out, err = scoring.communicate(timeout=180)
     assert scoring.returncode == 0, err
@@ -217,10 +216,9 @@ def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_w
     write_rows(tmp_path / "rows.jsonl", 300)
     port, log = free_port(), tmp_path / "answered"
     words += [f"reference.urls=[http://127.0.0.1:{port}]", "train.tokens_per_microbatch=200", "reference.requests.sequences=4"]
-    with server_process(tmp_path / "m", port, log) as server:
+    with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
         scoring = start([*words, "reference.requests.wait_seconds=15"])
-        wait_until(lambda: len(answered_lines(log)) > 2 * 16 + 150)
-        os.kill(server.pid, signal.SIGKILL)
+        assert server.wait(timeout=90) == -signal.SIGKILL
         began = time.monotonic()
         _, err = scoring.communicate(timeout=120)
     assert scoring.returncode == 2 and 10 < time.monotonic() - began < 100

@@ -104,14 +104,14 @@ def hang_up(answer: Answer) -> Answer:
 
 
 def late(answer: Answer) -> Answer:
-    time.sleep(1.5)
+    time.sleep(4.5)
     return answer
 
 
 @pytest.mark.parametrize("fault", [busy, cut, no_json, hang_up, late])
 def test_what_fails_is_tried_again_in_halves_and_every_value_is_the_right_one(server: LogProbServer, wanted: torch.Tensor, fault):
     server.fault = lambda n, answer: fault(answer) if n <= 2 else answer
-    found = client(server, timeout_seconds=1 if fault is late else 10).token_logps(pack())
+    found = client(server, timeout_seconds=3 if fault is late else 10).token_logps(pack())
     assert off(found, wanted) < 5e-5
     assert [len(r["prompt"]) for r in server.requests[:3]] == [6, 3, 2]
     answered = Counter(server.answered)
