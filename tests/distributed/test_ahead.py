@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, eval_on, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, eval_on, metrics, processes_on, train_on, write_rows, write_tiny_llama
+
+from dpo_dist.compose import compose
+from dpo_dist.data.order import order_of
+from dpo_dist.data.store import prepare
+from dpo_dist.reference.cache import sequence_key
 
 pytestmark = pytest.mark.distributed
 
@@ -41,9 +46,33 @@ def entries(cache_dir: Path) -> list[bytes]:
     return [key.tobytes() for shard in cache_dir.rglob("*.safetensors") for key in safetensors.numpy.load_file(shard)["keys"]]
 
 
-def trained(run: Path) -> bool:
-    """Whether a step is done."""
-    return (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text()
+def trained(run: Path) -> int:
+    """How many steps are done."""
+    return len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def trainable(words: list[str], cache: Path) -> int:
+    """How many steps, from the first, have all their values in the cache."""
+    config, held = compose(words[1:]), set(entries(cache))
+    pairs = prepare(config.data, None, None)[0]
+    order = order_of(pairs, config.train, config.data.group_by_prompt)
+    for step in range(1, STEPS + 1):
+        parts = [pairs.parts(i) for i in order.pairs_of_step(step, config.train.epochs, STEPS).tolist()]
+        if not {sequence_key(prompt, completion) for prompt, *both in parts for completion in both} <= held:
+            return step - 1
+    return STEPS
+
+
+def stopped_midway(words: list[str], run: Path, cache: Path) -> list[int]:
+    """The scorer's processes, stopped where the values of the first step and of the held-out pairs are there and the last step's are not."""
+    wait_until(lambda: len(entries(cache)) >= 2 * (24 + 10), "the first step's values")
+    scorer = processes_on(run / "scoring")
+    assert scorer, "there was something to stop"
+    for pid in scorer:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: trained(run) == trainable(words, cache) > 0, "what can be trained")
+    assert trainable(words, cache) < STEPS, "the stop came midway"
+    return scorer
 
 
 def wait_until(condition, what: str, seconds: float = 120) -> None:
@@ -79,8 +108,7 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
     ahead = [*words, "reference.mode=ahead", f"reference.cache_dir={cache}"]
 
     process = start(ahead, run)
-    wait_until(lambda: trained(run), "the first step")
-    kill(processes_on(run / "scoring"))
+    kill(stopped_midway(ahead, run, cache))
     said = process.communicate(timeout=120)[0]
     kept = len(entries(cache))
     assert process.returncode == 2 and 0 < kept < 2 * (STEPS * 24 + 10), "the kill came midway"
@@ -108,14 +136,11 @@ def test_training_alone_waits_no_longer_than_it_was_told_and_says_what_to_start(
 
 
 def test_a_run_that_is_told_to_end_while_it_waits_saves_and_both_sides_end(tmp_path: Path, words: list[str]):
-    run = tmp_path / "run"
-    process = start([*words, "zero=none", "reference.mode=ahead"], run)
-    wait_until(lambda: trained(run), "the first step")
-    for pid in processes_on(run / "scoring"):
-        os.kill(pid, signal.SIGSTOP)                     # nothing more comes: training goes as far as it can, and waits
-    time.sleep(3)
+    run, words = tmp_path / "run", [*words, "zero=none", "reference.mode=ahead"]
+    process = start(words, run)
+    stopped_midway(words, run, tmp_path / "reference")   # nothing more comes: training went as far as it can, and waits
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
-    assert (run / "PREEMPTED").exists(), said
+    assert (run / "PREEMPTED").exists() and "training was waiting for the reference" in said, said
     assert list(run.glob("checkpoints/*/COMPLETE"))
     assert processes_on(run) == []
