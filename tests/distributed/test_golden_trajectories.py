@@ -11,17 +11,19 @@ pytestmark = pytest.mark.distributed
 
 TRAJECTORIES = json.loads((GOLDEN / "golden.json").read_text())["train"]
 LOSSES = {"bs8": [], "bs8_ipo": ["loss=ipo"], "bs8_sft_mpo": ["loss=rpo", "loss.beta=0.1"]}
+SHARDED = ["zero.persistence_threshold=0"]       # models as small as these have no parameter that would be sharded otherwise
 WORLDS = {
     "plain torch": ["zero=none"],
-    "1 process, ZeRO-3": ["cluster.procs_per_node=1"],
-    "2 processes, ZeRO-3": ["cluster.procs_per_node=2"],
-    "2 processes, ZeRO-3, small packs": ["cluster.procs_per_node=2", "train.tokens_per_microbatch=170"],
+    "1 process, ZeRO-3": ["cluster.procs_per_node=1", *SHARDED],
+    "2 processes, ZeRO-3": ["cluster.procs_per_node=2", *SHARDED],
+    "2 processes, ZeRO-3, small packs": ["cluster.procs_per_node=2", "train.tokens_per_microbatch=170", *SHARDED],
     "3 processes, ZeRO-2, a pair a pack": ["cluster.procs_per_node=3", "zero=zero2", "train.tokens_per_microbatch=164"],
     "2 processes, ZeRO-1, live reference": ["cluster.procs_per_node=2", "zero=zero1", "reference.mode=live"],
-    "2 processes, ZeRO-3, live sharded reference": ["cluster.procs_per_node=2", "reference=zero", "reference.mode=live"],
+    "2 processes, ZeRO-3, live sharded reference": ["cluster.procs_per_node=2", "reference=zero", "reference.mode=live", *SHARDED],
     "2 processes, ZeRO-0, padded rows": ["cluster.procs_per_node=2", "zero=zero0", "model.attention=padded"],
-    "2 processes, ZeRO-3, gradient checkpointing": ["cluster.procs_per_node=2", "model.gradient_checkpointing=true"],
-    "2 processes, ZeRO-3, all in CPU memory": ["cluster.procs_per_node=2", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"],
+    "2 processes, ZeRO-3, gradient checkpointing": ["cluster.procs_per_node=2", "model.gradient_checkpointing=true", *SHARDED],
+    "2 processes, ZeRO-3, all in CPU memory": ["cluster.procs_per_node=2", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu",
+                                               *SHARDED],
 }
 
 

@@ -99,6 +99,21 @@ def test_lora_under_zero_3_equals_lora_in_plain_torch_with_the_reference_switche
         assert torch.isfinite(two(torch.tensor([[3, 4, 5]])).logits).all()
 
 
+@pytest.mark.parametrize("more", [[], ["model.lora.rank=4", "optim.lr=1e-2"]], ids=["full", "lora"])
+def test_a_model_whose_head_is_its_embedding_trains_the_same_where_every_weight_is_sharded(tmp_path: Path, words: list[str], more: list[str]):
+    from transformers import AutoModelForCausalLM
+
+    write_tiny_llama(tmp_path / "m", tie_word_embeddings=True)
+    plain = run(words, tmp_path / "plain", "zero=none", *more)
+    sharded = run(words, tmp_path / "sharded", "cluster.procs_per_node=2", "zero.persistence_threshold=0", *more)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("plain", "sharded")]
+    assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-6) and losses[0][-1] < losses[0][0] - 1e-3
+    assert sharded == pytest.approx(plain, rel=2e-5, abs=1e-5)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("plain", "sharded"))
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+    assert max((a - b).abs().max().item() for a, b in zip(one.parameters(), two.parameters(), strict=True)) < 1e-5
+
+
 def test_bf16_runs_close_to_fp32_with_fp32_master_weights(tmp_path: Path, words: list[str]):
     exact = run(words, tmp_path / "fp32", "cluster.procs_per_node=2")
     rounded = run(words, tmp_path / "bf16", "cluster.procs_per_node=2", "model.dtype=bf16")

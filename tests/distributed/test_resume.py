@@ -57,7 +57,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize(("zero", "world"), [("zero3", 2), ("zero2", 2), ("none", 1)])
 def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, tmp_path: Path, words: list[str]):
-    words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
+    words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", *(["zero.persistence_threshold=0"] if zero == "zero3" else [])]
     dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
     killed_after(3, words, tmp_path / "killed")
     done = dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
