@@ -79,10 +79,10 @@ def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: Pack
 
 def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums,
                world: World, clock: Clock) -> Tensor:
-    """Adds the step's gradient to the policy and its figures to `sums`; this rank's part of the step's loss, a scalar."""
-    if reference is not None:
-        reference.wait_for(step.batches)
-        clock.mark("data")
+    """Adds the step's gradient to the policy and its figures to `sums`; this rank's part of the step's loss, a scalar.
+
+    The reference's values are there: the caller has waited for them (ReferenceEngine.wait_for).
+    """
     slopes = _whole_step_slopes(policy, reference, step, loss, world) if loss.needs_whole_step else None
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, batch in enumerate(step.batches):

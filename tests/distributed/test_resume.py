@@ -139,3 +139,25 @@ def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_
     last = metrics(tmp_path / "straight", "eval")[-1]
     for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
         assert again[name] == pytest.approx(last[name], rel=1e-4, abs=1e-4)
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_when_the_run_goes_on(tmp_path: Path, words: list[str]):
+    run_dir = tmp_path / "run"
+    words = [*words, "zero=none", "train.max_steps=2", "train.log_every_steps=2", f"run.dir={run_dir}"]
+    dpo_dist(*words)
+    rows, before = (run_dir / "metrics.jsonl").read_text().splitlines(), metrics(run_dir, "eval")
+    assert [row["step"] for row in before] == [0, 2] and json.loads(rows[-1])["split"] == "eval"
+    (run_dir / "metrics.jsonl").write_text("\n".join(rows[:-1]) + "\n")         # killed between saving step 2 and evaluating
+    (run_dir / "DONE").unlink()
+    shutil.rmtree(run_dir / "model")
+    out = dpo_dist(*words).stdout
+    assert "resumed from step-000002" in out and metrics(run_dir, "eval") == before and (run_dir / "DONE").exists()
+
+
+def test_logged_means_go_on_over_a_kill(tmp_path: Path, words: list[str]):
+    words = [*words, "zero=none", f"train.log_every_steps={STEPS}"]
+    dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
+    killed_after(3, words, tmp_path / "killed")
+    dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
+    (straight,), (killed,) = metrics(tmp_path / "straight"), metrics(tmp_path / "killed")
+    assert {k: v for k, v in straight.items() if not k.startswith("perf/")} == {k: v for k, v in killed.items() if not k.startswith("perf/")}

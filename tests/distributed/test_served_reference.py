@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -43,12 +44,13 @@ def told(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "parity.json").read_text())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(tmp_path: Path, words: list[str], processes: int):
+@pytest.mark.parametrize(("processes", "auditor"), [(1, "hf"), (2, "zero")])
+def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(tmp_path: Path, words: list[str], processes: int, auditor: str):
     from dpo_dist.reference.cache import LogpCache, ReferenceKey
 
     with LogProbServer(tmp_path / "m") as a, LogProbServer(tmp_path / "m") as b:
-        more = [f"reference.urls=[{a.url}/v1, {b.url}]", f"cluster.procs_per_node={processes}", "train.tokens_per_microbatch=100"]
+        more = [f"reference.urls=[{a.url}/v1, {b.url}]", f"cluster.procs_per_node={processes}", "train.tokens_per_microbatch=100",
+                f"reference.audit.oracle={auditor}"]
         out = dpo_dist("score", *words, *more).stdout
         assert out.strip().endswith("scored 80, cached 0") and "parity of vllm 0.0.test" in out
         assert a.answered and b.answered
@@ -66,6 +68,15 @@ def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(t
             served, oracle = (cache.logps(row["prompt_ids"], row[name]) for cache in caches)
             assert np.abs(served - oracle).max() < 5e-5
     assert told(tmp_path)["passed"] and told(tmp_path)["token_max"] < 5e-5 and told(tmp_path)["servers"] == 2
+
+
+def test_servers_ahead_of_training_are_audited_before_it_begins(tmp_path: Path, words: list[str]):
+    with LogProbServer(tmp_path / "m") as server:
+        out = dpo_dist("run", *words, f"reference.urls=[{server.url}]", "reference.mode=ahead", "zero=zero2", "train.pairs_per_step=8").stdout
+        assert "parity of vllm 0.0.test" in out and len(server.answered) == 80 + 2 * 16, "all once, the audit's sample twice more"
+    passport = json.loads((tmp_path / "run" / "run.json").read_text())["passport"]
+    assert passport["parity"]["passed"] and passport["parity"] == json.loads((tmp_path / "run" / "scoring" / "parity.json").read_text())
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_values_in_the_cache_need_no_server_but_their_audit_must_be_within_this_runs_bounds(tmp_path: Path, words: list[str]):
