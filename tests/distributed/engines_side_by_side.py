@@ -52,7 +52,8 @@ def main(models: list[str]) -> None:
                 split = [] if size is None else [f"reference.tensor_parallel_size={size}"]
                 config = compose(["model.path=unused", f"reference={engine}", f"reference.offload={offload}", *split]).reference
                 reference = make_reference(config, folder, torch.float32, attention, world)
-                held = sum(p.numel() for p in reference._model.parameters()) if engine == "tensor_parallel" else None
+                held = (sum(p.numel() for name, p in reference._model.named_parameters() if ".layers." in name)
+                        if engine == "tensor_parallel" else None)
                 got = [reference.token_logps(pack_sequences(trees)) for trees in work]
                 reference.close()
                 error = world.max(max((g - w).abs().max().item() for g, w in zip(got, wanted, strict=True)))

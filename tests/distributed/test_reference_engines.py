@@ -15,9 +15,10 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Llama and Qwen2 with grouped heads, embeddings tied and not, with four key-value heads so that four ranks can split them."""
+    """Llama and Qwen2 with grouped heads, embeddings tied and not, with four key-value heads so that four ranks can split them, and a
+    vocabulary that makes embeddings and head large enough for ZeRO-3 to shard them."""
     folder = tmp_path_factory.mktemp("models")
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3, "vocab_size": 4096}
     return [write(folder / f"{name}-{'tied' if tied else 'untied'}", tie_word_embeddings=tied, **heads)
             for name, write in (("llama", write_tiny_llama), ("qwen2", write_tiny_qwen2)) for tied in (False, True)]
 
