@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,7 +129,11 @@ def _fail(run_dir: Path, terminal: Terminal, message: str, code: int) -> int:
 def _spoken_here(run_dir: Path) -> bool:
     """True where a rank of this node has told the person, or another one of it will."""
     node, local_rank = node_here()
-    try:
-        return local_rank != 0 or json.loads((run_dir / FAILED).read_text())["node"] == node
-    except (OSError, ValueError):                        # being written or removed at this moment
+    if local_rank != 0:
         return True
+    for _ in range(20):
+        try:
+            return bool(json.loads((run_dir / FAILED).read_text())["node"] == node)
+        except (OSError, ValueError):                    # being written, or removed, at this moment
+            time.sleep(0.05)
+    return False

@@ -132,7 +132,7 @@ def node_here() -> tuple[int, int]:
 def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
     """What happened, where a collective failed because of another rank; None for any other error. gloo has no exception types for it."""
     said = str(error)
-    if "Timed out waiting" in said:
+    if "Timed out waiting" in said or "Application timeout" in said:     # of this collective, or of another one with the same rank
         return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its network or a process "
                 "on it is gone or hangs")
     if "Connection closed by peer" in said or "Connection reset by peer" in said:

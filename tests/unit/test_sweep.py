@@ -207,11 +207,14 @@ def test_a_signal_in_the_middle_of_a_start_loses_no_process(number: signal.Signa
         return started[-1]
 
     monkeypatch.setattr("dpo_dist.launcher.sweep.processes._start", start)
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        run_commands([Command(("--help",)), Command(("--help",))], [{}])
-    assert [process.poll() for process in started] == [-signal.SIGTERM if number == signal.SIGTERM else 0], "waited for, and none after it"
-    assert signal.getsignal(number) is before
+    inherited = signal.signal(number, signal.default_int_handler)         # a test run in the background ignores SIGINT, and so it would stay
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_commands([Command(("--help",)), Command(("--help",))], [{}])
+        assert [process.poll() for process in started] == [-signal.SIGTERM if number == signal.SIGTERM else 0], "waited for, none after it"
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, inherited)
 
 
 # -------------------------------------------------------------------------------------------------------------- mistakes
