@@ -38,6 +38,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         raise UserError("-m without a key of several values sweeps nothing; write, for instance, loss.beta=0.05,0.1,0.3 or sweep=beta_lr")
     given = {o.get_key_element(): o.value() for o in overrides if not o.is_sweep_override()}
     folder = Path(str(given.get("run.dir") or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
+    _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
     sweep = Sweep(folder, tuple(given), dry_run)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -46,7 +47,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         run_jobs: Any = sweep.run_jobs                   # our launcher calls it for whole batches, not as Hydra calls a task
         hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *words], with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
-        _blame(overrides, words, error)
+        _blame(words, error)
     except UserError:
         raise
     except _Shown as shown:
@@ -157,14 +158,18 @@ def _in_folder(folder: Path) -> str:
     return run_dir_override(folder).replace("run.dir", "hydra.sweep.dir", 1)
 
 
-def _blame(overrides: Sequence[Override], words: Sequence[str], error: Exception) -> None:
-    """Raises the UserError that says what is wrong: each job is composed by itself until one tells."""
-    if any("optuna" in word for word in words) and not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"):
-        raise UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'") from error
+def _compose_each(overrides: Sequence[Override]) -> None:
+    """UserError for the first job of a grid that is wrong."""
     ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
         each = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override() else [str(o.input_line)]
                 for o in ours]
         for job in itertools.product(*each):
             compose(job)
+
+
+def _blame(words: Sequence[str], error: Exception) -> None:
+    """Raises the UserError that says what is wrong."""
+    if any("optuna" in word for word in words) and not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"):
+        raise UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'") from error
     raise UserError(str(error).splitlines()[0]) from error
