@@ -154,8 +154,9 @@ def _prompts(shapes: PairShapes, flops: Flops) -> list[_Prompt]:
 
 def _filler(prompts: Iterable[_Prompt], budget: int, share: bool) -> _Unit:
     """The cheapest pair: what a rank with nothing to do forwards."""
-    alone = (_pieces(prompt._replace(pairs=[pair]), budget, math.inf, share)[0] for prompt in prompts for pair in prompt.pairs)
-    return min(alone, key=lambda unit: (unit.cost, unit.members))
+    alone = ((prompt.cost + _added(pair, set(), share)[1], pair.at, prompt, pair) for prompt in prompts for pair in prompt.pairs)
+    _, _, prompt, pair = min(alone)
+    return _pieces(prompt._replace(pairs=[pair]), budget, math.inf, share)[0]
 
 
 def _cut(prompts: Iterable[_Prompt], budget: int, part: float, share: bool) -> list[_Unit]:
@@ -198,8 +199,12 @@ def _pieces(prompt: _Prompt, budget: int, cap: float, share: bool) -> list[_Unit
 
 def _added(pair: _Pair, seen: set[int], share: bool) -> tuple[_Size, float]:
     """(size, cost) of the pair's completions that are not computed yet."""
-    fresh = {c[0]: c for c in (pair.chosen, pair.rejected) if c[0] not in seen}.values() if share else (pair.chosen, pair.rejected)
-    return reduce(_Size.beside, (c[1] for c in fresh), NOTHING), sum(c[2] for c in fresh)
+    (chosen, chosen_size, chosen_cost), (rejected, rejected_size, rejected_cost) = pair.chosen, pair.rejected
+    if share and (rejected in seen or rejected == chosen):
+        return (NOTHING, 0.0) if chosen in seen else (chosen_size, chosen_cost)
+    if share and chosen in seen:
+        return rejected_size, rejected_cost
+    return chosen_size.beside(rejected_size), chosen_cost + rejected_cost
 
 
 def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int, more_micro_steps: int = 0,
