@@ -23,8 +23,8 @@ def main(check: bool) -> int:
 
 
 def tables() -> str:
-    parts = [step_table(read("step_time")), other_table(read("memory"), read("scaling"))]
-    return "\n\n".join(parts)
+    return "\n\n".join([step_table(read("step_time")), other_table(read("memory"), read("scaling")),
+                        run_table(read("sweep"), read("ahead"), read("sizing"))])
 
 
 def read(name: str) -> dict[str, Any]:
@@ -73,6 +73,35 @@ def other_table(memory: dict[str, Any], scaling: dict[str, Any]) -> str:
         f"| the same, measured on 2 ranks: worst step | {measured:.3f} |",
         f"| the plan of {planning['pairs']:,} pairs on 8 ranks, all steps of an epoch | {planning['training, 8 ranks']['seconds']:.1f} s, "
         f"{planning['training, 8 ranks']['bytes_a_pair']:.0f} bytes a pair |",
+        *growth_lines(scaling["steps"]),
+    ])
+
+
+def growth_lines(steps: dict[str, list[dict[str, Any]]]) -> list[str]:
+    def ends(part: str, what: str, unit: str) -> tuple[str, str]:
+        first, last = steps[part][0], steps[part][-1]
+        return f"{first[what]} and {last[what]}", f"{first[unit]:.0f} and {last[unit]:.0f}"
+
+    pairs, a_pair = ends("pairs", "pairs", "milliseconds_a_pair")
+    lengths, a_token = ends("lengths", "sequence_tokens", "microseconds_a_token")
+    one, two = steps["ranks"]
+    return [f"| a step of {pairs} pairs of {steps['pairs'][0]['sequence_tokens']} tokens: milliseconds a pair | {a_pair} |",
+            f"| sequences of {lengths} tokens: microseconds a token | {a_token} |",
+            f"| {one['pairs']} pairs of {one['sequence_tokens']} tokens on 2 ranks over 1: pairs a second "
+            f"| {one['seconds_a_step'] / two['seconds_a_step']:.2f} |"]
+
+
+def run_table(sweep: dict[str, Any], ahead: dict[str, Any], sizing: dict[str, Any]) -> str:
+    cached, beside, ratio = ahead["cached"], ahead["ahead"], sweep["sweep / separate"]
+    order = sizing["in_another_order_of_cpu_time"]
+    return "\n".join([
+        "| whole runs | measured |", "|---|---|",
+        f"| a 3 × 2 sweep over six runs with a live reference: seconds, seconds on the processor, counted forwards and backwards "
+        f"| {ratio['wall']:.2f}, {ratio['processor']:.2f}, {ratio['counted']:.2f} |",
+        f"| the first step of a run over {ahead['pairs']} pairs, scored before and ahead of training: seconds from the start "
+        f"| {cached['start_to_first_step_seconds']:.1f} and {beside['start_to_first_step_seconds']:.1f} |",
+        f"| memory a rank that `plan` predicts, {len(sizing['runs'])} runs: largest error | {sizing['worst_memory_error']:.1%} |",
+        f"| step times that `plan` predicts: pairs of runs in the wrong order (CPU seconds) | {len(order)} of {sizing['pairs_of_runs']} |",
     ])
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks compare with computes the same thing."""
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def test_the_attentions_that_the_gpu_benchmark_compares_see_the_same_keys(name: 
     q, k, v = (torch.randn(1, heads, 45, 16) for heads in (4, kv_heads, kv_heads))
     wanted = CANDIDATES["branch"](None, q, k, v, None, forest=forest)[0]
     torch.testing.assert_close(CANDIDATES[name](None, q, k, v, None, forest=forest)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_readmes_tables_are_those_of_the_committed_results():
+    done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=REPO)
+    assert done.returncode == 0, "run benchmarks/tables.py"
