@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,9 +254,19 @@ def _mark_failed(run_dir: Path, message: str) -> None:
 
 
 def _killed_rank(said: str) -> tuple[int, int] | None:
-    """(rank, signal) where torchrun says that a signal ended the first rank to fail."""
-    found = re.search(r"Root Cause.*?\brank +: (\d+).*?\bexitcode +: (-?\d+)", said, re.S)
-    return (int(found[1]), -int(found[2])) if found and int(found[2]) < 0 else None
+    """(rank, signal) where torchrun reports that a signal ended the first rank to fail. Ranks that it found ended in one look have no
+    order, and it calls the lowest the first: a rank that was killed comes before those that only saw it go. Later signals are torchrun's
+    own, and ABRT is how NCCL gives up on a lost rank."""
+    failures = re.findall(r"time +: (\S+)\n.*?\brank +: (\d+) .*?\bexitcode +: (-?\d+)", said, re.S)
+    if not failures:
+        return None
+    first, *others = [(_seconds(at), int(rank), -int(code)) for at, rank, code in reversed(failures)]           # the root cause stands last
+    at_once = [each for each in others if each[0] - first[0] <= 1 and each[2] not in (signal.SIGTERM, signal.SIGABRT)]
+    return next(((rank, number) for _, rank, number in [first, *at_once] if number > 0), None)
+
+
+def _seconds(torchruns_time: str) -> float:
+    return time.mktime(time.strptime(torchruns_time, "%Y-%m-%d_%H:%M:%S"))
 
 
 def _tail(log: Path) -> list[str]:

@@ -133,6 +133,20 @@ sys.exit(run_stages(LaunchPlan({str(folder / 'run')!r}, {stages!r})))"""
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPO)])})
 
 
+def test_a_killed_rank_is_named_though_torchrun_finds_another_gone_in_the_same_look_and_calls_that_one_the_first(tmp_path: Path):
+    (tmp_path / "fall.py").write_text("""import os, signal, subprocess, time
+if os.environ["RANK"] == "1":
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.kill(os.getppid(), signal.SIGSTOP)                     # torchrun looks again when both are gone
+subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getppid()}"], start_new_session=True)
+time.sleep(2)
+os._exit(1)
+""")
+    done = run_stages(tmp_path, Stage("train", "fall", 1, 2, ()))
+    assert done.returncode == 1 and "error: rank 1 was ended by SIGKILL" in done.stderr, done.stderr
+
+
 def test_a_signal_that_a_stage_no_longer_heeds_starts_no_further_stage(tmp_path: Path):
     (tmp_path / "over.py").write_text("import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.kill(os.getppid(), 15)\n")
     (tmp_path / "further.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w')\n")
