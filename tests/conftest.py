@@ -4,8 +4,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,10 @@ def processes_on(folder: Path) -> list[int]:
         if any(word.endswith(b"=" + os.fsencode(folder)) for word in words):
             found.append(int(process.name))
     return found
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Without warning. One may have ended by itself: it saw another go."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

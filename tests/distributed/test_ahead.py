@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, eval_on, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, train_on, write_rows, write_tiny_llama
 
 from dpo_dist.compose import compose
 from dpo_dist.data.order import order_of
@@ -82,12 +82,6 @@ def wait_until(condition, what: str, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def kill(pids: list[int]) -> None:
-    assert pids, "there was something to kill"
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-
-
 @pytest.mark.parametrize(("zero", "world", "procs"), [("none", 1, 2), ("zero3", 2, 1)])
 def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: str, world: int, procs: int, tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
@@ -117,7 +111,9 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
 
     process = start(ahead, run)
     wait_until(lambda: len(entries(cache)) > kept, "more scored")
-    kill([pid for pid in processes_on(run) if pid != process.pid and pid not in processes_on(run / "scoring")])
+    ranks = [pid for pid in processes_on(run) if pid != process.pid and pid not in processes_on(run / "scoring")]
+    assert ranks, "there was something to kill"
+    kill(ranks)
     process.communicate(timeout=120)
     assert process.returncode != 0 and not (run / "DONE").exists()
     assert processes_on(run) == [], "no orphans"

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, kill, processes_on, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -104,8 +103,7 @@ def test_a_scoring_job_killed_midway_is_finished_by_another_number_of_processes_
     deadline = time.monotonic() + 120
     while len(entries(tmp_path / "reference")) < 0.3 * 800 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    for pid in [process.pid, *processes_on(tmp_path / "score")]:
-        os.kill(pid, signal.SIGKILL)
+    kill([process.pid, *processes_on(tmp_path / "score")])
     process.wait()
     kept = len(entries(tmp_path / "reference"))
     assert 0 < kept < 800, "the kill came midway"

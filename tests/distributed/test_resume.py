@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, dpo_dist, eval_on, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -39,8 +38,7 @@ def killed_after(step: int, words: list[str], run_dir: Path) -> None:
     while not any(whole.parent.name >= f"step-{step:06d}" for whole in run_dir.glob("checkpoints/step-*/COMPLETE")):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or came not so far, before it was killed"
         time.sleep(0.02)
-    for pid in [process.pid, *processes_on(run_dir)]:
-        os.kill(pid, signal.SIGKILL)
+    kill([process.pid, *processes_on(run_dir)])
     process.wait()
     assert not (run_dir / "DONE").exists(), "the kill came midway"
 

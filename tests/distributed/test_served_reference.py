@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, metrics, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, kill, metrics, train_on, write_rows, write_tiny_llama
 from log_prob_server import Answer, LogProbServer, values
 
 pytestmark = pytest.mark.distributed
@@ -267,10 +267,9 @@ def test_a_server_ends_even_where_the_run_is_killed(tmp_path: Path, words: list[
     wait_until(lambda: servers_of(tmp_path / "m"))
     ranks = [pid for pid, line in command_lines() if b"dpo_dist.score" in line and os.fsencode(tmp_path) in line]
     assert ranks
-    for pid in (scoring.pid, *ranks):
-        os.kill(pid, signal.SIGKILL)
+    kill([scoring.pid, *ranks])
     scoring.communicate()
-    wait_until(lambda: not servers_of(tmp_path / "m"), seconds=15)
+    wait_until(lambda: not servers_of(tmp_path / "m"))
 
 
 def servers_of(folder: Path) -> list[int]:
