@@ -1,7 +1,6 @@
 """A sweep finds its runs again, scores only what must be scored apart, and says which run was best. Nothing is trained here."""
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -297,10 +296,6 @@ def test_a_group_of_the_config_can_be_swept_and_so_can_a_list(tmp_path: Path):
     assert rerun(tmp_path, "optim.betas=[0.9,0.95],[0.9,0.98]") == [{"optim.betas": "[0.9,0.95]"}, {"optim.betas": "[0.9,0.98]"}]
 
 
-OPTUNA = importlib.util.find_spec("optuna") is not None
-
-
-@pytest.mark.skipif(not OPTUNA, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_path: Path):
     for beta, accuracy in ((0.1, 0.6), (0.2, 0.9)):
         finish(job(f"loss.beta={beta}", "optim.lr=1e-6", folder=str(tmp_path)), **{"rewards/accuracies": accuracy})
@@ -310,16 +305,18 @@ def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_
     assert "best_value: 0.9" in told and "loss.beta: 0.2" in told
 
 
-@pytest.mark.skipif(not OPTUNA, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_a_search_in_the_wrong_direction_is_refused():
     with pytest.raises(UserError, match=r"hydra\.sweeper\.direction=maximize is the wrong way for hydra\.launcher\.objective=loss"):
         multirun([*FIXED, "sweep=optuna", "hydra.launcher.objective=loss"])
 
 
-@pytest.mark.skipif(OPTUNA, reason="hydra-optuna-sweeper is installed")
 def test_without_optuna_the_person_is_told_what_to_install():
-    with pytest.raises(UserError, match=r"pip install 'dpo-dist\[sweep\]'"):
-        multirun([*FIXED, "sweep=optuna"])
+    script = f"""import sys
+sys.modules["hydra_plugins.hydra_optuna_sweeper"] = None      # as if it were not installed
+from dpo_dist.launcher.cli import main
+sys.exit(main(["run", "-m", "sweep=optuna", *{FIXED}]))"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "error: the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'" in done.stderr
 
 
 def test_every_ready_made_space_says_how_to_run_it():
