@@ -1,6 +1,7 @@
 """A sweep pays for the reference once, a failed run does not stop the others, and the same sweep again runs only what is missing."""
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -112,6 +113,7 @@ def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Pat
     assert "1 are done, 1 to run" in dpo_dist(*sweep).stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_optuna_searches_by_the_held_out_metric_and_survives_a_failed_run(tmp_path: Path, words: list[str]):
     done = dpo_dist(*words, "sweep=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "cluster.jobs_at_once=2",
                     "optim.lr=choice(1e-3,1e30)", code=1, timeout=600)

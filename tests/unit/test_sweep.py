@@ -1,6 +1,7 @@
 """A sweep finds its runs again, scores only what must be scored apart, and says which run was best. Nothing is trained here."""
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -296,6 +297,7 @@ def test_a_group_of_the_config_can_be_swept_and_so_can_a_list(tmp_path: Path):
     assert rerun(tmp_path, "optim.betas=[0.9,0.95],[0.9,0.98]") == [{"optim.betas": "[0.9,0.95]"}, {"optim.betas": "[0.9,0.98]"}]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_path: Path):
     for beta, accuracy in ((0.1, 0.6), (0.2, 0.9)):
         finish(job(f"loss.beta={beta}", "optim.lr=1e-6", folder=str(tmp_path)), **{"rewards/accuracies": accuracy})
@@ -305,6 +307,7 @@ def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_
     assert "best_value: 0.9" in told and "loss.beta: 0.2" in told
 
 
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_a_search_in_the_wrong_direction_is_refused():
     with pytest.raises(UserError, match=r"hydra\.sweeper\.direction=maximize is the wrong way for hydra\.launcher\.objective=loss"):
         multirun([*FIXED, "sweep=optuna", "hydra.launcher.objective=loss"])
