@@ -257,7 +257,7 @@ def _killed_rank(said: str) -> tuple[int, int] | None:
     """(rank, signal) where torchrun reports that a signal ended the first rank to fail. Ranks that it found ended in one look have no
     order, and it calls the lowest the first: a rank that was killed comes before those that only saw it go. Later signals are torchrun's
     own, and ABRT is how NCCL gives up on a lost rank."""
-    failures = re.findall(r"time +: (\S+)\n.*?\brank +: (\d+) .*?\bexitcode +: (-?\d+)", said, re.S)
+    failures = re.findall(r"time +: (\d+-\d+-\d+_[\d:]+)\n.*?\brank +: (\d+) .*?\bexitcode +: (-?\d+)", said, re.S)
     if not failures:
         return None
     first, *others = [(_seconds(at), int(rank), -int(code)) for at, rank, code in reversed(failures)]           # the root cause stands last

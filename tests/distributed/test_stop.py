@@ -134,7 +134,8 @@ sys.exit(run_stages(LaunchPlan({str(folder / 'run')!r}, {stages!r})))"""
 
 
 def test_a_killed_rank_is_named_though_torchrun_finds_another_gone_in_the_same_look_and_calls_that_one_the_first(tmp_path: Path):
-    (tmp_path / "fall.py").write_text("""import os, signal, subprocess, time
+    (tmp_path / "fall.py").write_text("""import os, signal, subprocess, sys, time
+print("time : 0.3", file=sys.stderr)                      # as libraries do, into the same log
 if os.environ["RANK"] == "1":
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
