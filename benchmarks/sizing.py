@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import median
 
 from dpo_dist.compose import compose
+from dpo_dist.predicted_time import step_time
 from dpo_dist.shape import model_shape
-from dpo_dist.sizing import CPU, Lengths, World, memory, step_time
+from dpo_dist.sizing import CPU, Lengths, World, memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sizing.json"

@@ -4,9 +4,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo_dist.compose import compose
+from dpo_dist.predicted_time import scoring_seconds, step_time
 from dpo_dist.shape import read_shape
 from dpo_dist.size_report import smallest_change
-from dpo_dist.sizing import GPU_80GB, Lengths, World, memory, scoring_memory, scoring_seconds, step_time
+from dpo_dist.sizing import GPU_80GB, Lengths, World, memory, scoring_memory
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = Lengths(prompt=512, chosen=512, rejected=512, pairs=60_000, source="assumed")

@@ -53,12 +53,17 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
+def read_state(folder: Path) -> TrainState:
+    """Where the run was when it wrote this checkpoint."""
+    return TrainState(**json.loads((folder / "state.json").read_text()))
+
+
 def resume_point(run_dir: Path, zero_stage: int | None, ranks: int) -> tuple[Path, TrainState] | None:
     """The newest whole checkpoint and where it stands, or None. UserError where this run cannot go on from it."""
     folder = latest_checkpoint(run_dir)
     if folder is None:
         return None
-    state = TrainState(**json.loads((folder / "state.json").read_text()))
+    state = read_state(folder)
     if state.zero_stage != zero_stage:
         raise UserError(f"{folder.name} was written with zero.stage={state.zero_stage}, not {zero_stage}; go on with the same zero.stage, "
                         "or start a new run from the exported model")

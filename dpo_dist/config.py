@@ -32,8 +32,8 @@ class ModelConfig:
     path: str
     dtype: Literal["auto", "fp32", "bf16"]
     attention: Literal["auto", "branch", "padded"]
-    gradient_checkpointing: bool
-    compile: bool
+    gradient_checkpointing: Literal["auto"] | bool | int
+    kernels: Literal["auto", "eager", "fused"]
     lora: LoraConfig
 
 
@@ -182,10 +182,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    stage: Literal[0, 1, 2, 3] | None
+    stage: Literal["auto", 0, 1, 2, 3] | None
     offload_optimizer: Literal["none", "cpu"]
     offload_parameters: Literal["none", "cpu"]
     persistence_threshold: int
+    secondary_partition: int | None
+    reduce_dtype: Literal["auto", "fp32"]
+
+    @property
+    def chosen_stage(self) -> int | None:
+        """The stage, once `auto` has become one (automatic.py)."""
+        assert self.stage != "auto", "zero.stage is chosen before it is asked for"
+        return self.stage
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ class RunConfig:
         whole["data"].pop("cache_dir")
         for key in ("tokens_per_microbatch", "log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints"):
             whole["train"].pop(key)
-        for key in ("attention", "gradient_checkpointing", "compile"):
+        for key in ("attention", "gradient_checkpointing", "kernels"):
             whole["model"].pop(key)
         return whole
 

@@ -28,13 +28,7 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        kinds = [a for a in args if a is not type(None)]
-        for choice in kinds[:-1]:
-            try:
-                return _decode(choice, value, key)
-            except UserError:
-                continue
-        return _decode(kinds[-1], value, key)
+        return _decode_one_of([a for a in args if a is not type(None)], value, key)
     if origin is Literal:
         value = ALIASES.get(value, value) if isinstance(value, str) else value
         if value not in args or isinstance(value, bool):
@@ -52,6 +46,19 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
             raise UserError(f"{key}={value!r} must be a mapping, as in {key}={{name: value}}")
         return {str(k): _decode(args[1], v, f"{key}.{k}") for k, v in value.items()}
     return _decode_scalar(kind, value, key)
+
+
+def _decode_one_of(kinds: list[Any], value: Any, key: str) -> Any:
+    """The value as the first of these kinds that it fits. Where it fits none, the last one's error, or one that names them all."""
+    for kind in kinds:
+        try:
+            return _decode(kind, value, key)
+        except UserError as error:
+            refused = error
+    if all(typing.get_origin(kind) is Literal or kind in _TYPE_NAMES for kind in kinds[:-1]) and len(kinds) > 1:
+        words = [word for kind in kinds for word in (typing.get_args(kind) or (_TYPE_NAMES[kind],))]
+        raise UserError(f"{key}={value!r} is not allowed: one of {', '.join(words)}")
+    raise refused
 
 
 def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:

@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_dist.config import ReferenceConfig, RunConfig
+import torch
+
+from dpo_dist import sizing
+from dpo_dist.automatic import choose, is_automatic, without_sizes
+from dpo_dist.checkpoint import latest_checkpoint, read_state
+from dpo_dist.config import ReferenceConfig, RunConfig, UserError
 from dpo_dist.data.store import PairStore
 from dpo_dist.inputs import Inputs
 from dpo_dist.parity import audit, believe_earlier_audit
@@ -21,9 +26,11 @@ from dpo_dist.reference.lookahead import Indexes
 from dpo_dist.reference.make import make_reference
 from dpo_dist.reference.moving import HasWeights, MovingReference
 from dpo_dist.reference.serving import open_served
+from dpo_dist.shape import read_shape
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
 
+USABLE = 0.95                        # share of a GPU's memory that predictions may fill: allocators leave holes
 SECONDS_BEFORE_SHARED = 30.0         # what is scored ahead of training reaches it within this time, and within a second at the beginning
 
 
@@ -37,6 +44,32 @@ class Scored:
 
     def __str__(self) -> str:
         return f"scored {self.scored}, cached {self.cached}"
+
+
+def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal) -> RunConfig:
+    """The config with zero.stage and model.gradient_checkpointing chosen where they are `auto`, the same on every rank. A run that goes on
+    keeps the stage of its checkpoint. All ranks call it."""
+    if not is_automatic(config):
+        return config
+    on_gpu, tells = world.device.type == "cuda", world.device.type == "cuda" or config.zero.stage == "auto"
+    saved = world.on_main(lambda: latest_checkpoint(Path(config.run_dir)))
+    if config.zero.stage == "auto" and saved is not None:
+        config = sizing.with_zero(config, stage=read_state(saved).zero_stage)
+    device = sizing.CPU
+    if on_gpu:
+        memory = -world.max(-float(torch.cuda.get_device_properties(world.device).total_memory))
+        device = replace(sizing.GPU_80GB, name=torch.cuda.get_device_name(world.device), memory=USABLE * memory)
+    machine = sizing.World(world.size // world.local_size, world.size, device)
+    try:
+        shape = read_shape(inputs.policy_folder)
+    except UserError as unknown:
+        choice = without_sizes(config, world.size, on_gpu, str(unknown))
+    else:
+        lengths, longest = inputs.lengths
+        choice = choose(config, shape, lengths, machine, sizing.Packs.largest(config, lengths, longest, world.size))
+    if choice.line and tells:
+        terminal.say(choice.line)
+    return choice.config
 
 
 def open_engines(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World,

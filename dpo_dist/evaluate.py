@@ -11,7 +11,7 @@ import numpy as np
 from dpo_dist import stop
 from dpo_dist.config import LossConfig, RunConfig, UserError
 from dpo_dist.data.store import PairStore
-from dpo_dist.engines import open_engines
+from dpo_dist.engines import open_engines, without_auto
 from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.flops import Flops
 from dpo_dist.inputs import Inputs, read_inputs
@@ -70,6 +70,7 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
         raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: held_out.jsonl}]")
     if config.reference.mode == "ahead":                  # which is a way to train; no processes beside this one score
         config = replace(config, reference=replace(config.reference, mode="cached"))
+    config = without_auto(config, inputs, world, terminal)
     policy, reference = open_engines(config, inputs, [inputs.eval], world, terminal)
     means = evaluate_run(config, inputs, policy, reference, world)
     if world.is_main:

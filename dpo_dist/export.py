@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_dist.checkpoint import resume_point
 from dpo_dist.config import RunConfig, UserError
+from dpo_dist.engines import without_auto
 from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.inputs import Inputs, read_inputs
 from dpo_dist.models.load import load_tokenizer
@@ -80,8 +81,9 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     """Writes <run.dir>/model from the run's newest whole checkpoint."""
     run_dir = Path(config.run_dir)
     inputs = read_inputs(config, world, terminal)
+    config = without_auto(config, inputs, world, terminal)
     world.on_main(lambda: check_same_run(run_dir, config, passport(config, inputs, world)))
-    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.stage, world.size))
+    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     if resumed is None:
         raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
     policy = make_policy(config, inputs.policy_folder, inputs.attention, world)

@@ -20,6 +20,7 @@ from dpo_dist.models.load import check_quantized, choose_attention, load_tokeniz
 from dpo_dist.reference.cache import PLAIN_RECIPE, ReferenceKey
 from dpo_dist.reference.serving import served_key
 from dpo_dist.shared_folders import check_shared
+from dpo_dist.sizing import Lengths
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
 
@@ -37,6 +38,14 @@ class Inputs:
     flops: Flops                         # of the policy's forward
     train: PairStore
     eval: PairStore
+
+    @property
+    def lengths(self) -> tuple[Lengths, int]:
+        """(mean tokens of the pairs, tokens of the longest pair), of those to train on, else of those held out."""
+        pairs = self.train if len(self.train) else self.eval
+        tokens = pairs.lengths()
+        prompt, chosen, rejected = tokens.mean(0).tolist()
+        return Lengths(prompt, chosen, rejected, len(pairs), f"mean of {len(pairs):,} tokenized pairs"), int(tokens.sum(1).max())
 
     @property
     def same_start(self) -> bool:

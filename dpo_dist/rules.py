@@ -82,12 +82,9 @@ def validate(c: RunConfig) -> None:
                 raise UserError(f"data.eval[{i}].weight={d.weight} would do nothing: held-out pairs are each counted once; remove it")
     if c.data.eval and c.data.eval_fraction:
         raise UserError(f"data.eval_fraction={c.data.eval_fraction} and data.eval are both set; keep one of them")
-    if c.model.compile and c.model.gradient_checkpointing:
-        raise UserError("model.compile=true does nothing beside model.gradient_checkpointing=true, inside which torch does not compile; "
-                        "set one of them to false")
-    if c.model.compile and c.zero.stage == 3:
-        raise UserError("model.compile=true does not go with zero.stage=3, whose hooks on every module would have each compiled again and "
-                        "again; set zero=zero2 or model.compile=false")
+    if c.model.gradient_checkpointing != "auto" and c.model.gradient_checkpointing < 0:
+        raise UserError(f"model.gradient_checkpointing={c.model.gradient_checkpointing} must be auto, true, false, or a "
+                        "number of layers, 0 or more")
     if c.model.lora.rank == 0 and c.model.lora.alpha is not None:
         raise UserError(f"model.lora.alpha={c.model.lora.alpha} does nothing while model.lora.rank=0; set model.lora.rank=16")
     if c.model.lora.rank == 0 and c.model.lora.target_modules != "all-linear":
@@ -195,19 +192,38 @@ def _validate_sync(c: RunConfig) -> None:
 
 
 def _validate_zero(c: RunConfig) -> None:
-    if c.zero.stage != 3 and c.zero.offload_parameters != "none":
-        raise UserError(f"zero.offload_parameters={c.zero.offload_parameters} needs zero.stage=3, not {c.zero.stage}")
-    if c.zero.stage != 3 and c.zero.persistence_threshold != PERSISTENCE_THRESHOLD:
-        raise UserError(f"zero.persistence_threshold={c.zero.persistence_threshold} does nothing with zero.stage={c.zero.stage}, which keeps "
-                        "every parameter whole; remove it, or set zero=zero3")
-    if c.zero.stage in (None, 0) and c.zero.offload_optimizer != "none":
-        raise UserError(f"zero.offload_optimizer={c.zero.offload_optimizer} needs zero.stage=1, 2 or 3, not {c.zero.stage}")
-    if c.zero.stage is None and (c.cluster.procs_per_node or 1) > 1:
+    stage = c.zero.stage                                 # "auto" becomes the stage that fits, which then obeys these as well
+    if stage not in (3, "auto"):
+        if c.zero.offload_parameters != "none":
+            raise UserError(f"zero.offload_parameters={c.zero.offload_parameters} needs zero.stage=3, not {stage}")
+        if c.zero.persistence_threshold != PERSISTENCE_THRESHOLD:
+            raise UserError(f"zero.persistence_threshold={c.zero.persistence_threshold} does nothing with zero.stage={stage}, which keeps "
+                            "every parameter whole; remove it, or set zero=zero3")
+        if c.zero.secondary_partition is not None:
+            raise UserError(f"zero.secondary_partition={c.zero.secondary_partition} does nothing with zero.stage={stage}, which keeps "
+                            "every parameter whole; remove it, or set zero=zero3")
+    _validate_secondary_partition(c)
+    if stage is None and c.zero.reduce_dtype != "auto":
+        raise UserError(f"zero.reduce_dtype={c.zero.reduce_dtype} does nothing with zero.stage=null, which has no other ranks; remove it")
+    if stage in (None, 0) and c.zero.offload_optimizer != "none":
+        raise UserError(f"zero.offload_optimizer={c.zero.offload_optimizer} needs zero.stage=1, 2 or 3, not {stage}")
+    if stage is None and (c.cluster.procs_per_node or 1) > 1:
         raise UserError(f"zero.stage=null is plain torch in one process, but cluster.procs_per_node={c.cluster.procs_per_node}; "
                         "set zero=zero3 or cluster.procs_per_node=1")
-    if c.zero.stage in (None, 0) and c.model.dtype == "bf16":
-        raise UserError(f"model.dtype=bf16 needs DeepSpeed's fp32 master weights, which zero.stage={c.zero.stage} has not; set zero=zero1 "
-                        "(or higher) or model.dtype=fp32")
+    if stage == 0 and c.model.dtype == "bf16":
+        raise UserError("model.dtype=bf16 needs fp32 master weights, which DeepSpeed's zero.stage=0 has not; set zero=zero1 (or higher), or "
+                        "zero=none in one process, or model.dtype=fp32")
+
+
+def _validate_secondary_partition(c: RunConfig) -> None:
+    ranks = c.zero.secondary_partition
+    if ranks is None:
+        return
+    if ranks < 2:
+        raise UserError(f"zero.secondary_partition={ranks} must be a number of ranks, 2 or more; as many as a node has GPUs")
+    if c.cluster.procs_per_node is not None and (c.cluster.nodes * c.cluster.procs_per_node) % ranks:
+        raise UserError(f"zero.secondary_partition={ranks} does not divide the {c.cluster.nodes * c.cluster.procs_per_node} ranks; set it to "
+                        f"cluster.procs_per_node={c.cluster.procs_per_node}")
 
 
 def _validate_cluster(c: ClusterConfig) -> None:

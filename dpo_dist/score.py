@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo_dist import stop
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.order import order_of
-from dpo_dist.engines import fill_cache
+from dpo_dist.engines import fill_cache, without_auto
 from dpo_dist.entry import DONE, exit_with, run_entry
 from dpo_dist.inputs import read_inputs
 from dpo_dist.lock import hold_lock, is_held
@@ -33,6 +33,7 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
         _score_ahead(config, world, terminal)
     else:
         inputs = read_inputs(config, world, terminal)
+        config = without_auto(config, inputs, world, terminal)           # adapter_off scores with the policy
         terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)))
 
 

@@ -76,7 +76,8 @@ class ModelShape:
         """Of adapters on every linear layer: A and B (arXiv 2106.09685)."""
         return self.layers * rank * sum(a + b for a, b in self.linear_sides)
 
-    def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int) -> float:
+    def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int, fused: bool = False,
+                              recompute: bool = False) -> float:
         """Bytes that one layer keeps for backward, for each token.
 
         width: bytes of an activation (2 or 4). keys_per_token: keys laid out for attention, over tokens (a prompt's keys stand before

@@ -10,23 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_dist.automatic import choose
 from dpo_dist.config import RunConfig, UserError
+from dpo_dist.predicted_time import scoring_seconds, step_time
 from dpo_dist.shape import ModelShape, read_shape
-from dpo_dist.sizing import (
-    CPU,
-    GIB,
-    GPU_80GB,
-    Lengths,
-    Memory,
-    World,
-    cache_bytes,
-    memory,
-    scoring_memory,
-    scoring_seconds,
-    step_time,
-    with_zero,
-    worst_lengths,
-)
+from dpo_dist.sizing import CPU, GIB, GPU_80GB, Lengths, Memory, World, cache_bytes, memory, scoring_memory, with_zero, worst_lengths
 
 MOST_NODES = 1024
 
@@ -52,6 +40,8 @@ def sizing_lines(config: RunConfig, procs_per_node: int) -> list[str]:
 
 def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World) -> list[str]:
     """Memory, time and communication of a run, line by line; pure."""
+    chosen = choose(config, shape, lengths, world)
+    config = chosen.config
     need, time = memory(config, shape, lengths, world), step_time(config, shape, lengths, world)
     moment, peak = max(need.moments.items(), key=lambda each: each[1])
     shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name in (f.name for f in fields(Memory)) if (value := getattr(need, name))]
@@ -59,6 +49,7 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World)
     lines = [
         f"model     {shape.parameters / 1e9:.2f} B parameters ({shape.model_type}), {world.ranks} ranks on {world.nodes} nodes",
         f"tokens    {lengths.pair:.0f} a pair; {lengths.source}",
+        *([f"chosen    {chosen.line}"] if chosen.line else []),
         f"memory    {peak / GIB:.2f} GiB a rank, when {moment}{unproven}",
         f"          GiB: {', '.join(shown)}",
         f"step      {time.seconds:.3g} s: computing {time.compute:.3g}, communication {time.communication:.3g}"
@@ -125,8 +116,7 @@ def _changes(config: RunConfig, lengths: Lengths) -> Iterator[list[tuple[tuple[s
 def _allowed(config: RunConfig) -> bool:
     """What rules.py says of these keys."""
     zero = config.zero
-    return ((zero.offload_parameters == "none" or zero.stage == 3) and (zero.offload_optimizer == "none" or zero.stage not in (None, 0))
-            and not (config.model.compile and (config.model.gradient_checkpointing or zero.stage == 3)))
+    return (zero.offload_parameters == "none" or zero.stage == 3) and (zero.offload_optimizer == "none" or zero.stage not in (None, 0))
 
 
 def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
@@ -137,14 +127,19 @@ def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Call
     def stage(number: int) -> Callable[[RunConfig], RunConfig]:
         return lambda c: with_zero(c, stage=number)
 
+    def again(how: bool | int) -> Callable[[RunConfig], RunConfig]:
+        return lambda c: replace(c, model=replace(c.model, gradient_checkpointing=how))
+
     changes: list[tuple[str, Callable[[RunConfig], RunConfig]]] = []
-    changes += [(f"zero.stage={number}", stage(number)) for number in (1, 2, 3) if number > (config.zero.stage or 0)]
+    changes += [(f"zero.stage={number}", stage(number)) for number in (1, 2, 3) if number > (config.zero.chosen_stage or 0)]
     fewer = config.train.tokens_per_microbatch // 2
     while fewer >= lengths.pair:
         changes.append((f"train.tokens_per_microbatch={fewer}", tokens(fewer)))
         fewer //= 2
-    if not config.model.gradient_checkpointing:
-        changes.append(("model.gradient_checkpointing=true", lambda c: replace(c, model=replace(c.model, gradient_checkpointing=True))))
+    if config.model.gradient_checkpointing is False:
+        changes.append(("model.gradient_checkpointing=0", again(0)))
+    if config.model.gradient_checkpointing is not True:
+        changes.append(("model.gradient_checkpointing=true", again(True)))
     if config.zero.offload_optimizer == "none":
         changes.append(("zero.offload_optimizer=cpu", lambda c: with_zero(c, offload_optimizer="cpu")))
     if config.zero.offload_parameters == "none":

@@ -1,6 +1,6 @@
-"""Memory a rank, step time and communication, predicted from config and config.json before a job is queued. No torch here.
+"""Memory a rank, predicted from config and config.json before a job is queued; predicted_time.py goes on from here. No torch here.
 
-Every figure is a sum of named terms (Memory, StepTime), each written from what the code and DeepSpeed 0.19 allocate; nothing is fitted.
+Every figure is a sum of named terms, each written from what the code and DeepSpeed 0.19 allocate; nothing is fitted.
 What a device is assumed to do stands in Device. The CPU's terms were measured (benchmarks/sizing.py), the GPU's were not.
 """
 from __future__ import annotations
@@ -8,17 +8,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-
 from dpo_dist.config import RunConfig
 from dpo_dist.shape import ModelShape
 
 GIB = 2**30
 LOGITS_AT_ONCE, NARROWEST_BLOCK = 2**24, 256     # as in logps.py, which imports torch; a test holds them together
-BUCKET = 500_000_000                             # DeepSpeed's reduce buckets, elements
+LAYERS_IN_A_BUCKET = 2                           # one travels while the next is computed
+SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
+WHOLE_BUCKET = 500_000_000                       # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
+REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
 LIVE = 1_000_000_000                             # stage3_max_live_parameters: gathered elements that may stay until backward needs them
-PREFETCH = 50_000_000                            # stage3_prefetch_bucket_size, elements
 MODULES_OF_A_LAYER = 13                          # that ZeRO-3 hooks: of Llama's seven linear layers, two norms, and what holds them
+
+
+def bucket_elements(layer: int) -> int:
+    """Elements that one reduction, or one gather ahead under ZeRO-3, moves at once, for layers of that many parameters.
+
+    Large enough for the network, small enough that most of a backward is still ahead when the first one leaves.
+    """
+    return min(max(LAYERS_IN_A_BUCKET * layer, SMALLEST_BUCKET), LARGEST_BUCKET)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,13 @@ class Packs:
         steps = max(1, math.ceil(a_rank / room))
         return cls(a_rank / steps, steps, (lengths.chosen + lengths.rejected) / lengths.pair)
 
+    @classmethod
+    def largest(cls, config: RunConfig, lengths: Lengths, longest: int, ranks: int) -> Packs:
+        """The most that a rank may be given at once, where the longest pair has so many tokens."""
+        usual = cls.of(config, lengths, ranks)
+        tokens = min(config.train.tokens_per_microbatch, math.ceil(config.train.pairs_per_step / ranks) * longest)
+        return cls(max(tokens, longest), usual.micro_steps, usual.completion_share)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -155,16 +170,16 @@ class Memory:
         return self.peak <= device.memory and self.host <= device.host_memory
 
 
-def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World) -> Memory:
-    """The terms of a training rank's memory."""
-    width, ranks, stage, device = dtype_bytes(config, world.device), world.ranks, config.zero.stage, world.device
-    packs = Packs.of(config, lengths, ranks)
+def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World, packs: Packs | None = None) -> Memory:
+    """The terms of a training rank's memory. The stage and the layers to recompute are chosen already (automatic.py). `packs`: what a rank
+    forwards at once, where it is not that of mean lengths."""
+    width, ranks, device = dtype_bytes(config, world.device), world.ranks, world.device
+    packs = packs or Packs.of(config, lengths, ranks)
     trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
     everything = shape.parameters + (trained if config.model.lora.rank else 0)
     again = packs.micro_steps > 1
-    bucket = width * (BUCKET if device.whole_buckets else min(trained, BUCKET))
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
-    terms |= _model_terms(stage, width, everything, trained, ranks, shape.largest, again, bucket, device)
+    terms |= _model_terms(config, width, everything, trained, ranks, shape, again, device)
     if config.zero.offload_optimizer == "cpu":                           # the pass over the optimizer's state is done there
         terms["host"] += terms["master_weights"] + terms["optimizer"] + 4.0 * trained / ranks
         terms |= {"master_weights": 0.0, "optimizer": 0.0, "gradients": 0.0, "update": 0.0}
@@ -179,42 +194,73 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World)
     return Memory(**{**terms, "framework": terms["framework"] + device.framework})
 
 
-def _model_terms(stage: int | None, width: int, everything: float, trained: float, ranks: int, largest: int, again: bool,
-                 bucket: float, device: Device) -> dict[str, float]:
+def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape, again: bool,
+                 device: Device) -> dict[str, float]:
     """Terms that depend on the parameters alone: one case for each ZeRO stage."""
-    part = trained / ranks
+    stage, part = config.zero.stage, trained / ranks
+    size = bucket_elements(shape.layer)
+    travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
+    bucket = width * (size if device.whole_buckets else min(trained, size))
+    if stage is None and width == 2:                                     # fp32 master weights, whose gradients add up in fp32 as they come
+        return {"weights": 2.0 * everything, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained, "gradients": 4.0 * trained}
     if stage is None or stage == 0:
-        copy = 0.0 if stage is None else width * min(trained, BUCKET)    # all-reduced in a flat copy
+        copy = 0.0 if stage is None else width * min(trained, WHOLE_BUCKET)      # all-reduced in a flat copy
         held = 4.0 * trained if again else 0.0
         return {"weights": width * everything, "optimizer": 8.0 * trained, "gradients": held,
                 "reduction": 4.0 * trained - held + copy, "update": 4.0 * trained - held}
+    if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":        # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
+        return {"weights": 2.0 * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * trained,
+                "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
     if stage in (1, 2):
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
         staged = 2 * bucket                  # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
+        staged += (travels - width) * (size if device.whole_buckets else min(trained, size))
         return {"weights": width * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
                 "buckets": staged if device.whole_buckets else 0.0, "reduction": (0.0 if device.whole_buckets else staged),
                 "update": 8.0 * part - min(held, 4.0 * part)}
-    gathered = width * min(everything, max(LIVE + PREFETCH, largest)) if ranks > 1 else 0.0      # one rank's part is the whole
-    return {"weights": width * everything / ranks, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * part,
-            "buckets": bucket, "gathered": gathered, "in_flight": min(gathered, float(width * max(PREFETCH, largest))), "update": 4.0 * part,
-            "reduction": device.flat_copies * width * min(trained, max(BUCKET, largest))}        # a larger tensor goes alone
+    assert stage == 3, f"zero.stage={stage} is chosen before sizes are predicted"
+    gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0    # one rank's part is the whole
+    nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0        # hpZ's copy
+    return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * part,
+            "buckets": bucket, "gathered": gathered, "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
+            "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}  # a larger tensor goes alone
 
 
 def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: Packs, width: int, device: Device) -> dict[str, float]:
     """Terms that depend on the tokens of a pack."""
     scores = lengths.mask(shape.family.eager) if device.masks or shape.family.eager else 0.0
-    layer = packs.tokens * shape.saved_bytes_per_token(width, lengths.seen_keys / lengths.pair, scores / lengths.pair, device.pieces)
-    stream = packs.tokens * width * shape.hidden
-    checkpointing = config.model.gradient_checkpointing
+
+    def kept(recompute: bool) -> float:
+        return packs.tokens * shape.saved_bytes_per_token(width, lengths.seen_keys / lengths.pair, scores / lengths.pair, device.pieces,
+                                                          fused=fused_kernels(config, device), recompute=recompute)
+
+    layer, stream = kept(recompute=False), packs.tokens * width * shape.hidden
+    whole, others_recompute = recomputed_layers(config, shape.layers)
+    other = kept(recompute=True) if others_recompute else layer
     rows = packs.tokens * packs.completion_share
     block = min(rows * shape.vocabulary, max(LOGITS_AT_ONCE, NARROWEST_BLOCK * rows))
     narrow = width if width == 2 else 0                                  # a block as the product gave it, beside the one in fp32
     head_gradient = 0.0 if config.model.lora.rank else float(width * shape.head)
     in_forward = (8.0 + narrow) * block                                  # logits and their exponentials
     in_backward = (4.0 + narrow) * block + head_gradient + rows * shape.hidden * 4.0
-    return {"activations": shape.layers * (stream if checkpointing else layer) + 3 * stream, "recomputed": layer if checkpointing else 0.0,
+    return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
+            "recomputed": layer if whole else layer - other,
             "workspace": packs.tokens * shape.training_workspace_bytes_per_token(width),
             "head": max(in_forward, in_backward) + rows * shape.hidden * width, "head_gradient": head_gradient}
+
+
+def recomputed_layers(config: RunConfig, layers: int) -> tuple[int, bool]:
+    """(layers that backward computes again whole, whether the cheap parts of the others are computed again): as in models/checkpointing.py."""
+    how = config.model.gradient_checkpointing
+    assert how != "auto", "model.gradient_checkpointing is chosen before sizes are predicted"
+    if isinstance(how, bool):
+        return (layers, False) if how else (0, False)
+    return min(how, layers), True
+
+
+def fused_kernels(config: RunConfig, device: Device) -> bool:
+    """Whether norms, rotary embedding and SwiGLU are one kernel each, which keep their inputs alone."""
+    return config.model.kernels == "fused" or (config.model.kernels == "auto" and device.whole_buckets)
 
 
 def dtype_bytes(config: RunConfig, device: Device) -> int:
@@ -226,7 +272,9 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
     """Bytes of a rank that scores the reference: weights, one layer's work, logits. Those of servers (vllm) are not counted."""
     width = dtype_bytes(config, world.device)
     tokens = config.train.tokens_per_microbatch
-    gathered = width * (min(shape.parameters, LIVE + PREFETCH) + min(shape.parameters, PREFETCH)) if config.reference.engine == "zero" else 0.0
+    gathered = 0.0
+    if config.reference.engine == "zero":
+        gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
     return world.device.framework + weights + gathered + layer + 8.0 * LOGITS_AT_ONCE
@@ -243,90 +291,6 @@ def reference_weights(config: RunConfig, shape: ModelShape, world: World) -> flo
         return whole / (r.tensor_parallel_size or world.ranks // world.nodes)
     sharded = r.engine == "zero" or (r.engine == "adapter_off" and config.zero.stage == 3)
     return whole / (world.ranks if sharded else 1)
-
-
-# -------------------------------------------------------------------------------------------------------------------- time
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of an optimizer step, by what they go to; bytes that a rank sends in it."""
-
-    compute: float
-    hooks: float                     # ZeRO-3's Python around each module, where kernels do not hide it
-    communication: float
-    update: float
-    sent: float
-    overlaps: bool
-
-    @property
-    def seconds(self) -> float:
-        """As if communication hid behind computation wherever the device can do that: the least that a step takes."""
-        together = max(self.compute, self.communication) if self.overlaps else self.compute + self.communication
-        return together + self.hooks + self.update
-
-
-def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World) -> StepTime:
-    """The terms of a step's time."""
-    device, ranks = world.device, world.ranks
-    packs = Packs.of(config, lengths, ranks)
-    frozen = config.model.lora.rank > 0
-    flops = pair_flops(shape, lengths, frozen, config.model.gradient_checkpointing) * config.train.pairs_per_step
-    rate = (config.cluster.peak_tflops * 1e12 if config.cluster.peak_tflops else device.flops) * device.efficiency
-    trained = shape.lora_parameters(config.model.lora.rank) if frozen else shape.parameters
-    sent, collectives = traffic(config, shape, world, packs.micro_steps, trained)
-    link, hooks = world.link, 0.0
-    if config.zero.stage == 3:
-        passes = 3 if config.model.gradient_checkpointing else 2
-        link, hooks = link * device.sharded_share, device.hook * passes * packs.micro_steps * MODULES_OF_A_LAYER * shape.layers
-    touched = 28.0 * trained / (1 if config.zero.stage in (None, 0) else ranks)          # AdamW reads 16 and writes 12 bytes an element
-    bandwidth = device.host_bandwidth if config.zero.offload_optimizer == "cpu" else device.bandwidth
-    return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency, touched / bandwidth, sent, device.overlaps)
-
-
-def pair_flops(shape: ModelShape, lengths: Lengths, frozen: bool, checkpointing: bool) -> float:
-    """FLOPs of a pair of mean length, there and back; with checkpointing the layers' forward once more."""
-    whole = np.array([[lengths.prompt, lengths.chosen, lengths.rejected]]).round().astype(np.int64)
-    forward = sum(float(part.sum()) for part in shape.flops.of_pairs(whole))
-    total = sum(float(part.sum()) for part in shape.flops.training(frozen).of_pairs(whole))
-    head = shape.flops.per_completion_token * float(whole[0, 1:].sum())
-    return total + (forward - head if checkpointing else 0.0)
-
-
-def traffic(config: RunConfig, shape: ModelShape, world: World, micro_steps: int, trained: float) -> tuple[float, int]:
-    """(bytes that a rank sends in a step, collectives): rings, in which each of w ranks sends (w - 1) / w of what is gathered or
-    scattered, and twice that of what is all-reduced."""
-    stage, width, w = config.zero.stage, dtype_bytes(config, world.device), world.ranks
-    around = (w - 1) / w
-    if stage is None or w == 1:
-        return 0.0, 0
-    gradients = width * trained * around
-    buckets = math.ceil(trained / BUCKET)
-    if stage == 0:
-        return 2 * gradients, buckets
-    if stage == 1:
-        return 3 * gradients, 2 * buckets
-    if stage == 2:                                       # DeepSpeed all-reduces each bucket at every micro-step, then gathers the weights
-        return (2 * micro_steps + 1) * gradients, (micro_steps + 1) * buckets
-    if shape.parameters <= LIVE:
-        gathers = 1                                      # forward's serve backward
-    else:                                                # forward, backward, and where a layer does not stay from one to the other, again
-        gathers = 3 if config.model.gradient_checkpointing and 2 * shape.layer > LIVE else 2
-    tensors = 9 * shape.layers
-    return micro_steps * (gathers * width * shape.parameters * around + gradients), micro_steps * (gathers * tensors + buckets)
-
-
-def scoring_seconds(config: RunConfig, shape: ModelShape, lengths: Lengths, world: World) -> float | None:
-    """Of the reference's forward over all pairs; None where their number is not known. A sharded reference is gathered once a pack."""
-    if lengths.pairs is None:
-        return None
-    device, w = world.device, world.ranks
-    compute = pair_flops(shape, lengths, False, False) / 3 * lengths.pairs / (w * device.flops * device.efficiency)
-    if config.reference.engine != "zero":
-        return compute
-    packs = math.ceil(lengths.pairs * lengths.pair / (w * config.train.tokens_per_microbatch))
-    gathering = packs * dtype_bytes(config, device) * shape.parameters * (w - 1) / w / world.link
-    return max(compute, gathering) if device.overlaps else compute + gathering
 
 
 def cache_bytes(lengths: Lengths) -> float | None:

@@ -10,7 +10,7 @@ from dpo_dist import stop
 from dpo_dist.checkpoint import Kept, TrainState, resume_point, save_checkpoint
 from dpo_dist.config import RunConfig, UserError
 from dpo_dist.data.order import order_of
-from dpo_dist.engines import open_engines
+from dpo_dist.engines import open_engines, without_auto
 from dpo_dist.entry import exit_with, run_entry
 from dpo_dist.evaluate import evaluate_run
 from dpo_dist.export import export_model
@@ -33,12 +33,13 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
+    config = without_auto(config, inputs, world, terminal)
     lineage = passport(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
 
     order = order_of(inputs.train, t, config.data.group_by_prompt)
     total = order.total_steps(t.epochs, t.max_steps)
-    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.stage, world.size))
+    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     done = resumed[1].step if resumed else 0
     if done == total and world.on_main(lambda: (run_dir / "model").exists()):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir}/model")
@@ -66,7 +67,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         return means
 
     def save(step: int) -> None:
-        state = TrainState(step, config.zero.stage, world.size, sums.total(world))
+        state = TrainState(step, config.zero.chosen_stage, world.size, sums.total(world))
         save_checkpoint(run_dir, kept, state, t.keep_checkpoints, world)
 
     def evaluates(step: int) -> bool:

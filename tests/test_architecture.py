@@ -18,6 +18,7 @@ FLOORS = [
     ["preference", "world", "schedule", "tracking", "flops", "stop"],
     ["logps", "losses", "entry", "perf", "shared_folders", "shape"],
     ["metrics", "data", "models", "preflight", "sizing"],
+    ["automatic", "predicted_time"],
     ["policy", "reference", "size_report"],
     ["inputs", "step", "checkpoint", "parity"],
     ["engines", "gate", "passport"],
@@ -31,7 +32,8 @@ ONLY_IN = {
     "hydra": {"compose.py", "launcher/sweep/multirun.py"},
     "omegaconf": {"compose.py", "launcher/cli.py", "launcher/sweep/multirun.py"},
 }
-TORCH_FREE = {"loss_options", "config", "rules", "decode", "compose", "watched", "launcher", "flops", "shape", "sizing", "size_report"}
+TORCH_FREE = {"loss_options", "config", "rules", "decode", "compose", "watched", "launcher", "flops", "shape", "sizing", "automatic",
+              "predicted_time", "size_report"}
 
 
 def imports(path: Path) -> Iterator[str]:

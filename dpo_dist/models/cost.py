@@ -36,3 +36,9 @@ def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     counts = Counter(window if kind == "sliding_attention" else None for kind in kinds)
     return tuple((4.0 * width * n, window) for window, n in counts.items())          # q k^T, and the probabilities' product with v
+
+
+def layer_elements(model: nn.Module, layers: int) -> int:
+    """Parameters of the largest decoder layer of a model that has so many, also where ZeRO-3 has sharded them."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    return max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in stacks[0])

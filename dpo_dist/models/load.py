@@ -8,11 +8,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.logps import LogpHead
-from dpo_dist.models.attention import Forest, branch_attention, branch_misfit
+from dpo_dist.models.attention import Forest, branch_misfit
 from dpo_dist.preference import PackedBatch, TokenLogps
 
 
@@ -200,19 +199,6 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
         if (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")) or getattr(module, "lora_embedding_A", None):
             raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear layer; name linear layers")
     return adapted
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """Has torch compile each decoder layer, around its attention: one set of graphs for all layers and all shapes.
-
-    Attention is left as it is: it reads the pack's structure in plain Python, which a graph would have to be made anew for.
-    """
-    import torch._dynamo  # seconds; only where asked for
-
-    ALL_ATTENTION_FUNCTIONS.register("branch", torch._dynamo.disable(branch_attention))
-    layers = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers)
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

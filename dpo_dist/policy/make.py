@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dpo_dist.config import RunConfig, UserError
-from dpo_dist.models.load import ScoredModel, add_lora, compile_layers, load_causal_lm, torch_dtype
+from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
 from dpo_dist.policy import Policy
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.world import World
@@ -20,14 +20,12 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World) -
         lm = load_causal_lm(folder, dtype, attention)
         if config.model.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.model.compile:
-            compile_layers(lm)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
         return ScoredModel(wrapped, attention)
 
-    if config.zero.stage in (None, 0) and dtype == torch.bfloat16:
-        raise UserError(f"model.dtype={config.model.dtype} is bf16 here, which needs DeepSpeed's fp32 master weights; "
-                        "set zero=zero1 (or higher) or model.dtype=fp32")
+    if config.zero.stage == 0 and dtype == torch.bfloat16:
+        raise UserError(f"model.dtype={config.model.dtype} is bf16 here, which needs fp32 master weights, which DeepSpeed's zero.stage=0 has "
+                        "not; set zero=zero1 (or higher), or zero=none in one process, or model.dtype=fp32")
     if config.zero.stage is None:
         if world.size > 1:
             raise UserError(f"zero.stage=null is plain torch in one process, but {world.size} were started; set zero=zero3")

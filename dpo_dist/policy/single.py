@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpo_dist.config import OptimConfig
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
+from dpo_dist.policy.master_weights import MasterWeights
 from dpo_dist.preference import PackedBatch, TokenLogps
 
 
@@ -21,7 +22,8 @@ class SinglePolicy:
         self.model = model.to(device).train()
         self._device, self._clip = device, optim.max_grad_norm
         self._trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._trained.values(), lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+        self._masters = MasterWeights(self._trained.values())
+        self._optimizer = torch.optim.AdamW(self._masters.parameters, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
                                             fused=True)
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
@@ -31,11 +33,12 @@ class SinglePolicy:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.parameters, self._clip or float("inf"))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._masters.publish()
         return float(norm)
 
     @contextmanager
@@ -55,14 +58,16 @@ class SinglePolicy:
         return nullcontext()
 
     def save(self, folder: Path) -> None:
-        safetensors.torch.save_file({n: p.detach().contiguous() for n, p in self._trained.items()}, folder / "weights.safetensors")
+        weights = {n: p.detach().contiguous() for n, p in zip(self._trained, self._masters.parameters, strict=True)}
+        safetensors.torch.save_file(weights, folder / "weights.safetensors")
         torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
         weights = safetensors.torch.load_file(folder / "weights.safetensors")
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in zip(self._trained, self._masters.parameters, strict=True):
                 parameter.copy_(weights[name])
+        self._masters.publish()
         self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config import OptimConfig, ZeroConfig
+from dpo_dist.models.cost import layer_elements
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy.zero_config import deepspeed_config
@@ -29,13 +30,16 @@ class ZeroPolicy:
     def __init__(self, load_model: Callable[[], ScoredModel], zero: ZeroConfig, optim: OptimConfig, dtype: torch.dtype, world: World):
         prepare_deepspeed(world.device)
         self._world, self._stage = world, zero.stage
-        config = deepspeed_config(zero, optim, dtype == torch.bfloat16, world.device.type == "cuda")
+        bf16, on_gpu = dtype == torch.bfloat16, world.device.type == "cuda"
+        config = deepspeed_config(zero, optim, bf16, on_gpu)
         sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model
         self.model = load_model().train()
         unset_hf_deepspeed_config()
         del sharded_load
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
+        layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
+        config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
         self._engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:

@@ -53,9 +53,11 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in rows}
 
 
-@pytest.mark.parametrize(("zero", "world"), [("zero3", 2), ("zero2", 2), ("none", 1)])
-def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, tmp_path: Path, words: list[str]):
-    words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", *(["zero.persistence_threshold=0"] if zero == "zero3" else [])]
+@pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"), ("none", 1, "bf16"),
+                                                      ("zero1", 2, "bf16")])
+def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, dtype: str, tmp_path: Path, words: list[str]):
+    words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", f"model.dtype={dtype}",
+             *(["zero.persistence_threshold=0"] if zero == "zero3" else [])]
     dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
     killed_after(3, words, tmp_path / "killed")
     done = dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")

@@ -2,21 +2,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import write_tiny_llama
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.attention import Forest, branch_attention, branch_misfit, varlen_attention
 from dpo_dist.models.digest import model_digest
-from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, compile_layers, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, load_causal_lm, token_logps
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.preference import PackedBatch, TokenizedPair
 
@@ -184,24 +182,3 @@ def test_a_digest_sees_a_change_of_the_configs_numbers(tmp_path: Path):
     assert model_digest(folder) == before
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert model_digest(folder) != before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_layers_give_the_same_numbers_and_are_compiled_once_for_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    folder = write_tiny_llama(tmp_path / "m")
-    plain_model, compiled = (ScoredModel(load_causal_lm(folder, torch.float32, "branch"), "branch") for _ in range(2))
-    uncompiled = ALL_ATTENTION_FUNCTIONS["branch"]
-    try:
-        compile_layers(compiled.lm)
-        graphs = []
-        for n in (3, 1, 2):                                       # packs of other lengths and numbers of branches
-            batch = pack_pairs(PAIRS[:n], list(range(n)), [1.0] * n)
-            values = token_logps(compiled, batch).logps
-            torch.testing.assert_close(values, token_logps(plain_model, batch).logps, rtol=0, atol=1e-5)
-            values.sum().backward()
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    finally:
-        ALL_ATTENTION_FUNCTIONS.register("branch", uncompiled)
-    assert graphs[0] > 0 and len(set(graphs)) == 1

@@ -1,0 +1,45 @@
+"""fp32 master weights beside bf16 weights, for one process without DeepSpeed: small updates must not be rounded away.
+
+The same recipe as DeepSpeed's: forward and backward in bf16, gradients added up in fp32 over the micro-steps, AdamW in fp32, and the
+weights rounded once a step (mixed precision training, arXiv 1710.03740, section 3.1).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+class MasterWeights:
+    """fp32 copies of the trained parameters that are not fp32; for those that are, the parameters themselves."""
+
+    def __init__(self, trained: Iterable[nn.Parameter]):
+        self._weights = list(trained)
+        self.parameters = [nn.Parameter(p.detach().float()) if _is_narrow(p) else p for p in self._weights]
+        for weight, master in self._pairs():
+            weight.register_post_accumulate_grad_hook(lambda weight, master=master: _move_gradient(weight, master))
+
+    def publish(self) -> None:
+        """Rounds the masters into the weights, after an update."""
+        pairs = self._pairs()
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(weight, master) for weight, master in zip(self._weights, self.parameters, strict=True) if weight is not master]
+
+
+def _is_narrow(parameter: nn.Parameter) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def _move_gradient(weight: nn.Parameter, master: nn.Parameter) -> None:
+    """The gradient of one backward, as soon as it is whole, is added to the master's."""
+    assert weight.grad is not None, "the hook runs when the gradient is there"
+    if master.grad is None:
+        master.grad = weight.grad.float()
+    else:
+        master.grad += weight.grad
+    weight.grad = None
