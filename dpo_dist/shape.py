@@ -113,6 +113,10 @@ class ModelShape:
             return 4.0 * self.intermediate                              # gate, up, silu(gate), product
         return self.visited_experts * (2.0 * self.hidden + 4.0 * self.intermediate)
 
+    def forward_workspace_bytes_per_token(self, width: int) -> float:
+        """Bytes that exist at once while a layer that keeps nothing goes forward: of the MLP gate, up, silu(gate), product; two streams."""
+        return width * (4.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
+
     def training_workspace_bytes_per_token(self, width: int) -> float:
         """Bytes of gradients of activations that exist at once in a layer's backward: of the MLP's product, gate and up, and two streams."""
         return width * (3.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)

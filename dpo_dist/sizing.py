@@ -144,6 +144,7 @@ class Memory:
     gathered: float                  # ZeRO-3: weights made whole: as many as may stay, at least the largest
     in_flight: float                 # ZeRO-3: what an all-gather brought, rank by rank, until the last weight of it was asked for
     activations: float               # what forward keeps for backward; with checkpointing the layers' inputs alone
+    passing: float                   # with checkpointing: what one layer holds while it goes forward
     recomputed: float                # with checkpointing: one layer's activations, made again
     workspace: float                 # gradients of activations inside one layer
     head: float                      # blocks of logits and what goes with them, while the head computes
@@ -157,9 +158,9 @@ class Memory:
     def moments(self) -> dict[str, float]:
         """{moment: bytes} of the five that may be the peak. Whole weights go when backward is through with them."""
         always = self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets + self.reference
-        passing = always + self.gathered + self.activations
-        return {"the last layer goes forward": passing + self.in_flight, "the head computes": passing + self.head,
-                "the last layer goes backward": passing + self.recomputed + self.workspace + self.head_gradient,
+        kept = always + self.gathered + self.activations
+        return {"the last layer goes forward": kept + self.in_flight + self.passing, "the head computes": kept + self.head,
+                "the last layer goes backward": kept + self.recomputed + self.workspace + self.head_gradient,
                 "gradients are reduced": always + self.reduction, "the optimizer steps": always + self.update}
 
     @property
@@ -215,8 +216,9 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
         staged = 2 * bucket                  # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
         staged += (travels - width) * (size if device.whole_buckets else min(trained, size))
+        reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))          # what earlier buckets brought, in fp32
         return {"weights": width * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
-                "buckets": staged if device.whole_buckets else 0.0, "reduction": (0.0 if device.whole_buckets else staged),
+                "buckets": staged if device.whole_buckets else 0.0, "reduction": reduced + (0.0 if device.whole_buckets else staged),
                 "update": 8.0 * part - min(held, 4.0 * part)}
     assert stage == 3, f"zero.stage={stage} is chosen before sizes are predicted"
     gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0    # one rank's part is the whole
@@ -244,6 +246,7 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     in_forward = (8.0 + narrow) * block                                  # logits and their exponentials
     in_backward = (4.0 + narrow) * block + head_gradient + rows * shape.hidden * 4.0
     return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
+            "passing": packs.tokens * shape.forward_workspace_bytes_per_token(width) if whole else 0.0,
             "recomputed": layer if whole else layer - other,
             "workspace": packs.tokens * shape.training_workspace_bytes_per_token(width),
             "head": max(in_forward, in_backward) + rows * shape.hidden * width, "head_gradient": head_gradient}
