@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from dpo_dist.config import RunConfig
+from dpo_dist.head_blocks import AT_ONCE, plan_blocks
 from dpo_dist.shape import ModelShape
 
 GIB = 2**30
-LOGITS_AT_ONCE, NARROWEST_BLOCK = 2**24, 256     # as in logps.py, which imports torch; a test holds them together
 LAYERS_IN_A_BUCKET = 2                           # one travels while the next is computed
 SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
 WHOLE_BUCKET = 500_000_000                       # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
@@ -240,16 +240,25 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     whole, others_recompute = recomputed_layers(config, shape.layers)
     other = kept(recompute=True) if others_recompute else layer
     rows = packs.tokens * packs.completion_share
-    block = min(rows * shape.vocabulary, max(LOGITS_AT_ONCE, NARROWEST_BLOCK * rows))
-    narrow = width if width == 2 else 0                                  # a block as the product gave it, beside the one in fp32
     head_gradient = 0.0 if config.model.lora.rank else float(width * shape.head)
-    in_forward = (8.0 + narrow) * block                                  # logits and their exponentials
-    in_backward = (4.0 + narrow) * block + head_gradient + rows * shape.hidden * 4.0
+    logits, at_once = _logits(shape, rows, width, device)
+    in_forward = logits + (width if device.whole_buckets else 8.0 + (width if width == 2 else 0)) * at_once
+    in_backward = logits + (width if device.whole_buckets else 4.0 + (width if width == 2 else 0)) * at_once + head_gradient
+    in_backward += rows * shape.hidden * 4.0
     return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
             "passing": packs.tokens * shape.forward_workspace_bytes_per_token(width) if whole else 0.0,
             "recomputed": layer if whole else layer - other,
             "workspace": packs.tokens * shape.training_workspace_bytes_per_token(width),
             "head": max(in_forward, in_backward) + rows * shape.hidden * width, "head_gradient": head_gradient}
+
+
+def _logits(shape: ModelShape, rows: float, width: int, device: Device) -> tuple[float, float]:
+    """(bytes of whole logits that live from forward to backward, elements of a block that is computed and goes again): of these one is 0.
+    A GPU's kernels read a block as the product gave it; elsewhere there is a copy in fp32, and in forward its exponentials."""
+    blocks = plan_blocks(math.ceil(rows), shape.vocabulary, width, "cuda" if device.whole_buckets else "cpu")
+    if device.whole_buckets and blocks.kept == len(blocks.spans):
+        return float(rows * shape.vocabulary * width), 0.0
+    return 0.0, rows * min(blocks.width, shape.vocabulary)
 
 
 def recomputed_layers(config: RunConfig, layers: int) -> tuple[int, bool]:
@@ -280,7 +289,7 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
         gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
-    return world.device.framework + weights + gathered + layer + 8.0 * LOGITS_AT_ONCE
+    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE["cuda" if world.device.whole_buckets else "cpu"]
 
 
 def reference_weights(config: RunConfig, shape: ModelShape, world: World) -> float:

@@ -10,13 +10,13 @@ import dpo_dist
 PACKAGE = Path(dpo_dist.__file__).parent
 # From the ground up; a room may import rooms of lower floors, and its own.
 FLOORS = [
-    ["loss_options"],
+    ["loss_options", "head_blocks"],
     ["config"],
     ["rules"],
     ["decode"],
     ["compose", "terminal", "watched", "lock"],
-    ["preference", "world", "schedule", "tracking", "flops", "stop"],
-    ["logps", "losses", "entry", "perf", "shared_folders", "shape"],
+    ["preference", "world", "schedule", "tracking", "flops", "stop", "head_kernels"],
+    ["head", "logps", "losses", "entry", "perf", "shared_folders", "shape"],
     ["metrics", "data", "models", "preflight", "sizing"],
     ["automatic", "predicted_time"],
     ["policy", "reference", "size_report"],
@@ -32,8 +32,8 @@ ONLY_IN = {
     "hydra": {"compose.py", "launcher/sweep/multirun.py"},
     "omegaconf": {"compose.py", "launcher/cli.py", "launcher/sweep/multirun.py"},
 }
-TORCH_FREE = {"loss_options", "config", "rules", "decode", "compose", "watched", "launcher", "flops", "shape", "sizing", "automatic",
-              "predicted_time", "size_report"}
+TORCH_FREE = {"loss_options", "head_blocks", "config", "rules", "decode", "compose", "watched", "launcher", "flops", "shape", "sizing",
+              "automatic", "predicted_time", "size_report"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
-from dpo_dist.logps import LogpHead
+from dpo_dist.head import LogpHead
 from dpo_dist.models.attention import Forest, branch_misfit
 from dpo_dist.preference import PackedBatch, TokenLogps
 

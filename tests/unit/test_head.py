@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpo_dist import logps
-from dpo_dist.logps import LogpHead
+from dpo_dist import head_blocks
+from dpo_dist.head import PLAIN, BlockwiseLogps, LogpHead
+from dpo_dist.head_blocks import Blocks, plan_blocks
 
 TOKENS, HIDDEN, VOCABULARY = 11, 7, 13
 
@@ -34,8 +35,8 @@ def example(bias: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 1.5)])
 def test_the_head_in_blocks_equals_a_plain_log_softmax_with_its_gradients(
         columns: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "LOGITS_AT_ONCE", columns * TOKENS)
-    monkeypatch.setattr(logps, "NARROWEST_BLOCK", 1)
+    monkeypatch.setattr(head_blocks, "AT_ONCE", {"cpu": columns * TOKENS})
+    monkeypatch.setattr(head_blocks, "COLUMNS", 1)
     hidden, head, targets, upstream = example(bias)
     inputs = [hidden, *head.parameters()]
     expected, expected_collision = plain(hidden, head, targets, scale, softcap)
@@ -83,3 +84,35 @@ def test_without_targets_the_head_gives_plain_logits_from_the_same_parameters() 
     wrapped = LogpHead(head)
     assert wrapped.weight is head.weight and set(wrapped.state_dict()) == set(head.state_dict())
     torch.testing.assert_close(wrapped(hidden), head(hidden), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_blocks_kept_from_forward_give_the_gradients_of_blocks_computed_again(kept: int) -> None:
+    hidden, head, targets, upstream = example(bias=True)
+    inputs = [hidden, *head.parameters()]
+    expected = torch.autograd.grad(plain(hidden, head, targets, 1.0, None)[0] @ upstream, inputs)
+    values, _ = BlockwiseLogps.apply(hidden, head.weight, head.bias, targets, 1.0, None, False, True, Blocks(VOCABULARY, 4, kept), PLAIN)
+    torch.testing.assert_close(torch.autograd.grad(values @ upstream, inputs), expected, rtol=0, atol=1e-12)
+
+
+def test_a_pack_without_completion_tokens_has_no_log_probs() -> None:
+    _, head, _, _ = example(bias=False)
+    empty = torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
+    values, _ = LogpHead(head)(empty, torch.zeros(0, dtype=torch.int64))
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert head.weight.grad is not None and not head.weight.grad.any()
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "bytes_each", "device", "wanted"), [
+    (14_336, 151_936, 2, "cuda", Blocks(151_936, 9_216, 1)),              # 4.4 GB: more than is kept
+    (14_336, 128_256, 2, "cuda", Blocks(128_256, 9_216, 14)),             # 3.7 GB: no product is done twice
+    (512, 151_936, 2, "cuda", Blocks(151_936, 262_144, 1)),               # all in one block
+    (400, 4_096, 4, "cpu", Blocks(4_096, 41_728, 1)),
+    (4_096, 131_072, 4, "cpu", Blocks(131_072, 4_096, 1)),
+    (10**6, 512, 4, "cpu", Blocks(512, 256, 1)),                          # never narrower than a product is worth
+    (0, 512, 4, "cpu", Blocks(512, 2**24, 1))])
+def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(rows: int, vocabulary: int, bytes_each: int, device: str, wanted: Blocks):
+    blocks = plan_blocks(rows, vocabulary, bytes_each, device)
+    assert blocks == wanted and blocks.width % 256 == 0
+    assert [at for first, end in blocks.spans for at in range(first, end)] == list(range(vocabulary)), "every column once, in order"
