@@ -14,6 +14,7 @@ from dpo_dist.data.plan import check_budget
 from dpo_dist.data.store import PairStore, prepare
 from dpo_dist.flops import Flops
 from dpo_dist.losses import check_strengths
+from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.digest import model_digest, tokenizer_digest
 from dpo_dist.models.load import check_quantized, choose_attention, load_tokenizer, quantization, read_config, resolve, torch_dtype
@@ -69,6 +70,8 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     dtype = torch_dtype(config.model, world.device)
     key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world))
     model = read_config(policy_folder)
+    if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
+        terminal.say(f"attention: {how}")
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):

@@ -2,13 +2,12 @@
 
 No mask over the pack exists; the cost grows with the branches, not with the square of the pack. It is registered under the name
 "branch" in transformers' table of attention functions and receives the pack's structure as the keyword `forest`. On a GPU in low
-precision it is one call of torch's variable-length flash attention; elsewhere one scaled_dot_product_attention a branch.
+precision it is one call of a variable-length kernel (varlen.py); elsewhere one scaled_dot_product_attention a branch.
 """
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -19,16 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dpo_dist.models.varlen import Attend, Kernel, choose_kernel
 from dpo_dist.preference import Span, Tree
-
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention import varlen
-
-    varlen_attn = varlen.varlen_attn
-    VARLEN_KEYS = frozenset(inspect.signature(varlen_attn).parameters)       # it grew from release to release
-except ImportError:                                                          # before torch 2.10
-    varlen_attn, VARLEN_KEYS = None, frozenset()
 
 
 class Forest:
@@ -82,35 +73,43 @@ def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal rows."""
     if forest is None:
         return _attend(Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
-    if _varlen_fits(query, softcap):
-        return varlen_attention(query, key, value, forest, scaling, sliding_window), None
+    kernel = _kernel(query, key, softcap)
+    if kernel is not None:
+        return packed_attention(query, key, value, forest, scaling, sliding_window, kernel.attend), None
     parts = zip(query.split(forest.lengths, 2), forest.keys_of_each(key, 2), forest.keys_of_each(value, 2), strict=True)
     out = [_attend(forest, q, torch.cat(k, 2), torch.cat(v, 2), scaling, sliding_window, softcap) for q, k, v in parts]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def _varlen_fits(query: Tensor, softcap: float | None) -> bool:
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and "window_size" in VARLEN_KEYS
-            and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0))
+def _kernel(query: Tensor, key: Tensor, softcap: float | None) -> Kernel | None:
+    """The variable-length kernel that takes this layer, or None."""
+    if not query.is_cuda or softcap is not None:
+        return None
+    return choose_kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]).kernel
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None, window: int | None,
-                     attend: Callable[..., Any] | None = varlen_attn) -> Tensor:
+def describe_attention(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """How branch attention will be computed on this GPU, and why not faster; None on a CPU, where there is one way."""
+    if device.type != "cuda":
+        return None
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "one masked call for each prompt and branch, which is slow (the model bounds its scores by a soft cap)"
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return str(choose_kernel(device, dtype, heads, getattr(config, "num_key_value_heads", None) or heads, head_dim))
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None, window: int | None,
+                     attend: Attend) -> Tensor:
     """(1, T, H, D), as branch_attention: one call in which every prompt and branch is a sequence, with its prompt's keys before its own.
 
-    `attend` has the signature of torch.nn.attention.varlen.varlen_attn: causal, aligned at the lower right where keys outnumber queries.
+    A prompt's keys are copied once a branch, in the key heads that the model has: about 0.5 % of a layer's time, and simpler than two
+    calls (branches against themselves, and against their prompts) whose joining moves as many bytes.
     """
-    assert attend is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                       # (T, H, D)
     keys, values = (torch.cat([piece for pieces in forest.keys_of_each(x, 0) for piece in pieces]) for x in (k, v))
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_KEYS:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:
-        groups = q.shape[1] // k.shape[1]
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     of_queries, of_keys = forest.starts(q.device)
-    return attend(q.contiguous(), keys, values, of_queries, of_keys, max(forest.lengths), max(forest.seen), **options)[None]
+    return attend(q.contiguous(), keys, values, of_queries, of_keys, max(forest.lengths), max(forest.seen), scaling, window)[None]
 
 
 def _attend(forest: Forest, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:

@@ -12,7 +12,7 @@ from conftest import write_tiny_llama
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import plain_token_logps
-from dpo_dist.models.attention import Forest, branch_attention, branch_misfit, varlen_attention
+from dpo_dist.models.attention import Forest, branch_attention, branch_misfit, packed_attention
 from dpo_dist.models.digest import model_digest
 from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, load_causal_lm, token_logps
 from dpo_dist.models.weights import merged_weights, write_shards
@@ -63,15 +63,15 @@ def test_packed_log_probs_and_gradients_equal_the_models_own_forward(name: str, 
         assert (p.grad - gradients[n]).abs().max() < bound * max(1.0, p.grad.abs().max().item()), n
 
 
-def by_the_book(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch documents of varlen_attn, in plain torch: each sequence by itself, causal, aligned at the lower right."""
+def by_the_book(q, k, v, starts_q, starts_k, max_q, max_k, scale, window):
+    """What a variable-length kernel owes, in plain torch: each sequence by itself, causal, aligned at the lower right."""
     out = []
     for i in range(len(starts_q) - 1):
         queries, keys, values = q[starts_q[i]:starts_q[i + 1]], k[starts_k[i]:starts_k[i + 1]], v[starts_k[i]:starts_k[i + 1]]
-        assert len(queries) <= max_q and len(keys) <= max_k and enable_gqa
+        assert len(queries) <= max_q and len(keys) <= max_k
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (keys, values))
         back = torch.arange(len(queries))[:, None] + keys.shape[1] - len(queries) - torch.arange(keys.shape[1])[None]
-        visible = (back >= 0) & ((window_size[0] < 0) | (back <= window_size[0]))
+        visible = (back >= 0) & ((window is None) | (back < (window or 0)))
         scores = (queries.transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(~visible, -torch.inf)
         out.append((scores.softmax(-1) @ values).transpose(0, 1))
     return torch.cat(out)
@@ -86,7 +86,7 @@ def test_one_variable_length_call_is_branch_attention_with_its_gradients(window:
     q, k, v = (torch.randn(1, heads, tokens, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     upstream = torch.randn(1, tokens, 4, 8, dtype=torch.float64)
     wanted, _ = branch_attention(None, q, k, v, None, scaling=0.3, forest=Forest(trees), sliding_window=window)
-    found = varlen_attention(q, k, v, Forest(trees), 0.3, window, by_the_book)
+    found = packed_attention(q, k, v, Forest(trees), 0.3, window, by_the_book)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad((found * upstream).sum(), (q, k, v)),
                                torch.autograd.grad((wanted * upstream).sum(), (q, k, v)), rtol=0, atol=1e-12)
