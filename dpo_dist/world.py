@@ -15,6 +15,13 @@ from dpo_dist.config import ClusterConfig, UserError
 
 T = TypeVar("T")
 
+NO_ANSWER = ("Timed out waiting", "Application timeout",                                  # gloo: of this collective, or of another one with
+             "Watchdog caught collective operation timeout")                              # the same rank; NCCL
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer",                     # gloo
+             "remote process exited or there was a network error", "ncclRemoteError",     # NCCL, in two spellings
+             "remote process exiting prematurely", "Connection closed by remote peer",    # NCCL's explanation, and its last error
+             "Connection was likely closed")                                              # the store, where rank 0 is gone
+
 
 @dataclass(frozen=True)
 class Team:
@@ -130,13 +137,16 @@ def node_here() -> tuple[int, int]:
 
 
 def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
-    """What happened, where a collective failed because of another rank; None for any other error. gloo has no exception types for it."""
-    said = str(error)
-    if "Timed out waiting" in said or "Application timeout" in said:     # of this collective, or of another one with the same rank
+    """What happened, where a collective failed because of another rank; None for any other error. There are no exception types for it,
+    only gloo's, NCCL's and the store's words."""
+    words = str(error)
+    if any(part in words for part in NO_ANSWER):
         return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its network or a process "
                 "on it is gone or hangs")
-    if "Connection closed by peer" in said or "Connection reset by peer" in said:
+    if any(part in words for part in PEER_GONE):
         return "another rank closed its connection: its process ended"
+    if "NCCL communicator was aborted" in words:         # by NCCL's watchdog, which has told why in the log
+        return f"another rank ended, or did not answer for {cluster.timeout_seconds} s (cluster.timeout_seconds): its log says why"
     return None
 
 

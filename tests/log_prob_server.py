@@ -1,7 +1,7 @@
 """A real HTTP server that answers /v1/completions as vLLM does, with the log-probs of a tiny model, and with faults when told to.
 
 In a test's process: `with LogProbServer(folder) as server: server.url`. As a process of its own, to be killed: python tests/log_prob_server.py
---model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered FILE] [--killed-after N].
+--model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered FILE] [--killed-after N] [--joins-a-group PORT].
 """
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers import AutoModelForCausalLM
 
 Answer = dict[str, Any]
@@ -159,7 +161,10 @@ if __name__ == "__main__":
     parser.add_argument("--seconds-a-request", type=float, default=0.0)
     parser.add_argument("--answered", type=Path, default=Path("/dev/null"))
     parser.add_argument("--killed-after", type=float, default=math.inf)
+    parser.add_argument("--joins-a-group", type=int)
     told = parser.parse_args()
+    if told.joins_a_group:                   # of one process, as vLLM's workers do
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{told.joins_a_group}", timedelta(seconds=10), world_size=1, rank=0)
     server = Reporting(told.answered, told.killed_after, told.model, told.port, told.name, host=told.host)
     server.seconds_a_request = told.seconds_a_request
     server.serve_forever()

@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "-
             "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}", "--skip-tokenizer-init",
             "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}")
 SECONDS_BETWEEN_LOOKS = 0.5
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+PLACES = ("TORCHELASTIC_", "GROUP_", "ROLE_")            # beginnings of names
 SHOWN_LINES = 5                          # of the log of a server that did not start
 FIND_VERSION = ("import importlib.util as u, runpy; p = u.find_spec('vllm').submodule_search_locations[0]; "
                 "print(runpy.run_path(p + '/_version.py')['__version__'])")
@@ -51,9 +54,7 @@ def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "
     """A server on this machine that answers; `host` and `port`: where it listens. UserError, with the end of its log, where it ends or is
     not up in time."""
     port = port or _free_port()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1" if spec.offline else "0"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
-        environment.pop(name, None)                      # this process's own place among others, which is none of the server's business
+    environment = {**without_place(os.environ), "HF_HUB_OFFLINE": "1" if spec.offline else "0"}
     server = Server(f"http://127.0.0.1:{port}", watched.start(command(spec, host, port), log, environment))
     until = time.monotonic() + wait_seconds
     try:
@@ -71,6 +72,12 @@ def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "
     except BaseException:
         server.stop()
         raise
+
+
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without this process's place among others, which torchrun has put there. A server that joins a process group of its
+    own would take torchrun's store for its master, and wait for it for ever."""
+    return {name: value for name, value in environment.items() if not name.startswith(PLACES) and name not in PLACE}
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:

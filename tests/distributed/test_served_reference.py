@@ -253,6 +253,12 @@ def test_a_server_that_the_run_starts_is_stopped_with_it_and_leaves_its_log(tmp_
     assert not servers_of(tmp_path / "m")
 
 
+def test_a_server_started_from_a_rank_of_torchrun_makes_a_process_group_of_its_own(tmp_path: Path, words: list[str]):
+    """As vLLM does. With torchrun's variables it would wait for torchrun's store instead of being its own master."""
+    dpo_dist("score", *words, own_server(f"--joins-a-group {free_port()}"), "reference.version=0.0.test", "cluster.procs_per_node=2")
+    assert max(kept(tmp_path / "reference").values()) == 1
+
+
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path, words: list[str]):
     broken = tmp_path / "broken.py"
     broken.write_text("print(1 / 0)\n")

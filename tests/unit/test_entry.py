@@ -35,6 +35,25 @@ def test_a_rank_that_never_says_what_was_wrong_has_not_spoken(tmp_path: Path, mo
     assert not _spoken_here(tmp_path)
 
 
+@pytest.mark.parametrize("words", [
+    "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST, NumelIn=112, NumelOut=112, "
+    "Timeout(ms)=30000) ran for 30011 milliseconds before timing out.",
+    "NCCL communicator was aborted on rank 1."])
+def test_nccls_silence_is_told_with_the_limit_that_was_waited_for(words: str):
+    cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
+    assert "for 30 s (cluster.timeout_seconds)" in str(lost_peer(RuntimeError(words), cluster))
+
+
+@pytest.mark.parametrize("words", [
+    "NCCL error in: ProcessGroupNCCL.cpp:2027, remote process exited or there was a network error, NCCL version 2.28.9\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\n"
+    "socketProgress: Connection closed by remote peer node2<41234>",
+    "recvValue failed on SocketImpl(fd=69): failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"])
+def test_a_lost_rank_is_told_by_all_names_that_nccl_and_the_store_have_for_it(words: str):
+    cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
+    assert "another rank closed its connection" in str(lost_peer(RuntimeError(words), cluster))
+
+
 def test_a_lost_rank_is_told_by_all_names_that_gloo_has_for_it():
     cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
     for said in ("Timed out waiting 30000ms for send operation to complete", "Application timeout caused pair closure"):
