@@ -16,6 +16,7 @@ import huggingface_hub.constants
 from dpo_dist.compose import compose
 from dpo_dist.config import RunConfig, UserError, to_dict
 from dpo_dist.lock import hold_lock
+from dpo_dist.process_defaults import set_defaults
 from dpo_dist.stop import Stopped
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World, lost_peer, node_here, rank_here
@@ -33,6 +34,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: one process group at a time, and its success is
     <run.dir>/DONE.
     """
+    set_defaults()
     try:
         config = compose(overrides)
     except UserError as error:

@@ -15,7 +15,7 @@ FLOORS = [
     ["rules"],
     ["decode"],
     ["compose", "terminal", "watched", "lock"],
-    ["preference", "world", "schedule", "tracking", "flops", "stop", "head_kernels"],
+    ["preference", "world", "schedule", "tracking", "flops", "stop", "head_kernels", "process_defaults"],
     ["head", "logps", "losses", "entry", "perf", "shared_folders", "shape"],
     ["metrics", "data", "models", "preflight", "sizing"],
     ["automatic", "predicted_time"],

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dpo_dist.compose import compose
 from dpo_dist.config import UserError
 from dpo_dist.models.load import resolve, torch_dtype
@@ -26,10 +28,12 @@ def main(words: Sequence[str]) -> int:
         config = compose(overrides)
         assert config.reference.requests is not None, "rules.py has seen to it"
         folder = resolve(config.reference_path, "reference.path", config.run.offline)
-        dtype = str(torch_dtype(config.model, device_of(config.cluster, 0))).removeprefix("torch.")
+        device = device_of(config.cluster, 0)
+        dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         log = Path(config.run_dir) / "logs" / f"reference-server-{node}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        server = start_server(server_spec(config, dtype, folder), log, config.reference.requests.wait_seconds, "0.0.0.0", port)
+        server = start_server(server_spec(config, dtype, folder, gpus), log, config.reference.requests.wait_seconds, "0.0.0.0", port)
     except UserError as error:
         print(f"error: {node}: {error}", file=sys.stderr, flush=True)
         return 2

@@ -17,7 +17,8 @@ from dpo_dist.reference.wire import Unanswered, about
 # For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be computed, not remembered.
 STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}", "--dtype", "{dtype}",
             "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}", "--skip-tokenizer-init",
-            "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}")
+            "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}",
+            "--data-parallel-size", "{copies}")
 SECONDS_BETWEEN_LOOKS = 0.5
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 PLACES = ("TORCHELASTIC_", "GROUP_", "ROLE_")            # beginnings of names
@@ -37,6 +38,7 @@ class ServerSpec:
     quantization: str | None
     max_length: int                      # tokens of a sequence and of the answer
     gpus: int                            # that split each layer
+    copies: int                          # of the model, each on GPUs of its own; the server spreads requests over them
     gpu_memory: float                    # share of a GPU's memory that it may take
     offline: bool
 
@@ -86,7 +88,7 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
     if len(words) == 1:
         words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else [])]
     fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length), "gpus": str(spec.gpus),
-            "memory": str(spec.gpu_memory), "host": host, "port": str(port)}
+            "copies": str(spec.copies), "memory": str(spec.gpu_memory), "host": host, "port": str(port)}
     for key, value in fill.items():                      # not str.format: JSON in an argument has braces of its own
         words = [word.replace("{" + key + "}", value) for word in words]
     return words

@@ -64,7 +64,8 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
     elif r.server:
         if world.local_rank == 0:
             log = Path(config.run_dir) / "logs" / f"reference-server-{world.rank}.log"
-            server = start_server(server_spec(config, key.dtype, folder), log, requests.wait_seconds)
+            gpus = world.local_size if world.device.type == "cuda" else 1
+            server = start_server(server_spec(config, key.dtype, folder, gpus), log, requests.wait_seconds)
         started = world.gather(server.url if server else None)                       # by the first rank of each machine
         first = world.rank - world.local_rank
         others = [url is None for url in started[first + 1:]]
@@ -83,14 +84,15 @@ def _name(config: RunConfig) -> str:
     return config.reference.served_name or config.reference_path
 
 
-def server_spec(config: RunConfig, dtype: str, folder: Path) -> ServerSpec:
-    """What reference.server is to serve. dtype: as in ReferenceKey; folder: the reference's."""
+def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> ServerSpec:
+    """What reference.server is to serve, on so many GPUs of a machine. dtype: as in ReferenceKey; folder: the reference's."""
     r = config.reference
     assert r.server is not None
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     longest = config.data.max_length + 1
+    split = r.tensor_parallel_size or 1
     return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization, longest if positions is None else min(longest, positions),
-                      r.tensor_parallel_size or 1, NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
+                      split, max(1, gpus // split), NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
 
 
 def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
