@@ -38,11 +38,11 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
             if told := world.max(stop.asked()):
                 raise stop.Stopped(told, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
-            part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops)
+            part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops, reference)
             if reference is not None:
                 reference.wait_for(part.batches)
             for batch, at in zip(part.batches, part.positions, strict=True):
-                logps, weight = forward_pairs(policy, reference, batch, loss, mean_chosen_tokens)
+                logps, weight = forward_pairs(policy, reference, batch, loss, mean_chosen_tokens, world.device)
                 if loss.needs_whole_step:
                     found.append(logps)
                     positions.append([start + i for i in at])

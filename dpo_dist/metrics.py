@@ -35,13 +35,19 @@ class MetricSums:
             total = (rows.double() * weight).sum(1)
             self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
 
+    @property
+    def tensor(self) -> Tensor:
+        """This rank's sums so far, float64, on the device."""
+        return self._sums
+
     def total(self, world: World) -> list[float]:
         """The sums over all ranks, with which one rank may begin. All ranks call it."""
         return world.sum(self._sums).tolist()
 
-    def means(self, world: World) -> dict[str, float]:
-        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it."""
-        *sums, weight = self.total(world)
+    def means(self, world: World, mine: Tensor | None = None) -> dict[str, float]:
+        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it. mine: this rank's sums, where they
+        are on the CPU already."""
+        *sums, weight = world.sum(self._sums if mine is None else mine).tolist()
         named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
         if not self._has_rewards:
             named = {name: value for name, value in named.items() if not name.startswith("rewards/")}

@@ -5,6 +5,9 @@ import re
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,14 +24,53 @@ DENSE_BF16_TFLOPS = {                                        # by the device's n
 ORNAMENTS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|SXM\d*|AC|HBM3E?|\d+GB?")     # words that leave the peak as it is
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Some steps of training, as a Clock saw them on this rank. On a GPU its times are events, which may still be to come."""
+
+    seconds: Mapping[str, float]                             # by part, on a CPU
+    events: Sequence[tuple[str | None, Any]]                 # (part, the event at its end); the first one is the beginning
+    steps: int
+    work: StepWork
+    peak_tflops: float | None
+
+    def rates(self, world: World) -> dict[str, float]:
+        """Rates over all ranks, and seconds a step. All ranks call it; waits for the interval's end."""
+        mine = self._seconds_by_part()
+        means = (world.sum(torch.tensor(mine)) / world.size).tolist()
+        seconds = world.max(sum(mine))
+        # Forward alone: the gradients' reduction lies inside backward, where a rank that is done waits for the others. Under ZeRO-3 ranks
+        # also wait inside forward, for the weights, so there it shows a part of the unevenness only.
+        forward = PARTS.index("forward")
+        busiest, mean = world.max(mine[forward]), means[forward]
+        row = {"perf/pairs_per_second": self.work.pairs / seconds, "perf/tokens_per_second": self.work.tokens / seconds,
+               "perf/peak_memory_gib": world.max(peak_memory_gib(world.device)),
+               **{f"perf/{part}_seconds": value / self.steps for part, value in zip(PARTS, means, strict=True)}}
+        if mean:
+            row["perf/busiest_rank"] = busiest / mean
+        if self.peak_tflops:
+            row["perf/peak_tflops"] = self.peak_tflops
+            row["perf/mfu"] = self.work.flops / (seconds * world.size * self.peak_tflops * 1e12)
+        return row
+
+    def _seconds_by_part(self) -> list[float]:
+        seconds = defaultdict(float, self.seconds)
+        if self.events:
+            self.events[-1][1].synchronize()
+        for (_, before), (part, event) in pairwise(self.events):
+            if part is not None:
+                seconds[part] += before.elapsed_time(event) / 1000
+        return [seconds[part] for part in PARTS]
+
+
 class Clock:
     """Training time, part by part: `mark(part)` says what the time since the last mark went to; None leaves it out.
 
-    On a GPU marks are events on its stream: nothing waits for them until a row is logged.
+    On a GPU marks are events on its stream: nothing waits for them until an interval's rates are asked for.
     """
 
     def __init__(self, world: World, peak_tflops: float | None = None):
-        self._world, self._peak_tflops = world, peak_tflops
+        self._on_gpu, self._peak_tflops = world.device.type == "cuda", peak_tflops
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str | None, Any]] = []
         self._last = time.perf_counter()
@@ -36,7 +78,7 @@ class Clock:
         self.mark(None)
 
     def mark(self, part: str | None) -> None:
-        if self._world.device.type == "cuda":
+        if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._events.append((part, event))
@@ -51,34 +93,13 @@ class Clock:
         self._steps += 1
         self._work += work
 
-    def read(self) -> dict[str, float]:
-        """Rates over all ranks and seconds a step since the last call. All ranks call it."""
-        self._collect_events()
-        mine = [self._seconds[part] for part in PARTS]
-        means = (self._world.sum(torch.tensor(mine)) / self._world.size).tolist()
-        seconds = self._world.max(sum(mine))
-        # Forward alone: the gradients' reduction lies inside backward, where a rank that is done waits for the others. Under ZeRO-3 ranks
-        # also wait inside forward, for the weights, so there it shows a part of the unevenness only.
-        busiest, mean = self._world.max(self._seconds["forward"]), means[PARTS.index("forward")]
-        row = {"perf/pairs_per_second": self._work.pairs / seconds, "perf/tokens_per_second": self._work.tokens / seconds,
-               "perf/peak_memory_gib": self._world.max(peak_memory_gib(self._world.device)),
-               **{f"perf/{part}_seconds": value / self._steps for part, value in zip(PARTS, means, strict=True)}}
-        if mean:
-            row["perf/busiest_rank"] = busiest / mean
-        if self._peak_tflops:
-            row["perf/peak_tflops"] = self._peak_tflops
-            row["perf/mfu"] = self._work.flops / (seconds * self._world.size * self._peak_tflops * 1e12)
+    def interval(self) -> Interval:
+        """What was marked and counted since the last call."""
+        done = Interval(dict(self._seconds), tuple(self._events), self._steps, self._work, self._peak_tflops)
         self._seconds.clear()
+        self._events = self._events[-1:]
         self._steps, self._work = 0, StepWork()
-        return row
-
-    def _collect_events(self) -> None:
-        if self._events:
-            self._events[-1][1].synchronize()
-            for (_, before), (part, event) in zip(self._events, self._events[1:], strict=False):
-                if part is not None:
-                    self._seconds[part] += before.elapsed_time(event) / 1000
-            self._events = self._events[-1:]
+        return done
 
 
 def peak_memory_gib(device: torch.device) -> float:

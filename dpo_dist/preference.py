@@ -74,6 +74,7 @@ class PackedBatch:
     pair_ids: tuple[int, ...]                # (B,) the pairs' indexes in the data set
     weight: Tensor                           # (B,) float32
     strength: Tensor                         # (B,) float32, NaN where the data does not say
+    reference: Tensor | None = None          # (N,) float32, nats: the reference's log-probs, where they are known when the pack is made
 
     @property
     def n_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same (law 4)."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,8 +40,9 @@ class StepBatches:
 
 
 def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world: World, tokens_per_microbatch: int,
-                 flops: Flops) -> StepBatches:
-    """This rank's packs of the step made of `pair_ids`; `flops` are of a forward and backward (or whatever is to be counted)."""
+                 flops: Flops, reference: ReferenceEngine | None = None) -> StepBatches:
+    """This rank's packs of the step made of `pair_ids`, with the reference's values where it has them at hand; `flops` are of a forward and
+    backward (or whatever is to be counted)."""
     shapes = pairs.shapes(pair_ids) if loss.uses_rejected else _chosen_alone(pairs.shapes(pair_ids))
     weights = np.asarray(pairs.weight[pair_ids], dtype=np.float64)
     share = loss.ld_alpha is None
@@ -50,11 +52,34 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
         at = [int(pair_ids[m]) for m in members]
         weight = [0.0] * len(members) if is_filler else [float(weights[m]) for m in members]
         batch = pack_pairs([_computed(pairs[i], loss) for i in at], at, weight, share_completions=share)
+        if reference is not None:
+            batch = replace(batch, reference=reference.look_up(batch))
         batches.append(batch.pinned() if world.device.type == "cuda" else batch)
         positions.append(() if is_filler else members)
     mean_chosen_tokens = float((weights * shapes.lengths[:, 1]).sum() / weights.sum())
     work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops))
     return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), mean_chosen_tokens, work)
+
+
+class PackedAhead:
+    """The packs of steps first to last, one after another: the next step is packed by a thread while this one is computed."""
+
+    def __init__(self, pack: Callable[[int], StepBatches], first: int, last: int):
+        self._pack, self._last, self._step = pack, last, first
+        self._thread = ThreadPoolExecutor(1)
+        self._coming = self._thread.submit(pack, min(first, last))
+
+    def __enter__(self) -> PackedAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def next(self) -> StepBatches:
+        """The packs of the next step; after the last one, that one's again."""
+        packed, self._step = self._coming.result(), self._step + 1
+        self._coming = self._thread.submit(self._pack, min(self._step, self._last))
+        return packed
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
@@ -68,12 +93,13 @@ def _chosen_alone(shapes: PairShapes) -> PairShapes:
 
 
 def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,
-                  mean_chosen_tokens: float) -> tuple[PairLogps, Tensor]:
-    """(PairLogps, the pairs' weights) of one pack."""
-    tokens = policy.token_logps(batch, collision=bool(loss.wpo))
-    device = tokens.logps.device
-    values = None if reference is None else reference.token_logps(batch).to(device, non_blocking=True)
+                  mean_chosen_tokens: float, device: torch.device) -> tuple[PairLogps, Tensor]:
+    """(PairLogps, the pairs' weights) of one pack. It is copied to the device once, before the forward."""
     here = batch.to(device)
+    tokens = policy.token_logps(here, collision=bool(loss.wpo))
+    values = here.reference
+    if values is None and reference is not None:
+        values = reference.token_logps(batch).to(device, non_blocking=True)
     return pair_logps(here, tokens, values, loss, mean_chosen_tokens), here.weight.double()
 
 
@@ -86,7 +112,7 @@ def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatc
     slopes = _whole_step_slopes(policy, reference, step, loss, world) if loss.needs_whole_step else None
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, batch in enumerate(step.batches):
-        pairs, weight = forward_pairs(policy, reference, batch, loss, step.mean_chosen_tokens)
+        pairs, weight = forward_pairs(policy, reference, batch, loss, step.mean_chosen_tokens, world.device)
         if slopes is None:
             per_pair = preference_loss(pairs, loss)
             share = (per_pair * weight).sum() / step.total_weight
@@ -119,7 +145,7 @@ def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: 
     then needs only those numbers. One forward more, and exact on any number of ranks and packs.
     """
     with policy.evaluating():
-        found = [forward_pairs(policy, reference, b, loss, step.mean_chosen_tokens)[0] for b in step.batches]
+        found = [forward_pairs(policy, reference, b, loss, step.mean_chosen_tokens, world.device)[0] for b in step.batches]
     whole = gather_pairs(found, step.positions, step.mean_chosen_tokens, world)
     chosen, rejected = whole.policy_chosen.requires_grad_(), whole.policy_rejected.requires_grad_()
     per_pair = preference_loss(replace(whole, policy_chosen=chosen, policy_rejected=rejected), loss)

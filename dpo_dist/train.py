@@ -1,9 +1,7 @@
 """The training run, top to bottom. Also what torchrun is pointed at: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
 from __future__ import annotations
 
-import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist import stop
@@ -21,7 +19,8 @@ from dpo_dist.parity import believe_earlier_audit
 from dpo_dist.passport import add_parity, check_same_run, passport, write_run
 from dpo_dist.perf import Clock, known_peak_tflops
 from dpo_dist.schedule import learning_rate
-from dpo_dist.step import StepBatches, step_batches, train_step
+from dpo_dist.step import PackedAhead, StepBatches, step_batches, train_step
+from dpo_dist.step_results import StepLog, StepResults
 from dpo_dist.terminal import Terminal
 from dpo_dist.tracking import last_step, open_tracker
 from dpo_dist.world import World
@@ -58,7 +57,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
 
     def batches(step: int) -> StepBatches:
         pair_ids = order.pairs_of_step(step, t.epochs, t.max_steps)
-        return step_batches(inputs.train, pair_ids, loss, world, t.tokens_per_microbatch, flops)
+        return step_batches(inputs.train, pair_ids, loss, world, t.tokens_per_microbatch, flops, reference)
 
     def held_out(step: int) -> dict[str, float]:
         means = evaluate_run(config, inputs, policy, reference, world)
@@ -66,7 +65,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             tracker.log({"step": step, "split": "eval", **means})
         return means
 
-    def save(step: int) -> None:
+    def save(step: int, sums: MetricSums) -> None:
         state = TrainState(step, config.zero.chosen_stage, world.size, sums.total(world))
         save_checkpoint(run_dir, kept, state, t.keep_checkpoints, world)
 
@@ -90,44 +89,44 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         elif done == total:
             after = evaluate_run(config, inputs, policy, reference, world)
 
-    peak = config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype)
-    clock, sums = Clock(world, peak), MetricSums(loss, world.device, resumed[1].sums if resumed and world.is_main else None)
-    with terminal.progress(total, done, "training") as bar, ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(batches, min(done + 1, total))             # the next step is packed while this one computes
+    clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
+    sums = MetricSums(loss, world.device, resumed[1].sums if resumed and world.is_main else None)
+    with terminal.progress(total, done, "training") as bar, PackedAhead(batches, done + 1, total) as packed:
+        log = StepLog(tracker, bar, world)
         for step in range(done + 1, total + 1):
-            now, coming = coming.result(), ahead.submit(batches, min(step + 1, total))
+            now = packed.next()
             if reference is not None:
                 try:
                     reference.wait_for(now.batches)
                 except (stop.Stopped, UserError):        # on all ranks alike: the reference's values do not come
+                    log.catch_up()
                     if step - 1 > done:
-                        save(step - 1)
+                        save(step - 1, sums)
                     raise
             clock.mark("data")
             part = train_step(policy, reference, now, loss, sums, world, clock)
-            told = world.max(stop.asked() if math.isfinite(part.item()) else math.inf)
-            if told == math.inf:
-                raise FloatingPointError(f"the loss of step {step} is not finite; no weight was changed. Lower optim.lr, or look at the data")
+            bad_loss = world.any_on_device(~part.isfinite())
             clock.mark("wait")
             lr = learning_rate(config.optim, step, total)
-            grad_norm = policy.step(lr)
-            if not math.isfinite(grad_norm):             # the same on every rank
-                raise FloatingPointError(f"the gradient of step {step} is not finite; the last checkpoint is from before. Lower optim.lr")
+            grad_norm = policy.step(lr, skip=bad_loss)
             if reference is not None:
                 reference.after_step(step)
             clock.mark("step")
             clock.count(now.work)
 
+            row = None
             if step % t.log_every_steps == 0 or step == total:
-                row = {**sums.means(world), "grad_norm": grad_norm, "lr": lr, **clock.read()}
-                tracker.log({"step": step, "split": "train", **row})
-                bar.update(step, loss=row["loss"], accuracy=row.get("rewards/accuracies"), pairs_per_second=row["perf/pairs_per_second"])
-                sums = MetricSums(loss, world.device)
-            if step == total or told or (t.save_every_steps and step % t.save_every_steps == 0):
-                save(step)
-            if told:
+                row, sums = (sums, clock.interval()), MetricSums(loss, world.device)
+            log.add(StepResults.of(step, lr, bad_loss, grad_norm, row))
+            asked = world.max(stop.asked())
+            saves = step == total or bool(asked) or bool(t.save_every_steps and step % t.save_every_steps == 0)
+            if saves or evaluates(step):
+                log.catch_up()                           # nothing is saved, or called the last, before it is known to be sound
+            if saves:
+                save(step, sums)
+            if asked:
                 tracker.finish({})
-                raise stop.Stopped(told, f"step {step} of {total} is saved")
+                raise stop.Stopped(asked, f"step {step} of {total} is saved")
             if evaluates(step):
                 after = held_out(step)
             clock.mark(None)                             # evaluation and saving are not training time

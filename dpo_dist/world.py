@@ -88,6 +88,13 @@ class World:
         dist.all_reduce(total)
         return total.item()
 
+    def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
+        """float32 scalar: 1 where the flag, a bool scalar on the device, is true on any rank, else 0. By the way that gradients take: on GPUs
+        no process waits for it."""
+        highest = flag.float()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return highest
+
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
         largest = torch.tensor(value, dtype=torch.float64)

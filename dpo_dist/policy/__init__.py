@@ -23,8 +23,10 @@ class Policy(Protocol):
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Adds the gradient of this rank's share of the step's loss. The step's gradient is the SUM over ranks and calls."""
 
-    def step(self, lr: float) -> float:
-        """Clips, updates the weights, clears the gradients; the gradients' global norm before clipping."""
+    def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
+        """Clips, updates the weights, clears the gradients; the gradients' global norm before clipping, a scalar on any device, negative
+        or not finite where they are not. skip: a float32 scalar on the device, 1 where no weight is to change, else 0: nobody waits for it.
+        """
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Inside: no gradients, no dropout."""

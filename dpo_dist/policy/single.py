@@ -14,6 +14,7 @@ from dpo_dist.config import OptimConfig
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy.master_weights import MasterWeights
+from dpo_dist.policy.skip import skip_update_if
 from dpo_dist.preference import PackedBatch, TokenLogps
 
 
@@ -32,14 +33,15 @@ class SinglePolicy:
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._masters.parameters, self._clip or float("inf"))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        skip_update_if(self._optimizer, skip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._masters.publish()
-        return float(norm)
+        return norm
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

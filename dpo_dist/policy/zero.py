@@ -19,6 +19,7 @@ from dpo_dist.config import OptimConfig, ZeroConfig
 from dpo_dist.models.cost import layer_elements
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
+from dpo_dist.policy.skip import skip_update_if
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.preference import PackedBatch, TokenLogps
 from dpo_dist.world import World, prepare_deepspeed
@@ -40,6 +41,7 @@ class ZeroPolicy:
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
         layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
         config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
+        self._adamw = optimizer                          # DeepSpeed gives it the fp32 parts, and calls its step
         self._engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
@@ -51,13 +53,13 @@ class ZeroPolicy:
         if not is_last:
             self._engine.step()                          # tells the engine that a micro-step is over; changes no weight
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        skip_update_if(self._adamw, skip)
         own = self._grad_norm() if self._stage == 0 else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm if own is None else own)
+        return torch.as_tensor(self._engine.get_global_grad_norm() if own is None else own)
 
     def _grad_norm(self) -> Tensor:
         """Stage 0 in fp32 has no DeepSpeed optimizer that would tell; every rank holds the whole, averaged gradients."""

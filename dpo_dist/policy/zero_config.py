@@ -29,7 +29,7 @@ def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: b
         "gradient_clipping": optim.max_grad_norm or 0.0,          # unset, DeepSpeed clips at 1.0
         "zero_allow_untested_optimizer": True,                    # torch's AdamW: nothing to compile
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # the loop looks at loss and norm itself, without a pause in each step
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),        # many micro-steps add up to one gradient
         **({"communication_data_type": "fp32"} if zero.reduce_dtype == "fp32" else {}),
         "zero_optimization": stage,

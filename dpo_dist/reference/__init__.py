@@ -21,6 +21,11 @@ class ReferenceEngine(Protocol):
         is sharded, all ranks call it the same number of times."""
         ...
 
+    def look_up(self, batch: PackedBatch) -> Tensor | None:
+        """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or waited for; else None.
+        Called by the thread that packs the next step."""
+        return None
+
     def close(self) -> None:
         """Frees the model's memory."""
         return None

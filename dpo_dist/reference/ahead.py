@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from dpo_dist import stop
 from dpo_dist.config import UserError
 from dpo_dist.entry import DONE, FAILED
@@ -68,6 +70,9 @@ class AheadReference(CachedReference):
                 raise UserError(f"the scoring processes have ended before all was scored: {self._world.on_main(self._scorer.last_words)}. "
                                 "What they scored and what was trained is kept: the same command goes on from there")
         self._waited_seconds += time.perf_counter() - began
+
+    def look_up(self, batch: PackedBatch) -> Tensor | None:
+        return None                                      # they may still be on their way: wait_for sees to it
 
     def close(self) -> None:
         self._say(f"reference: scored while training ran, which waited {self._waited_seconds:.1f} s for it in all")

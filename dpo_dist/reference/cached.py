@@ -19,6 +19,9 @@ class CachedReference(ReferenceEngine):
     def token_logps(self, batch: PackedBatch) -> Tensor:
         return torch.from_numpy(np.concatenate([self._cache.logps(prompt, completion) for prompt, completion in _sequences(batch)]))
 
+    def look_up(self, batch: PackedBatch) -> Tensor | None:
+        return self.token_logps(batch)
+
     def keys(self, batch: PackedBatch) -> list[bytes]:
         """What the pack's sequences are called in the cache."""
         return [sequence_key(prompt, completion) for prompt, completion in _sequences(batch)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_dist import stop
 from dpo_dist.data.pack import Sequences, pack_sequences
+from dpo_dist.later import Later
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.cache import LogpCache, ShardWriter, sequence_key
 from dpo_dist.reference.missing import Indexes, Pairs, ScoringPlan, plan_scoring
@@ -47,10 +48,11 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
     # Where nothing is left for this rank, rank 0's pack is forwarded as well (law 5), and not kept.
     mine = [start + world.rank if start + world.rank < scoring.n_packs else start for start in starts]
     packs = ([_sequences(each, data_sets, first_pair) for each in scoring.pack(j)] for j in mine)
+    scored = _scored(packs, engine, world.device.type == "cuda", writer.flush_if_due)
     try:
-        for i, (start, j, (trees, logps)) in enumerate(zip(starts, mine, _scored(packs, engine, writer.flush_if_due), strict=True)):
+        for i, (start, j, (trees, logps)) in enumerate(zip(starts, mine, scored, strict=True)):
             if j == start + world.rank:
-                _keep(writer, trees, logps.cpu().numpy())
+                _keep(writer, trees, logps.numpy())
             done = int(scoring.trees[scoring.packs[min(start + world.size, scoring.n_packs)]])
             progress(done)
             if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (told := world.max(stop.asked())):
@@ -61,13 +63,13 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
     open_cache(cache, world)
 
 
-def _scored(packs: Iterable[list[Sequences]], engine: ReferenceEngine, while_waiting: Callable[[], None]) -> \
+def _scored(packs: Iterable[list[Sequences]], engine: ReferenceEngine, pinned: bool, while_waiting: Callable[[], None]) -> \
         Iterator[tuple[list[Sequences], Tensor]]:
-    """(pack, its log-probs), in order. An engine in other processes says by `packs_at_once` how many it takes at a time, so that its
-    servers never wait for this process."""
+    """(pack, its log-probs on the CPU), in order. An engine in other processes says by `packs_at_once` how many it takes at a time, so that
+    its servers never wait for this process. pinned: packs are laid where a GPU copies from without holding up the process."""
     at_once = getattr(engine, "packs_at_once", 1)
     if at_once == 1:
-        yield from ((trees, engine.token_logps(pack_sequences(trees))) for trees in packs)
+        yield from _one_ahead(packs, engine, pinned)
         return
     pool = ThreadPoolExecutor(at_once)
     asked: deque[tuple[list[Sequences], Future[Tensor]]] = deque()
@@ -82,6 +84,23 @@ def _scored(packs: Iterable[list[Sequences]], engine: ReferenceEngine, while_wai
                 yield first, answer.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)       # after a failure nobody waits for the rest
+
+
+def _one_ahead(packs: Iterable[list[Sequences]], engine: ReferenceEngine, pinned: bool) -> Iterator[tuple[list[Sequences], Tensor]]:
+    """As _scored: while a GPU computes a pack, the next one is laid out and queued, and the one before is kept."""
+    before: tuple[list[Sequences], Later] | None = None
+    for trees in packs:
+        batch = pack_sequences(trees)
+        now = trees, Later(engine.token_logps(batch.pinned() if pinned else batch))
+        if before is not None:
+            yield before[0], before[1].values
+        if now[1].is_on_its_way:
+            before = now
+        else:
+            yield now[0], now[1].values
+            before = None
+    if before is not None:
+        yield before[0], before[1].values
 
 
 def _keep(writer: ShardWriter, trees: Sequence[Sequences], logps: np.ndarray) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -144,3 +147,23 @@ def test_reference_free_losses_train_without_any_reference(tmp_path: Path, words
     dpo_dist(*words, "zero=none", f"run.dir={tmp_path / 'run'}")
     assert metrics(tmp_path / "run")[-1]["rewards/margins"] > metrics(tmp_path / "run")[0]["rewards/margins"]
     assert not (tmp_path / "reference").exists()
+
+
+def test_an_update_that_the_device_is_told_to_skip_changes_no_weight_in_any_stage(tmp_path: Path):
+    write_tiny_llama(tmp_path / "m")
+    write_rows(tmp_path / "rows.jsonl", 8)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           Path(__file__).parent / "skipped_updates.py", tmp_path / "m", tmp_path / "rows.jsonl", tmp_path / "tokens"],
+                          capture_output=True, text=True, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" ok") == 7
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_loss_that_is_not_finite_ends_the_run_names_the_step_and_leaves_the_last_sound_checkpoint(zero: str, tmp_path: Path,
+                                                                                                    words: list[str]):
+    done = dpo_dist(*words, "cluster.procs_per_node=2", f"zero={zero}", "optim.lr=1e30", "optim.schedule=constant", "optim.warmup_ratio=0",
+                    "train.save_every_steps=1", f"run.dir={tmp_path / 'run'}", code=1)
+    assert "the loss of step 2 is not finite; no weight was changed" in done.stderr
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1], "the step before is logged"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]

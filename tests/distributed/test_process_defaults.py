@@ -16,7 +16,8 @@ import os, torch
 from dpo_dist.process_defaults import set_defaults
 os.sched_getaffinity = lambda process: set(range(8))           # as on a machine of eight cores
 set_defaults()
-print(f"told: {os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()} {os.environ.get('PYTORCH_ALLOC_CONF', os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))}", flush=True)
+allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+print(f"told: {os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()} {allocator}", flush=True)
 """
 
 
