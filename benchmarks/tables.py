@@ -1,4 +1,4 @@
-"""Writes the speed tables of README.md from the committed results: tables.py [--check]. With --check, 1 where README.md says otherwise."""
+"""Writes the speed tables of README.md and docs/gpu.md from the committed results: tables.py [--check]. With --check, 1 where they differ."""
 from __future__ import annotations
 
 import json
@@ -8,18 +8,27 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
+GPU_PAGE = HERE.parent / "docs" / "gpu.md"
+SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
+GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows", "ratings": "four rated responses a prompt, all six pairs"}
 
 
 def main(check: bool) -> int:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    wanted = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()), (GPU_PAGE, GPU, gpu_table()))
+               if filled(file, marks, content, check)]
+    return int(check and bool(changed))
+
+
+def filled(file: Path, marks: tuple[str, str], content: str, check: bool) -> bool:
+    """Whether the text between the marks is another; it is replaced unless this is a check."""
+    text = file.read_text()
+    before, rest = text.split(marks[0])
+    _, after = rest.split(marks[1])
+    wanted = f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
     if not check:
-        README.write_text(wanted)
-    return int(check and wanted != text)
+        file.write_text(wanted)
+    return wanted != text
 
 
 def tables() -> str:
@@ -103,6 +112,31 @@ def run_table(sweep: dict[str, Any], ahead: dict[str, Any], sizing: dict[str, An
         f"| memory a rank that `plan` predicts, {len(sizing['runs'])} runs: largest error | {sizing['worst_memory_error']:.1%} |",
         f"| step times that `plan` predicts: pairs of runs in the wrong order (CPU seconds) | {len(order)} of {sizing['pairs_of_runs']} |",
     ])
+
+
+def gpu_table() -> str:
+    """A line for each run on a GPU; that none was measured, where there are no results."""
+    lines = []
+    for file in sorted((HERE / "results").glob("gpu-*-runs.json")):
+        results = json.loads(file.read_text())
+        trl = {(row["model"], row["length"], row["case"]): row for row in results["rows"]
+               if row["case"].startswith("trl") and "step_seconds" in row}
+        for row in results["rows"]:
+            if row["case"] == "ours":
+                lines.append(gpu_line(results["card"], row, trl))
+    if not lines:
+        return "On a GPU: not measured yet. `benchmarks/gpu.sh` is ready for one."
+    return "\n".join([
+        "| card | model, pair, options | step, s | MFU (of a product's rate) | peak, predicted, GiB | TRL live, precomputed over ours |",
+        "|---|---|---|---|---|---|", *lines])
+
+
+def gpu_line(card: str, row: dict[str, Any], trl: dict[tuple[str, int, str], dict[str, Any]]) -> str:
+    ratios = [trl.get((row["model"], row["length"], f"trl {way}")) for way in ("live", "precomputed")]
+    beside = ", ".join(f"{each['step_seconds'] / row['step_seconds']:.2f}" if each else "-" for each in ratios)
+    share = f"{row['mfu']:.2f} ({row['of_product']:.2f})" if "mfu" in row else "-"
+    return (f"| {card} | {row['model']}, {row['length']:,} tokens, prompt {row['prompt_share']:.0%}, `{row['overrides']}` | "
+            f"{row['step_seconds']:.2f} | {share} | {row['peak_gib']}, {row['predicted_gib']} | {beside} |")
 
 
 if __name__ == "__main__":

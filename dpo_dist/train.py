@@ -97,7 +97,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             now = packed.next()
             if reference is not None:
                 try:
-                    reference.wait_for(now.batches)
+                    reference.wait_for(now.batches, before_waiting=log.catch_up)
                 except (stop.Stopped, UserError):        # on all ranks alike: the reference's values do not come
                     log.catch_up()
                     if step - 1 > done:

@@ -1,7 +1,7 @@
 """The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one YAML."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,8 +30,9 @@ class ReferenceEngine(Protocol):
         """Frees the model's memory."""
         return None
 
-    def wait_for(self, batches: Sequence[PackedBatch]) -> None:
-        """Returns once this rank's packs can be answered for, on every rank; called before the packs of a step are forwarded."""
+    def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
+        """Returns once this rank's packs can be answered for, on every rank; called before the packs of a step are forwarded.
+        `before_waiting` is called, on all ranks alike, where that takes a while."""
         return None
 
     def after_step(self, step: int) -> None:

@@ -53,12 +53,16 @@ class AheadReference(CachedReference):
         self._world, self._scorer, self._say = world, scorer, say
         self._waited_seconds = 0.0
 
-    def wait_for(self, batches: Sequence[PackedBatch]) -> None:
+    def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
         """Raises, on all ranks alike, UserError where the values cannot come any more, and Stopped where a rank was asked to end."""
         began = time.perf_counter()
         self._scorer.answered()                          # while training computed, nobody asked
         wanted = [key for batch in batches for key in self.keys(batch)]
+        waiting = False
         while self._world.max(any(key not in self._cache for key in wanted)):
+            if not waiting:
+                before_waiting()
+            waiting = True
             if told := self._world.max(stop.asked()):
                 raise stop.Stopped(told, "training was waiting for the reference")
             alive = self._world.on_main(self._scorer.is_alive)             # asked before the look, so that a last word is not missed
