@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from plain_kernels import PLAIN
 
 import dpo_dist.policy.zero
 from dpo_dist.compose import compose
@@ -20,6 +21,7 @@ from dpo_dist.config import OptimConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.entry import exit_with
 from dpo_dist.models.checkpointing import checkpoint_layers
+from dpo_dist.models.fused import fuse
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.policy.zero import ZeroPolicy
@@ -60,13 +62,15 @@ def gradients(policy: Any, packs: list[PackedBatch], full: Any) -> dict[str, tor
     return out
 
 
-def errors(folder: Path, rank: int, optim: OptimConfig, world: World) -> list[tuple[bool | int, float]]:
-    """(how, the largest error of a parameter's gradient over its norm) of each, with LoRA adapters of that rank."""
+def errors(folder: Path, rank: int, fused: bool, optim: OptimConfig, world: World) -> list[tuple[bool | int, float]]:
+    """(how, the largest error of a parameter's gradient over its norm) of each, with LoRA adapters of that rank (0: none)."""
     defaults = compose(["model.path=unused", "zero=zero3"])
     lora = replace(defaults.model.lora, rank=rank)
 
     def load(how: bool | int) -> ScoredModel:
         lm = load_causal_lm(folder, torch.float32, "branch")
+        if fused:
+            assert len(fuse(lm, PLAIN)) == 3
         model = ScoredModel(add_lora(lm, lora, 0) if rank else lm, "branch")
         checkpoint_layers(model, how)
         return model
@@ -89,10 +93,10 @@ def main(folders: list[str]) -> None:
     world = World.start(cluster)
     optim = replace(compose(["model.path=unused"]).optim, max_grad_norm=None)
     for folder in map(Path, folders):
-        for rank in (0, 4):
-            for how, error in errors(folder, rank, optim, world):
+        for rank, fused in ((0, False), (4, False), (0, True)):
+            for how, error in errors(folder, rank, fused, optim, world):
                 if world.is_main:
-                    print(json.dumps({"model": folder.name, "lora": rank, "how": how, "error": error}), flush=True)
+                    print(json.dumps({"model": folder.name, "lora": rank, "fused": fused, "how": how, "error": error}), flush=True)
     world.barrier()
 
 
