@@ -1,0 +1,134 @@
+"""Recomputing in backward what forward did not keep: whole decoder layers, or only their cheap parts.
+
+Between keeping everything and recomputing whole layers (a third more arithmetic) lies recomputing norms, rotary embeddings and
+activations alone: they take many bytes to keep and next to nothing to do again, while products and attention are the reverse
+("Reducing activation recomputation in large transformer models", arXiv 2205.05198).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_dist.config import UserError
+
+aten = torch.ops.aten
+# Written-out attention (bmm) is not among them: its scores grow with the square of the length, so they are computed again.
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten._grouped_mm.default}
+_ATTENTION = ("_attention", "_attn", "flash_attn")                  # in names of operators: aten's, torch_attn's, flash_attn's
+_MUCH_WIDER = 8                                                     # columns of a product over what it sums: LoRA's B
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that can be recomputed, from the first to the last."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
+    """False: backward finds all it needs kept. True: it recomputes every layer. N: the first N layers, and of the others the cheap parts.
+
+    Layers must not draw random numbers: the generators' states are not kept (load_causal_lm sees to it). UserError where the model's
+    layers cannot be recomputed, or are fewer than N.
+    """
+    if how is False:
+        return
+    layers = decoder_layers(model)
+    if not layers:
+        raise UserError(f"model.gradient_checkpointing={str(how).lower()}: the layers of this model cannot be recomputed by transformers "
+                        "(they are no GradientCheckpointingLayer); set model.gradient_checkpointing=false")
+    whole = len(layers) if how is True else int(how)
+    if whole > len(layers):
+        raise UserError(f"model.gradient_checkpointing={whole}, but the model has {len(layers)} layers; give at most {len(layers)}")
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = again if i < whole else partial(again, context_fn=_KeptProducts().contexts)
+        for module in layer.modules() if i >= whole else ():
+            if type(module) is nn.Linear and module.bias is not None:
+                vars(module)["forward"] = MethodType(_flat_linear, module)
+
+
+def _flat_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x W^T + b over rows of tokens: one operator with any F.linear. DeepSpeed's (ZeRO-3) adds the bias to a product of three dimensions in
+    place, which a kept product must not suffer: computed again, it would get its bias twice."""
+    return F.linear(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias).view(*x.shape[:-1], -1)
+
+
+class _KeptProducts:
+    """What one layer keeps: the outputs of its products and its attention, as far as backward asked for them the first time.
+
+    The last product of a Llama layer is never asked for, as only a sum comes after it; what is asked for is counted, not assumed.
+    """
+
+    def __init__(self) -> None:
+        self.asked_for: int | None = None                           # products and attentions; None before the first backward
+
+    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Around the layer in forward, and around it when it is computed again."""
+        done, kept = 0, set[int]()
+
+        def policy(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+            nonlocal done
+            if operator._schema.is_mutable and any(_storage(x) in kept for x in _written(operator, args)):
+                raise UserError(f"model.gradient_checkpointing keeps the outputs of products, but this model changes one in place "
+                                f"({operator}); set model.gradient_checkpointing=true or false")
+            if not _is_dear(operator, args):
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            done += 1
+            if self.asked_for is not None and done > self.asked_for:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            out = context.op_output
+            kept.add(_storage(out[0] if isinstance(out, tuple) else out))
+            return CheckpointPolicy.MUST_SAVE
+
+        forward, again = create_selective_checkpoint_contexts(policy)
+        return forward, self._counted(again)
+
+    @contextmanager
+    def _counted(self, again: AbstractContextManager[Any]) -> Iterator[None]:
+        with again, _Count() as count:
+            try:
+                yield
+            finally:
+                self.asked_for = max(count.dear, self.asked_for or 0)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where a tensor has its bytes."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _written(operator: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors among its positional arguments that an operator changes in place."""
+    for argument, value in zip(operator._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+            yield value
+
+
+class _Count(TorchDispatchMode):
+    """Counts products and attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dear = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.dear += _is_dear(operator, args)
+        return operator(*args, **(kwargs or {}))
+
+
+def _is_dear(operator: Any, args: tuple[Any, ...]) -> bool:
+    """True for what takes longer to compute than to read: products and attention, but not LoRA's B, which sums a few numbers."""
+    if operator in _PRODUCTS:
+        matrix = args[2 if operator is aten.addmm.default else 1]
+        return matrix.shape[-1] < _MUCH_WIDER * matrix.shape[-2]
+    return any(part in operator._schema.name for part in _ATTENTION)

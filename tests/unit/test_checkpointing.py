@@ -1,0 +1,156 @@
+"""Whatever backward recomputes, gradients are bit for bit those of keeping everything, and less is kept."""
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dpo_dist.config import LoraConfig, UserError
+from dpo_dist.data.pack import Sequences, pack_sequences
+from dpo_dist.models.attention import Forest, shrink
+from dpo_dist.models.checkpointing import checkpoint_layers, decoder_layers
+from dpo_dist.models.load import _without_dropout, add_lora
+
+CONFIGS = [LlamaConfig, Qwen2Config, Qwen3Config, Gemma2Config, GPT2Config, MixtralConfig]
+HOWS: list[bool | int] = [True, 0, 1, 2]
+PACK = pack_sequences([Sequences(tuple(range(3, 13)), (tuple(range(13, 21)), tuple(range(21, 27)))), Sequences((5, 6, 7), ((8, 9),))])
+
+
+def small(kind: Any, attention: str = "branch") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(shrink(kind())), attn_implementation=attention, dtype=torch.float32).train()
+    _without_dropout(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def forward(model: Any, packed: bool = True) -> Tensor:
+    if not packed:
+        return model.base_model(input_ids=PACK.input_ids[0, :24].reshape(2, 12), use_cache=False).last_hidden_state
+    return model.base_model(input_ids=PACK.input_ids, position_ids=PACK.position_ids, use_cache=False,
+                            forest=Forest(PACK.trees)).last_hidden_state
+
+
+def gradients(model: Any, packed: bool = True) -> dict[str, Tensor]:
+    model.zero_grad()
+    states = forward(model, packed)
+    upstream = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states.dtype)
+    (states * upstream).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.model_type)
+def test_recomputing_changes_no_bit_of_the_gradients(kind: Any, how: bool | int):
+    model = small(kind)
+    kept = gradients(model)
+    checkpoint_layers(model, how)
+    for _ in range(2):                             # what is kept is decided by the first backward
+        assert equal(gradients(model), kept)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_padded_rows_are_recomputed_as_well(how: bool | int):
+    model = small(LlamaConfig, "sdpa")
+    kept = gradients(model, packed=False)
+    checkpoint_layers(model, how)
+    for _ in range(2):
+        assert equal(gradients(model, packed=False), kept)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_adapters_are_trained_the_same_over_recomputed_layers(how: bool | int):
+    def adapted(how: bool | int) -> Any:
+        out = add_lora(small(Qwen2Config), LoraConfig(3, None, "all-linear"), 0)
+        checkpoint_layers(out, how)
+        for name, parameter in out.named_parameters():
+            if "lora_B" in name:
+                nn.init.ones_(parameter)
+        return out.train()
+
+    kept, model = gradients(adapted(False).get_base_model()), adapted(how).get_base_model()
+    assert len(kept) == 28 and all(g.any() for g in kept.values())
+    for _ in range(2):
+        assert equal(gradients(model), kept)
+
+
+def test_evaluating_without_gradients_gives_the_same_states():
+    model = small(LlamaConfig)
+    wanted = forward(model).detach()
+    checkpoint_layers(model, 1)
+    with torch.no_grad():
+        assert torch.equal(forward(model), wanted)
+        assert torch.equal(forward(model.eval()), wanted)
+
+
+def test_no_product_and_no_attention_is_computed_twice_beside_the_cheap_parts():
+    def flops(how: bool | int) -> int:
+        model = small(LlamaConfig)
+        checkpoint_layers(model, how)
+        gradients(model)
+        with FlopCounterMode(display=False) as counter:
+            gradients(model)
+        return counter.get_total_flops()
+
+    assert flops(0) == flops(False) < flops(1) < flops(True)
+
+
+def test_of_adapters_the_wide_products_are_computed_again_and_the_narrow_ones_kept():
+    model = add_lora(small(LlamaConfig), LoraConfig(3, None, "all-linear"), 0).train()
+    checkpoint_layers(model, 0)
+    kept = _products_kept(model)
+    assert {columns for _, columns in kept} == {3, 32, 48}
+    assert all(inner >= 32 for inner, _ in kept), "B, which sums over 3 numbers, is computed again"
+
+
+def _products_kept(model: Any) -> set[tuple[int, int]]:
+    """(inner, columns) of the matrices whose products a layer keeps."""
+    seen: set[tuple[int, int]] = set()
+    forward_context, _ = decoder_layers(model)[0]._gradient_checkpointing_func.keywords["context_fn"]()
+    policy = forward_context.policy_fn
+
+    def record(context: Any, operator: Any, *args: Any, **more: Any) -> Any:
+        choice = policy(context, operator, *args, **more)
+        if choice == CheckpointPolicy.MUST_SAVE and operator == torch.ops.aten.mm.default:
+            seen.add(tuple(args[1].shape))
+        return choice
+
+    with create_selective_checkpoint_contexts(record)[0]:
+        forward(model.get_base_model())
+    return seen
+
+
+def test_a_layer_that_changes_a_kept_product_in_place_is_refused_and_not_silently_wrong():
+    model = small(LlamaConfig)
+    down = decoder_layers(model)[1].self_attn.o_proj
+    down.register_forward_hook(lambda module, inputs, output: output.add_(1.0))
+    checkpoint_layers(model, 0)
+    with pytest.raises(UserError, match="changes one in place"):
+        gradients(model)
+
+
+def test_more_layers_than_there_are_and_layers_that_cannot_be_recomputed_are_refused():
+    with pytest.raises(UserError, match="=3, but the model has 2 layers"):
+        checkpoint_layers(small(LlamaConfig), 3)
+    with pytest.raises(UserError, match="the layers of this model cannot be recomputed"):
+        checkpoint_layers(nn.Sequential(nn.Linear(2, 2)), True)
