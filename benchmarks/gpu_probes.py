@@ -304,8 +304,13 @@ def elementwise(wanted: Callable[[str], bool]) -> None:
 def elementwise_ways(model: str) -> dict[str, Way]:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-    from dpo_dist.models import fused
+    from dpo_dist.models.fused import Norm, Rotary, SwiGLU, gpu_kernels
 
+    if on_gpu():
+        kernels = gpu_kernels()
+    else:
+        sys.path += [str(REPO / "tests" / "unit")]
+        from plain_kernels import PLAIN as kernels
     hidden, inner, _, heads, key_heads, *_ = SHAPES[model]
     size, tokens = hidden // heads, 64 if SMOKE else 16_384
 
@@ -316,9 +321,9 @@ def elementwise_ways(model: str) -> dict[str, Way]:
     x, gate, up = made(1, tokens, hidden), made(1, tokens, inner), made(1, tokens, inner)
     q, k = (made(1, tokens, n, size).transpose(1, 2).detach().requires_grad_() for n in (heads, key_heads))
     cos, sin = (made(1, tokens, size).detach() for _ in range(2))
-    return {"norm": (lambda: norm(x), lambda: fused.rms_norm(x, norm.weight, norm.variance_epsilon), [x, norm.weight], 5.0 * x.nbytes),
-            "swiglu": (lambda: torch.nn.functional.silu(gate) * up, lambda: fused.swiglu(gate, up), [gate, up], 8.0 * gate.nbytes),
-            "rotary": (lambda: apply_rotary_pos_emb(q, k, cos, sin), lambda: fused.rotary(q, k, cos, sin), [q, k],
+    return {"norm": (lambda: norm(x), lambda: Norm.apply(x, norm.weight, norm.variance_epsilon, kernels), [x, norm.weight], 5.0 * x.nbytes),
+            "swiglu": (lambda: torch.nn.functional.silu(gate) * up, lambda: SwiGLU.apply(gate, up, kernels), [gate, up], 8.0 * gate.nbytes),
+            "rotary": (lambda: apply_rotary_pos_emb(q, k, cos, sin), lambda: tuple(Rotary.apply(each, cos, sin, kernels) for each in (q, k)), [q, k],
                        4.0 * (q.nbytes + k.nbytes))}
 
 
@@ -345,6 +350,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     from dpo_dist.data.store import prepare
     from dpo_dist.metrics import MetricSums
     from dpo_dist.models.cost import forward_flops
+    from dpo_dist.models.fused import choose_kernels
     from dpo_dist.perf import Clock
     from dpo_dist.policy.make import make_policy
     from dpo_dist.reference.cache import LogpCache, ReferenceKey
@@ -366,13 +372,14 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     flops = forward_flops(config_of(model)).training(frozen_base=False)
     budget = config.train.tokens_per_microbatch
     dtype = torch.bfloat16 if on_gpu() else torch.float32
+    fused, why_not = choose_kernels(config.model.kernels, config_of(model), dtype, world.device)
     cache = LogpCache(str(folder / "reference"), ReferenceKey("bench", str(dtype)))
-    engine = HfReference(folder / "model", dtype, "branch", world.device)
+    engine = HfReference(folder / "model", dtype, "branch", world.device, fused=fused)
     engine.token_logps(step_batches(data, np.arange(2), config.loss, world, budget, flops).batches[0])           # warms up
     synchronize()
     scoring = median_of_one(lambda: fill(plan(cache, [data], world, budget)[0], cache, [data], engine, world))
     engine.close()
-    policy, reference = make_policy(config, folder / "model", "branch", world), CachedReference(cache)
+    policy, reference = make_policy(config, folder / "model", "branch", world, fused), CachedReference(cache)
     batches = step_batches(data, np.arange(pairs), config.loss, world, budget, flops, reference)
 
     def step() -> Tensor:
@@ -388,7 +395,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
         synchronize()
     by_kind, top, synchronizations = device_time(recorded)
     busy = sum(by_kind.values())
-    tell(f"{model} zero.stage={stage}", first_loss=loss, step_seconds=round(seconds, 4), tflops=round(batches.work.flops / seconds / 1e12, 1),
+    tell(f"{model} zero.stage={stage}", kernels="fused" if fused else why_not or "eager", first_loss=loss, step_seconds=round(seconds, 4), tflops=round(batches.work.flops / seconds / 1e12, 1),
          micro_steps=len(batches.batches), scoring_over_training=round(scoring / seconds, 3),
          **{f"share_{kind}": round(t / seconds, 4) for kind, t in by_kind.items()}, share_idle=round(1 - busy / seconds, 4),
          synchronizations=synchronizations, longest_kernels=top,

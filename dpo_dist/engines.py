@@ -66,6 +66,7 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
         choice = without_sizes(config, world.size, on_gpu, str(unknown))
     else:
         lengths, longest = inputs.lengths
+        config = replace(config, model=replace(config.model, kernels="fused" if inputs.fused else "eager"))
         choice = choose(config, shape, lengths, machine, sizing.Packs.largest(config, lengths, longest, world.size))
     if choice.line and tells:
         terminal.say(choice.line)
@@ -76,13 +77,14 @@ def open_engines(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStor
                  terminal: Terminal) -> tuple[Policy, ReferenceEngine | None]:
     """The policy, and where the reference log-probs of `data_sets` come from (None for a loss without a reference)."""
     def policy() -> Policy:
-        return make_policy(config, inputs.policy_folder, inputs.attention, world)
+        return make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
 
     if not config.loss.needs_reference:
         return policy(), None
     if config.reference.engine == "adapter_off":          # the reference is the policy: it must be there first
         learner = policy()
-        engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, learner)
+        engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, learner,
+                                inputs.reference_fused)
         if config.reference.mode == "live":
             return learner, engine
         return learner, CachedReference(fill_cache(config, inputs, data_sets, world, terminal, learner).cache)
@@ -117,7 +119,7 @@ def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore]
         terminal.say(f"reference cache: {damaged} damaged shards set aside (*.corrupt in {cache.folder}); scored again")
     if n_missing:
         if config.reference.engine == "adapter_off" and policy is None:
-            policy = make_policy(config, inputs.policy_folder, inputs.attention, world)
+            policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
         engine = _open_reference(config, inputs, data_sets, world, terminal, policy)
         with terminal.progress(n_missing, description="reference") as bar:
             def tell(done: int) -> None:
@@ -135,7 +137,7 @@ def _open_reference(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairS
                     policy: Policy | None = None) -> ReferenceEngine:
     """The engine, whose values may be believed: one outside the training stack is audited first."""
     def in_this_process(r: ReferenceConfig) -> ReferenceEngine:
-        return make_reference(r, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, policy)
+        return make_reference(r, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, policy, inputs.reference_fused)
 
     settings = config.reference.audit
     if settings is None:

@@ -86,7 +86,7 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     if resumed is None:
         raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
-    policy = make_policy(config, inputs.policy_folder, inputs.attention, world)
+    policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
     policy.load(resumed[0])
     model = export_model(run_dir, policy, inputs, config, {}, world)
     terminal.say(f"model: {model} (from {resumed[0].name})")

@@ -17,6 +17,7 @@ from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.digest import model_digest, tokenizer_digest
+from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.load import check_quantized, choose_attention, load_tokenizer, quantization, read_config, resolve, torch_dtype
 from dpo_dist.reference.cache import PLAIN_RECIPE, ReferenceKey
 from dpo_dist.reference.serving import served_key
@@ -35,6 +36,8 @@ class Inputs:
     dtype: torch.dtype
     attention: str                       # how the policy's packs are computed: branch or padded
     reference_attention: str
+    fused: bool                          # whether one kernel each computes its norms, rotary embedding and SwiGLU
+    reference_fused: bool
     reference_key: ReferenceKey          # what the cache's values are found by
     flops: Flops                         # of the policy's forward
     train: PairStore
@@ -72,13 +75,19 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     model = read_config(policy_folder)
     if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
         terminal.say(f"attention: {how}")
+    fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
+    if why_not:
+        terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")
+    reference_fused = fused if reference_folder == policy_folder else fused and fused_misfit(read_config(reference_folder), dtype,
+                                                                                              world.device) is None
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
             _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention, key,
+    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention,
+                  fused, reference_fused, key,
                   replace(forward_flops(model), padded=padded), train, held_out)
 
 

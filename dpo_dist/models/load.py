@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dpo_dist.config import LoraConfig, ModelConfig, UserError
 from dpo_dist.head import LogpHead
 from dpo_dist.models.attention import Forest, branch_misfit
+from dpo_dist.models.fused import fuse
 from dpo_dist.preference import PackedBatch, TokenLogps
 
 
@@ -154,8 +155,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return max(bytes_of, key=lambda dtype: bytes_of[dtype])
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive."""
+def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool = False) -> PreTrainedModel:
+    """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive. fused: with one kernel
+    each for norms, rotary embedding and SwiGLU (fused.choose_kernels)."""
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
     def load(implementation: str) -> PreTrainedModel:
@@ -171,6 +173,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str) -> PreTrain
             model = load("eager")
     _without_dropout(model)
     model.config.use_cache = False
+    if fused:
+        fuse(model)
     return model
 
 

@@ -6,20 +6,21 @@ from pathlib import Path
 import torch
 
 from dpo_dist.config import RunConfig, UserError
+from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
 from dpo_dist.policy import Policy
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.world import World
 
 
-def make_policy(config: RunConfig, folder: Path, attention: str, world: World) -> Policy:
-    """The policy with its starting weights from `folder`, ready to train."""
+def make_policy(config: RunConfig, folder: Path, attention: str, world: World, fused: bool = False) -> Policy:
+    """The policy with its starting weights from `folder`, ready to train. fused: as in load_causal_lm."""
     dtype = torch_dtype(config.model, world.device)
 
     def load_model() -> ScoredModel:
-        lm = load_causal_lm(folder, dtype, attention)
-        if config.model.gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm = load_causal_lm(folder, dtype, attention, fused)
+        assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (automatic.py)"
+        checkpoint_layers(lm, config.model.gradient_checkpointing)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
         return ScoredModel(wrapped, attention)
 

@@ -16,11 +16,12 @@ from dpo_dist.reference import ReferenceEngine
 class HfReference(ReferenceEngine):
     """Data-parallel: each rank scores packs of its own."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str = "none"):
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str = "none",
+                 fused: bool = False):
         if offload == "disk":
             model = load_streamed(folder, dtype, attention, device)
         else:
-            model = ScoredModel(load_causal_lm(folder, dtype, attention), attention).to(device)
+            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).to(device)
         self._model: ScoredModel | None = model.eval().requires_grad_(False)
         self._device = device
 

@@ -13,17 +13,18 @@ from dpo_dist.world import World
 
 
 def make_reference(config: ReferenceConfig, folder: Path, dtype: torch.dtype, attention: str, world: World,
-                   policy: HasAdapters | None = None) -> ReferenceEngine:
-    """The engine with the frozen weights from `folder`; adapter_off takes the policy's own."""
+                   policy: HasAdapters | None = None, fused: bool = False) -> ReferenceEngine:
+    """The engine with the frozen weights from `folder`; adapter_off takes the policy's own. fused: as in load_causal_lm; where layers are
+    split, or read from disk one at a time, the model's own code computes."""
     if config.engine == "adapter_off":
         assert policy is not None, "adapter_off scores with the policy"
         return AdapterOffReference(policy)
     if config.engine == "hf":
-        return HfReference(folder, dtype, attention, world.device, config.offload)
+        return HfReference(folder, dtype, attention, world.device, config.offload, fused)
     if config.engine == "tensor_parallel":               # deepspeed is imported only where it is used
         from dpo_dist.reference.tensor_parallel import TensorParallelReference
 
         return TensorParallelReference(folder, dtype, attention, world, config.tensor_parallel_size)
     from dpo_dist.reference.zero import ZeroReference
 
-    return ZeroReference(folder, dtype, attention, world.device, config.offload)
+    return ZeroReference(folder, dtype, attention, world.device, config.offload, fused)

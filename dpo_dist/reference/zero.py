@@ -20,7 +20,7 @@ from dpo_dist.world import prepare_deepspeed
 class ZeroReference(ReferenceEngine):
     """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of packs."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str):
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str, fused: bool = False):
         prepare_deepspeed(device)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -28,7 +28,7 @@ class ZeroReference(ReferenceEngine):
             "zero_optimization": {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})},
         }
         sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model
-        model = ScoredModel(load_causal_lm(folder, dtype, attention), attention).eval()
+        model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).eval()
         unset_hf_deepspeed_config()
         del sharded_load
         model.requires_grad_(False)

@@ -18,7 +18,8 @@ def test_recomputing_is_exact_where_weights_are_released_after_every_use(tmp_pat
     models = [write_tiny_llama(tmp_path / "llama"), write_tiny_qwen2(tmp_path / "qwen2")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run([*torchrun, "--nproc-per-node", "2", "tests/distributed/recomputing_side_by_side.py", *map(str, models)],
-                          cwd=REPO, env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests' / 'unit'}"}, capture_output=True, text=True, timeout=240)
+                          cwd=REPO, env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests' / 'unit'}"}, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(rows) == 2 * 3 * 4
