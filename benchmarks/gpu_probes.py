@@ -323,8 +323,8 @@ def elementwise_ways(model: str) -> dict[str, Way]:
     cos, sin = (made(1, tokens, size).detach() for _ in range(2))
     return {"norm": (lambda: norm(x), lambda: Norm.apply(x, norm.weight, norm.variance_epsilon, kernels), [x, norm.weight], 5.0 * x.nbytes),
             "swiglu": (lambda: torch.nn.functional.silu(gate) * up, lambda: SwiGLU.apply(gate, up, kernels), [gate, up], 8.0 * gate.nbytes),
-            "rotary": (lambda: apply_rotary_pos_emb(q, k, cos, sin), lambda: tuple(Rotary.apply(each, cos, sin, kernels) for each in (q, k)), [q, k],
-                       4.0 * (q.nbytes + k.nbytes))}
+            "rotary": (lambda: apply_rotary_pos_emb(q, k, cos, sin),
+                       lambda: tuple(Rotary.apply(each, cos, sin, kernels) for each in (q, k)), [q, k], 4.0 * (q.nbytes + k.nbytes))}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ profile
@@ -395,7 +395,8 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
         synchronize()
     by_kind, top, synchronizations = device_time(recorded)
     busy = sum(by_kind.values())
-    tell(f"{model} zero.stage={stage}", kernels="fused" if fused else why_not or "eager", first_loss=loss, step_seconds=round(seconds, 4), tflops=round(batches.work.flops / seconds / 1e12, 1),
+    tell(f"{model} zero.stage={stage}", kernels="fused" if fused else why_not or "eager", first_loss=loss,
+         step_seconds=round(seconds, 4), tflops=round(batches.work.flops / seconds / 1e12, 1),
          micro_steps=len(batches.batches), scoring_over_training=round(scoring / seconds, 3),
          **{f"share_{kind}": round(t / seconds, 4) for kind, t in by_kind.items()}, share_idle=round(1 - busy / seconds, 4),
          synchronizations=synchronizations, longest_kernels=top,

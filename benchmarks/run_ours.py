@@ -56,7 +56,7 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
         ids = np.arange(step * per_step, (step + 1) * per_step) % len(pairs)
         began = time.perf_counter()
         if what.startswith("dpo"):
-            batches = step_batches(pairs, ids, config.loss, world, config.train.tokens_per_microbatch, flops)
+            batches = step_batches(pairs, ids, config.loss, world, config.train.tokens_per_microbatch, flops, reference)
             if what == "dpo_unshared":
                 batches = unshared(batches, pairs)
             loss = train_step(policy, reference, batches, config.loss, MetricSums(config.loss, world.device), world, Clock(world)).item()

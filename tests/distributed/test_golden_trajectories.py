@@ -22,6 +22,7 @@ WORLDS = {
     "2 processes, ZeRO-3, live sharded reference": ["cluster.procs_per_node=2", "reference=zero", "reference.mode=live", *SHARDED],
     "2 processes, ZeRO-0, padded rows": ["cluster.procs_per_node=2", "zero=zero0", "model.attention=padded"],
     "2 processes, ZeRO-3, gradient checkpointing": ["cluster.procs_per_node=2", "model.gradient_checkpointing=true", *SHARDED],
+    "2 processes, ZeRO-3, cheap parts recomputed": ["cluster.procs_per_node=2", "model.gradient_checkpointing=0", *SHARDED],
     "2 processes, ZeRO-3, all in CPU memory": ["cluster.procs_per_node=2", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu",
                                                *SHARDED],
 }
