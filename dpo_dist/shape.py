@@ -82,11 +82,17 @@ class ModelShape:
 
         width: bytes of an activation (2 or 4). keys_per_token: keys laid out for attention, over tokens (a prompt's keys stand before
         each of its completions). scores_per_token: elements of a mask (or of a head's scores), over tokens. pieces: copies of
-        attention's output (2 where it is computed branch by branch and put together).
+        attention's output (2 where it is computed branch by branch and put together). fused: by models/fused.py. recompute: without
+        norms, rotary embedding and activation, which backward computes again; then the other figures do not count.
         """
+        if recompute:
+            return self._kept_beside_cheap_parts(width)
         f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
+        fused = fused and not (f.layer_norm or f.wide_norm)             # as models/fused.py finds out: Llama's recipe
         if f.layer_norm:
             norms, fp32 = 2.0 * f.norms * h, 2.0 * f.norms              # input and output; mean and deviation
+        elif fused:
+            norms, fp32 = 2.0 * f.norms * h, float(f.norms)             # input and output; the root mean square
         else:                                                           # input in fp32, normalized, output; the root mean square
             wide = (2 if f.wide_norm else 1) * h
             norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
@@ -94,7 +100,7 @@ class ModelShape:
             if width == 4:
                 norms, fp32 = f.norms * 3.0 * h - f.post_norms * h, float(f.norms)
         if f.head_norms:
-            norms, fp32 = norms + (q + kv), fp32 + (q + kv) + (q + kv) * self.heads / q
+            norms, fp32 = norms + (q + kv), fp32 + (0 if fused else q + kv) + (q + kv) * self.heads / q
         keys = 2.0 * keys_per_token * (q if f.eager else kv)
         queries = 3.0 * h if not f.gated else q                         # GPT-2's are a view of one product with keys and values
         attention = queries + keys + q * (1 if f.eager else pieces)
@@ -104,14 +110,21 @@ class ModelShape:
         else:
             fp32 += self.heads                                          # the softmax's normalizer
             attention += scores_per_token
-        return width * (norms + attention + self._mlp_saved()) + 4.0 * fp32
+        return width * (norms + attention + self._mlp_saved(fused)) + 4.0 * fp32
 
-    def _mlp_saved(self) -> float:
+    def _mlp_saved(self, fused: bool) -> float:
         if not self.family.gated:
             return 5.0 * self.intermediate                              # GELU written out: x, x/2, tanh, 1 + tanh, product
         if self.experts == 1:
-            return 4.0 * self.intermediate                              # gate, up, silu(gate), product
+            return (3.0 if fused else 4.0) * self.intermediate          # gate, up, silu(gate) unless fused, product
         return self.visited_experts * (2.0 * self.hidden + 4.0 * self.intermediate)
+
+    def _kept_beside_cheap_parts(self, width: int) -> float:
+        """The layer's input and what checkpointing.py keeps: outputs of products, and of attention unless its scores are written out."""
+        f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
+        mlp = self.visited_experts * ((2.0 if f.gated else 1.0) * self.intermediate + h)
+        attention = (0.0 if f.eager else q) + q + 2.0 * kv + h
+        return width * (h + attention + mlp) + (0.0 if f.eager else 4.0 * self.heads)
 
     def forward_workspace_bytes_per_token(self, width: int) -> float:
         """Bytes that exist at once while a layer that keeps nothing goes forward: of the MLP gate, up, silu(gate), product; two streams."""

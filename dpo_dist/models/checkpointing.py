@@ -51,7 +51,7 @@ def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = again if i < whole else partial(again, context_fn=_KeptProducts().contexts)
+        layer._gradient_checkpointing_func = again if i < whole else partial(again, context_fn=_contexts)
         for module in layer.modules() if i >= whole else ():
             if type(module) is nn.Linear and module.bias is not None:
                 vars(module)["forward"] = MethodType(_flat_linear, module)
@@ -63,43 +63,39 @@ def _flat_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias).view(*x.shape[:-1], -1)
 
 
-class _KeptProducts:
-    """What one layer keeps: the outputs of its products and its attention, as far as backward asked for them the first time.
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around a layer in forward, where outputs of products and attention are kept, and around it when it is computed again."""
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    return _both(_NoneInPlace(), forward), again
 
-    The last product of a Llama layer is never asked for, as only a sum comes after it; what is asked for is counted, not assumed.
-    """
+
+def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Of the operator and its shapes alone: torch before 2.13 asks once more when it computes again, and must hear the same."""
+    return CheckpointPolicy.MUST_SAVE if _is_dear(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+class _NoneInPlace(TorchDispatchMode):
+    """Sees to it that no kept output is changed in place: kept as it is afterwards, it would be changed once more when computed again.
+    torch's own check does not see changes inside an autograd function."""
 
     def __init__(self) -> None:
-        self.asked_for: int | None = None                           # products and attentions; None before the first backward
+        super().__init__()
+        self._kept: set[int] = set()
 
-    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Around the layer in forward, and around it when it is computed again."""
-        done, kept = 0, set[int]()
-
-        def policy(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
-            nonlocal done
-            if operator._schema.is_mutable and any(_storage(x) in kept for x in _written(operator, args)):
-                raise UserError(f"model.gradient_checkpointing keeps the outputs of products, but this model changes one in place "
-                                f"({operator}); set model.gradient_checkpointing=true or false")
-            if not _is_dear(operator, args):
-                return CheckpointPolicy.PREFER_RECOMPUTE
-            done += 1
-            if self.asked_for is not None and done > self.asked_for:
-                return CheckpointPolicy.PREFER_RECOMPUTE
-            out = context.op_output
-            kept.add(_storage(out[0] if isinstance(out, tuple) else out))
-            return CheckpointPolicy.MUST_SAVE
-
-        forward, again = create_selective_checkpoint_contexts(policy)
-        return forward, self._counted(again)
-
-    @contextmanager
-    def _counted(self, again: AbstractContextManager[Any]) -> Iterator[None]:
-        with again, _Count() as count:
-            try:
-                yield
-            finally:
-                self.asked_for = max(count.dear, self.asked_for or 0)
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator._schema.is_mutable and any(_storage(x) in self._kept for x in _written(operator, args)):
+            raise UserError(f"model.gradient_checkpointing keeps the outputs of products, but this model changes one in place ({operator}); "
+                            "set model.gradient_checkpointing=true or false")
+        out = operator(*args, **(kwargs or {}))
+        if _is_dear(operator, args):
+            self._kept.add(_storage(out[0] if isinstance(out, tuple) else out))
+        return out
 
 
 def _storage(tensor: Tensor) -> int:
@@ -112,18 +108,6 @@ def _written(operator: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
     for argument, value in zip(operator._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
             yield value
-
-
-class _Count(TorchDispatchMode):
-    """Counts products and attentions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dear = 0
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.dear += _is_dear(operator, args)
-        return operator(*args, **(kwargs or {}))
 
 
 def _is_dear(operator: Any, args: tuple[Any, ...]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from plain_kernels import PLAIN
+from test_checkpointing import kept_storages, kept_tensors
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -21,7 +23,9 @@ from transformers import (
 from dpo_dist.config import UserError
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models.attention import Forest
+from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.cost import forward_flops
+from dpo_dist.models.fused import fuse
 from dpo_dist.shape import ModelShape, model_shape, read_shape
 
 REPO = Path(__file__).resolve().parents[2]
@@ -66,19 +70,21 @@ def test_flops_are_those_that_training_counts_with(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("how", ["eager", "fused", "recompute", "fused, recompute"])
 @pytest.mark.parametrize("name", [*SIMPLE, "mixtral"])
-def test_saved_activations_are_those_that_autograd_keeps(name: str, dtype: torch.dtype, tmp_path: Path):
+def test_saved_activations_are_those_that_autograd_keeps(name: str, how: str, dtype: torch.dtype, tmp_path: Path):
     # two prompts, each with two completions; keys: the prompt's own, and the prompt's again before each completion
     tokens = PROMPT + 2 * COMPLETION
     keys, masks = PROMPT + 2 * (PROMPT + COMPLETION), 2 * COMPLETION * (PROMPT + COMPLETION)
     shape = shape_of(CONFIGS[name], tmp_path)
     scores = masks if not shape.family.eager else masks + PROMPT**2
-    expected = shape.saved_bytes_per_token(dtype.itemsize, keys / tokens, scores / tokens, pieces=2)
-    assert expected == pytest.approx(_saved_per_layer_and_token(CONFIGS[name], dtype), rel=0.03)
+    fused, recompute = "fused" in how, "recompute" in how
+    expected = shape.saved_bytes_per_token(dtype.itemsize, keys / tokens, scores / tokens, 2, fused, recompute)
+    assert expected == pytest.approx(_saved_per_layer_and_token(CONFIGS[name], dtype, fused, recompute), rel=0.03)
 
 
-def _saved_per_layer_and_token(config: Any, dtype: torch.dtype) -> float:
-    """The difference that two layers make to the bytes that autograd keeps."""
+def _saved_per_layer_and_token(config: Any, dtype: torch.dtype, fused: bool, recompute: bool) -> float:
+    """The difference that two layers make to the bytes that autograd, and what recomputes, keep."""
     prompt, completion = tuple(range(3, 3 + PROMPT)), tuple(range(3, 3 + COMPLETION))
     batch = pack_sequences([Sequences(prompt, (completion, completion))] * 2)
     totals = []
@@ -91,6 +97,10 @@ def _saved_per_layer_and_token(config: Any, dtype: torch.dtype) -> float:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+        if fused:
+            fuse(model, PLAIN)
+        if recompute:
+            checkpoint_layers(model, 0)
         kept: dict[int, torch.Tensor] = {}
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -98,8 +108,11 @@ def _saved_per_layer_and_token(config: Any, dtype: torch.dtype) -> float:
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            storages = kept_storages(patch)
             model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, forest=Forest(batch.trees))
+        for tensor in kept_tensors(storages):
+            keep(tensor)
         totals.append(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights))
     return (totals[1] - totals[0]) / 2 / batch.input_ids.numel()
 

@@ -133,7 +133,7 @@ def test_the_cache_holds_four_bytes_a_completion_token():
 @pytest.mark.parametrize(("overrides", "ranks", "wanted"), [
     (("zero.stage=3",), 8, ()),                                         # 8B in ZeRO-3 on 8 GPUs fits
     (("zero.stage=0",), 8, ("zero.stage=2",)),                          # stage 1 holds the whole gradient in fp32
-    (("zero.stage=3", "train.tokens_per_microbatch=16384"), 8, ("train.tokens_per_microbatch=4096",)),
+    (("zero.stage=3", "train.tokens_per_microbatch=32768"), 8, ("train.tokens_per_microbatch=8192",)),
     (("zero.stage=0",), 1, ("zero.stage=1", "zero.offload_optimizer=cpu"))])
 def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], ranks: int, wanted: tuple[str, ...]):
     eight = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
