@@ -227,7 +227,7 @@ def by_branch(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, forest: Any, window
 
 
 def head(wanted: Callable[[str], bool]) -> None:
-    from dpo_dist.head import BlockwiseLogps, kernels_missing, passes_for
+    from dpo_dist.head import BlockwiseLogps, kernels_misfit, passes_for
     from dpo_dist.head_blocks import Blocks, plan_blocks
 
     rows = 64 if SMOKE else 14_336
@@ -259,7 +259,7 @@ def head(wanted: Callable[[str], bool]) -> None:
                 ahead = median_seconds(lambda forward=forward: forward(keep=False))
             whole = median_seconds(both)
             flops = 2.0 * rows * hidden_size * vocabulary
-            tell(case, width=blocks.width, kept=blocks.kept, kernels=kernels_missing() or "Triton's" if on_gpu() else "none", **errors,
+            tell(case, width=blocks.width, kept=blocks.kept, kernels=(kernels_misfit(device()) or "Triton's") if on_gpu() else "none", **errors,
                  forward_ms=round(1000 * ahead, 2), both_ms=round(1000 * whole, 2), forward_tflops=round(flops / ahead / 1e12, 1),
                  both_tflops=round(3 * flops / whole / 1e12, 1),
                  peak_gib=round((torch.cuda.max_memory_allocated() - held) / 2**30, 2) if on_gpu() else None)

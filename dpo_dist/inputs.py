@@ -13,6 +13,7 @@ from dpo_dist.data.audit import summary_lines
 from dpo_dist.data.plan import check_budget
 from dpo_dist.data.store import PairStore, prepare
 from dpo_dist.flops import Flops
+from dpo_dist.head import kernels_misfit
 from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
@@ -75,6 +76,8 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     model = read_config(policy_folder)
     if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
         terminal.say(f"attention: {how}")
+    if world.device.type == "cuda" and (misfit := kernels_misfit(world.device)):
+        terminal.say(f"head: torch's own operations compute the log-probs, which takes longer (Triton's kernels: {misfit})")
     fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
     if why_not:
         terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")

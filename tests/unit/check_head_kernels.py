@@ -6,11 +6,10 @@ import itertools
 import torch
 from torch import nn
 
-from dpo_dist import head_kernels
-from dpo_dist.head import PLAIN, BlockwiseLogps, Passes
+from dpo_dist.head import PLAIN, TRIAL_ERROR, BlockwiseLogps, Passes, trial, triton_passes
 from dpo_dist.head_blocks import Blocks
 
-TRITON = Passes(head_kernels.absorb, head_kernels.differentiate)
+TRITON = triton_passes()
 
 
 def run(passes: Passes, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, upstream: torch.Tensor, blocks: Blocks, scale: float,
@@ -34,6 +33,7 @@ def main() -> None:
             bound = 1e-5 if dtype == torch.float32 or name in ("logps", "collision") else 1e-2
             error = ((a - b).float().norm() / b.float().norm()).item()
             assert error < bound, f"{name} differs by {error:.2g}: {dtype}, scale {scale}, cap {softcap}, width {width}, rows {rows}"
+    assert trial(TRITON, torch.device("cpu"), torch.bfloat16) < TRIAL_ERROR
     print("the kernels agree")
 
 

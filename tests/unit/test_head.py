@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist import head_blocks
-from dpo_dist.head import PLAIN, BlockwiseLogps, LogpHead
+from dpo_dist.head import PLAIN, TRIAL_ERROR, BlockwiseLogps, LogpHead, Passes, kernels_misfit, trial
 from dpo_dist.head_blocks import Blocks, plan_blocks
 
 TOKENS, HIDDEN, VOCABULARY = 11, 7, 13
@@ -116,3 +116,20 @@ def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(rows: int, vo
     blocks = plan_blocks(rows, vocabulary, bytes_each, device)
     assert blocks == wanted and blocks.width % 256 == 0
     assert [at for first, end in blocks.spans for at in range(first, end)] == list(range(vocabulary)), "every column once, in order"
+
+
+def test_kernels_are_tried_before_they_are_used_and_wrong_ones_are_found_out() -> None:
+    here = torch.device("cpu")
+    assert trial(PLAIN, here, torch.bfloat16) == 0
+
+    def forgets_the_target(*inputs: Any) -> Tensor:
+        return PLAIN.differentiate(*inputs[:2], inputs[2] + 1, *inputs[3:])
+
+    def doubles_the_normalizer(*inputs: Any) -> None:
+        PLAIN.absorb(*inputs)
+        inputs[4].add_(0.5)
+
+    assert trial(Passes(PLAIN.absorb, forgets_the_target), here, torch.bfloat16) > TRIAL_ERROR
+    assert trial(Passes(doubles_the_normalizer, PLAIN.differentiate), here, torch.bfloat16) > TRIAL_ERROR
+    if not torch.cuda.is_available():
+        assert "Error" in str(kernels_misfit(torch.device("cuda", 0))), "there is no GPU, or no Triton: the reason is told"
