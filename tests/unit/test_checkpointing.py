@@ -89,6 +89,16 @@ def test_recomputing_changes_no_bit_of_the_gradients(kind: Any, how: bool | int)
     assert equal(gradients(model), kept)
 
 
+def test_routers_of_experts_draw_no_noise_that_recomputing_would_draw_anew():
+    config = shrink(MixtralConfig(router_jitter_noise=0.3))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="branch", dtype=torch.float32).train()
+    assert not torch.equal(forward(model), forward(model))
+    _without_dropout(model)
+    kept = gradients(model)
+    checkpoint_layers(model, True)
+    assert equal(gradients(model), kept)
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_padded_rows_are_recomputed_as_well(how: bool | int):
     model = small(LlamaConfig, "sdpa")
