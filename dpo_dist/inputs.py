@@ -72,29 +72,33 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
-    key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world))
     model = read_config(policy_folder)
-    if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
-        terminal.say(f"attention: {how}")
-    if world.device.type == "cuda" and (misfit := kernels_misfit(world.device)):
-        terminal.say(f"head: torch's own operations compute the log-probs, which takes longer (Triton's kernels: {misfit})")
-    fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
-    if why_not:
-        terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")
-    reference_fused = fused if reference_folder == policy_folder else fused and fused_misfit(read_config(reference_folder), dtype,
-                                                                                              world.device) is None
+    fused = _tell_kernels(config, model, attention, dtype, world, terminal)
+    reference_fused = fused and (reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype, world.device) is None)
+    key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world, reference_fused))
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
             _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention,
-                  fused, reference_fused, key,
-                  replace(forward_flops(model), padded=padded), train, held_out)
+    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention, fused,
+                  reference_fused, key, replace(forward_flops(model), padded=padded), train, held_out)
 
 
-def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dtype, world: World) -> ReferenceKey:
+def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World, terminal: Terminal) -> bool:
+    """Tells which kernels compute on a GPU, and why not faster ones; whether norms, rotary embedding and SwiGLU are fused."""
+    fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
+    if why_not:
+        terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")
+    if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
+        terminal.say(f"attention: {how}")
+    if world.device.type == "cuda" and (misfit := kernels_misfit(world.device)):
+        terminal.say(f"head: torch's own operations compute the log-probs, which takes longer (Triton's kernels: {misfit})")
+    return fused
+
+
+def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dtype, world: World, fused: bool) -> ReferenceKey:
     """The engines of the training stack give the same values, so they share a key, unless quantized weights or rounded partial sums make
     other numbers; what servers answer is their own."""
     name = str(dtype).removeprefix("torch.")
@@ -103,6 +107,8 @@ def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dt
     parts = [PLAIN_RECIPE]
     if how := quantization(read_config(folder)):
         parts.append(how)
+    if fused and dtype != torch.float32 and config.reference.engine != "tensor_parallel" and config.reference.offload != "disk":
+        parts.append("fused kernels")                            # which round once where the model's own code rounds often
     size = config.reference.tensor_parallel_size or world.local_size
     if config.reference.engine == "tensor_parallel" and size > 1 and dtype != torch.float32:
         parts.append(f"layers split over {size} ranks")          # their partial sums are rounded before they are added

@@ -28,7 +28,7 @@ def passport(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
         "ranks": world.size,
         "device": world.device.type,
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -57,6 +57,14 @@ def check_same_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) ->
 def write_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
     """Writes run.json."""
     _write(run_dir / "run.json", {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()})
+
+
+def _version(package: str) -> str:
+    """As installed; a checkout may run without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def add_parity(run_dir: Path) -> None:

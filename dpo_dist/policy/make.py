@@ -19,9 +19,9 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World, f
 
     def load_model() -> ScoredModel:
         lm = load_causal_lm(folder, dtype, attention, fused)
-        assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (automatic.py)"
-        checkpoint_layers(lm, config.model.gradient_checkpointing)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
+        assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (automatic.py)"
+        checkpoint_layers(wrapped, config.model.gradient_checkpointing)      # last: peft gives embeddings gradients where it sees it
         return ScoredModel(wrapped, attention)
 
     if config.zero.stage == 0 and dtype == torch.bfloat16:

@@ -16,6 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config import OptimConfig, ZeroConfig
+from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import layer_elements
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
@@ -39,6 +40,10 @@ class ZeroPolicy:
         del sharded_load
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
+        layers = decoder_layers(self.model)
+        if zero.stage == 3 and layers and len(trained) == len(list(self.model.parameters())):
+            # a layer's weights are gathered at once: a fifth of the hooks. Not with adapters: frozen weights need the hooks inside
+            deepspeed.utils.set_z3_leaf_modules(self.model, [type(layers[0])])
         layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
         config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
         self._adamw = optimizer                          # DeepSpeed gives it the fp32 parts, and calls its step

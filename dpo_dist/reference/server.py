@@ -17,8 +17,7 @@ from dpo_dist.reference.wire import Unanswered, about
 # For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be computed, not remembered.
 STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}", "--dtype", "{dtype}",
             "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}", "--skip-tokenizer-init",
-            "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}",
-            "--data-parallel-size", "{copies}")
+            "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}")
 SECONDS_BETWEEN_LOOKS = 0.5
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 PLACES = ("TORCHELASTIC_", "GROUP_", "ROLE_")            # beginnings of names
@@ -86,7 +85,8 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
     """The command line: one word is a python, several are a whole command; what stands in braces is filled in."""
     words = shlex.split(spec.server)
     if len(words) == 1:
-        words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else [])]
+        words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else []),
+                  *(["--data-parallel-size", "{copies}"] if spec.copies > 1 else [])]
     fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length), "gpus": str(spec.gpus),
             "copies": str(spec.copies), "memory": str(spec.gpu_memory), "host": host, "port": str(port)}
     for key, value in fill.items():                      # not str.format: JSON in an argument has braces of its own

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import write_tiny_llama
 
+from dpo_dist.compose import compose
+from dpo_dist.inputs import _reference_key
 from dpo_dist.reference.cache import LogpCache, ReferenceKey, ShardWriter, sequence_key
+from dpo_dist.world import World
 
 KEY = ReferenceKey("weights", "float32")
 
@@ -92,3 +97,14 @@ def test_many_shards_and_thousands_of_entries_are_found(tmp_path: Path):
     opened = reopened(tmp_path)
     assert len(opened) == 5000
     assert all(opened.logps((s,), (i,))[0] == -i for s in range(5) for i in range(0, 1000, 97))
+
+
+def test_values_of_fused_kernels_in_bf16_have_a_key_of_their_own_and_exact_ones_share_it(tmp_path: Path):
+    folder, world = write_tiny_llama(tmp_path / "m"), World(0, 1, 0, torch.device("cpu"))
+
+    def key(dtype: torch.dtype, fused: bool, *more: str) -> ReferenceKey:
+        return _reference_key(compose([f"model.path={folder}", "cluster.device=cpu", *more]), folder, "weights", dtype, world, fused)
+
+    assert key(torch.bfloat16, True) != key(torch.bfloat16, False) and "fused kernels" in key(torch.bfloat16, True).recipe
+    assert key(torch.float32, True) == key(torch.float32, False)
+    assert key(torch.bfloat16, True, "reference.offload=disk") == key(torch.bfloat16, False), "read from disk, the model's own code computes"

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_dist.compose import compose
 from dpo_dist.entry import FAILED, _spoken_here
+from dpo_dist.passport import _version
 from dpo_dist.world import lost_peer
 
 
@@ -60,3 +61,7 @@ def test_a_lost_rank_is_told_by_all_names_that_gloo_has_for_it():
         assert "no answer from another rank for 30 s" in str(lost_peer(RuntimeError(said), cluster))
     assert "closed its connection" in str(lost_peer(RuntimeError("Connection closed by peer [10.0.0.1]:1"), cluster))
     assert lost_peer(RuntimeError("something else"), cluster) is None
+
+
+def test_a_checkout_that_is_not_installed_has_a_passport_too():
+    assert _version("dpo-dist") != "" and _version("no-such-package-anywhere") == "not installed"

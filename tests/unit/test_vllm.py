@@ -20,7 +20,8 @@ from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.preference import PackedBatch
 from dpo_dist.reference.cache import LogpCache, ReferenceKey
 from dpo_dist.reference.hf import HfReference
-from dpo_dist.reference.serving import served_key
+from dpo_dist.reference.server import command
+from dpo_dist.reference.serving import served_key, server_spec
 from dpo_dist.reference.vllm import VllmReference, continuations
 
 TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)), Sequences((30,), ((31, 32, 33, 1), (34, 1))),
@@ -269,3 +270,20 @@ def test_when_the_servers_are_gone_the_cache_tells_the_version_unless_there_are_
     with pytest.raises(UserError, match=r"the cache holds values of vllm 1\.0 and 2\.0"):
         served_key(reference(tmp_path), "weights", "float32")
     assert np.all([p.name == "key.json" for p in tmp_path.glob("*/*")])
+
+
+def test_a_server_holds_a_copy_of_the_model_on_every_gpu_or_on_every_group_that_splits_it(tmp_path: Path):
+    folder = write_tiny_llama(tmp_path / "m")
+
+    def words(gpus: int, *more: str) -> list[str]:
+        config = compose([f"model.path={folder}", "reference=vllm", "reference.server=python3", *more])
+        return command(server_spec(config, "bfloat16", folder, gpus), "127.0.0.1", 8000)
+
+    def after(words: list[str], option: str) -> str | None:
+        return words[words.index(option) + 1] if option in words else None
+
+    assert after(words(8), "--data-parallel-size") == "8"
+    assert after(words(8, "reference.tensor_parallel_size=4"), "--data-parallel-size") == "2"
+    assert after(words(8, "reference.tensor_parallel_size=8"), "--data-parallel-size") is None
+    assert after(words(1), "--data-parallel-size") is None and after(words(1), "--tensor-parallel-size") == "1"
+    assert words(8, "reference.server='serve --copies {copies} --port {port}'") == ["serve", "--copies", "8", "--port", "8000"]
