@@ -23,12 +23,12 @@ from dpo_dist.data.store import prepare
 from dpo_dist.entry import exit_with
 from dpo_dist.gate import check_packing
 from dpo_dist.metrics import MetricSums
+from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import read_config
 from dpo_dist.perf import Clock
 from dpo_dist.policy.make import make_policy
 from dpo_dist.policy.zero_config import deepspeed_config
-from dpo_dist.sizing import MODULES_OF_A_LAYER
 from dpo_dist.step import step_batches, train_step
 from dpo_dist.world import World
 
@@ -101,6 +101,7 @@ def device_rates(folder: Path, world: World) -> dict[str, float]:
     tiny = tiny_model(folder, layers)
     plain = seconds(lambda: tiny(input_ids=ids).logits.sum().backward(), 8)
     config = deepspeed_config(compose(["model.path=m"]).zero, compose(["model.path=m"]).optim, bf16=False, on_gpu=False)
+    deepspeed.utils.set_z3_leaf_modules(tiny, [type(decoder_layers(tiny)[0])])           # as in policy/zero.py
     engine = deepspeed.initialize(model=tiny, optimizer=torch.optim.AdamW(tiny.parameters()), config=config)[0]
     hooked = seconds(lambda: engine.backward(engine(input_ids=ids).logits.sum()), 8)
     weights = [torch.nn.Parameter(torch.ones(2**21)) for _ in range(2)]
@@ -109,7 +110,7 @@ def device_rates(folder: Path, world: World) -> dict[str, float]:
     optimizer = torch.optim.AdamW(weights, fused=True)
     return {"flops": 2 * 1024**3 / seconds(lambda: torch.mm(a, a), 8), "latency": latency,
             "link": around * 4 * big.numel() / all_reduce, "sharded_share": all_reduce / seconds(gather_and_scatter, 4),
-            "hook": (hooked - plain) / (2 * MODULES_OF_A_LAYER * layers),
+            "hook": (hooked - plain) / (2 * layers),
             "bandwidth": 28 * 2**22 / seconds(optimizer.step, 4)}
 
 

@@ -13,7 +13,6 @@ from dpo_dist.config import RunConfig
 from dpo_dist.shape import ModelShape
 from dpo_dist.sizing import (
     LIVE,
-    MODULES_OF_A_LAYER,
     WHOLE_BUCKET,
     Lengths,
     Packs,
@@ -29,7 +28,7 @@ class StepTime:
     """Seconds of an optimizer step, by what they go to; bytes that a rank sends in it."""
 
     compute: float
-    hooks: float                     # ZeRO-3's Python around each module, where kernels do not hide it
+    hooks: float                     # ZeRO-3's Python around each layer, where kernels do not hide it
     communication: float
     update: float
     sent: float
@@ -55,7 +54,7 @@ def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Wor
     link, hooks = world.link, 0.0
     if config.zero.stage == 3:
         passes = 2 + (1 if cheap else whole / shape.layers)
-        link, hooks = link * device.sharded_share, device.hook * passes * packs.micro_steps * MODULES_OF_A_LAYER * shape.layers
+        link, hooks = link * device.sharded_share, device.hook * passes * packs.micro_steps * shape.layers
     touched = 28.0 * trained / (1 if config.zero.stage in (None, 0) else ranks)          # AdamW reads 16 and writes 12 bytes an element
     bandwidth = device.host_bandwidth if config.zero.offload_optimizer == "cpu" else device.bandwidth
     return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency, touched / bandwidth, sent, device.overlaps)

@@ -18,7 +18,6 @@ SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
 WHOLE_BUCKET = 500_000_000                       # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
 REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
 LIVE = 1_000_000_000                             # stage3_max_live_parameters: gathered elements that may stay until backward needs them
-MODULES_OF_A_LAYER = 13                          # that ZeRO-3 hooks: of Llama's seven linear layers, two norms, and what holds them
 
 
 def bucket_elements(layer: int) -> int:
@@ -51,13 +50,13 @@ class Device:
     masks: bool                      # attention over a branch keeps its mask
     flat_copies: int                 # of a bucket in ZeRO-3's reduce-scatter: interleaved by rank, and gloo's own
     sharded_share: float             # of link, which is an all-reduce's: what ZeRO-3's gathers and scatters reach, copies among them
-    hook: float                      # seconds of Python that ZeRO-3 adds to a module's pass, where nothing hides it
+    hook: float                      # seconds of Python that ZeRO-3 adds to a layer's pass, where nothing hides it
 
 
 CPU = Device(
     "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75, bandwidth=5e9,
     host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2, masks=True, flat_copies=2,
-    sharded_share=0.25, hook=3e-4)
+    sharded_share=0.25, hook=2e-3)
 GPU_80GB = Device(
     "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40, bandwidth=2.5e12,
     host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1, masks=False, flat_copies=1,
