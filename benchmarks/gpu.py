@@ -1,4 +1,4 @@
-"""What one GPU does with this project: gpu.py probes|runs [--only REGEX] [--cases REGEX] [--out FOLDER] [--again] [--cpu-smoke]; by gpu.sh.
+"""What one GPU does with this project: gpu.py [probes|runs] [--only REGEX] [--cases REGEX] [--out FOLDER] [--again] [--cpu-smoke]; by gpu.sh.
 
 probes   what the card and its libraries do, piece by piece (gpu_probes.py), the most telling first
 runs     the product itself: `python -m dpo_dist.train` on models of real shapes with random weights (gpu_runs.py), beside TRL (gpu_trl.py)
@@ -6,7 +6,7 @@ runs     the product itself: `python -m dpo_dist.train` on models of real shapes
 Each part is a process of its own with a limit of its own (PARTS); results are written after every row, so that what was measured stays when
 the time is over. A part that fails or takes too long is a row that says so. Rows that the same card, torch and code have given already are
 not measured again; --again measures all. --only, --cases: parts, and cases in them, whose whole name the expression matches.
---cpu-smoke: tiny shapes on the CPU, to see that everything works; results go to --out alone.
+--cpu-smoke: tiny shapes on the CPU, about a minute, to see that everything works; results go to --out, or are thrown away.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ PARTS: dict[str, list[tuple[str, int]]] = {
              ("3B-recompute", 110), ("0.5B-8k", 70), ("1.5B-zero2", 80), ("1.5B-trl", 90), ("8B-lora-32k", 170), ("8B-full", 200)],
 }
 SECONDS = {"probes": 235.0, "runs": 410.0}             # of a call
+SMOKE_RUNS = "3B-zero2|0.5B-none|8B-lora|3B-recompute"      # of --cpu-smoke, which has a minute
 
 
 def main(call: str, only: str, cases: str, out: Path, again: bool, smoke: bool) -> int:
@@ -125,15 +127,17 @@ def code_digest() -> str:
 
 if __name__ == "__main__":
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("call", choices=PARTS)
-    words.add_argument("--only", default=".*")
+    words.add_argument("call", choices=PARTS, nargs="?")
+    words.add_argument("--only")
     words.add_argument("--cases", default=".*")
-    words.add_argument("--out", type=Path, default=HERE / "results")
+    words.add_argument("--out", type=Path)
     words.add_argument("--again", action="store_true")
     words.add_argument("--cpu-smoke", action="store_true")
     given = words.parse_args()
-    if given.cpu_smoke and given.out == HERE / "results":
-        sys.exit("--cpu-smoke needs --out: its figures are no results")
     if not given.cpu_smoke and card() == "CPU":
-        sys.exit("no NVIDIA GPU here (nvidia-smi does not answer); --cpu-smoke --out FOLDER tries everything in small on the CPU")
-    sys.exit(main(given.call, given.only, given.cases, given.out, given.again, given.cpu_smoke))
+        sys.exit("no NVIDIA GPU here (nvidia-smi does not answer); --cpu-smoke tries everything in small on the CPU")
+    with tempfile.TemporaryDirectory() as thrown_away:
+        out = given.out or (Path(thrown_away) if given.cpu_smoke else HERE / "results")
+        codes = [main(call, given.only or (SMOKE_RUNS if given.cpu_smoke and call == "runs" else ".*"), given.cases, out, given.again,
+                      given.cpu_smoke) for call in ([given.call] if given.call else PARTS)]
+    sys.exit(max(codes))

@@ -113,13 +113,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @cache
 def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch adds a narrow product to an fp32 sum in place, without rounding it first. Tried out: the operation is young."""
-    a, b = torch.full((16, 16), 1.0, dtype=dtype, device=device), torch.full((16, 16), 1.0, dtype=dtype, device=device)
+    narrow = torch.full((16, 16), 1 + 2.0**-7, dtype=dtype, device=device)      # its product, 16.25 + 2**-10, has more digits than bf16
     total = torch.full((16, 16), 2.0**-12, device=device)
     try:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, narrow, narrow, out_dtype=torch.float32, out=total)
     except (TypeError, RuntimeError):
         return False
-    return bool((total == 16 + 2.0**-12).all())
+    return bool((total == 16.25 + 2.0**-10 + 2.0**-12).all())
 
 
 # ------------------------------------------------------------------------------------------------- the two passes over a block
