@@ -42,7 +42,7 @@ class ZeroPolicy:
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
         layers = decoder_layers(self.model)
         if zero.stage == 3 and layers and len(trained) == len(list(self.model.parameters())):
-            # a layer's weights are gathered at once: a fifth of the hooks. Not with adapters: frozen weights need the hooks inside
+            # a layer's weights are gathered together, by one hook instead of thirteen. Not with adapters: DeepSpeed fails on frozen weights
             deepspeed.utils.set_z3_leaf_modules(self.model, [type(layers[0])])
         layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
         config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
