@@ -122,7 +122,7 @@ def gpu_table() -> str:
         trl = {(row["model"], row["length"], row["case"]): row for row in results["rows"]
                if row["case"].startswith("trl") and "step_seconds" in row}
         for row in results["rows"]:
-            if row["case"] == "ours":
+            if row["case"] == "ours" and "step_seconds" in row:
                 lines.append(gpu_line(results["card"], row, trl))
     if not lines:
         return "On a GPU: not measured yet. `benchmarks/gpu.sh` is ready for one."

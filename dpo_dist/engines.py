@@ -30,7 +30,7 @@ from dpo_dist.shape import read_shape
 from dpo_dist.terminal import Terminal
 from dpo_dist.world import World
 
-USABLE = 0.95                        # share of a GPU's memory that predictions may fill: allocators leave holes
+USABLE = 0.9                         # share of a GPU's memory that predictions may fill: they err, and allocators leave holes
 SECONDS_BEFORE_SHARED = 30.0         # what is scored ahead of training reaches it within this time, and within a second at the beginning
 
 
