@@ -16,7 +16,7 @@ from dpo_dist.config import ClusterConfig, UserError
 T = TypeVar("T")
 
 NO_ANSWER = ("Timed out waiting", "Application timeout",                                  # gloo: of this collective, or of another one with
-             "Watchdog caught collective operation timeout")                              # the same rank; NCCL
+             "Watchdog caught collective operation timeout", "wait timeout after")        # the same rank; NCCL; the store
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer",                     # gloo
              "remote process exited or there was a network error", "ncclRemoteError",     # NCCL, in two spellings
              "remote process exiting prematurely", "Connection closed by remote peer",    # NCCL's explanation, and its last error

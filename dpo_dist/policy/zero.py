@@ -61,6 +61,8 @@ class ZeroPolicy:
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if skip is not None and self._engine.zero_cpu_offload():
+            skip = skip.cpu()                            # AdamW would look at a copy that is still on its way
         skip_update_if(self._adamw, skip)
         own = self._grad_norm() if self._stage == 0 else None
         self._engine.step()

@@ -34,4 +34,5 @@ def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: b
         **({"communication_data_type": "fp32"} if zero.reduce_dtype == "fp32" else {}),
         "zero_optimization": stage,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},             # it waits for the device at every forward and step; perf.py has a clock
     }

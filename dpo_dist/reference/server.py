@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dpo_dist import watched
 from dpo_dist.config import UserError
+from dpo_dist.process_defaults import ALLOCATOR, EXPANDABLE
 from dpo_dist.reference.wire import Unanswered, about
 
 # For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be computed, not remembered.
@@ -78,7 +79,9 @@ def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without this process's place among others, which torchrun has put there. A server that joins a process group of its
     own would take torchrun's store for its master, and wait for it for ever."""
-    return {name: value for name, value in environment.items() if not name.startswith(PLACES) and name not in PLACE}
+    ours = dict.fromkeys(ALLOCATOR, EXPANDABLE)          # set for this process, not for a server with an allocator of its own
+    return {name: value for name, value in environment.items()
+            if not name.startswith(PLACES) and name not in PLACE and ours.get(name) != value}
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:

@@ -56,16 +56,19 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
     r, requests = config.reference, config.reference.requests
     assert requests is not None
     server: Server | None = None
+    copies = 1                                           # of the model, in each server
     if r.urls:
         urls, sharing = _urls(r.urls, requests.wait_seconds), world.size
     elif r.nodes:
         raise UserError(f"the cache lacks values, and reference.nodes={r.nodes} servers are started by the job that scores; run "
                         "`dpo-dist score` with the same keys first")
     elif r.server:
+        gpus = world.local_size if world.device.type == "cuda" else 1
+        spec = server_spec(config, key.dtype, folder, gpus)
+        copies = spec.copies
         if world.local_rank == 0:
             log = Path(config.run_dir) / "logs" / f"reference-server-{world.rank}.log"
-            gpus = world.local_size if world.device.type == "cuda" else 1
-            server = start_server(server_spec(config, key.dtype, folder, gpus), log, requests.wait_seconds)
+            server = start_server(spec, log, requests.wait_seconds)
         started = world.gather(server.url if server else None)                       # by the first rank of each machine
         first = world.rank - world.local_rank
         others = [url is None for url in started[first + 1:]]
@@ -75,7 +78,7 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
                         "to the python of an environment that holds vLLM")
     longest = [_checked(url, _name(config), key, r, requests) for url in urls]
     turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]           # ranks begin with different servers
-    at_once = max(1, requests.at_once * len(urls) // sharing)
+    at_once = max(1, requests.at_once * copies * len(urls) // sharing)
     return VllmReference(turned, _name(config), min((n for n in longest if n is not None), default=None), requests, at_once,
                          on_close=server.stop if server else lambda: None)
 

@@ -39,7 +39,7 @@ def test_a_rank_that_never_says_what_was_wrong_has_not_spoken(tmp_path: Path, mo
 @pytest.mark.parametrize("words", [
     "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST, NumelIn=112, NumelOut=112, "
     "Timeout(ms)=30000) ran for 30011 milliseconds before timing out.",
-    "NCCL communicator was aborted on rank 1."])
+    "NCCL communicator was aborted on rank 1.", "wait timeout after 30000ms, keys: /default_pg/0//cuda//1"])
 def test_nccls_silence_is_told_with_the_limit_that_was_waited_for(words: str):
     cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
     assert "for 30 s (cluster.timeout_seconds)" in str(lost_peer(RuntimeError(words), cluster))
