@@ -42,7 +42,7 @@ from gpu_shapes import (
 )
 from torch import Tensor
 
-from dpo_dist.preference import Span, Tree
+from dpo_dist.types import Span, Tree
 
 REPO = Path(__file__).resolve().parent.parent
 SMOKE = "--smoke" in sys.argv
@@ -78,7 +78,7 @@ def machine(wanted: Callable[[str], bool]) -> None:
     if on_gpu():
         said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"],
                               capture_output=True, text=True).stdout.strip()
-        from dpo_dist.process_defaults import set_defaults
+        from dpo_dist.runtime.process_defaults import set_defaults
 
         set_defaults()
         torch.ones(2**28, device="cuda")
@@ -120,7 +120,7 @@ def golden(wanted: Callable[[str], bool]) -> None:
     from dpo_dist.logps import pair_logps
     from dpo_dist.losses import preference_loss
     from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
-    from dpo_dist.preference import TokenizedPair
+    from dpo_dist.types import TokenizedPair
 
     torch.backends.cuda.matmul.allow_tf32 = False
     pairs = [TokenizedPair(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"]), "") for r in held.ROWS]
@@ -227,8 +227,8 @@ def by_branch(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, forest: Any, window
 
 
 def head(wanted: Callable[[str], bool]) -> None:
-    from dpo_dist.head import BlockwiseLogps, kernels_misfit, passes_for
-    from dpo_dist.head_blocks import Blocks, plan_blocks
+    from dpo_dist.models.head import BlockwiseLogps, kernels_misfit, passes_for
+    from dpo_dist.sizing.logit_blocks import Blocks, plan_blocks
 
     rows = 64 if SMOKE else 14_336
     for hidden_size, vocabulary in ((64, 512),) if SMOKE else ((896, 151_936), (4096, 128_256), (4096, 151_936)):
@@ -346,19 +346,19 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     import numpy as np
     from torch.profiler import ProfilerActivity
 
-    from dpo_dist.compose import compose
+    from dpo_dist.config.compose import compose
     from dpo_dist.data.store import prepare
-    from dpo_dist.metrics import MetricSums
     from dpo_dist.models.cost import forward_flops
     from dpo_dist.models.fused import choose_kernels
-    from dpo_dist.perf import Clock
     from dpo_dist.policy.make import make_policy
-    from dpo_dist.reference.cache import LogpCache, ReferenceKey
+    from dpo_dist.reference.cache.fill import fill, plan_fill
+    from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
     from dpo_dist.reference.cached import CachedReference
-    from dpo_dist.reference.fill import fill, plan
     from dpo_dist.reference.hf import HfReference
+    from dpo_dist.run.metrics import MetricSums
+    from dpo_dist.run.perf import Clock
+    from dpo_dist.runtime.world import World
     from dpo_dist.step import step_batches, train_step
-    from dpo_dist.world import World
 
     length, pairs = (48, 4) if SMOKE else (2048, 16)
     write_model(model, folder / "model")
@@ -377,7 +377,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     engine = HfReference(folder / "model", dtype, "branch", world.device, fused=fused)
     engine.token_logps(step_batches(data, np.arange(2), config.loss, world, budget, flops).batches[0])           # warms up
     synchronize()
-    scoring = median_of_one(lambda: fill(plan(cache, [data], world, budget)[0], cache, [data], engine, world))
+    scoring = median_of_one(lambda: fill(plan_fill(cache, [data], world, budget)[0], cache, [data], engine, world))
     engine.close()
     policy, reference = make_policy(config, folder / "model", "branch", world, fused), CachedReference(cache)
     batches = step_batches(data, np.arange(pairs), config.loss, world, budget, flops, reference)

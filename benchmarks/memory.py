@@ -64,8 +64,8 @@ def prepare(folder: Path, vocabulary: int, budget: int) -> None:
     from workload import write_model
 
     from dpo_dist.models.digest import model_digest
-    from dpo_dist.reference.cache import LogpCache, ReferenceKey
-    from dpo_dist.reference.fill import fill, plan
+    from dpo_dist.reference.cache.fill import fill, plan_fill
+    from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
     from dpo_dist.reference.hf import HfReference
 
     write_model(folder / "model", vocabulary)
@@ -78,22 +78,22 @@ def prepare(folder: Path, vocabulary: int, budget: int) -> None:
     _, world, pairs = inputs(folder, budget)
     cache = LogpCache(str(folder / "reference"), ReferenceKey(model_digest(folder / "model"), "float32"))
     engine = HfReference(folder / "model", torch.float32, "branch", world.device)
-    fill(plan(cache, [pairs], world, budget)[0], cache, [pairs], engine, world)
+    fill(plan_fill(cache, [pairs], world, budget)[0], cache, [pairs], engine, world)
 
 
 def steps(folder: Path, vocabulary: int, budget: int) -> None:
     import numpy as np
     import torch
 
-    from dpo_dist.metrics import MetricSums
     from dpo_dist.models.cost import forward_flops
     from dpo_dist.models.digest import model_digest
     from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config
-    from dpo_dist.perf import Clock
     from dpo_dist.policy.single import SinglePolicy
-    from dpo_dist.reference.cache import LogpCache, ReferenceKey
+    from dpo_dist.reference.cache.fill import open_cache
+    from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
     from dpo_dist.reference.cached import CachedReference
-    from dpo_dist.reference.fill import open_cache
+    from dpo_dist.run.metrics import MetricSums
+    from dpo_dist.run.perf import Clock
     from dpo_dist.step import step_batches, train_step
 
     torch.set_num_threads(1)
@@ -117,9 +117,9 @@ def steps(folder: Path, vocabulary: int, budget: int) -> None:
 
 
 def inputs(folder: Path, budget: int):
-    from dpo_dist.compose import compose
+    from dpo_dist.config.compose import compose
     from dpo_dist.data.store import prepare as prepare_pairs
-    from dpo_dist.world import World
+    from dpo_dist.runtime.world import World
 
     config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
                       "cluster.device=cpu", f"data.cache_dir={folder / 'tokens'}", f"train.tokens_per_microbatch={budget}"])

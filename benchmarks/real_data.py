@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_dist.config import DatasetConfig
+from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.rows import read_rows
 from dpo_dist.demo import TEMPLATE
 from dpo_dist.launcher.cli import main as dpo_dist

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from workload import PAIRS_PER_STEP
 
-from dpo_dist.compose import compose
+from dpo_dist.config.compose import compose
 from dpo_dist.data.pack import Sequences, pack_pairs, pack_sequences
 from dpo_dist.data.store import PairStore, prepare
-from dpo_dist.metrics import MetricSums
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config
-from dpo_dist.perf import Clock
 from dpo_dist.policy.single import SinglePolicy
-from dpo_dist.reference.cache import LogpCache, ReferenceKey
+from dpo_dist.reference.cache.fill import fill, plan_fill
+from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 from dpo_dist.reference.cached import CachedReference
-from dpo_dist.reference.fill import fill, plan
 from dpo_dist.reference.hf import HfReference
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.perf import Clock
+from dpo_dist.runtime.world import World
 from dpo_dist.step import StepBatches, step_batches, train_step
-from dpo_dist.world import World
 
 LR = 1e-4
 
@@ -46,7 +46,7 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
     flops = forward_flops(read_config(folder / "model")).training(frozen_base=False)
     cache = LogpCache(str(folder / "reference"), ReferenceKey("bench", "float32"))
     engine = HfReference(folder / "model", torch.float32, "branch", world.device)
-    scoring, _ = plan(cache, [pairs], world, 1024)
+    scoring, _ = plan_fill(cache, [pairs], world, 1024)
     fill(scoring, cache, [pairs], engine, world)
     engine.close()
     reference = CachedReference(cache)

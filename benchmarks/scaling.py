@@ -40,19 +40,19 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_dist.compose import compose
-from dpo_dist.data.order import PairOrder, Shuffle
-from dpo_dist.data.plan import PairShapes, plan_step
+from dpo_dist.config.compose import compose
+from dpo_dist.data.packing import PairShapes, plan_step
+from dpo_dist.data.sampler import PairSampler, Shuffle
 from dpo_dist.data.store import prepare
-from dpo_dist.metrics import MetricSums
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import ScoredModel, load_causal_lm
-from dpo_dist.perf import Clock
 from dpo_dist.policy.single import SinglePolicy
-from dpo_dist.reference.cache import LogpCache, ReferenceKey
-from dpo_dist.reference.missing import plan_scoring
+from dpo_dist.reference.cache.scoring_plan import plan_scoring
+from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.perf import Clock
+from dpo_dist.runtime.world import World
 from dpo_dist.step import step_batches, train_step
-from dpo_dist.world import World
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SHORTEST, LONGEST, PAIRS_PER_STEP, BUDGET = 8, 2048, 64, 8192
@@ -114,7 +114,7 @@ def plan_training(n: int) -> dict[str, Any]:
     pairs, flops = DrawnPairs(n), forward_flops(LARGE).training(frozen_base=False)
     sources = np.zeros(n, np.uint16)
     before, began = resident_bytes(), time.perf_counter()
-    order = PairOrder(Shuffle(0, "benchmark", sources, (1.0,)), PAIRS_PER_STEP)
+    order = PairSampler(Shuffle(0, "benchmark", sources, (1.0,)), PAIRS_PER_STEP)
     order.pairs_of_step(1, 1, None)
     shuffled = time.perf_counter() - began
     of_each, packs = [], 0
@@ -201,7 +201,7 @@ def own_packs(folder: Path) -> None:
     config = compose([*overrides(folder, PAIRS_PER_STEP), "loss=simpo"])
     world, pairs = World.start(config.cluster), prepare(config.data, None, None)[0]
     policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"), config.optim, world.device)
-    order = PairOrder(Shuffle(0, pairs.digest, pairs.source, pairs.source_weights), PAIRS_PER_STEP)
+    order = PairSampler(Shuffle(0, pairs.digest, pairs.source, pairs.source_weights), PAIRS_PER_STEP)
     flops, found = forward_flops(SMALL).training(frozen_base=False), []
     for step in range(1, order.total_steps(1, None) + 1):
         ids = order.pairs_of_step(step, 1, None)

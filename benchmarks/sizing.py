@@ -21,10 +21,10 @@ from itertools import combinations
 from pathlib import Path
 from statistics import median
 
-from dpo_dist.compose import compose
-from dpo_dist.predicted_time import step_time
-from dpo_dist.shape import model_shape
-from dpo_dist.sizing import CPU, Lengths, World, memory
+from dpo_dist.config.compose import compose
+from dpo_dist.sizing.estimate import CPU, Hardware, Lengths, memory
+from dpo_dist.sizing.shape import model_shape
+from dpo_dist.sizing.step_time import step_time
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sizing.json"
@@ -76,7 +76,7 @@ def measure(folder: Path, shape: str, stage: int, checkpointing: bool) -> dict:
 def compared(told: dict[str, dict]) -> dict:
     """Prediction beside measurement for each run, the worst memory error, and the pairs of runs whose order in time is not as predicted."""
     device = {key: median([one["device"][key] for one in told.values()]) for key in next(iter(told.values()))["device"]}
-    world, lengths, runs = World(1, RANKS, replace(CPU, **device)), Lengths(PROMPT, COMPLETION, COMPLETION, 64, "the benchmark's rows"), []
+    world, lengths, runs = Hardware(1, RANKS, replace(CPU, **device)), Lengths(PROMPT, COMPLETION, COMPLETION, 64, "the benchmark's rows"), []
     for name, one in told.items():
         of, stage, checkpointing = name.split()
         config = compose(overrides(Path("somewhere"), of, int(stage), checkpointing == "True"))

@@ -1,13 +1,13 @@
-"""Writes the tables of large_models.md, by dpo_dist.sizing: python docs/large_models.py."""
+"""Writes the tables of large_models.md, by dpo_dist.sizing.estimate: python docs/large_models.py."""
 from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_dist.compose import compose
-from dpo_dist.predicted_time import scoring_seconds, step_time
-from dpo_dist.shape import read_shape
-from dpo_dist.size_report import smallest_change
-from dpo_dist.sizing import GPU_80GB, Lengths, World, memory, scoring_memory
+from dpo_dist.config.compose import compose
+from dpo_dist.sizing.estimate import GPU_80GB, Hardware, Lengths, memory, scoring_memory
+from dpo_dist.sizing.report import smallest_change
+from dpo_dist.sizing.shape import read_shape
+from dpo_dist.sizing.step_time import scoring_seconds, step_time
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = Lengths(prompt=512, chosen=512, rejected=512, pairs=60_000, source="assumed")
@@ -21,7 +21,7 @@ def table(name: str) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for nodes in (8, 16, 32, 64):
         config = compose([f"model.path={HERE / 'shapes' / name}", *OVERRIDES])
-        shape, world = read_shape(HERE / "shapes" / name), World(nodes, 8 * nodes, GPU_80GB)
+        shape, world = read_shape(HERE / "shapes" / name), Hardware(nodes, 8 * nodes, GPU_80GB)
         change = smallest_change(config, shape, LENGTHS, world)
         if change is None or change.nodes > nodes:
             lines.append(f"| {nodes} | does not fit" + " |" * (len(COLUMNS) - 1))

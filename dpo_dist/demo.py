@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from dpo_dist.launcher.cli import main as dpo_dist
-from dpo_dist.terminal import Terminal
+from dpo_dist.runtime.terminal import Terminal
 
 QUESTIONS = {
     "polite": ("Excuse me, where is the {}, please?", "Could you tell me where the {} is?", "Would you kindly show me the {}?",

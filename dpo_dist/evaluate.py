@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_dist import stop
-from dpo_dist.config import LossConfig, RunConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import LossConfig, RunConfig
 from dpo_dist.data.store import PairStore
-from dpo_dist.engines import open_engines, without_auto
-from dpo_dist.entry import exit_with, run_entry
-from dpo_dist.flops import Flops
-from dpo_dist.inputs import Inputs, read_inputs
 from dpo_dist.losses import preference_loss
-from dpo_dist.metrics import MetricSums
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
+from dpo_dist.run.inputs import Inputs, read_inputs
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.open_models import open_models, without_auto
+from dpo_dist.runtime import preemption
+from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
+from dpo_dist.sizing.flops import Flops
 from dpo_dist.step import forward_pairs, gather_pairs, step_batches
-from dpo_dist.terminal import Terminal
-from dpo_dist.world import World
 
 PAIRS_AT_ONCE = 1024                     # planned together; the result does not depend on it
 
@@ -35,8 +36,8 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            if told := world.max(stop.asked()):
-                raise stop.Stopped(told, "the evaluation is made again")
+            if told := world.max(preemption.asked()):
+                raise preemption.Stopped(told, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
             part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops, reference)
             if reference is not None:
@@ -71,7 +72,7 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     if config.reference.mode == "ahead":                  # which is a way to train; no processes beside this one score
         config = replace(config, reference=replace(config.reference, mode="cached"))
     config = without_auto(config, inputs, world, terminal)
-    policy, reference = open_engines(config, inputs, [inputs.eval], world, terminal)
+    policy, reference = open_models(config, inputs, [inputs.eval], world, terminal)
     means = evaluate_run(config, inputs, policy, reference, world)
     if world.is_main:
         path = Path(config.run_dir) / "eval.json"

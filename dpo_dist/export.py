@@ -6,18 +6,19 @@ import shutil
 import sys
 from pathlib import Path
 
-from dpo_dist.checkpoint import resume_point
-from dpo_dist.config import RunConfig, UserError
-from dpo_dist.engines import without_auto
-from dpo_dist.entry import exit_with, run_entry
-from dpo_dist.inputs import Inputs, read_inputs
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.load import load_tokenizer
 from dpo_dist.models.weights import write_shards
-from dpo_dist.passport import check_same_run, passport
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
-from dpo_dist.terminal import Terminal
-from dpo_dist.world import World
+from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.inputs import Inputs, read_inputs
+from dpo_dist.run.open_models import without_auto
+from dpo_dist.run.provenance import check_same_run, passport
+from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
           "merges.txt", "added_tokens.json", "chat_template.jinja")

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.config import LossConfig
-from dpo_dist.preference import PackedBatch, PairLogps, TokenLogps
+from dpo_dist.config.schema import LossConfig
+from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 
 def sequence_sums(values: Tensor, batch: PackedBatch, keep: Tensor | None = None) -> Tensor:

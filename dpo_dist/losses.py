@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_dist.config import LossConfig, UserError
-from dpo_dist.loss_options import LOSS_OPTIONS
-from dpo_dist.preference import PairLogps
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.loss_options import LOSS_OPTIONS
+from dpo_dist.config.schema import LossConfig
+from dpo_dist.types import PairLogps
 
 
 def preference_loss(pairs: PairLogps, loss: LossConfig) -> Tensor:

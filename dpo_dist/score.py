@@ -11,22 +11,23 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from dpo_dist import stop
-from dpo_dist.config import RunConfig, UserError
-from dpo_dist.data.order import order_of
-from dpo_dist.engines import fill_cache, without_auto
-from dpo_dist.entry import DONE, exit_with, run_entry
-from dpo_dist.inputs import read_inputs
-from dpo_dist.lock import hold_lock, is_held
-from dpo_dist.reference.lookahead import windows
-from dpo_dist.terminal import Terminal
-from dpo_dist.world import World
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.sampler import make_sampler
+from dpo_dist.reference.cache.scoring_order import windows
+from dpo_dist.run.inputs import read_inputs
+from dpo_dist.run.open_models import fill_cache, without_auto
+from dpo_dist.runtime import preemption
+from dpo_dist.runtime.lock import hold_lock, is_held
+from dpo_dist.runtime.process import DONE, exit_with, run_entry
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def score(config: RunConfig, world: World, terminal: Terminal) -> None:
-    stop.listen()
+    preemption.listen()
     if not config.loss.needs_reference:
         raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another loss")
     if config.reference.mode == "ahead":
@@ -43,7 +44,7 @@ def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
     with ExitStack() as alive:
         world.on_main(lambda: _begin(here, alive))
         inputs = read_inputs(config, world, terminal)
-        order = order_of(inputs.train, t, config.data.group_by_prompt)
+        order = make_sampler(inputs.train, t, config.data.group_by_prompt)
         asked = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
         look = _end_with(here.parent) if world.is_main else (lambda: None)
         terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=asked, progress=look)))
@@ -64,7 +65,7 @@ def _end_with(training: Path) -> Callable[[], None]:
         if time.monotonic() - last > SECONDS_BETWEEN_LOOKS:
             last, held = time.monotonic(), is_held(training)
             if seen and not held:
-                stop.ask(signal.SIGTERM)
+                preemption.ask(signal.SIGTERM)
             seen |= held
 
     return look

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.config import LossConfig
+from dpo_dist.config.schema import LossConfig
 from dpo_dist.data.pack import pack_pairs
-from dpo_dist.data.plan import PairShapes, distinct_flops, plan_step
+from dpo_dist.data.packing import PairShapes, distinct_flops, plan_step
 from dpo_dist.data.store import PairStore
-from dpo_dist.flops import Flops, StepWork
 from dpo_dist.logps import pair_logps
 from dpo_dist.losses import preference_loss
-from dpo_dist.metrics import MetricSums
-from dpo_dist.perf import Clock
 from dpo_dist.policy import Policy
-from dpo_dist.preference import PackedBatch, PairLogps, TokenizedPair
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.world import World
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.perf import Clock
+from dpo_dist.runtime.world import World
+from dpo_dist.sizing.flops import Flops, StepWork
+from dpo_dist.types import PackedBatch, PairLogps, TokenizedPair
 
 PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", "strength",
             "wpo_weight", "kl_per_token", "chosen_drift_per_token")

@@ -4,30 +4,31 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dpo_dist import stop
-from dpo_dist.checkpoint import Kept, TrainState, resume_point, save_checkpoint
-from dpo_dist.config import RunConfig, UserError
-from dpo_dist.data.order import order_of
-from dpo_dist.engines import open_engines, without_auto
-from dpo_dist.entry import exit_with, run_entry
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.sampler import make_sampler
 from dpo_dist.evaluate import evaluate_run
 from dpo_dist.export import export_model
-from dpo_dist.gate import check_step_0
-from dpo_dist.inputs import read_inputs
-from dpo_dist.metrics import MetricSums
-from dpo_dist.parity import believe_earlier_audit
-from dpo_dist.passport import add_parity, check_same_run, passport, write_run
-from dpo_dist.perf import Clock, known_peak_tflops
-from dpo_dist.schedule import learning_rate
+from dpo_dist.reference.audit import believe_earlier_audit
+from dpo_dist.run.checkpoint import Kept, TrainState, resume_point, save_checkpoint
+from dpo_dist.run.inputs import read_inputs
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.open_models import open_models, without_auto
+from dpo_dist.run.perf import Clock, known_peak_tflops
+from dpo_dist.run.provenance import add_parity, check_same_run, passport, write_run
+from dpo_dist.run.schedule import learning_rate
+from dpo_dist.run.step_results import StepLog, StepResults
+from dpo_dist.run.tracking import last_step, open_tracker
+from dpo_dist.runtime import preemption
+from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
 from dpo_dist.step import PackedAhead, StepBatches, step_batches, train_step
-from dpo_dist.step_results import StepLog, StepResults
-from dpo_dist.terminal import Terminal
-from dpo_dist.tracking import last_step, open_tracker
-from dpo_dist.world import World
+from dpo_dist.step0_checks import check_step_0
 
 
 def train(config: RunConfig, world: World, terminal: Terminal) -> None:
-    stop.listen()
+    preemption.listen()
     run_dir, t, loss = Path(config.run_dir), config.train, config.loss
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
@@ -36,7 +37,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     lineage = passport(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
 
-    order = order_of(inputs.train, t, config.data.group_by_prompt)
+    order = make_sampler(inputs.train, t, config.data.group_by_prompt)
     total = order.total_steps(t.epochs, t.max_steps)
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     done = resumed[1].step if resumed else 0
@@ -45,7 +46,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         return
     world.on_main(lambda: write_run(run_dir, config, lineage))
 
-    policy, reference = open_engines(config, inputs, [inputs.train, inputs.eval], world, terminal)
+    policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
     kept: list[Kept] = [policy] if reference is None else [policy, reference]
     if resumed:
         for each in kept:
@@ -98,7 +99,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             if reference is not None:
                 try:
                     reference.wait_for(now.batches, before_waiting=log.catch_up)
-                except (stop.Stopped, UserError):        # on all ranks alike: the reference's values do not come
+                except (preemption.Stopped, UserError):        # on all ranks alike: the reference's values do not come
                     log.catch_up()
                     if step - 1 > done:
                         save(step - 1, sums)
@@ -118,7 +119,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             if step % t.log_every_steps == 0 or step == total:
                 row, sums = (sums, clock.interval()), MetricSums(loss, world.device)
             log.add(StepResults.of(step, lr, bad_loss, grad_norm, row))
-            asked = world.max(stop.asked())
+            asked = world.max(preemption.asked())
             saves = step == total or bool(asked) or bool(t.save_every_steps and step % t.save_every_steps == 0)
             if saves or evaluates(step):
                 log.catch_up()                           # nothing is saved, or called the last, before it is known to be sound
@@ -126,7 +127,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 save(step, sums)
             if asked:
                 tracker.finish({})
-                raise stop.Stopped(asked, f"step {step} of {total} is saved")
+                raise preemption.Stopped(asked, f"step {step} of {total} is saved")
             if evaluates(step):
                 after = held_out(step)
             clock.mark(None)                             # evaluation and saving are not training time

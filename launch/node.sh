@@ -19,7 +19,7 @@ ranks() { cat /proc/"$torchrun"/task/*/children 2>/dev/null; }
 # Whether torchrun has come to its ranks, and not still waits for the other nodes: from then on it catches QUIT, the third signal.
 begun() { (( 0x0$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$torchrun/status" 2>/dev/null) & 4 )); }
 
-# The ranks save first and then end (dpo_dist/stop.py); torchrun, which would kill them after 30 seconds, ignores these signals.
+# The ranks save first and then end (dpo_dist/runtime/preemption.py); torchrun, which would kill them after 30 seconds, ignores these signals.
 torchrun=none early='' interrupts=0
 pass_on() {
     local number=$1 pids

@@ -15,9 +15,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.data.fields import Turns
-from dpo_dist.preference import PreferenceRow
+from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
 ANSWER = "dpo-dist-answer"                   # stands for an answer where we look for what a template puts around one

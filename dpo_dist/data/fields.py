@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dpo_dist.preference import Message
+from dpo_dist.types import Message
 
 Fields = dict[str, Any]
 Turns = tuple[Message, ...]

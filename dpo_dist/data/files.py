@@ -19,7 +19,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
-from dpo_dist.config import DatasetConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DatasetConfig
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")   # what `datasets` leaves beside its data

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dpo_dist.preference import PackedBatch, Span, TokenizedPair, Tree
+from dpo_dist.types import PackedBatch, Span, TokenizedPair, Tree
 
 Ids = tuple[int, ...]
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
-from dpo_dist.config import DatasetConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.fields import (
     Fields,
     Turns,
@@ -27,9 +28,9 @@ from dpo_dist.data.fields import (
     with_system,
 )
 from dpo_dist.data.files import BadRow, Record, read_records
-from dpo_dist.preference import Message, PreferenceRow, TokenizedPair
+from dpo_dist.types import Message, PreferenceRow, TokenizedPair
 
-Row = PreferenceRow | TokenizedPair
+DataRow = PreferenceRow | TokenizedPair
 EXAMPLES_PER_REASON = 3
 
 
@@ -63,7 +64,7 @@ class ReadReport:
     bad: Tally = field(default_factory=Tally)
 
 
-def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> tuple[Iterator[Row], ReadReport]:
+def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> tuple[Iterator[DataRow], ReadReport]:
     """The rows of a data set, streamed, and a report that fills up as they are consumed.
 
     Raises UserError (from the iterator) for files that cannot be read, for a format that cannot be told, and, once all rows have
@@ -73,7 +74,7 @@ def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> t
     return _read(dataset, on_bad_row, report), report
 
 
-def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterator[Row]:
+def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterator[DataRow]:
     for record in read_records(dataset):
         report.rows += 1
         for outcome in _outcomes(record, report):
@@ -92,7 +93,7 @@ def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterat
                         "mend them, or set data.on_bad_row=skip to leave them out and count them")
 
 
-def _outcomes(record: Record | BadRow, report: ReadReport) -> Iterator[Row | BadRow | None]:
+def _outcomes(record: Record | BadRow, report: ReadReport) -> Iterator[DataRow | BadRow | None]:
     """What a record gives: rows, None for a tie, or what is wrong with it."""
     if isinstance(record, BadRow):
         yield record
@@ -126,7 +127,7 @@ def detect_format(fields: Fields, where: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _checked(row: Row) -> Row:
+def _checked(row: DataRow) -> DataRow:
     if isinstance(row, TokenizedPair):
         parts: tuple[Any, ...] = (row.prompt_ids, row.chosen_ids, row.rejected_ids)
     else:
@@ -172,7 +173,7 @@ def _diverge(chosen: Turns, rejected: Turns, where: str, source: str, system: Fi
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
-def preference(fields: Fields, where: str, source: str) -> Iterator[Row]:
+def preference(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """{"prompt", "chosen", "rejected"}: texts; with a `system` text they become messages."""
     prompt, chosen, rejected = (text_of(fields, key) for key in ("prompt", "chosen", "rejected"))
     if not sound_text(fields.get("system", ""), "system").strip():
@@ -183,7 +184,7 @@ def preference(fields: Fields, where: str, source: str) -> Iterator[Row]:
                         **judgment_of(fields))
 
 
-def messages(fields: Fields, where: str, source: str) -> Iterator[Row]:
+def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """Chat lists of {"role", "content"}. Without `prompt`, or where both repeat it, the prompt is what they share."""
     for key in ("chosen", "rejected"):
         if key not in fields:
@@ -200,7 +201,7 @@ def messages(fields: Fields, where: str, source: str) -> Iterator[Row]:
     yield row
 
 
-def sharegpt(fields: Fields, where: str, source: str) -> Iterator[Row]:
+def sharegpt(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one such turn or a list of them."""
     for key in ("conversations", "chosen", "rejected"):
         if key not in fields:
@@ -210,7 +211,7 @@ def sharegpt(fields: Fields, where: str, source: str) -> Iterator[Row]:
     yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, tools=tools_of(fields), **judgment_of(fields))
 
 
-def hh(fields: Fields, where: str, source: str) -> Iterator[Row]:
+def hh(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """Two transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..." that share all but the last answer.
 
     Where they part earlier, at an answer, the prompt is the shared turns and the completions hold several turns; at a human turn
@@ -234,7 +235,7 @@ def _transcript(text: str, key: str) -> Turns:
     return tuple(turns)
 
 
-def ratings(fields: Fields, where: str, source: str) -> Iterator[Row | None]:
+def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]:
     """A prompt and rated responses: a row for each pair of different ratings, strength = their difference; None for a tie.
 
     `responses` (texts or messages) with `ratings` or `scores` beside it, or a list of {"response" | "content" | "text",
@@ -275,7 +276,7 @@ def _rated(fields: Fields) -> list[tuple[Any, float]]:
     return out
 
 
-def token_ids(fields: Fields, where: str, source: str) -> Iterator[Row]:
+def token_ids(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """{"prompt_ids", "chosen_ids", "rejected_ids"}: lists of token ids, taken as they are."""
     judgment = judgment_of(fields)
     prompt, chosen, rejected = (ids_of(fields, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
@@ -284,7 +285,7 @@ def token_ids(fields: Fields, where: str, source: str) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Format:
-    read: Callable[[Fields, str, str], Iterator[Row | None]]
+    read: Callable[[Fields, str, str], Iterator[DataRow | None]]
     needs: str                               # for a person
     fits: Callable[[Fields], bool]           # could a row with these fields be of this format?
 

@@ -21,14 +21,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.config import DataConfig, DatasetConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data.chat import template_text
 from dpo_dist.data.files import content_digest
-from dpo_dist.data.plan import PairShapes
-from dpo_dist.data.rows import Row, read_rows
+from dpo_dist.data.packing import PairShapes
+from dpo_dist.data.rows import DataRow, read_rows
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.data.writer import ARRAYS, PairWriter, Source, hash64
-from dpo_dist.preference import TokenizedPair
+from dpo_dist.types import TokenizedPair
 
 FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
@@ -204,6 +205,6 @@ def _why_none(reports: list[dict[str, Any]]) -> str:
     return f"{read} row(s) read; " + ("; ".join(f"{reason}: {n}" for reason, n in reasons.items()) or "all of them ties")
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _chunks(rows: Iterator[DataRow]) -> Iterator[list[DataRow]]:
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
         yield chunk

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_dist.config import DataConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.chat import PLAIN, ChatTemplate, TemplateMisfit, chat_template
-from dpo_dist.data.rows import Row, Tally
-from dpo_dist.preference import PreferenceRow, TokenizedPair
+from dpo_dist.data.rows import DataRow, Tally
+from dpo_dist.types import PreferenceRow, TokenizedPair
 
 ANCHOR = "\n"                                # see PairTokenizer.encode_completions
 
@@ -40,11 +41,11 @@ class TruncationReport:
             self.truncated += after is not before
 
 
-def make_tokenize(tokenizer: Any | None, config: DataConfig) -> Callable[[Row], TokenizedPair | Dropped]:
+def make_tokenize(tokenizer: Any | None, config: DataConfig) -> Callable[[DataRow], TokenizedPair | Dropped]:
     """A function from a row to its pair of at most data.max_length tokens. `tokenizer` may be None where all rows are token ids."""
     encoder = PairTokenizer.of(tokenizer, config)
 
-    def tokenize(row: Row) -> TokenizedPair | Dropped:
+    def tokenize(row: DataRow) -> TokenizedPair | Dropped:
         return truncate(encoder.encode([row])[0], config)
 
     return tokenize
@@ -75,7 +76,7 @@ class PairTokenizer:
         return PairTokenizer(tokenizer, template, skip, anchored=first[:1] in ("▁", "Ġ"),
                              bos=tuple(begun) if begun == [tokenizer.bos_token_id] else ())
 
-    def encode(self, rows: Sequence[Row]) -> list[TokenizedPair | Dropped]:
+    def encode(self, rows: Sequence[DataRow]) -> list[TokenizedPair | Dropped]:
         """A pair for each row, not truncated; rows of token ids pass through. Raises UserError."""
         out: list[TokenizedPair | Dropped | None] = []
         split: list[tuple[int, PreferenceRow, tuple[str, str, str]]] = []

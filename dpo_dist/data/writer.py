@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.preference import TokenizedPair
+from dpo_dist.types import TokenizedPair
 
 ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns = one-dimensional
     "ids": ("<i4", 0),                       # (T,) prompt, chosen, rejected of pair 0, then of pair 1, ...

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dpo_dist.compose import compose, documented_keys
-from dpo_dist.config import RunConfig, UserError, nearest, to_dict
+from dpo_dist.config.compose import compose, documented_keys
+from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.schema import RunConfig, to_dict
 from dpo_dist.launcher.doctor import doctor, with_model
 from dpo_dist.launcher.local import command, device_count, run_stages
-from dpo_dist.launcher.plan import LaunchPlan, plan
+from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.slurm import describe, jobs_of, sbatch_command, submit
 from dpo_dist.launcher.status import status
 from dpo_dist.launcher.sweep.multirun import multirun
-from dpo_dist.size_report import sizing_lines
+from dpo_dist.sizing.report import sizing_lines
 
 STAGE_VERBS = {
     "run": "the whole way: score the reference, train, evaluate on held-out pairs, export",
@@ -76,7 +77,7 @@ def _main(words: list[str]) -> int:
         return 0
     if verb == "doctor":
         return doctor(config)
-    launch = plan("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
+    launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
         print("\n".join([_plan_text(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)]))
         return 0

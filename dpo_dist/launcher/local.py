@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config import ClusterConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import ClusterConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 TAIL_LINES = 20
@@ -42,7 +43,7 @@ def devices(cluster: ClusterConfig) -> list[str]:
 def run_stages(plan: LaunchPlan) -> int:
     """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is done.
 
-    A signal to end goes to the ranks, which save first (dpo_dist/stop.py), and starts no further stage. A second Ctrl-C kills them at once.
+    A signal to end goes to the ranks, which save first (runtime/preemption.py), and starts no further stage. A second Ctrl-C kills them.
     """
     names = [stage.name for stage in plan.stages]
     with noting_signals(*SIGNALS_TO_END) as asked:

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_dist.compose import compose
-from dpo_dist.config import RunConfig, UserError
+from dpo_dist.config.compose import compose
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
 
 FREE_GIB = 1.0
 NEEDED = ("torch", "deepspeed", "transformers")

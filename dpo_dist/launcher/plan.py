@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dpo_dist.config import RunConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ STAGES = {
 }
 
 
-def plan(verb: str, config: RunConfig, overrides: Sequence[str], devices: int = 1) -> LaunchPlan:
+def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices: int = 1) -> LaunchPlan:
     """The stages of a verb: of `run` all that the config needs, of any other itself. `devices`: processes a node where the config says none."""
     if config.reference.mode == "ahead" and verb in ("run", "train", "score"):
         scoring, training = _side_by_side(config, tuple(overrides), devices)

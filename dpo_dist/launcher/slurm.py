@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config import RunConfig, SlurmConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig, SlurmConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 JOBS_FILE = "slurm.json"               # in run.dir: {stage: Slurm's id}

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.slurm import job_states, recorded_jobs
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.models.varlen import Attend, Kernel, choose_kernel
-from dpo_dist.preference import Span, Tree
+from dpo_dist.types import Span, Tree
 
 
 class Forest:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 
 aten = torch.ops.aten
 # Written-out attention (bmm) is not among them: its scores grow with the square of the length, so they are computed again.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_dist.flops import Flops
+from dpo_dist.sizing.flops import Flops
 
 
 def forward_flops(config: PretrainedConfig) -> Flops:

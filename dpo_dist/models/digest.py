@@ -6,7 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 
 # Keys of config.json that do not change what the weights compute.
 _VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation"}

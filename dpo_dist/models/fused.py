@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.models.attention import shrink
 
 NORM, SWIGLU, ROTARY = "norms", "SwiGLU", "rotary embedding"

@@ -9,11 +9,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.config import LoraConfig, ModelConfig, UserError
-from dpo_dist.head import LogpHead
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import LoraConfig, ModelConfig
 from dpo_dist.models.attention import Forest, branch_misfit
 from dpo_dist.models.fused import fuse
-from dpo_dist.preference import PackedBatch, TokenLogps
+from dpo_dist.models.head import LogpHead
+from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class ScoredModel(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
 
 

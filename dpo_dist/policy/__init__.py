@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dpo_dist.models.load import ScoredModel
-from dpo_dist.preference import PackedBatch, TokenLogps
+from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class Policy(Protocol):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from dpo_dist.config import RunConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
 from dpo_dist.policy import Policy
 from dpo_dist.policy.single import SinglePolicy
-from dpo_dist.world import World
+from dpo_dist.runtime.world import World
 
 
 def make_policy(config: RunConfig, folder: Path, attention: str, world: World, fused: bool = False) -> Policy:
@@ -20,7 +21,7 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World, f
     def load_model() -> ScoredModel:
         lm = load_causal_lm(folder, dtype, attention, fused)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
-        assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (automatic.py)"
+        assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (sizing/automatic.py)"
         checkpoint_layers(wrapped, config.model.gradient_checkpointing)      # last: peft gives embeddings gradients where it sees it
         return ScoredModel(wrapped, attention)
 

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.config import OptimConfig
+from dpo_dist.config.schema import OptimConfig
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy.master_weights import MasterWeights
 from dpo_dist.policy.skip import skip_update_if
-from dpo_dist.preference import PackedBatch, TokenLogps
+from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class SinglePolicy:

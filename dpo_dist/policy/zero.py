@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dpo_dist.config import OptimConfig, ZeroConfig
+from dpo_dist.config.schema import OptimConfig, ZeroConfig
 from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import layer_elements
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy.skip import skip_update_if
 from dpo_dist.policy.zero_config import deepspeed_config
-from dpo_dist.preference import PackedBatch, TokenLogps
-from dpo_dist.world import World, prepare_deepspeed
+from dpo_dist.runtime.world import World, prepare_deepspeed
+from dpo_dist.types import PackedBatch, TokenLogps
 
 STATE = "state"                     # the tag under which DeepSpeed keeps its files in a checkpoint's folder
 

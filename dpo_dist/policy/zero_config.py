@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_dist.config import OptimConfig, ZeroConfig
-from dpo_dist.sizing import bucket_elements
+from dpo_dist.config.schema import OptimConfig, ZeroConfig
+from dpo_dist.sizing.estimate import bucket_elements
 
 
 def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: bool, layer: int = 0) -> dict[str, Any]:

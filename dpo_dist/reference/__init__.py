@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dpo_dist.preference import PackedBatch
+from dpo_dist.types import PackedBatch
 
 
 class ReferenceEngine(Protocol):

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dpo_dist.preference import PackedBatch, TokenLogps
 from dpo_dist.reference import ReferenceEngine
+from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class HasAdapters(Protocol):

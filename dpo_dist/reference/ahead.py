@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dpo_dist import stop
-from dpo_dist.config import UserError
-from dpo_dist.entry import DONE, FAILED
-from dpo_dist.lock import is_held
-from dpo_dist.preference import PackedBatch
-from dpo_dist.reference.cache import LogpCache
+from dpo_dist.config.errors import UserError
+from dpo_dist.reference.cache.store import LogpCache
 from dpo_dist.reference.cached import CachedReference
-from dpo_dist.world import World
+from dpo_dist.runtime import preemption
+from dpo_dist.runtime.lock import is_held
+from dpo_dist.runtime.process import DONE, FAILED
+from dpo_dist.runtime.world import World
+from dpo_dist.types import PackedBatch
 
 POLL_SECONDS = 0.1
 
@@ -63,8 +63,8 @@ class AheadReference(CachedReference):
             if not waiting:
                 before_waiting()
             waiting = True
-            if told := self._world.max(stop.asked()):
-                raise stop.Stopped(told, "training was waiting for the reference")
+            if told := self._world.max(preemption.asked()):
+                raise preemption.Stopped(told, "training was waiting for the reference")
             alive = self._world.on_main(self._scorer.is_alive)             # asked before the look, so that a last word is not missed
             if self._cache.add_new_shards(self._world):
                 self._scorer.answered()

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.preference import PackedBatch
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.reference.cache import LogpCache, sequence_key
+from dpo_dist.reference.cache.store import LogpCache, sequence_key
+from dpo_dist.types import PackedBatch
 
 
 class CachedReference(ReferenceEngine):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
 from dpo_dist.models.stream import load_streamed
-from dpo_dist.preference import PackedBatch
 from dpo_dist.reference import ReferenceEngine
+from dpo_dist.types import PackedBatch
 
 
 class HfReference(ReferenceEngine):

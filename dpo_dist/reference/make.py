@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from dpo_dist.config import ReferenceConfig
+from dpo_dist.config.schema import ReferenceConfig
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.adapter_off import AdapterOffReference, HasAdapters
 from dpo_dist.reference.hf import HfReference
-from dpo_dist.world import World
+from dpo_dist.runtime.world import World
 
 
 def make_reference(config: ReferenceConfig, folder: Path, dtype: torch.dtype, attention: str, world: World,

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.models.attention import shrink
 from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, stored_dtype
-from dpo_dist.preference import PackedBatch
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.world import Team, World, prepare_deepspeed
+from dpo_dist.runtime.world import Team, World, prepare_deepspeed
+from dpo_dist.types import PackedBatch
 
 
 class TensorParallelReference(ReferenceEngine):

@@ -12,9 +12,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
-from dpo_dist.preference import PackedBatch
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.world import prepare_deepspeed
+from dpo_dist.runtime.world import prepare_deepspeed
+from dpo_dist.types import PackedBatch
 
 
 class ZeroReference(ReferenceEngine):

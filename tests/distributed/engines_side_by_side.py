@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from dpo_dist.compose import compose
+from dpo_dist.config.compose import compose
 from dpo_dist.data.pack import Sequences, pack_sequences
-from dpo_dist.entry import exit_with
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.load import load_causal_lm
 from dpo_dist.reference.make import make_reference
-from dpo_dist.world import World
+from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.world import World
 
 PACKS = 3
 

@@ -16,18 +16,18 @@ from deepspeed.utils import safe_get_full_grad
 from plain_kernels import PLAIN
 
 import dpo_dist.policy.zero
-from dpo_dist.compose import compose
-from dpo_dist.config import OptimConfig
+from dpo_dist.config.compose import compose
+from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
-from dpo_dist.entry import exit_with
 from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.fused import fuse
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.policy.zero import ZeroPolicy
 from dpo_dist.policy.zero_config import deepspeed_config
-from dpo_dist.preference import PackedBatch
-from dpo_dist.world import World
+from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.world import World
+from dpo_dist.types import PackedBatch
 
 HOWS: list[bool | int] = [False, True, 0, 1]
 PACKS = 2

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_dist.compose import compose
+from dpo_dist.config.compose import compose
 from dpo_dist.data.store import prepare
-from dpo_dist.entry import exit_with
-from dpo_dist.metrics import MetricSums
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import read_config
-from dpo_dist.perf import Clock
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.perf import Clock
+from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.world import World
 from dpo_dist.step import step_batches, train_step
-from dpo_dist.world import World
 
 
 def weights(policy: Policy) -> torch.Tensor:

@@ -14,10 +14,10 @@ import pytest
 import safetensors.numpy
 from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, train_on, write_rows, write_tiny_llama
 
-from dpo_dist.compose import compose
-from dpo_dist.data.order import order_of
+from dpo_dist.config.compose import compose
+from dpo_dist.data.sampler import make_sampler
 from dpo_dist.data.store import prepare
-from dpo_dist.reference.cache import sequence_key
+from dpo_dist.reference.cache.store import sequence_key
 
 pytestmark = pytest.mark.distributed
 
@@ -55,7 +55,7 @@ def trainable(words: list[str], cache: Path) -> int:
     """How many steps, from the first, have all their values in the cache."""
     config, held = compose(words[1:]), set(entries(cache))
     pairs = prepare(config.data, None, None)[0]
-    order = order_of(pairs, config.train, config.data.group_by_prompt)
+    order = make_sampler(pairs, config.train, config.data.group_by_prompt)
     for step in range(1, STEPS + 1):
         parts = [pairs.parts(i) for i in order.pairs_of_step(step, config.train.epochs, STEPS).tolist()]
         if not {sequence_key(prompt, completion) for prompt, *both in parts for completion in both} <= held:

@@ -74,7 +74,7 @@ def test_the_sharded_engine_and_the_whole_one_agree_with_the_plain_forward(tmp_p
     from transformers import LlamaForCausalLM
 
     from dpo_dist.logps import plain_token_logps
-    from dpo_dist.reference.cache import LogpCache, ReferenceKey
+    from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 
     write_tiny_llama(tmp_path / "m")
     rows = write_rows(tmp_path / "rows.jsonl", 20)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 PROGRAM = """
 import os, torch
-from dpo_dist.process_defaults import set_defaults
+from dpo_dist.runtime.process_defaults import set_defaults
 os.sched_getaffinity = lambda process: set(range(8))           # as on a machine of eight cores
 set_defaults()
 allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")

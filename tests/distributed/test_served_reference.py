@@ -46,7 +46,7 @@ def told(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("processes", "auditor"), [(1, "hf"), (2, "zero")])
 def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(tmp_path: Path, words: list[str], processes: int, auditor: str):
-    from dpo_dist.reference.cache import LogpCache, ReferenceKey
+    from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 
     with LogProbServer(tmp_path / "m") as a, LogProbServer(tmp_path / "m") as b:
         more = [f"reference.urls=[{a.url}/v1, {b.url}]", f"cluster.procs_per_node={processes}", "train.tokens_per_microbatch=100",

@@ -15,10 +15,10 @@ import pytest
 from conftest import REPO, eval_on, metrics, train_on, write_rows, write_tiny_llama
 from slurm_cluster import NEEDED, Slurm
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.slurm import BatchJob, job_states, submit_jobs, wait_for
 from dpo_dist.launcher.sweep.groups import group_jobs, make_job
-from dpo_dist.launcher.sweep.on_slurm import submit
+from dpo_dist.launcher.sweep.run_slurm import submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
 

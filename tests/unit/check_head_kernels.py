@@ -6,8 +6,8 @@ import itertools
 import torch
 from torch import nn
 
-from dpo_dist.head import PLAIN, TRIAL_ERROR, BlockwiseLogps, Passes, trial, triton_passes
-from dpo_dist.head_blocks import Blocks
+from dpo_dist.models.head import PLAIN, TRIAL_ERROR, BlockwiseLogps, Passes, trial, triton_passes
+from dpo_dist.sizing.logit_blocks import Blocks
 
 TRITON = triton_passes()
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from dpo_dist.automatic import choose, stages, without_sizes
-from dpo_dist.compose import compose
-from dpo_dist.config import RunConfig
-from dpo_dist.shape import model_shape
-from dpo_dist.sizing import CPU, GPU_80GB, Lengths, Packs, World, memory
+from dpo_dist.config.compose import compose
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.sizing.automatic import choose, stages, without_sizes
+from dpo_dist.sizing.estimate import CPU, GPU_80GB, Hardware, Lengths, Packs, memory
+from dpo_dist.sizing.shape import model_shape
 
 EIGHT = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256})
@@ -23,7 +23,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def chosen(config: RunConfig, ranks: int, shape=EIGHT, device=GPU_80GB) -> tuple[object, object]:
-    done = choose(config, shape, LENGTHS, World(1, ranks, device)).config
+    done = choose(config, shape, LENGTHS, Hardware(1, ranks, device)).config
     return done.zero.stage, done.model.gradient_checkpointing
 
 
@@ -44,7 +44,7 @@ def test_as_many_layers_are_recomputed_as_memory_demands_and_no_more():
 
     def fits(n: int) -> bool:
         recomputing = replace(here, model=replace(here.model, gradient_checkpointing=n))
-        return memory(recomputing, EIGHT, LENGTHS, World(1, 8, GPU_80GB)).fits(GPU_80GB)
+        return memory(recomputing, EIGHT, LENGTHS, Hardware(1, 8, GPU_80GB)).fits(GPU_80GB)
 
     assert fits(layers) and not fits(layers - 1)
 
@@ -59,16 +59,16 @@ def test_the_lowest_stage_that_fits_is_taken():
 def test_what_a_person_sets_stays_and_only_the_rest_is_chosen():
     assert chosen(config("zero=auto", "model.gradient_checkpointing=true"), 8)[1] is True
     assert chosen(config("zero=zero3", "model.gradient_checkpointing=7"), 8) == (3, 7)
-    assert choose(config("zero=zero3", "model.gradient_checkpointing=7"), EIGHT, LENGTHS, World(1, 8, GPU_80GB)).line is None
+    assert choose(config("zero=zero3", "model.gradient_checkpointing=7"), EIGHT, LENGTHS, Hardware(1, 8, GPU_80GB)).line is None
 
 
 def test_the_line_names_the_keys_and_the_predicted_memory():
-    line = choose(config("zero=auto"), SMALL, LENGTHS, World(1, 8, GPU_80GB)).line
+    line = choose(config("zero=auto"), SMALL, LENGTHS, Hardware(1, 8, GPU_80GB)).line
     assert line is not None and line.startswith("memory: zero.stage=2, model.gradient_checkpointing=") and "GiB a rank, of 74.5" in line
 
 
 def test_where_nothing_fits_the_least_is_taken_and_the_line_says_so():
-    choice = choose(config("zero=auto"), EIGHT, LENGTHS, World(1, 1, GPU_80GB))
+    choice = choose(config("zero=auto"), EIGHT, LENGTHS, Hardware(1, 1, GPU_80GB))
     assert choice.config.zero.stage is None and choice.config.model.gradient_checkpointing is True
     assert choice.line is not None and "more than there is" in choice.line
 

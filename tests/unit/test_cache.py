@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import write_tiny_llama
 
-from dpo_dist.compose import compose
-from dpo_dist.inputs import _reference_key
-from dpo_dist.reference.cache import LogpCache, ReferenceKey, ShardWriter, sequence_key
-from dpo_dist.world import World
+from dpo_dist.config.compose import compose
+from dpo_dist.reference.cache.store import LogpCache, ReferenceKey, ShardWriter, sequence_key
+from dpo_dist.run.inputs import _reference_key
+from dpo_dist.runtime.world import World
 
 KEY = ReferenceKey("weights", "float32")
 

@@ -19,7 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_dist.config import LoraConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import LoraConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models import checkpointing
 from dpo_dist.models.attention import Forest, shrink

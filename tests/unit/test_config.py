@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from dpo_dist.compose import compose, conf_dir, documented_keys, yaml_comments
-from dpo_dist.config import UserError, to_dict
-from dpo_dist.decode import decode
+from dpo_dist.config.compose import compose, conf_dir, documented_keys, yaml_comments
+from dpo_dist.config.decode import decode
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import to_dict
 
 MISTAKES = {
     "unknown key 'loss.bta': did you mean 'loss.beta'": ["loss.bta=1"],

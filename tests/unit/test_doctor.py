@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, dpo_dist, train_on, write_rows, write_tiny_llama
 
-from dpo_dist.compose import compose
+from dpo_dist.config.compose import compose
 from dpo_dist.launcher.doctor import folders
 from dpo_dist.launcher.doctor.services import slurm
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config
 
-from dpo_dist.flops import Flops
 from dpo_dist.models.cost import forward_flops
+from dpo_dist.sizing.flops import Flops
 
 T = 48
 SHAPE = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,

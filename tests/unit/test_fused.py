@@ -25,7 +25,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from dpo_dist.config import LoraConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import LoraConfig
 from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.fused import NORM, ROTARY, SWIGLU, Kernels, Norm, Rotary, SwiGLU, choose_kernels, fuse, fused_misfit
 from dpo_dist.models.load import add_lora

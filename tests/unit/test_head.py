@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpo_dist import head_blocks
-from dpo_dist.head import PLAIN, TRIAL_ERROR, BlockwiseLogps, LogpHead, Passes, kernels_misfit, trial
-from dpo_dist.head_blocks import Blocks, plan_blocks
+from dpo_dist.models.head import PLAIN, TRIAL_ERROR, BlockwiseLogps, LogpHead, Passes, kernels_misfit, trial
+from dpo_dist.sizing import logit_blocks
+from dpo_dist.sizing.logit_blocks import Blocks, plan_blocks
 
 TOKENS, HIDDEN, VOCABULARY = 11, 7, 13
 
@@ -35,8 +35,8 @@ def example(bias: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 1.5)])
 def test_the_head_in_blocks_equals_a_plain_log_softmax_with_its_gradients(
         columns: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_blocks, "AT_ONCE", {"cpu": columns * TOKENS})
-    monkeypatch.setattr(head_blocks, "COLUMNS", 1)
+    monkeypatch.setattr(logit_blocks, "AT_ONCE", {"cpu": columns * TOKENS})
+    monkeypatch.setattr(logit_blocks, "COLUMNS", 1)
     hidden, head, targets, upstream = example(bias)
     inputs = [hidden, *head.parameters()]
     expected, expected_collision = plain(hidden, head, targets, scale, softcap)

@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from dpo_dist.compose import compose
-from dpo_dist.config import RunConfig, UserError
-from dpo_dist.launcher.plan import LaunchPlan, plan
+from dpo_dist.config.compose import compose
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.slurm import describe, jobs_of, shipped
 from dpo_dist.launcher.status import status
 from dpo_dist.launcher.sweep.groups import Group, Job, make_job
-from dpo_dist.launcher.sweep.on_slurm import rendered
+from dpo_dist.launcher.sweep.run_slurm import rendered
 
 SLURM = ["model.path=m", "cluster=slurm", "cluster.nodes=2", "run.dir=/runs/my run"]
 
 
 def planned(words: list[str], verb: str = "run") -> tuple[LaunchPlan, RunConfig]:
     config = compose(words)
-    return plan(verb, config, words), config
+    return plan_stages(verb, config, words), config
 
 
 def directives(script: str) -> list[str]:

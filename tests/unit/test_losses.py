@@ -14,12 +14,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dpo_dist.config import LossConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.loss_options import LOSS_OPTIONS
+from dpo_dist.config.rules import resolve_loss
+from dpo_dist.config.schema import LossConfig
 from dpo_dist.logps import pair_logps
-from dpo_dist.loss_options import LOSS_OPTIONS
 from dpo_dist.losses import LOSSES, check_strengths, preference_loss, rewards
-from dpo_dist.preference import PackedBatch, PairLogps, TokenLogps
-from dpo_dist.rules import resolve_loss
+from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
 YAML_FILES = sorted(path for path in CONF.glob("*.yaml") if not path.stem.startswith("_"))

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpo_dist.config import LossConfig
+from dpo_dist.config.rules import resolve_loss
+from dpo_dist.config.schema import LossConfig
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import drift, pair_logps
 from dpo_dist.losses import preference_loss
-from dpo_dist.metrics import MetricSums
-from dpo_dist.preference import PackedBatch, TokenizedPair, TokenLogps
-from dpo_dist.rules import resolve_loss
-from dpo_dist.world import World
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.runtime.world import World
+from dpo_dist.types import PackedBatch, TokenizedPair, TokenLogps
 
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 PAIRS = [TokenizedPair((5, 6), (7, 8, 1), (9, 1), "a"), TokenizedPair((5, 6, 7), (4, 1), (9, 9, 9, 1), "b")]

@@ -9,14 +9,15 @@ import torch
 import transformers
 from conftest import write_tiny_llama
 
-from dpo_dist.config import LoraConfig, ModelConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import LoraConfig, ModelConfig
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.attention import Forest, branch_attention, branch_misfit, packed_attention
 from dpo_dist.models.digest import model_digest
 from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, load_causal_lm, token_logps
 from dpo_dist.models.weights import merged_weights, write_shards
-from dpo_dist.preference import PackedBatch, TokenizedPair
+from dpo_dist.types import PackedBatch, TokenizedPair
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dpo_dist.data.pack import Sequences, pack_pairs, pack_sequences
-from dpo_dist.preference import TokenizedPair
+from dpo_dist.types import TokenizedPair
 
 
 def test_a_pack_computes_a_shared_prompt_and_a_shared_completion_once():

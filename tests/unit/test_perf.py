@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_dist.perf import sheet_tflops
+from dpo_dist.run.perf import sheet_tflops
 
 
 @pytest.mark.parametrize(("name", "peak"), [

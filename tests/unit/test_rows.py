@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config import DatasetConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data import files
 from dpo_dist.data.files import read_records
-from dpo_dist.data.rows import FORMATS, ReadReport, Row, detect_format, read_rows
-from dpo_dist.preference import PreferenceRow, TokenizedPair
+from dpo_dist.data.rows import FORMATS, DataRow, ReadReport, detect_format, read_rows
+from dpo_dist.types import PreferenceRow, TokenizedPair
 
 SHARED = Path(os.environ.get("DPO_DIST_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here; set DPO_DIST_SHARED")
@@ -38,7 +39,7 @@ def write_lines(path: Path, *rows: object) -> Path:
     return path
 
 
-def read(path: Path, format: str = "auto", on_bad_row: str = "error", **more: str) -> tuple[list[Row], ReadReport]:
+def read(path: Path, format: str = "auto", on_bad_row: str = "error", **more: str) -> tuple[list[DataRow], ReadReport]:
     rows, report = read_rows(DatasetConfig(str(path), format, **more), on_bad_row)
     return list(rows), report
 

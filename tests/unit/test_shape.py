@@ -20,13 +20,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_dist.config import UserError
+from dpo_dist.config.errors import UserError
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models.attention import Forest
 from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.fused import fuse
-from dpo_dist.shape import ModelShape, model_shape, read_shape
+from dpo_dist.sizing.shape import ModelShape, model_shape, read_shape
 
 REPO = Path(__file__).resolve().parents[2]
 PROMPT, COMPLETION = 64, 32

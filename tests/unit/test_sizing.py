@@ -10,18 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import train_on
 
-from dpo_dist.compose import compose
-from dpo_dist.config import RunConfig
+from dpo_dist.config.compose import compose
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.store import prepare
-from dpo_dist.predicted_time import pair_flops, step_time
-from dpo_dist.shape import ModelShape, model_shape
-from dpo_dist.size_report import report, smallest_change, token_lengths
-from dpo_dist.sizing import (
+from dpo_dist.sizing.estimate import (
     CPU,
     GPU_80GB,
+    Hardware,
     Lengths,
     Packs,
-    World,
     bucket_elements,
     cache_bytes,
     memory,
@@ -29,13 +26,16 @@ from dpo_dist.sizing import (
     scoring_memory,
     worst_lengths,
 )
+from dpo_dist.sizing.report import report, smallest_change, token_lengths
+from dpo_dist.sizing.shape import ModelShape, model_shape
+from dpo_dist.sizing.step_time import pair_flops, step_time
 
 REPO = Path(__file__).resolve().parents[2]
 LENGTHS = Lengths(256, 128, 128, 1000, "made up")
 SHAPE = model_shape({"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
                      "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": False})
 N = 21_238_272
-TWO = World(1, 2, CPU)
+TWO = Hardware(1, 2, CPU)
 
 
 def config(*overrides: str) -> RunConfig:
@@ -68,13 +68,13 @@ def test_gradients_are_held_from_one_micro_step_to_the_next():
 
 
 def test_bf16_keeps_fp32_master_weights_and_halves_the_rest():
-    need = memory(config("zero.stage=3", "cluster.device=auto"), SHAPE, LENGTHS, World(1, 2, GPU_80GB))
+    need = memory(config("zero.stage=3", "cluster.device=auto"), SHAPE, LENGTHS, Hardware(1, 2, GPU_80GB))
     assert (need.weights, need.master_weights, need.optimizer, need.gradients) == (N, 2 * N, 4 * N, 2 * N)
     assert need.buckets == 2 * bucket_elements(SHAPE.layer)                                  # a GPU's buffer costs what is asked for
 
 
 def test_offloading_moves_terms_to_the_host_and_lora_leaves_only_adapters_to_train():
-    gpu = World(1, 2, GPU_80GB)
+    gpu = Hardware(1, 2, GPU_80GB)
     offloaded = config("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu", "cluster.device=auto")
     there = memory(offloaded, SHAPE, LENGTHS, gpu)
     assert (there.weights, there.master_weights, there.optimizer, there.gradients) == (0, 0, 0, 0)
@@ -113,7 +113,7 @@ def test_traffic_is_that_of_rings():
     both = [config("zero.stage=3", f"model.gradient_checkpointing={again}") for again in ("false", "true")]
     gathered = [step_time(each, large, LENGTHS, TWO).sent / (2 * large.parameters) for each in both]
     assert gathered == [2 + 1, 3 + 1]                                    # the last: layers again
-    assert step_time(config("zero.stage=null"), SHAPE, LENGTHS, World(1, 1, CPU)).sent == 0
+    assert step_time(config("zero.stage=null"), SHAPE, LENGTHS, Hardware(1, 1, CPU)).sent == 0
 
 
 def test_checkpointing_costs_the_layers_forward_once_more():
@@ -139,7 +139,7 @@ def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], rank
     eight = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                          "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256})
     here = config("cluster.device=auto", "train.pairs_per_step=256", *overrides)
-    world = World(1, ranks, GPU_80GB)
+    world = Hardware(1, ranks, GPU_80GB)
     change = smallest_change(here, eight, LENGTHS, world)
     assert change is not None and change.words == wanted
     assert memory(change.config, eight, LENGTHS, world).fits(GPU_80GB)
@@ -148,9 +148,9 @@ def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], rank
 
 def test_more_nodes_are_the_last_resort():
     here, model = config("cluster.device=auto", "zero.stage=3", "train.tokens_per_microbatch=512"), published("llama-3.1-405b")
-    change = smallest_change(here, model, LENGTHS, World(1, 8, GPU_80GB))       # 18 bytes a parameter are 7.3 TB: too much for a host, too
+    change = smallest_change(here, model, LENGTHS, Hardware(1, 8, GPU_80GB))       # 18 bytes a parameter are 7.3 TB: too much for a host, too
     assert change is not None and change.nodes > 1 and change.words[-1] == f"cluster.nodes={change.nodes}"
-    fewer = World(change.nodes // 2, 4 * change.nodes, GPU_80GB)
+    fewer = Hardware(change.nodes // 2, 4 * change.nodes, GPU_80GB)
     everything = replace(here.zero, offload_optimizer="cpu", offload_parameters="cpu")
     most = replace(here, zero=everything, model=replace(here.model, gradient_checkpointing=True))
     assert not memory(most, model, LENGTHS, fewer).fits(GPU_80GB)
@@ -158,13 +158,13 @@ def test_more_nodes_are_the_last_resort():
 
 def test_a_reference_that_does_not_fit_names_the_engine_that_does():
     here = config("cluster.device=auto", "zero.stage=3", "model.gradient_checkpointing=true")
-    world = World(8, 64, GPU_80GB)
+    world = Hardware(8, 64, GPU_80GB)
     assert scoring_memory(here, published("llama-3.1-70b"), LENGTHS, world) > GPU_80GB.memory
     assert any("set reference=zero" in line for line in report(here, published("llama-3.1-70b"), LENGTHS, world))
 
 
 def test_the_reference_takes_what_its_engine_holds():
-    large, gpus = published("llama-3.1-70b"), World(8, 64, GPU_80GB)
+    large, gpus = published("llama-3.1-70b"), Hardware(8, 64, GPU_80GB)
     whole = 2 * large.parameters
 
     def weights(*words: str) -> float:
@@ -200,7 +200,7 @@ def test_plan_answers_without_torch():
 
 
 def test_plan_says_why_where_sizes_cannot_be_predicted(tmp_path: Path):
-    from dpo_dist.size_report import sizing_lines
+    from dpo_dist.sizing.report import sizing_lines
 
     assert "no config.json" in sizing_lines(config(f"model.path={tmp_path}"), 2)[0]
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')

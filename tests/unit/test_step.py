@@ -11,18 +11,18 @@ import pytest
 import torch
 from conftest import write_rows, write_tiny_llama
 
-from dpo_dist.compose import compose
-from dpo_dist.config import LossConfig
+from dpo_dist.config.compose import compose
+from dpo_dist.config.rules import resolve_loss
+from dpo_dist.config.schema import LossConfig
 from dpo_dist.data.store import PairStore, prepare
-from dpo_dist.flops import Flops
-from dpo_dist.metrics import MetricSums
 from dpo_dist.models.load import ScoredModel, load_causal_lm
-from dpo_dist.perf import Clock
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.hf import HfReference
-from dpo_dist.rules import resolve_loss
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.perf import Clock
+from dpo_dist.runtime.world import World
+from dpo_dist.sizing.flops import Flops
 from dpo_dist.step import step_batches, train_step
-from dpo_dist.world import World
 
 FLOPS = Flops(1e5, 1e4, ((1e3, None),))
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

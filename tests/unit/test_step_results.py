@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.compose import compose
-from dpo_dist.flops import StepWork
-from dpo_dist.metrics import MetricSums
-from dpo_dist.perf import Clock
-from dpo_dist.step_results import StepLog, StepResults
-from dpo_dist.terminal import Progress
-from dpo_dist.world import World
+from dpo_dist.config.compose import compose
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.perf import Clock
+from dpo_dist.run.step_results import StepLog, StepResults
+from dpo_dist.runtime.terminal import Progress
+from dpo_dist.runtime.world import World
+from dpo_dist.sizing.flops import StepWork
 
 CONFIG = compose(["model.path=m", "cluster.device=cpu"])
 

@@ -12,12 +12,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config import DataConfig, DatasetConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data import store as store_module
 from dpo_dist.data import writer
-from dpo_dist.data.audit import summary_lines
 from dpo_dist.data.store import PairStore, prepare
-from dpo_dist.preference import TokenizedPair
+from dpo_dist.data.summary import summary_lines
+from dpo_dist.types import TokenizedPair
 
 
 def row(prompt: list[int], chosen: list[int], rejected: list[int], **more: object) -> dict:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.compose import compose, conf_dir
-from dpo_dist.config import UserError
+from dpo_dist.config.compose import compose, conf_dir
+from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.sweep.groups import Job, group_jobs, make_job, reference_group, sweep_folder
 from dpo_dist.launcher.sweep.multirun import multirun
 from dpo_dist.launcher.sweep.page import write_page

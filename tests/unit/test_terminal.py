@@ -15,7 +15,7 @@ import pytest
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 PRELUDE = """
 import logging, os, sys, warnings
-from dpo_dist.terminal import Terminal
+from dpo_dist.runtime.terminal import Terminal
 terminal = Terminal.start({log!r}, is_main={is_main})
 """
 
@@ -174,7 +174,7 @@ def test_under_torchrun_each_rank_has_its_log_and_the_person_one_voice(tmp_path:
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(f"""
         import os
-        from dpo_dist.terminal import Terminal
+        from dpo_dist.runtime.terminal import Terminal
         rank = int(os.environ["RANK"])
         terminal = Terminal.start({str(tmp_path)!r} + f"/rank-{{rank}}.log", is_main=rank == 0)
         os.write(2, b"chatter")

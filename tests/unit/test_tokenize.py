@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config import DataConfig, DatasetConfig, UserError
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data.rows import read_rows
 from dpo_dist.data.tokenize import Dropped, TruncationReport, make_tokenize, truncate
-from dpo_dist.preference import PreferenceRow, TokenizedPair
+from dpo_dist.types import PreferenceRow, TokenizedPair
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<|eom|>"]

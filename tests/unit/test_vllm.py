@@ -14,15 +14,16 @@ import torch
 from conftest import write_tiny_llama
 from log_prob_server import Answer, LogProbServer, Say, values
 
-from dpo_dist.compose import compose
-from dpo_dist.config import RequestsConfig, UserError
+from dpo_dist.config.compose import compose
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RequestsConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
-from dpo_dist.preference import PackedBatch
-from dpo_dist.reference.cache import LogpCache, ReferenceKey
+from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 from dpo_dist.reference.hf import HfReference
-from dpo_dist.reference.server import command
-from dpo_dist.reference.serving import served_key, server_spec
-from dpo_dist.reference.vllm import VllmReference, continuations
+from dpo_dist.reference.vllm.engine import VllmReference, continuations
+from dpo_dist.reference.vllm.open import served_key, server_spec
+from dpo_dist.reference.vllm.process import command
+from dpo_dist.types import PackedBatch
 
 TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)), Sequences((30,), ((31, 32, 33, 1), (34, 1))),
          Sequences(tuple(range(3, 40)), (tuple(range(40, 60)),))]

@@ -34,7 +34,7 @@ def test_vllm_agrees_with_the_plain_forward_in_fp32(tmp_path: Path, base: list[s
     from transformers import AutoModelForCausalLM
 
     from dpo_dist.logps import plain_token_logps
-    from dpo_dist.reference.cache import LogpCache, ReferenceKey
+    from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

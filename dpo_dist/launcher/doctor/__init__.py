@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.devices import compiled_ops, devices
 from dpo_dist.launcher.doctor.finding import Finding
 from dpo_dist.launcher.doctor.folders import clock, disk, shared_folder

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding
 from dpo_dist.launcher.local import device_count
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding, together
 from dpo_dist.launcher.doctor.network import node_count
 

@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding, together
 
 SIOCGIFADDR = 0x8915                # Linux: the IPv4 address of an interface

@@ -9,7 +9,7 @@ import subprocess
 from importlib import metadata
 from urllib.parse import urlsplit
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding
 
 ANSWER_SECONDS = 5

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import dpo_dist
-from dpo_dist.config import RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding
 
 SHOWN = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "omegaconf")

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.compose import compose
-from dpo_dist.config import RunConfig, UserError, to_dict
+from dpo_dist.config.compose import compose
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig, to_dict
 from dpo_dist.launcher.plan import scores_apart
 
 Value = str | float | int | bool | None

@@ -15,9 +15,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.compose import compose, conf_dir, explain
-from dpo_dist.config import UserError, nearest
-from dpo_dist.launcher.sweep import here, on_slurm
+from dpo_dist.config.compose import compose, conf_dir, explain
+from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.launcher.sweep import run_local, run_slurm
 from dpo_dist.launcher.sweep.groups import Job, check_comparable, check_distinct, group_jobs, key_of, make_job, run_dir_override, sweep_folder
 from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_json
@@ -93,13 +93,13 @@ class Sweep:
         if self._dry_run:
             if on_this_machine:
                 raise UserError("--dry-run shows batch scripts, and cluster=local has none; set cluster=slurm")
-            raise _Shown(on_slurm.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
+            raise _Shown(run_slurm.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
         print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} to run", flush=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         why_not: dict[Path, str] = {}
         try:
             if missing:
-                why_not = (here if on_this_machine else on_slurm).run_groups(group_jobs(missing, self._folder))
+                why_not = (run_local if on_this_machine else run_slurm).run_groups(group_jobs(missing, self._folder))
         finally:
             self._results.update({job.run_dir: read_result(job, why_not.get(job.run_dir, "")) for job in distinct})
             write_json(self._folder, self._all, objective)

@@ -1,0 +1,137 @@
+"""conf/ + overrides → RunConfig. Writes nothing and imports no torch, so every rank may compose for itself.
+
+Hydra's own exceptions become one message each, with the nearest valid name.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_dist.config.decode import decode
+from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.schema import RunConfig
+
+
+def conf_dir() -> Path:
+    """Where the YAML files are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend."""
+    return decode(compose_raw(overrides))
+
+
+def compose_raw(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed config as plain containers, before types and rules are checked."""
+    try:
+        return _to_plain(_compose(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(overrides, error)) from error
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return hydra_compose(config_name="config", overrides=list(overrides))
+
+
+def _to_plain(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- what went wrong
+
+
+def explain(overrides: Sequence[str], error: Exception) -> str:
+    """The message for what Hydra refused: which override is wrong, and the nearest valid name."""
+    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml") if not f.stem.startswith("_")) for p in conf_dir().iterdir() if p.is_dir()}
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException:
+            return (f"cannot read the override '{text}': write key=value, and quote values with special characters, "
+                    "as in 'data.train=[{path: rows.jsonl, format: preference}]'")
+    for override in parsed:
+        if override.key_or_group in groups and isinstance(override.value(), str):
+            choice = str(override.value())
+            if choice not in groups[override.key_or_group]:
+                return f"{override.key_or_group}={choice} is not a choice: {nearest(choice, groups[override.key_or_group])}"
+    choices = [o.input_line for o in parsed if o.key_or_group in groups and o.input_line]
+    valid = set(_flat_keys(_to_plain(_compose(choices))))
+    for override in parsed:
+        if override.key_or_group not in groups and override.key_or_group not in valid:
+            other = _choice_with(override.key_or_group)
+            return f"unknown key '{override.key_or_group}': " + (f"it goes with {other}" if other else nearest(override.key_or_group, valid))
+    return str(error).splitlines()[0]
+
+
+def _choice_with(key: str) -> str | None:
+    """group=choice of a YAML file, not chosen here, that has the key."""
+    group, _, name = key.partition(".")
+    for path in sorted((conf_dir() / group).glob("*.yaml")):
+        if any(dotted == name or dotted.startswith(f"{name}.") for dotted, _, _ in yaml_comments(path)):
+            return f"{group}={path.stem}"
+    return None
+
+
+def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------- help
+
+
+def documented_keys() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, read from the YAML files' own comments: those of the default configuration, and those that
+    another choice of a group brings."""
+    out: dict[str, tuple[str, str, str]] = {}
+    config = conf_dir() / "config.yaml"
+    defaults = dict(re.findall(r"^  - (?:optional )?(\w+): (\w+)$", config.read_text(), re.M))
+    for group, default_choice in defaults.items():
+        others = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml") if not file.stem.startswith("_"))
+        for choice in [default_choice, *others] if default_choice != "null" else []:
+            for key, default, text in yaml_comments(conf_dir() / group / f"{choice}.yaml"):
+                name = f"{group}.{key}"
+                out.setdefault(name, (name, default, text if choice == default_choice else f"{text} ({group}={choice})"))
+    return [*out.values(), *yaml_comments(config)]
+
+
+def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
+    """(dotted key, value as written, comment) of each leaf of a YAML file, and of the files its defaults list inherits."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    parents: list[tuple[int, str]] = []
+    for line in path.read_text().splitlines():
+        inherited = re.match(r"^  - (\w+)$", line)
+        if inherited and inherited[1] != "_self_":
+            rows.update({row[0]: row for row in yaml_comments(path.parent / f"{inherited[1]}.yaml")})
+        match = re.match(r"^( *(?:- )?)(\w+):(?: +([^#\s][^#]*?))?(?:\s+#\s*(.*))?$", line)
+        if not match:
+            continue
+        indent, key, value, comment = len(match[1]), match[2], match[3], match[4] or ""
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        dotted = ".".join([p[1] for p in parents] + [key])
+        if value is None:
+            parents.append((indent, key))
+        else:
+            previous = rows.get(dotted, ("", "", ""))[2]
+            rows[dotted] = (dotted, value.strip(), previous or comment)
+    return [row for row in rows.values() if not row[0].startswith("defaults.")]

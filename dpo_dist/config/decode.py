@@ -1,0 +1,104 @@
+"""A plain nested mapping → the RunConfig that it describes, checked key by key. No torch here."""
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.rules import resolve_loss, validate
+from dpo_dist.config.schema import DatasetConfig, RunConfig
+
+ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def decode(raw: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig that a plain nested mapping describes. Raises UserError naming key, value and remedy."""
+    config = _decode(RunConfig, raw, "")
+    config = dataclasses.replace(config, loss=resolve_loss(config.loss))
+    validate(config)
+    return config
+
+
+def _decode(kind: Any, value: Any, key: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, key)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode_one_of([a for a in args if a is not type(None)], value, key)
+    if origin is Literal:
+        value = ALIASES.get(value, value) if isinstance(value, str) else value
+        if value not in args or isinstance(value, bool):
+            raise UserError(f"{key}={value!r} is not allowed: {nearest(str(value), map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key}={value!r} must be a list, as in {key}=[...]")
+        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) != len(value):
+            raise UserError(f"{key}={value!r} must have {len(inner)} entries")
+        return tuple(_decode(k, v, f"{key}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key}={value!r} must be a mapping, as in {key}={{name: value}}")
+        return {str(k): _decode(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    return _decode_scalar(kind, value, key)
+
+
+def _decode_one_of(kinds: list[Any], value: Any, key: str) -> Any:
+    """The value as the first of these kinds that it fits. Where it fits none, the last one's error, or one that names them all."""
+    for kind in kinds:
+        try:
+            return _decode(kind, value, key)
+        except UserError as error:
+            refused = error
+    if all(typing.get_origin(kind) is Literal or kind in _TYPE_NAMES for kind in kinds[:-1]) and len(kinds) > 1:
+        words = [word for kind in kinds for word in (typing.get_args(kind) or (_TYPE_NAMES[kind],))]
+        raise UserError(f"{key}={value!r} is not allowed: one of {', '.join(words)}")
+    raise refused
+
+
+def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:
+    if kind is DatasetConfig and isinstance(value, str):
+        value = {"path": value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key}={value!r} must be a mapping with keys {', '.join(f.name for f in dataclasses.fields(kind))}")
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in known:
+            raise UserError(f"unknown key '{prefix}{name}': {nearest(str(name), known)}")
+    out = {}
+    for name, spec in known.items():
+        if name in value:
+            out[name] = _decode(hints[name], value[name], prefix + name)
+        elif spec.default is dataclasses.MISSING:
+            raise UserError(f"{prefix}{name} is missing; set {prefix}{name}=...")
+    return kind(**out)
+
+
+def _decode_scalar(kind: type, value: Any, key: str) -> Any:
+    if value is None or value == "???":                  # ??? is what Hydra shows for a value that must be given
+        raise UserError(f"{key} is not set; set {key}=...")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):        # YAML reads 5e-7 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)                                # a path such as 2024
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{key}={value!r} must be {_TYPE_NAMES[kind]}")
+    return value
+
+
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -1,0 +1,320 @@
+"""Which rank forwards which pairs at which micro-step: decided from lengths and contents alone, identically on every rank.
+
+Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is computed once. Packs
+keep to a token budget (of padded rows: rows times the longest), are equally many on every rank (law 5), and those of one micro-step
+cost nearly the same.
+"""
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.sizing.flops import Flops
+
+GOOD_BALANCE = 1.02               # what the slowest ranks may take over the mean before other ways to cut the step are tried
+
+
+@dataclass(frozen=True)
+class PairShapes:
+    """What the planner knows of n pairs."""
+
+    lengths: NDArray[np.int32]              # (n, 3) tokens of prompt, chosen, rejected
+    content: NDArray[np.uint64]             # (n, 3) what they are: equal numbers, equal tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """packs[micro_step][rank] = the positions (in the step's list of pairs) that this rank forwards then.
+
+    A pack that would be empty repeats one pair as a filler: `is_filler[micro_step][rank]`; its loss counts 0, and the ranks' forwards
+    stay equal in number (law 5). costs[micro_step][rank]: FLOPs of the pack's forward, padding aside. tokens: all that is forwarded,
+    padding too.
+    """
+
+    packs: tuple[tuple[tuple[int, ...], ...], ...]
+    is_filler: tuple[tuple[bool, ...], ...]
+    costs: tuple[tuple[float, ...], ...]
+    tokens: int
+
+    def of_rank(self, rank: int) -> list[tuple[tuple[int, ...], bool]]:
+        return [(packs[rank], filler[rank]) for packs, filler in zip(self.packs, self.is_filler, strict=True)]
+
+    @property
+    def makespan(self) -> float:
+        """What the step takes where ranks wait for each other at every micro-step, as under ZeRO-3."""
+        return sum(max(row) for row in self.costs)
+
+    @property
+    def imbalance(self) -> float:
+        """Busiest over mean rank, in planned cost."""
+        loads = [sum(column) for column in zip(*self.costs, strict=True)]
+        return max(loads) * len(loads) / sum(loads)
+
+
+class _Size(NamedTuple):
+    """What a forward computes: rows, padded to the longest. Tokens laid end to end are rows of one token, which pad nothing."""
+
+    rows: int
+    longest: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.longest
+
+    def beside(self, other: _Size) -> _Size:
+        return _Size(self.rows + other.rows, max(self.longest, other.longest))
+
+
+NOTHING = _Size(0, 0)
+
+
+class _Unit(NamedTuple):
+    """Pairs of one prompt that stay in one pack."""
+
+    members: tuple[int, ...]
+    size: _Size
+    cost: float
+
+
+class _Pair(NamedTuple):
+    """A pair as the planner sees it: (content, size, cost) of its completions."""
+
+    at: int
+    chosen: tuple[int, _Size, float]
+    rejected: tuple[int, _Size, float]
+
+
+class _Prompt(NamedTuple):
+    """Pairs, and what is computed once for them all: the prompt, or nothing where each row repeats it."""
+
+    size: _Size
+    cost: float
+    pairs: list[_Pair]
+
+
+def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_microbatch: int, share_completions: bool = True) -> StepPlan:
+    """Spreads a step's pairs over ranks and micro-steps: as few micro-steps as the token budget allows, packs of near-equal cost.
+
+    Largest first into the cheapest pack with room (Graham 1969). Where that balances badly, filling one micro-step after the other,
+    one micro-step more, and prompts cut smaller are tried, and what ends sooner is taken: a prompt computed twice may cost less than
+    ranks that wait. Padded rows go with those of like length instead.
+    """
+    prompts = _prompts(shapes, flops)
+    filler = _filler(prompts, tokens_per_microbatch, share_completions)
+    whole = _cut(prompts, tokens_per_microbatch, math.inf, share_completions)
+    mean = sum(u.cost for u in whole) / world_size
+    if flops.padded:
+        cuts = (_cut(prompts, tokens_per_microbatch, part, share_completions) for part in (math.inf, mean, mean / 2, mean / 4))
+        plans = (_assign(_rows_alike(units, world_size, tokens_per_microbatch), filler, world_size) for units in cuts)
+        return min(plans, key=lambda plan: plan.makespan)
+    best = _spread(whole, filler, world_size, tokens_per_microbatch)
+    pack = mean / len(best.packs)
+    for part, more_micro_steps, in_turn in ((math.inf, 0, True), (math.inf, 1, True), (math.inf, 1, False), (math.inf, 2, False),
+                                            (pack, 0, False), (pack / 2, 0, False), (pack / 4, 0, False)):
+        if best.makespan <= GOOD_BALANCE * mean:
+            break
+        units = whole if part == math.inf else _cut(prompts, tokens_per_microbatch, part, share_completions)
+        best = min(best, _spread(units, filler, world_size, tokens_per_microbatch, more_micro_steps, in_turn), key=lambda plan: plan.makespan)
+    return best
+
+
+def distinct_flops(shapes: PairShapes, flops: Flops) -> float:
+    """FLOPs of a forward of these pairs in which nothing is computed twice, however they are packed."""
+    prompt_cost, completion_cost = flops.of_pairs(shapes.lengths)
+    _, prompts = np.unique(shapes.content[:, 0], return_index=True)
+    total = prompt_cost[prompts].sum()
+    completions = np.stack([np.repeat(shapes.content[:, 0], 2), shapes.content[:, 1:].ravel()], 1)
+    _, once = np.unique(completions, axis=0, return_index=True)
+    return float(total + completion_cost.ravel()[once].sum())
+
+
+def _prompts(shapes: PairShapes, flops: Flops) -> list[_Prompt]:
+    """The pairs by prompt."""
+    prompt_cost, completion_cost = flops.of_pairs(shapes.lengths)
+    found: dict[int, _Prompt] = {}
+    rows = zip(shapes.content.tolist(), shapes.lengths.tolist(), prompt_cost.tolist(), completion_cost.tolist(), strict=True)
+    for at, ((prompt, chosen, rejected), (p, c, r), cost, (chosen_cost, rejected_cost)) in enumerate(rows):
+        if flops.padded:
+            once = _Prompt(NOTHING, 0.0, [])
+            pair = _Pair(at, (chosen, _Size(1, p + c), cost + chosen_cost), (rejected, _Size(1, p + r), cost + rejected_cost))
+        else:
+            once = _Prompt(_Size(p, 1), cost, [])
+            pair = _Pair(at, (chosen, _Size(c, 1), chosen_cost), (rejected, _Size(r, 1), rejected_cost))
+        found.setdefault(prompt, once).pairs.append(pair)
+    return list(found.values())
+
+
+def _filler(prompts: Iterable[_Prompt], budget: int, share: bool) -> _Unit:
+    """The cheapest pair: what a rank with nothing to do forwards."""
+    alone = ((prompt.cost + _added(pair, set(), share)[1], pair.at, prompt, pair) for prompt in prompts for pair in prompt.pairs)
+    _, _, prompt, pair = min(alone)
+    return _pieces(prompt._replace(pairs=[pair]), budget, math.inf, share)[0]
+
+
+def _cut(prompts: Iterable[_Prompt], budget: int, part: float, share: bool) -> list[_Unit]:
+    """Each prompt's pairs whole, or where they cost more than `part`, in so many pieces as that goes into it, as equal as they can be.
+    More pieces only where the token budget wants them."""
+    units = []
+    for prompt in prompts:
+        pieces = _pieces(prompt, budget, math.inf, share)
+        wanted = max(len(pieces), math.ceil(sum(piece.cost for piece in pieces) / part))
+        low, high = 0.0, max(piece.cost for piece in pieces)
+        for _ in range(8 if wanted > 1 and len(prompt.pairs) > 1 else 0):
+            middle = (low + high) / 2
+            other = _pieces(prompt, budget, middle, share)
+            if len(other) <= wanted:
+                pieces, high = other, middle
+            else:
+                low = middle
+        units += pieces
+    return units
+
+
+def _pieces(prompt: _Prompt, budget: int, cap: float, share: bool) -> list[_Unit]:
+    """The prompt's pairs, filled in turn into units within both bounds; a pair is never cut."""
+    units: list[_Unit] = []
+    members: list[int] = []
+    seen: set[int] = set()
+    size, cost = prompt.size, prompt.cost
+    for pair in prompt.pairs if len(prompt.pairs) == 1 else sorted(prompt.pairs, key=lambda p: p.chosen):
+        more, more_cost = _added(pair, seen, share)
+        if members and (size.beside(more).tokens > budget or cost + more_cost > cap):
+            units.append(_Unit(tuple(members), size, cost))
+            members, seen = [], set()
+            size, cost = prompt.size, prompt.cost
+            more, more_cost = _added(pair, seen, share)
+        members.append(pair.at)
+        seen |= {pair.chosen[0], pair.rejected[0]}
+        size, cost = size.beside(more), cost + more_cost
+    return [*units, _Unit(tuple(members), size, cost)]
+
+
+def _added(pair: _Pair, seen: set[int], share: bool) -> tuple[_Size, float]:
+    """(size, cost) of the pair's completions that are not computed yet."""
+    (chosen, chosen_size, chosen_cost), (rejected, rejected_size, rejected_cost) = pair.chosen, pair.rejected
+    if share and (rejected in seen or rejected == chosen):
+        return (NOTHING, 0.0) if chosen in seen else (chosen_size, chosen_cost)
+    if share and chosen in seen:
+        return rejected_size, rejected_cost
+    return chosen_size.beside(rejected_size), chosen_cost + rejected_cost
+
+
+def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int, more_micro_steps: int = 0,
+            in_turn: bool = False) -> StepPlan:
+    """The plan with as few micro-steps as the budget allows, or so many more."""
+    order = sorted(units, key=lambda u: (-u.cost, u.members))
+    micro_steps = max(1, -(-sum(u.size.tokens for u in units) // (budget * world_size))) + more_micro_steps
+    fill = _fill_in_turn if in_turn else _fill
+    while (bins := fill(order, micro_steps, world_size, budget)) is None:
+        micro_steps += 1
+    return _assign(bins, filler, world_size)
+
+
+def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan:
+    """Packs, world_size for each micro-step: a micro-step's are neighbours in cost, and the busiest rank gets the cheapest."""
+    bins.sort(key=lambda units: (-sum(u.cost for u in units), units))
+    load = [0.0] * world_size
+    packs, fillers, costs, tokens = [], [], [], 0
+    for m in range(len(bins) // world_size):
+        row: list[list[_Unit]] = [[]] * world_size
+        ranks = sorted(range(world_size), key=lambda r: load[r])
+        for rank, pack in zip(ranks, bins[m * world_size:(m + 1) * world_size], strict=True):
+            row[rank] = pack
+        fillers.append(tuple(not pack for pack in row))
+        full = [pack or [filler] for pack in row]
+        packs.append(tuple(tuple(i for unit in pack for i in unit.members) for pack in full))
+        costs.append(tuple(sum(unit.cost for unit in pack) for pack in full))
+        tokens += sum(reduce(_Size.beside, (unit.size for unit in pack)).tokens for pack in full)
+        load = [a + b for a, b in zip(load, costs[-1], strict=True)]
+    return StepPlan(tuple(packs), tuple(fillers), tuple(costs), tokens)
+
+
+def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[list[_Unit]]:
+    """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding, and none much larger than another."""
+    order = sorted(units, key=lambda u: (-u.size.longest, u.members))
+    packs = _in_order(order, budget)
+    n_packs = -(-len(packs) // world_size) * world_size
+    low, high = 0.0, float(budget)
+    for _ in range(8):
+        middle = (low + high) / 2
+        smaller = _in_order(order, middle)
+        if len(smaller) <= n_packs:
+            packs, high = smaller, middle
+        else:
+            low = middle
+    return packs + [[] for _ in range(n_packs - len(packs))]
+
+
+def _in_order(order: Iterable[_Unit], cap: float) -> list[list[_Unit]]:
+    """Packs of units as they come, of at most `cap` tokens, or of one unit that has more."""
+    packs: list[list[_Unit]] = []
+    size = NOTHING
+    for unit in order:
+        grown = size.beside(unit.size)
+        if packs and grown.tokens <= cap:
+            packs[-1].append(unit)
+        else:
+            packs.append([unit])
+            grown = unit.size
+        size = grown
+    return packs
+
+
+def _fill(order: Iterable[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
+    """All packs alike: each unit into the cheapest pack that has room. None where a unit finds none."""
+    packs, left = _largest_first(order, micro_steps * world_size, budget, math.inf)
+    return None if left else packs
+
+
+def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
+    """One micro-step after the other, each as costly as its largest unit demands: the packs of a micro-step are alike, those of two
+    need not be."""
+    packs: list[list[_Unit]] = []
+    left = list(order)
+    for more in range(micro_steps, 0, -1):
+        mean = sum(u.cost for u in left) / (more * world_size)
+        cap = max([mean, *(u.cost for u in left[:1])]) if more > 1 else math.inf
+        row, left = _largest_first(left, world_size, budget, cap)
+        packs += row
+    return None if left else packs
+
+
+def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]], list[_Unit]]:
+    """(packs, units that found no room): each unit, as they come, into the cheapest pack that it fits, in tokens and under `cap` of cost."""
+    packs: list[list[_Unit]] = [[] for _ in range(n_packs)]
+    used = [0] * n_packs
+    heap = [(0.0, b) for b in range(n_packs)]
+    left = []
+    for unit in order:
+        full = []
+        while heap and used[heap[0][1]] + unit.size.tokens > budget:
+            full.append(heapq.heappop(heap))
+        if heap and heap[0][0] + unit.cost <= cap:
+            cost, b = heap[0]
+            packs[b].append(unit)
+            used[b] += unit.size.tokens
+            heapq.heapreplace(heap, (cost + unit.cost, b))
+        else:
+            left.append(unit)
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return packs, left
+
+
+def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int, padded: bool = False) -> None:
+    """Raises UserError where a pair alone is longer than a pack may be: as padded rows, each with the prompt, or laid end to end."""
+    tokens = 2 * (lengths[:, 0] + lengths[:, 1:].max(1)) if padded else lengths.sum(1)
+    worst = int(tokens.argmax())
+    if tokens[worst] > tokens_per_microbatch:
+        name = f" ({where[worst]})" if where is not None else ""
+        how = ", as two padded rows" if padded else ""
+        raise UserError(f"train.tokens_per_microbatch={tokens_per_microbatch} is less than the {tokens[worst]} tokens of one pair{name}{how}; "
+                        f"set train.tokens_per_microbatch={tokens[worst]} or more, or lower data.max_length")

@@ -1,0 +1,209 @@
+"""The parity audit: before any value of an engine outside the training stack is believed, a sample is rescored with the training stack.
+
+The sample goes through every server twice, in another order and in other company: values that depend on where a sequence stands, or on
+what was asked before it, are off in one of the two.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import AuditConfig, RunConfig
+from dpo_dist.data.pack import Sequences, pack_sequences
+from dpo_dist.data.store import PairStore
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.reference.cache.store import ReferenceKey
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
+from dpo_dist.types import TokenizedPair
+
+# fp32: three times the worst that vLLM 0.32 showed on tiny models whose own fp32 forward is as far from their fp64 one (8e-5 a token).
+# bf16: both engines round; 0.02 a token and up to 0.8 a completion is what bf16 is from fp32 in either.
+BOUNDS = {
+    torch.float32: {"token_mean": 2e-5, "token_max": 2e-4, "sequence_max": 2e-3, "margin_max": 1e-3},
+    torch.bfloat16: {"token_mean": 0.05, "token_max": 1.0, "sequence_max": 2.5, "margin_max": 0.5},
+}
+WORST_SHOWN = 5
+FILE = "parity.json"
+Logps = dict[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class PairError:
+    """How far a pair's values are from the oracle's, nats: its worst token, its worse completion's sum, its margin."""
+
+    where: str
+    token: float
+    sequence: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What an audit found: |engine - oracle| in nats; margins are chosen minus rejected, before beta."""
+
+    engine: str                          # the recipe of the values
+    oracle: str
+    servers: int
+    pairs: int
+    tokens: int                          # of the sample; each was scored twice by every server
+    token_mean: float
+    token_max: float
+    sequence_mean: float
+    sequence_max: float
+    margin_mean: float
+    margin_max: float
+    worst: tuple[PairError, ...]
+
+
+def audit(config: RunConfig, key: ReferenceKey, dtype: torch.dtype, engines: Sequence[ReferenceEngine],
+          open_oracle: Callable[[], ReferenceEngine], data_sets: Sequence[PairStore], world: World, terminal: Terminal) -> None:
+    """Holds each engine against the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be sharded over
+    them, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's values."""
+    settings = _settings(config)
+    sample = sample_pairs(data_sets, settings.pairs)
+    oracle = open_oracle()
+    wanted = _scored(oracle, by_prompt(sample), config.train.tokens_per_microbatch)
+    oracle.close()
+
+    def judge() -> None:
+        found = [_scored(engine, order(sample), config.train.tokens_per_microbatch // part)
+                 for engine in engines for part, order in ((1, by_prompt), (3, one_by_one))]
+        parity = compare(sample, wanted, found, key.recipe, settings.oracle, len(engines))
+        _report(parity, config, key, dtype, terminal)
+
+    world.on_main(judge)
+
+
+def believe_earlier_audit(config: RunConfig, key: ReferenceKey, dtype: torch.dtype, terminal: Terminal) -> None:
+    """For values that are all in the cache: the audit that preceded them must be within this run's bounds too."""
+    kept = _beside_values(config, key)
+    if not kept.exists():
+        raise UserError(f"reference.cache_dir={config.reference.cache_dir} holds values of '{key.recipe}' without the audit that preceded them "
+                        f"({kept} is missing); remove {kept.parent}, and they are scored again")
+    raw = json.loads(kept.read_text())
+    _report(Parity(**{**raw, "worst": tuple(PairError(**each) for each in raw["worst"])}), config, key, dtype, terminal)
+
+
+def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
+    """n pairs, chosen by content alone: the longest, up to n/2 that share their prompt with another, and the rest by their hash."""
+    content = np.concatenate([pairs.content for pairs in data_sets if len(pairs)])
+    lengths = np.concatenate([pairs.lengths() for pairs in data_sets if len(pairs)])
+    mixed = content[:, 0] ^ content[:, 1] ^ (content[:, 2] << np.uint64(1))
+    by_hash = np.argsort(mixed, kind="stable")
+    _, which, count = np.unique(content[:, 0], return_inverse=True, return_counts=True)
+    siblings = np.lexsort((mixed, content[:, 0]))
+    siblings = siblings[count[which[siblings]] > 1][:n // 2]
+    chosen = dict.fromkeys([int(lengths.sum(1).argmax()), *siblings.tolist(), *by_hash[:n].tolist()])
+    first = np.cumsum([0, *map(len, data_sets)])
+    at = [(i, int(np.searchsorted(first, i, side="right")) - 1) for i in list(chosen)[:n]]
+    return [data_sets[d][i - int(first[d])] for i, d in at]
+
+
+def by_prompt(pairs: Sequence[TokenizedPair]) -> list[Sequences]:
+    """The completions of each prompt side by side, as scoring has them."""
+    trees: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for pair in pairs:
+        trees.setdefault(pair.prompt_ids, {}).update({pair.chosen_ids: None, pair.rejected_ids: None})
+    return [Sequences(prompt, tuple(completions)) for prompt, completions in trees.items()]
+
+
+def one_by_one(pairs: Sequence[TokenizedPair]) -> list[Sequences]:
+    """The same sequences backwards, each after a prompt of its own."""
+    return [Sequences(tree.prompt, (completion,)) for tree in reversed(by_prompt(pairs)) for completion in reversed(tree.completions)]
+
+
+def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps], engine: str, oracle: str, servers: int) -> Parity:
+    """The Parity of several scorings of the pairs with the oracle's."""
+    tokens, sequences, margins, errors = [], [], [], []
+    for pair in pairs:
+        for logps in found:
+            chosen, rejected = (logps[name].astype(np.float64) - wanted[name] for name in
+                                ((pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)))
+            tokens += [np.abs(chosen), np.abs(rejected)]
+            sequences += [abs(chosen.sum()), abs(rejected.sum())]
+            margins.append(abs(chosen.sum() - rejected.sum()))
+        here = len(found)
+        errors.append(PairError(pair.where, float(max(each.max() for each in tokens[-2 * here:])), float(max(sequences[-2 * here:])),
+                                float(max(margins[-here:]))))
+    token = np.concatenate(tokens)
+    worst = sorted(errors, key=lambda e: -e.token)[:WORST_SHOWN]
+    return Parity(engine, oracle, servers, len(pairs), sum(map(len, wanted.values())), float(token.mean()), float(token.max()),
+                  float(np.mean(sequences)), float(max(sequences)), float(np.mean(margins)), float(max(margins)), tuple(worst))
+
+
+def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.dtype, terminal: Terminal) -> None:
+    """Shows and keeps the figures. UserError where one is over its bound: then nothing is kept beside the cache's values."""
+    beta = config.loss.beta or 1.0
+    measured = {**asdict(parity), "margin_mean": beta * parity.margin_mean, "margin_max": beta * parity.margin_max}
+    bounds = _bounds(_settings(config), dtype)
+    rows = [[name, f"{measured[f'{kind}_mean']:.2e}", f"{measured[f'{kind}_max']:.2e}", _shown(bounds, kind)] for kind, name in
+            (("token", "a token"), ("sequence", "a completion"), ("margin", f"a margin, times {beta:g}"))]
+    terminal.table(f"parity of {parity.engine} with {parity.oracle}: {parity.pairs} pairs, {parity.tokens} tokens, scored twice "
+                   f"by {parity.servers} server(s); |error| in nats", ["of", "mean", "worst", "bound"], rows)
+    over = [f"{name} {measured[name]:.3g} is over reference.audit.{name}={bound:g}" for name, bound in bounds.items()
+            if not measured[name] <= bound]
+    _write(Path(config.run_dir) / FILE, {**measured, "beta": beta, "bounds": bounds, "passed": not over})
+    if over:
+        worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, {beta * e.margin:.3g} a margin"
+                          for e in parity.worst)
+        raise UserError(f"the audit stopped the run before a value was used: {parity.engine} does not agree with {parity.oracle} "
+                        f"({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must hold the weights of reference.path="
+                        f"{config.reference_path} in {key.dtype}, without prefix caching and quantization; or raise the bound")
+    _write(_beside_values(config, key), asdict(parity))
+
+
+def _shown(bounds: dict[str, float], kind: str) -> str:
+    return ", ".join(f"{name.removeprefix(kind + '_')} {bound:g}" for name, bound in bounds.items() if name.startswith(kind))
+
+
+def _settings(config: RunConfig) -> AuditConfig:
+    assert config.reference.audit is not None, "only an engine outside the training stack is audited"
+    return config.reference.audit
+
+
+def _bounds(settings: AuditConfig, dtype: torch.dtype) -> dict[str, float]:
+    return {name: default if getattr(settings, name) is None else getattr(settings, name) for name, default in BOUNDS[dtype].items()}
+
+
+def _scored(engine: ReferenceEngine, trees: Sequence[Sequences], tokens_per_pack: int) -> Logps:
+    found: Logps = {}
+    for pack in _packs(trees, tokens_per_pack):
+        logps, at = engine.token_logps(pack_sequences(pack)).cpu().numpy(), 0
+        for tree in pack:
+            for completion in tree.completions:
+                found[tree.prompt, completion] = logps[at:at + len(completion)]
+                at += len(completion)
+    return found
+
+
+def _packs(trees: Sequence[Sequences], tokens: int) -> Iterator[list[Sequences]]:
+    """The trees in order, filled into packs; one that is longer alone is a pack."""
+    pack: list[Sequences] = []
+    used = 0
+    for tree in trees:
+        size = len(tree.prompt) + sum(map(len, tree.completions))
+        if pack and used + size > tokens:
+            yield pack
+            pack, used = [], 0
+        pack.append(tree)
+        used += size
+    yield pack
+
+
+def _beside_values(config: RunConfig, key: ReferenceKey) -> Path:
+    return Path(config.reference.cache_dir) / key.folder / FILE
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.rename(path)

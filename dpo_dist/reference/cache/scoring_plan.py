@@ -1,0 +1,159 @@
+"""What the cache lacks of some data sets, as packs to score: each sequence once, those of one prompt in one tree, from contents alone.
+
+Sequence s of data sets laid end to end is pair s // 2's chosen completion where s is even, its rejected one where s is odd. Arrays
+throughout: a million pairs are planned in seconds and within 100 bytes a pair.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_dist.reference.cache.scoring_order import NEVER
+from dpo_dist.reference.cache.store import LogpCache, sequence_key
+
+AT_ONCE = 2**16                    # keys that are compared at once
+Ids = NDArray[np.int32]
+Indexes = NDArray[np.int64]
+Keys = NDArray[np.uint64]               # (n, 2): 16 bytes as two numbers
+
+
+class Pairs(Protocol):
+    def __len__(self) -> int: ...
+
+    def parts(self, index: int) -> tuple[Ids, Ids, Ids]: ...
+
+    def lengths(self) -> NDArray[np.int32]: ...
+
+
+class ScoringPlan(NamedTuple):
+    """sequences to score; tree i holds those from trees[i] to trees[i + 1], pack j the trees from packs[j] to packs[j + 1]."""
+
+    sequences: Indexes
+    trees: Indexes
+    packs: Indexes
+    n_cached: int
+
+    @property
+    def n_packs(self) -> int:
+        return len(self.packs) - 1
+
+    def pack(self, j: int) -> list[Indexes]:
+        """The trees of a pack, each as its sequences."""
+        return [self.sequences[self.trees[i]:self.trees[i + 1]] for i in range(self.packs[j], self.packs[j + 1])]
+
+
+def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microbatch: int, windows: Indexes | None = None,
+                 padded: bool = False) -> ScoringPlan:
+    """The plan for what `cache` lacks. Packs come longest trees first, so that those which run side by side are alike.
+
+    windows: (pairs,) as in scoring_order.py: one after the other, prompts shared within each; pairs of NEVER are left out. None: all at once.
+    padded: a sequence is a row with its prompt, so each is a tree of its own, and a pack's tokens are rows times the longest.
+    """
+    prompts, sequences = _keys(data_sets)
+    prompt = _ranks(prompts)
+    del prompts
+    wanted = _first_of_each(sequences) if windows is None else _first_asked(sequences, windows)
+    missing = np.concatenate([part[~cache.holds(sequences[part])] for part in np.array_split(wanted, 1 + len(wanted) // AT_ONCE)])
+    n_cached = len(wanted) - len(missing)
+    del sequences, wanted                                                          # each byte counts a million times
+    window = np.zeros(len(prompt), np.int8) if windows is None else windows
+    missing = missing[np.lexsort((missing, prompt[missing // 2], window[missing // 2]))]
+    pair = missing // 2
+    starts_tree = (np.diff(prompt[pair], prepend=-1) != 0) | (np.diff(window[pair], prepend=-1) != 0) | padded
+    lengths = np.concatenate([pairs.lengths() for pairs in data_sets]) if len(data_sets) > 1 else data_sets[0].lengths()
+    trees, sizes = _trees(starts_tree, lengths[pair, 0], lengths[pair, 1 + missing % 2], tokens_per_microbatch)
+    longest_first = np.lexsort((missing[trees[:-1]], -sizes, window[pair[trees[:-1]]]))
+    del pair
+    counts = np.diff(trees)[longest_first]
+    ends = np.cumsum(counts)
+    at = np.repeat(trees[:-1][longest_first] - (ends - counts), counts) + np.arange(len(missing))
+    packs = (_padded_packs if padded else _packs)(sizes[longest_first], tokens_per_microbatch)
+    return ScoringPlan(missing[at], np.concatenate([[0], ends]).astype(np.int64), packs, n_cached)
+
+
+def _keys(data_sets: Sequence[Pairs]) -> tuple[Keys, Keys]:
+    """(keys of the prompts (pairs, 2), of the sequences (2 * pairs, 2))."""
+    n = sum(map(len, data_sets))
+    prompts, sequences, at = bytearray(16 * n), bytearray(32 * n), 0
+    for pairs in data_sets:
+        for i in range(len(pairs)):
+            prompt, chosen, rejected = pairs.parts(i)
+            prompts[16 * at:16 * at + 16] = sequence_key(prompt, ())
+            sequences[32 * at:32 * at + 32] = sequence_key(prompt, chosen) + sequence_key(prompt, rejected)
+            at += 1
+    return np.frombuffer(prompts, "<u8").reshape(-1, 2), np.frombuffer(sequences, "<u8").reshape(-1, 2)
+
+
+def _first_of_each(keys: Keys) -> Indexes:
+    """Where each distinct key (16 bytes as two numbers) occurs first, in order of occurrence."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))                                             # stable: equal keys stay in order
+    return np.sort(order[_differs_from_before(keys, order)])
+
+
+def _first_asked(keys: Keys, windows: Indexes) -> Indexes:
+    """Where each distinct key of the sequences that are asked for comes first in the order of their pairs' windows."""
+    pairs = np.argsort(windows, kind="stable")
+    pairs = pairs[windows[pairs] != NEVER]
+    asked = (2 * pairs[:, None] + np.arange(2)).ravel()
+    return asked[_first_of_each(keys[asked])]
+
+
+def _ranks(keys: Keys) -> NDArray[np.int32]:
+    """(n,) equal numbers for equal keys, larger for larger ones."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ranks = np.empty(len(keys), np.int32)
+    ranks[order] = np.cumsum(_differs_from_before(keys, order), dtype=np.int32)
+    return ranks
+
+
+def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
+    """Whether each key, in this order, is another than the one before it. Block by block, so that no second copy of the keys exists."""
+    fresh = np.ones(len(order), dtype=bool)
+    for at in range(1, len(order), AT_ONCE):
+        end = min(at + AT_ONCE, len(order))
+        fresh[at:end] = (keys[order[at:end]] != keys[order[at - 1:end - 1]]).any(1)
+    return fresh
+
+
+def _trees(starts_tree: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens: Ids, budget: int) -> tuple[Indexes, Indexes]:
+    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: from each start to the next, cut where it exceeds a pack."""
+    if not len(starts_tree):
+        return np.zeros(1, np.int64), np.empty(0, np.int64)
+    starts = np.flatnonzero(starts_tree)
+    tokens = np.add.reduceat(completion_tokens.astype(np.int64), starts) + prompt_tokens[starts]
+    ends = np.append(starts[1:], len(starts_tree))
+    cuts: list[int] = []
+    for g in np.flatnonzero(tokens > budget).tolist():
+        used = int(prompt_tokens[starts[g]])
+        for i in range(int(starts[g]), int(ends[g])):
+            if used + completion_tokens[i] > budget and i > starts[g]:
+                cuts.append(i)
+                used = int(prompt_tokens[i])
+            used += int(completion_tokens[i])
+    starts = np.sort(np.concatenate([starts, np.array(cuts, dtype=np.int64)]))
+    tokens = np.add.reduceat(completion_tokens.astype(np.int64), starts) + prompt_tokens[starts]
+    return np.append(starts, len(starts_tree)).astype(np.int64), tokens.astype(np.int64)
+
+
+def _packs(sizes: Indexes, budget: int) -> Indexes:
+    """Boundaries of packs of whole trees, filled in turn; a tree longer than the budget is a pack of its own."""
+    until = np.cumsum(sizes)
+    bounds = [0]
+    while bounds[-1] < len(sizes):
+        before = until[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(until, before + budget, side="right"))))
+    return np.array(bounds, dtype=np.int64)
+
+
+def _padded_packs(sizes: Indexes, budget: int) -> Indexes:
+    """Boundaries of packs of rows, filled in turn while rows times the longest keep to the budget; a longer row is a pack of its own."""
+    bounds, longest = [0], 0
+    for i, size in enumerate(sizes.tolist()):
+        longest = max(longest, size)
+        if i > bounds[-1] and (i + 1 - bounds[-1]) * longest > budget:
+            bounds.append(i)
+            longest = size
+    return np.array([*bounds, len(sizes)] if len(sizes) else bounds, dtype=np.int64)

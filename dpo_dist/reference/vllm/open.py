@@ -1,0 +1,160 @@
+"""Which servers a run uses, what they must be, and the cache key that follows: the engine's version is part of what a value is."""
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import ReferenceConfig, RequestsConfig, RunConfig
+from dpo_dist.reference.cache.store import ReferenceKey
+from dpo_dist.reference.vllm.engine import VllmReference
+from dpo_dist.reference.vllm.process import Server, ServerSpec, installed_version, start_server
+from dpo_dist.reference.vllm.protocol import About, Unanswered, about
+from dpo_dist.runtime.world import World
+
+LOOK_SECONDS = 10.0                      # for an answer to /version and /v1/models
+BESIDE_THE_ORACLE, NODE_OF_ITS_OWN = 0.5, 0.9        # shares of a GPU's memory that a server takes: the audit's oracle runs where the ranks are
+
+
+def recipe(version: str, quantization: str | None) -> str:
+    """How the values come to be, besides weights and dtype: the words of ReferenceKey.recipe."""
+    return f"vllm {version}, quantization {quantization or 'none'}, prompt_logprobs, v1"
+
+
+def served_key(config: ReferenceConfig, weights: str, dtype: str) -> ReferenceKey:
+    """The key of the servers' values. Their version is what the config says, what is installed, what the servers say, or, where the
+    servers are gone and the cache holds values of one version, that one. UserError where none of these tells."""
+    def key(version: str) -> ReferenceKey:
+        return ReferenceKey(weights, dtype, recipe(version, config.quantization))
+
+    version = config.version or (installed_version(config.server) if config.server else None)
+    if version is not None:
+        return key(version)
+    held = _held_versions(config, key)
+    if config.urls:
+        assert config.requests is not None
+        wait_seconds = 0 if len(held) == 1 else config.requests.wait_seconds
+        for url in _urls(config.urls, wait_seconds):
+            try:
+                return key(_told(url, wait_seconds).version)
+            except Unanswered:
+                continue
+    if len(held) == 1:
+        return key(held[0])
+    missing = f"the cache holds values of vllm {' and '.join(held)}" if held else "the cache holds no values of vllm for these weights"
+    raise UserError(f"reference.urls={config.urls or '[]'} has no server that answers, and {missing}; start the servers, or set "
+                    "reference.version and reference.server or reference.urls")
+
+
+def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World) -> VllmReference:
+    """The engine on servers that were looked at: they serve the model under its name, in the version of `key`.
+
+    With reference.server, the first rank of each machine starts one, and that machine's ranks use it. All ranks call it.
+    """
+    r, requests = config.reference, config.reference.requests
+    assert requests is not None
+    server: Server | None = None
+    copies = 1                                           # of the model, in each server
+    if r.urls:
+        urls, sharing = _urls(r.urls, requests.wait_seconds), world.size
+    elif r.nodes:
+        raise UserError(f"the cache lacks values, and reference.nodes={r.nodes} servers are started by the job that scores; run "
+                        "`dpo-dist score` with the same keys first")
+    elif r.server:
+        gpus = world.local_size if world.device.type == "cuda" else 1
+        spec = server_spec(config, key.dtype, folder, gpus)
+        copies = spec.copies
+        if world.local_rank == 0:
+            log = Path(config.run_dir) / "logs" / f"reference-server-{world.rank}.log"
+            server = start_server(spec, log, requests.wait_seconds)
+        started = world.gather(server.url if server else None)                       # by the first rank of each machine
+        first = world.rank - world.local_rank
+        others = [url is None for url in started[first + 1:]]
+        urls, sharing = [str(started[first])], 1 + (others.index(False) if False in others else len(others))
+    else:
+        raise UserError("reference.engine=vllm has values to score, but no servers: set reference.urls=[http://host:8000], or reference.server "
+                        "to the python of an environment that holds vLLM")
+    longest = [_checked(url, _name(config), key, r, requests) for url in urls]
+    turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]           # ranks begin with different servers
+    at_once = max(1, requests.at_once * copies * len(urls) // sharing)
+    return VllmReference(turned, _name(config), min((n for n in longest if n is not None), default=None), requests, at_once,
+                         on_close=server.stop if server else lambda: None)
+
+
+def _name(config: RunConfig) -> str:
+    return config.reference.served_name or config.reference_path
+
+
+def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> ServerSpec:
+    """What reference.server is to serve, on so many GPUs of a machine. dtype: as in ReferenceKey; folder: the reference's."""
+    r = config.reference
+    assert r.server is not None
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    longest = config.data.max_length + 1
+    split = r.tensor_parallel_size or 1
+    return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization, longest if positions is None else min(longest, positions),
+                      split, max(1, gpus // split), NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
+
+
+def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
+    """The servers' URLs; a file of them may still be on its way."""
+    if isinstance(given, str):
+        file, until = Path(given), time.monotonic() + wait_seconds
+        while not file.is_file() and time.monotonic() < until:
+            time.sleep(1.0)
+        if not file.is_file():
+            if not wait_seconds:
+                return []
+            raise UserError(f"reference.urls={given} was not there after {wait_seconds:g} s: it is to be a file with one URL a line, or a list")
+        given = file.read_text().split()
+    urls = [url.rstrip("/").removesuffix("/v1") for url in given]
+    for url in urls:
+        if not re.match(r"https?://[^/]+", url):
+            raise UserError(f"reference.urls holds '{url}', which is no URL; write it as http://host:8000")
+    if not urls:
+        raise UserError(f"reference.urls={given} names no server; write one URL a line")
+    return urls
+
+
+def _told(url: str, wait_seconds: float) -> About:
+    """What the server says of itself, waited for as it may be starting. Raises Unanswered."""
+    until = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return about(url, LOOK_SECONDS)
+        except Unanswered:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(1.0)
+
+
+def _checked(url: str, name: str, key: ReferenceKey, r: ReferenceConfig, requests: RequestsConfig) -> int | None:
+    """The longest sequence that the server takes. UserError where it is not what the run is to use."""
+    try:
+        told = _told(url, requests.wait_seconds)
+    except Unanswered as failure:
+        raise UserError(f"the reference's server {url} did not answer for {requests.wait_seconds:g} s ({failure}); start it, or take it out of "
+                        "reference.urls") from failure
+    if recipe(told.version, r.quantization) != key.recipe:
+        raise UserError(f"{url} is vllm {told.version}, but this run's values are of '{key.recipe}'; use one version, or set "
+                        f"reference.version={told.version} to score all of them with it")
+    if name not in told.longest:
+        raise UserError(f"{url} serves {', '.join(told.longest) or 'nothing'}, but not '{name}'; set reference.served_name, or serve the "
+                        "model that reference.path names")
+    return told.longest[name]
+
+
+def _held_versions(config: ReferenceConfig, key: Callable[[str], ReferenceKey]) -> list[str]:
+    """Versions of vLLM whose values for these weights are in the cache."""
+    wanted = key("VERSION")
+    pattern = re.escape(wanted.recipe).replace("VERSION", r"(\S+)")
+    found = set()
+    for described in Path(config.cache_dir).glob("*/key.json"):
+        held = ReferenceKey(**json.loads(described.read_text()))
+        match = re.fullmatch(pattern, held.recipe)
+        if match and (held.weights, held.dtype) == (wanted.weights, wanted.dtype):
+            found.add(match[1])
+    return sorted(found)

@@ -1,0 +1,178 @@
+"""What a command reads before it starts: the models' folders and digests, and the tokenized pairs."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.packing import check_budget
+from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.data.summary import summary_lines
+from dpo_dist.losses import check_strengths
+from dpo_dist.models.attention import describe_attention
+from dpo_dist.models.cost import forward_flops
+from dpo_dist.models.digest import model_digest, tokenizer_digest
+from dpo_dist.models.fused import choose_kernels, fused_misfit
+from dpo_dist.models.head import kernels_misfit
+from dpo_dist.models.load import check_quantized, choose_attention, load_tokenizer, quantization, read_config, resolve, torch_dtype
+from dpo_dist.reference.cache.store import PLAIN_RECIPE, ReferenceKey
+from dpo_dist.reference.vllm.open import served_key
+from dpo_dist.runtime.shared_folders import check_shared
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
+from dpo_dist.sizing.estimate import Lengths
+from dpo_dist.sizing.flops import Flops
+
+
+@dataclass(frozen=True)
+class Inputs:
+    policy_folder: Path
+    reference_folder: Path
+    policy_digest: str
+    reference_digest: str
+    dtype: torch.dtype
+    attention: str                       # how the policy's packs are computed: branch or padded
+    reference_attention: str
+    fused: bool                          # whether one kernel each computes its norms, rotary embedding and SwiGLU
+    reference_fused: bool
+    reference_key: ReferenceKey          # what the cache's values are found by
+    flops: Flops                         # of the policy's forward
+    train: PairStore
+    eval: PairStore
+
+    @property
+    def lengths(self) -> tuple[Lengths, int]:
+        """(mean tokens of the pairs, tokens of the longest pair), of those to train on, else of those held out."""
+        pairs = self.train if len(self.train) else self.eval
+        tokens = pairs.lengths()
+        prompt, chosen, rejected = tokens.mean(0).tolist()
+        return Lengths(prompt, chosen, rejected, len(pairs), f"mean of {len(pairs):,} tokenized pairs"), int(tokens.sum(1).max())
+
+    @property
+    def same_start(self) -> bool:
+        """True where the policy starts from the reference's weights, so that every first margin must be 0."""
+        return self.policy_digest == self.reference_digest
+
+
+def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
+    """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
+    check_shared(config, world)
+    policy_folder = resolve(config.model.path, "model.path", config.run.offline)
+    reference_folder = resolve(config.reference_path, "reference.path", config.run.offline) if config.loss.needs_reference else policy_folder
+    _check_quantization(config, policy_folder, reference_folder)
+    policy_digest = world.on_main(lambda: model_digest(policy_folder))
+    reference_digest = policy_digest if reference_folder == policy_folder else world.on_main(lambda: model_digest(reference_folder))
+    attention, misfit = choose_attention(config.model, policy_folder)
+    if misfit:
+        terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
+    reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
+    padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
+    dtype = torch_dtype(config.model, world.device)
+    model = read_config(policy_folder)
+    fused = _tell_kernels(config, model, attention, dtype, world, terminal)
+    reference_fused = fused and (reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype, world.device) is None)
+    key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world, reference_fused))
+    train, held_out = _read_pairs(config, policy_folder, world, terminal)
+    for pairs in (train, held_out):
+        if len(pairs):
+            _check_pairs(pairs, config, padded)
+            _check_fits(pairs, model, f"model.path={config.model.path}")
+            _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
+    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention, fused,
+                  reference_fused, key, replace(forward_flops(model), padded=padded), train, held_out)
+
+
+def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World, terminal: Terminal) -> bool:
+    """Tells which kernels compute on a GPU, and why not faster ones; whether norms, rotary embedding and SwiGLU are fused."""
+    fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
+    if why_not:
+        terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")
+    if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
+        terminal.say(f"attention: {how}")
+    if world.device.type == "cuda" and (misfit := kernels_misfit(world.device)):
+        terminal.say(f"head: torch's own operations compute the log-probs, which takes longer (Triton's kernels: {misfit})")
+    return fused
+
+
+def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dtype, world: World, fused: bool) -> ReferenceKey:
+    """The engines of the training stack give the same values, so they share a key, unless quantized weights or rounded partial sums make
+    other numbers; what servers answer is their own."""
+    name = str(dtype).removeprefix("torch.")
+    if config.reference.engine == "vllm":
+        return served_key(config.reference, digest, name)
+    parts = [PLAIN_RECIPE]
+    if how := quantization(read_config(folder)):
+        parts.append(how)
+    if fused and dtype != torch.float32 and config.reference.engine != "tensor_parallel" and config.reference.offload != "disk":
+        parts.append("fused kernels")                            # which round once where the model's own code rounds often
+    size = config.reference.tensor_parallel_size or world.local_size
+    if config.reference.engine == "tensor_parallel" and size > 1 and dtype != torch.float32:
+        parts.append(f"layers split over {size} ranks")          # their partial sums are rounded before they are added
+    return ReferenceKey(digest, name, ", ".join(parts))
+
+
+def _check_quantization(config: RunConfig, policy: Path, reference: Path) -> None:
+    """UserError for a quantized policy, and for a quantized reference that the engine or this machine cannot compute."""
+    if how := quantization(read_config(policy)):
+        raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full weights, and the quantized "
+                        "ones as reference.path")
+    if (how := quantization(read_config(reference))) and config.reference.engine != "vllm":      # its servers have kernels of their own
+        if config.reference.engine != "hf" or config.reference.offload != "none":
+            raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which reference.engine={config.reference.engine} "
+                            f"with reference.offload={config.reference.offload} cannot compute; set reference=hf reference.offload=none")
+        check_quantized(read_config(reference), f"reference.path={config.reference_path}")
+
+
+def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:
+    if not config.data.train and not config.data.eval:
+        raise UserError("data.train=[] names no data; set data.train=[{path: rows.jsonl}]")
+
+    def read() -> tuple[PairStore, PairStore]:
+        return prepare(config.data, load_tokenizer(folder), tokenizer_digest(folder))
+
+    stores = world.on_main(lambda: [str(s.path) for s in read()])
+    train, held_out = (PairStore.open(path) for path in stores)
+    world.on_main(lambda: _show(train, held_out, Path(config.run_dir) / "data.txt", terminal))
+    return train, held_out
+
+
+def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal) -> None:
+    """Tells what became of the rows, and keeps it in the run's folder; a stage that finds it told says no more than where."""
+    summary = "\n".join(summary_lines(train, "train") + summary_lines(held_out, "held out"))
+    if file.exists() and file.read_text() == summary:
+        terminal.say(f"data: {len(train):,} pairs to train on, {len(held_out):,} held out, as told in {file}")
+    else:
+        file.write_text(summary)
+        terminal.say(summary)
+
+
+def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
+    if config.loss.needs_whole_step and np.ptp(pairs.weight) > 0:
+        raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; remove them from the data")
+    if "odpo" in config.loss.weights:
+        check_strengths(torch.from_numpy(np.array(pairs.strength)))
+    check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch, padded)
+
+
+def _check_fits(pairs: PairStore, model: Any, key: str) -> None:
+    """UserError where the pairs are too long for a model, or hold ids that it does not know."""
+    longest = int((pairs.lengths()[:, 0] + pairs.lengths()[:, 1:].max(1)).max())
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(f"data holds a sequence of {longest} tokens, but {key} has {positions} positions; "
+                        f"set data.max_length={positions}")
+    rope = getattr(model, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(model, "original_max_position_embeddings", None) or positions
+    if rope.get("rope_type") in ("dynamic", "longrope") and original is not None and longest > original:
+        raise UserError(f"data holds a sequence of {longest} tokens; beyond {original}, {key} changes its position embedding with the longest "
+                        f"sequence of a forward, so log-probs would depend on packing; set data.max_length={original}")
+    vocabulary = getattr(model, "vocab_size", None)
+    largest = pairs.largest_id()
+    if vocabulary is not None and largest >= vocabulary:
+        raise UserError(f"data holds token id {largest}, but {key} has a vocabulary of {vocabulary}; "
+                        "use the tokenizer that belongs to the model")

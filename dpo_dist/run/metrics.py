@@ -1,0 +1,58 @@
+"""Local sums → global means: what a step or an evaluation measured, added up on each rank and reduced once a logged row."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import LossConfig
+from dpo_dist.losses import rewards
+from dpo_dist.runtime.world import World
+from dpo_dist.types import PairLogps
+
+MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+         "reference/kl_per_token", "reference/chosen_drift_per_token")
+
+
+class MetricSums:
+    """Sums over pairs, weighted as in the loss; kept on the device, so that adding never waits for it."""
+
+    def __init__(self, loss: LossConfig, device: torch.device, begun: list[float] | None = None):
+        self._loss = loss
+        self._sums = torch.tensor(begun or [0.0] * (len(MEANS) + 1), dtype=torch.float64, device=device)
+        self._has_rewards = True
+
+    def add(self, pairs: PairLogps, per_pair_loss: Tensor, weight: Tensor) -> None:
+        """pairs, per_pair_loss and weight: (B,); a filler has weight 0."""
+        with torch.no_grad():
+            found = rewards(pairs, self._loss)
+            self._has_rewards = found is not None
+            zero = torch.zeros_like(pairs.policy_chosen)
+            chosen, rejected = found if found is not None else (zero, zero)
+            margin = chosen - rejected
+            accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()     # a tie is half right
+            kl, drift = (zero if value is None else value for value in (pairs.kl_per_token, pairs.chosen_drift_per_token))
+            rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen, pairs.policy_rejected, kl, drift])
+            total = (rows.double() * weight).sum(1)
+            self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
+
+    @property
+    def tensor(self) -> Tensor:
+        """This rank's sums so far, float64, on the device."""
+        return self._sums
+
+    def total(self, world: World) -> list[float]:
+        """The sums over all ranks, with which one rank may begin. All ranks call it."""
+        return world.sum(self._sums).tolist()
+
+    def means(self, world: World, mine: Tensor | None = None) -> dict[str, float]:
+        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it. mine: this rank's sums, where they
+        are on the CPU already."""
+        *sums, weight = world.sum(self._sums if mine is None else mine).tolist()
+        named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
+        if not self._has_rewards:
+            named = {name: value for name, value in named.items() if not name.startswith("rewards/")}
+        if not self._loss.needs_reference:
+            named = {name: value for name, value in named.items() if not name.startswith("reference/")}
+        if not self._loss.uses_rejected:
+            del named["logps/rejected"]
+        return named

@@ -1,0 +1,20 @@
+"""The learning rate as a function of the step: nothing to save, nothing to resume."""
+from __future__ import annotations
+
+import math
+
+from dpo_dist.config.schema import OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """The rate of step 1 … total_steps: a linear rise over the warm-up, then constant, or down to 0 after the last step."""
+    warmup = math.ceil(optim.warmup_ratio * total_steps)
+    done = step - 1                                       # steps before this one
+    if done < warmup:
+        return optim.lr * step / warmup
+    progress = (done - warmup) / max(1, total_steps - warmup)
+    if optim.schedule == "linear":
+        return optim.lr * (1 - progress)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.lr

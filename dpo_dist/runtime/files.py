@@ -1,0 +1,66 @@
+"""Files that are whole or not there: what is written here survives a kill and a power cut, or leaves what was there before."""
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes the file under a temporary name, puts it on disk, and renames it. Several processes may write the same path at once."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As write_atomic: the content as indented JSON."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the path's place once the block ends, and is removed where it fails."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            sync_file(file)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Returns when the file's content is on disk: a rename may otherwise outlive, after a power cut, what was written before it."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the folder's names are on disk. Not every network file system can do that for a folder; then nothing is done."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        pass
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """Returns when all files below the folder, and their names, are on disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            number = os.open(Path(parent) / name, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
+        sync_folder(Path(parent))

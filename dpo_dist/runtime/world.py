@@ -1,0 +1,183 @@
+"""World: who this process is among the others, and how they talk. The only reader of RANK and caller of torch.distributed."""
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import ClusterConfig
+
+T = TypeVar("T")
+
+NO_ANSWER = ("Timed out waiting", "Application timeout",                                  # gloo: of this collective, or of another one with
+             "Watchdog caught collective operation timeout", "wait timeout after")        # the same rank; NCCL; the store
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer",                     # gloo
+             "remote process exited or there was a network error", "ncclRemoteError",     # NCCL, in two spellings
+             "remote process exiting prematurely", "Connection closed by remote peer",    # NCCL's explanation, and its last error
+             "Connection was likely closed")                                              # the store, where rank 0 is gone
+
+
+@dataclass(frozen=True)
+class Team:
+    """Consecutive ranks that work as one, this one among them; every method must be called by all of them, in the same order."""
+
+    rank: int                                  # this process's place among `size`
+    size: int
+    group: Any                                 # torch's process group, for libraries that ask for one
+
+    def gather(self, value: T) -> list[T]:
+        """Every member's value, in order of rank, on every member."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; every method that talks must be called by all of them, in the same order."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    local_size: int = 1                        # processes on this machine
+
+    @classmethod
+    def start(cls, cluster: ClusterConfig) -> World:
+        """Joins the processes that torchrun (or the launcher) started; a process started alone is a world of one."""
+        os.environ.update(cluster.environment or {})                  # NCCL and gloo read theirs when the group starts
+        rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if cluster.procs_per_node not in (None, local_size):
+            raise UserError(f"cluster.procs_per_node={cluster.procs_per_node}, but {local_size} processes were started on this machine; "
+                            "leave it out under torchrun, or start as many")
+        device = device_of(cluster, local_rank)
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
+        if size == 1 and "RANK" not in os.environ:            # DeepSpeed wants a group even for one process
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        if not dist.is_initialized():
+            timeout = timedelta(seconds=cluster.timeout_seconds)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+        return cls(rank, size, local_rank, device, local_size)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over all ranks, float64, on the CPU."""
+        total = values.detach().to("cpu", torch.float64, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def on_device_sum(self, value: float) -> float:
+        """The sum over all ranks, by the way that gradients take: nccl on GPUs, else gloo."""
+        total = torch.tensor(value, dtype=torch.float32, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
+        """float32 scalar: 1 where the flag, a bool scalar on the device, is true on any rank, else 0. By the way that gradients take: on GPUs
+        no process waits for it."""
+        highest = flag.float()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return highest
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work()` returns on rank 0, on every rank. An exception there is raised on every rank, so that none waits."""
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = work()
+            except Exception as error:
+                result[1] = error if isinstance(error, UserError) else RuntimeError(f"rank 0 failed: {error!r}")
+                if not isinstance(error, UserError):
+                    dist.broadcast_object_list(result, src=0)
+                    raise
+        dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def team(self, size: int) -> Team:
+        """This rank's team where the world is cut into teams of `size` consecutive ranks; `size` divides the world."""
+        group, _ = dist.new_subgroups(size)
+        return Team(self.rank % size, size, group)
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        dist.all_reduce(torch.zeros(1))
+
+
+def rank_here() -> int:
+    """This process's rank, known before any process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def node_here() -> tuple[int, int]:
+    """(this process's node, its rank on that node), both from 0, as torchrun numbers them."""
+    return int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
+    """What happened, where a collective failed because of another rank; None for any other error. There are no exception types for it,
+    only gloo's, NCCL's and the store's words."""
+    words = str(error)
+    if any(part in words for part in NO_ANSWER):
+        return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its network or a process "
+                "on it is gone or hangs")
+    if any(part in words for part in PEER_GONE):
+        return "another rank closed its connection: its process ended"
+    if "NCCL communicator was aborted" in words:         # by NCCL's watchdog, which has told why in the log
+        return f"another rank ended, or did not answer for {cluster.timeout_seconds} s (cluster.timeout_seconds): its log says why"
+    return None
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Called before DeepSpeed's first use. On a CPU it would compile a shared-memory op then; gloo does that work, with the same numbers."""
+    if device.type == "cpu":
+        import deepspeed.ops  # only where DeepSpeed is used: the import takes seconds
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def device_of(cluster: ClusterConfig, local_rank: int) -> torch.device:
+    """Where a rank computes. UserError where the machine has no such device."""
+    if cluster.device == "cpu" or (cluster.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("cluster.device=cuda, but torch sees no GPU here; set cluster.device=cpu or install a CUDA build of torch")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"cluster.procs_per_node is more than the {torch.cuda.device_count()} GPUs of this machine; lower it")
+    return torch.device("cuda", local_rank)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,90 @@
+"""What `auto` becomes: the ZeRO stage and the layers that backward computes again, chosen by predicted memory. No torch here."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.sizing.estimate import GIB, Hardware, Lengths, Packs, dtype_bytes, memory, with_zero
+from dpo_dist.sizing.shape import ModelShape
+
+EVERYTHING, CHEAP_PARTS, ALL_LAYERS = False, 0, True     # of model.gradient_checkpointing: what is kept, or computed again
+
+
+@dataclass(frozen=True)
+class Choice:
+    config: RunConfig            # nothing in it is auto any more, of these two keys
+    line: str | None             # what was chosen and why, for a person; None where there was nothing to weigh
+
+
+def is_automatic(config: RunConfig) -> bool:
+    return config.zero.stage == "auto" or config.model.gradient_checkpointing == "auto"
+
+
+def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware, packs: Packs | None = None) -> Choice:
+    """The lowest ZeRO stage that fits, with all activations kept or only the cheap parts of layers computed again; where none does, the
+    lowest that fits with whole layers computed again, as few as possible; where nothing fits, what takes least.
+
+    packs: what a rank forwards at once, where it is not that of mean lengths.
+    """
+    if not is_automatic(config):
+        return Choice(config, None)
+
+    def fits(candidate: RunConfig) -> bool:
+        return memory(candidate, shape, lengths, world, packs).fits(world.device)
+
+    chosen = next((c for c in _candidates(config, shape.layers, world.ranks, dtype_bytes(config, world.device)) if fits(c)), None)
+    config = chosen or _least(config, world.ranks)
+    peak = memory(config, shape, lengths, world, packs).peak
+    ends = "" if chosen else ", which is more than there is: `dpo-dist plan` names what would fit"
+    keys = f"zero.stage={_word(config.zero.stage)}, model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}"
+    return Choice(config, f"memory: {keys} of {shape.layers} layers; predicted {peak / GIB:.1f} GiB a rank, of "
+                          f"{world.device.memory / GIB:.1f}{ends}")
+
+
+def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choice:
+    """The choice for a model whose sizes cannot be predicted: on a GPU what takes least memory, elsewhere what is fastest."""
+    if not is_automatic(config):
+        return Choice(config, None)
+    config = _least(config, ranks) if on_gpu else next(_candidates(config, 1, ranks, 4))
+    keys = f"zero.stage={_word(config.zero.stage)}, model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}"
+    return Choice(config, f"memory: {keys}, as sizes are not known here ({why}); set both for more speed where memory allows")
+
+
+def _candidates(config: RunConfig, layers: int, ranks: int, width: int) -> Iterator[RunConfig]:
+    """In the order of preference."""
+    asked = config.model.gradient_checkpointing
+    quick: list[bool | int] = [EVERYTHING, CHEAP_PARTS] if asked == "auto" else [asked]
+    slow: list[bool | int] = [*range(1, layers), ALL_LAYERS] if asked == "auto" else []
+    for amounts in (quick, slow):
+        for stage in stages(config, ranks, width):
+            yield from (_with(config, stage, again) for again in amounts)
+
+
+def _least(config: RunConfig, ranks: int) -> RunConfig:
+    asked = config.model.gradient_checkpointing
+    return _with(config, stages(config, ranks, 2)[-1], ALL_LAYERS if asked == "auto" else asked)
+
+
+def stages(config: RunConfig, ranks: int, width: int) -> list[int | None]:
+    """The stages that may be chosen, lowest first; `width`: bytes of a weight. In bf16 DeepSpeed's stage 1 holds the whole gradient in fp32
+    on every rank and reduces it after backward, not during it, so stage 2 is the lowest there."""
+    zero = config.zero
+    if zero.stage != "auto":
+        return [zero.stage]
+    if zero.offload_parameters != "none" or zero.secondary_partition is not None:
+        return [3]
+    if zero.offload_optimizer != "none":
+        return [2, 3] if ranks > 1 else [2]
+    if ranks == 1:
+        return [None]
+    return [2, 3] if width == 2 else [0, 1, 2, 3]
+
+
+def _with(config: RunConfig, stage: int | None, again: Any) -> RunConfig:
+    return with_zero(replace(config, model=replace(config.model, gradient_checkpointing=again)), stage=stage)
+
+
+def _word(value: str | bool | int | None) -> str:
+    return "null" if value is None else str(value).lower()

@@ -1,0 +1,314 @@
+"""Memory a rank, predicted from config and config.json before a job is queued; step_time.py goes on from here. No torch here.
+
+Every figure is a sum of named terms, each written from what the code and DeepSpeed 0.19 allocate; nothing is fitted.
+What a device is assumed to do stands in Device. The CPU's terms were measured (benchmarks/sizing.py), the GPU's were not.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.sizing.logit_blocks import AT_ONCE, plan_blocks
+from dpo_dist.sizing.shape import ModelShape
+
+GIB = 2**30
+LAYERS_IN_A_BUCKET = 2                           # one travels while the next is computed
+SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
+WHOLE_BUCKET = 500_000_000                       # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
+REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
+LIVE = 1_000_000_000                             # stage3_max_live_parameters: gathered elements that may stay until backward needs them
+
+
+def bucket_elements(layer: int) -> int:
+    """Elements that one reduction, or one gather ahead under ZeRO-3, moves at once, for layers of that many parameters.
+
+    Large enough for the network, small enough that most of a backward is still ahead when the first one leaves.
+    """
+    return min(max(LAYERS_IN_A_BUCKET * layer, SMALLEST_BUCKET), LARGEST_BUCKET)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank runs on, and what is assumed of it."""
+
+    name: str
+    measured: bool
+    memory: float                    # bytes a rank may hold
+    host_memory: float               # bytes of the node's CPU memory that a rank may use, for offloading
+    framework: float                 # bytes that libraries take at first use, beside the model: contexts, workspaces, communicators
+    flops: float                     # a second, the matrix units' peak
+    efficiency: float                # share of that peak which a step's matrix products reach
+    bandwidth: float                 # bytes a second of the rank's memory, for the optimizer's pass over its state
+    host_bandwidth: float            # the same of the CPU memory that offloading uses, for one rank's share of the host
+    link: float                      # bytes a second that a rank sends, and receives, in a collective inside a node
+    node_link: float                 # the same across nodes
+    latency: float                   # seconds a collective takes however little it moves
+    overlaps: bool                   # communication behind computation
+    whole_buckets: bool              # a buffer costs what is asked for (GPU), not what is touched (CPU)
+    pieces: int                      # copies of attention's output that are kept; 2 where branches are computed in turn and joined
+    masks: bool                      # attention over a branch keeps its mask
+    flat_copies: int                 # of a bucket in ZeRO-3's reduce-scatter: interleaved by rank, and gloo's own
+    sharded_share: float             # of link, which is an all-reduce's: what ZeRO-3's gathers and scatters reach, copies among them
+    hook: float                      # seconds of Python that ZeRO-3 adds to a layer's pass, where nothing hides it
+
+
+CPU = Device(
+    "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75, bandwidth=5e9,
+    host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2, masks=True, flat_copies=2,
+    sharded_share=0.25, hook=1e-3)
+GPU_80GB = Device(
+    "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40, bandwidth=2.5e12,
+    host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1, masks=False, flat_copies=1,
+    sharded_share=1.0, hook=0.0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Ranks, and the device that each has."""
+
+    nodes: int
+    ranks: int
+    device: Device
+
+    @property
+    def link(self) -> float:
+        return self.device.link if self.nodes == 1 else self.device.node_link
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a pair, how many pairs there are (None: not known), and where that is from."""
+
+    prompt: float
+    chosen: float
+    rejected: float
+    pairs: int | None
+    source: str
+
+    @property
+    def pair(self) -> float:
+        return self.prompt + self.chosen + self.rejected
+
+    @property
+    def seen_keys(self) -> float:
+        """Keys laid out for attention: a prompt's stand before each of its completions again."""
+        return 3 * self.prompt + self.chosen + self.rejected
+
+    def mask(self, whole: bool) -> float:
+        """Queries x keys of a pair's completions, and of its prompt where scores are written out (`whole`)."""
+        branches = sum(c * (self.prompt + c) for c in (self.chosen, self.rejected))
+        return branches + (self.prompt**2 if whole else 0)
+
+
+def worst_lengths(max_length: int) -> Lengths:
+    """Half of data.max_length for the prompt, the other half for each completion: the most tokens that pairs of even parts have."""
+    half = max_length / 2
+    return Lengths(half, half, half, None, f"worst case: every pair as long as data.max_length={max_length} allows, half of it prompt")
+
+
+@dataclass(frozen=True)
+class Packs:
+    """What a rank forwards at once, and how often in a step."""
+
+    tokens: float
+    micro_steps: int
+    completion_share: float          # of the tokens: those that the head sees
+
+    @classmethod
+    def of(cls, config: RunConfig, lengths: Lengths, ranks: int) -> Packs:
+        a_rank = math.ceil(config.train.pairs_per_step / ranks) * lengths.pair
+        room = max(1, config.train.tokens_per_microbatch // lengths.pair) * lengths.pair      # whole pairs alone fit into a pack
+        steps = max(1, math.ceil(a_rank / room))
+        return cls(a_rank / steps, steps, (lengths.chosen + lengths.rejected) / lengths.pair)
+
+    @classmethod
+    def largest(cls, config: RunConfig, lengths: Lengths, longest: int, ranks: int) -> Packs:
+        """The most that a rank may be given at once, where the longest pair has so many tokens."""
+        usual = cls.of(config, lengths, ranks)
+        tokens = min(config.train.tokens_per_microbatch, math.ceil(config.train.pairs_per_step / ranks) * longest)
+        return cls(max(tokens, longest), usual.micro_steps, usual.completion_share)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, by what they are for. Not all of it is there at once: see `moments`."""
+
+    framework: float
+    weights: float                   # in model.dtype, this rank's part
+    master_weights: float            # DeepSpeed's fp32 copy, also where model.dtype is fp32
+    optimizer: float                 # AdamW's two moments, fp32
+    gradients: float                 # held from one micro-step to the next (ZeRO-3: always)
+    buckets: float                   # buffers for reductions that stay
+    gathered: float                  # ZeRO-3: weights made whole: as many as may stay, at least the largest
+    in_flight: float                 # ZeRO-3: what an all-gather brought, rank by rank, until the last weight of it was asked for
+    activations: float               # what forward keeps for backward; with checkpointing the layers' inputs alone
+    passing: float                   # with checkpointing: what one layer holds while it goes forward
+    recomputed: float                # with checkpointing: one layer's activations, made again
+    workspace: float                 # gradients of activations inside one layer
+    head: float                      # blocks of logits and what goes with them, while the head computes
+    head_gradient: float             # of the head's weight: there while the last layer goes backward
+    reduction: float                 # gradients that are not held, and their copies, when backward ends
+    update: float                    # flat copies of gradients while the optimizer steps
+    reference: float                 # a live reference beside the policy
+    host: float                      # CPU memory that offloading takes, for this rank; not part of the device's
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """{moment: bytes} of the five that may be the peak. Whole weights go when backward is through with them."""
+        always = self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets + self.reference
+        kept = always + self.gathered + self.activations
+        return {"the last layer goes forward": kept + self.in_flight + self.passing, "the head computes": kept + self.head,
+                "the last layer goes backward": kept + self.recomputed + self.workspace + self.head_gradient,
+                "gradients are reduced": always + self.reduction, "the optimizer steps": always + self.update}
+
+    @property
+    def peak(self) -> float:
+        return max(self.moments.values())
+
+    def fits(self, device: Device) -> bool:
+        return self.peak <= device.memory and self.host <= device.host_memory
+
+
+def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware, packs: Packs | None = None) -> Memory:
+    """The terms of a training rank's memory. The stage and the layers to recompute are chosen already (automatic.py). `packs`: what a rank
+    forwards at once, where it is not that of mean lengths."""
+    width, ranks, device = dtype_bytes(config, world.device), world.ranks, world.device
+    packs = packs or Packs.of(config, lengths, ranks)
+    trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
+    everything = shape.parameters + (trained if config.model.lora.rank else 0)
+    again = packs.micro_steps > 1
+    terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
+    terms |= _model_terms(config, width, everything, trained, ranks, shape, again, device)
+    if config.zero.offload_optimizer == "cpu":                           # the pass over the optimizer's state is done there
+        terms["host"] += terms["master_weights"] + terms["optimizer"] + 4.0 * trained / ranks
+        terms |= {"master_weights": 0.0, "optimizer": 0.0, "gradients": 0.0, "update": 0.0}
+    if config.zero.offload_parameters == "cpu":
+        terms["host"] += terms["weights"]
+        terms["weights"] = 0.0
+    terms |= _pack_terms(config, shape, lengths, packs, width, device)
+    if config.loss.needs_reference and config.reference.mode == "live" and config.reference.engine != "adapter_off":
+        terms["reference"] = reference_weights(config, shape, world)
+    if device is CPU or not math.isfinite(device.memory):                # offloading moves nothing where there is one kind of memory
+        terms["framework"] += terms["host"]
+    return Memory(**{**terms, "framework": terms["framework"] + device.framework})
+
+
+def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape, again: bool,
+                 device: Device) -> dict[str, float]:
+    """Terms that depend on the parameters alone: one case for each ZeRO stage."""
+    stage, part = config.zero.stage, trained / ranks
+    size = bucket_elements(shape.layer)
+    travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
+    bucket = width * (size if device.whole_buckets else min(trained, size))
+    if stage is None and width == 2:                                     # fp32 master weights, whose gradients add up in fp32 as they come
+        return {"weights": 2.0 * everything, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained, "gradients": 4.0 * trained}
+    if stage is None or stage == 0:
+        copy = 0.0 if stage is None else width * min(trained, WHOLE_BUCKET)      # all-reduced in a flat copy
+        held = 4.0 * trained if again else 0.0
+        return {"weights": width * everything, "optimizer": 8.0 * trained, "gradients": held,
+                "reduction": 4.0 * trained - held + copy, "update": 4.0 * trained - held}
+    if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":        # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
+        return {"weights": 2.0 * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * trained,
+                "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
+    if stage in (1, 2):
+        held = 4.0 * (trained if stage == 1 else part) if again else 0.0
+        staged = 2 * bucket                  # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
+        staged += (travels - width) * (size if device.whole_buckets else min(trained, size))
+        reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))          # what earlier buckets brought, in fp32
+        return {"weights": width * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
+                "buckets": staged if device.whole_buckets else 0.0, "reduction": reduced + (0.0 if device.whole_buckets else staged),
+                "update": 8.0 * part - min(held, 4.0 * part)}
+    assert stage == 3, f"zero.stage={stage} is chosen before sizes are predicted"
+    gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0    # one rank's part is the whole
+    nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0        # hpZ's copy
+    return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * part,
+            "buckets": bucket, "gathered": gathered, "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
+            "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}  # a larger tensor goes alone
+
+
+def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: Packs, width: int, device: Device) -> dict[str, float]:
+    """Terms that depend on the tokens of a pack."""
+    scores = lengths.mask(shape.family.eager) if device.masks or shape.family.eager else 0.0
+
+    def kept(recompute: bool) -> float:
+        return packs.tokens * shape.saved_bytes_per_token(width, lengths.seen_keys / lengths.pair, scores / lengths.pair, device.pieces,
+                                                          fused=fused_kernels(config, device), recompute=recompute)
+
+    layer, stream = kept(recompute=False), packs.tokens * width * shape.hidden
+    whole, others_recompute = recomputed_layers(config, shape.layers)
+    other = kept(recompute=True) if others_recompute else layer
+    rows = packs.tokens * packs.completion_share
+    head_gradient = 0.0 if config.model.lora.rank else float(width * shape.head)
+    logits, at_once = _logits(shape, rows, width, device)
+    in_forward = logits + (width if device.whole_buckets else 8.0 + (width if width == 2 else 0)) * at_once
+    in_backward = logits + (width if device.whole_buckets else 4.0 + (width if width == 2 else 0)) * at_once + head_gradient
+    in_backward += rows * shape.hidden * 4.0
+    return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
+            "passing": packs.tokens * shape.forward_workspace_bytes_per_token(width) if whole else 0.0,
+            "recomputed": layer if whole else layer - other,
+            "workspace": packs.tokens * shape.training_workspace_bytes_per_token(width),
+            "head": max(in_forward, in_backward) + rows * shape.hidden * width, "head_gradient": head_gradient}
+
+
+def _logits(shape: ModelShape, rows: float, width: int, device: Device) -> tuple[float, float]:
+    """(bytes of whole logits that live from forward to backward, elements of a block that is computed and goes again): of these one is 0.
+    A GPU's kernels read a block as the product gave it; elsewhere there is a copy in fp32, and in forward its exponentials."""
+    blocks = plan_blocks(math.ceil(rows), shape.vocabulary, width, "cuda" if device.whole_buckets else "cpu")
+    if device.whole_buckets and blocks.kept == len(blocks.spans):
+        return float(rows * shape.vocabulary * width), 0.0
+    return 0.0, rows * min(blocks.width, shape.vocabulary)
+
+
+def recomputed_layers(config: RunConfig, layers: int) -> tuple[int, bool]:
+    """(layers that backward computes again whole, whether the cheap parts of the others are computed again): as in models/checkpointing.py."""
+    how = config.model.gradient_checkpointing
+    assert how != "auto", "model.gradient_checkpointing is chosen before sizes are predicted"
+    if isinstance(how, bool):
+        return (layers, False) if how else (0, False)
+    return min(how, layers), True
+
+
+def fused_kernels(config: RunConfig, device: Device) -> bool:
+    """Whether norms, rotary embedding and SwiGLU are one kernel each, which keep their inputs alone."""
+    return config.model.kernels == "fused" or (config.model.kernels == "auto" and device.whole_buckets)
+
+
+def dtype_bytes(config: RunConfig, device: Device) -> int:
+    """Bytes of a weight or an activation: model.dtype, where auto is bf16 on a GPU and fp32 on a CPU."""
+    return 4 if config.model.dtype == "fp32" or (config.model.dtype == "auto" and not device.overlaps) else 2
+
+
+def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float:
+    """Bytes of a rank that scores the reference: weights, one layer's work, logits. Those of servers (vllm) are not counted."""
+    width = dtype_bytes(config, world.device)
+    tokens = config.train.tokens_per_microbatch
+    gathered = 0.0
+    if config.reference.engine == "zero":
+        gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
+    weights = reference_weights(config, shape, world)
+    layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
+    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE["cuda" if world.device.whole_buckets else "cpu"]
+
+
+def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> float:
+    """Bytes of the reference's weights on a rank; with adapter_off those that it shares with the policy."""
+    r, whole = config.reference, float(dtype_bytes(config, world.device) * shape.parameters)
+    if r.engine == "vllm" or r.offload == "cpu":
+        return 0.0
+    if r.offload == "disk":                              # one piece at a time
+        return whole * max(shape.layer, shape.embedding, shape.head) / shape.parameters
+    if r.engine == "tensor_parallel":
+        return whole / (r.tensor_parallel_size or world.ranks // world.nodes)
+    sharded = r.engine == "zero" or (r.engine == "adapter_off" and config.zero.stage == 3)
+    return whole / (world.ranks if sharded else 1)
+
+
+def cache_bytes(lengths: Lengths) -> float | None:
+    """Of the reference cache: a float32 a completion token, and 24 bytes of key and offset a sequence."""
+    return None if lengths.pairs is None else lengths.pairs * (4.0 * (lengths.chosen + lengths.rejected) + 2 * 24)
+
+
+def with_zero(config: RunConfig, **changes: object) -> RunConfig:
+    """The config with these keys of its zero section changed."""
+    return replace(config, zero=replace(config.zero, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,171 @@
+"""What `dpo-dist plan` says of sizes: predicted figures, and where memory runs out, the smallest change that fits. No torch here."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.sizing.automatic import choose
+from dpo_dist.sizing.estimate import (
+    CPU,
+    GIB,
+    GPU_80GB,
+    Hardware,
+    Lengths,
+    Memory,
+    cache_bytes,
+    memory,
+    scoring_memory,
+    with_zero,
+    worst_lengths,
+)
+from dpo_dist.sizing.shape import ModelShape, read_shape
+from dpo_dist.sizing.step_time import scoring_seconds, step_time
+
+MOST_NODES = 1024
+
+
+class Change(NamedTuple):
+    """One or several keys' new values, and what they cost."""
+
+    words: tuple[str, ...]
+    config: RunConfig
+    nodes: int
+
+
+def sizing_lines(config: RunConfig, procs_per_node: int) -> list[str]:
+    """The lines that `plan` shows; one line with the reason where sizes cannot be predicted."""
+    try:
+        shape = read_shape(Path(config.model.path))
+    except UserError as error:
+        return [f"sizes     not predicted: {error}"]
+    nodes = config.cluster.nodes
+    device = CPU if config.cluster.device == "cpu" else GPU_80GB
+    return report(config, shape, token_lengths(config), Hardware(nodes, nodes * procs_per_node, device))
+
+
+def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> list[str]:
+    """Memory, time and communication of a run, line by line; pure."""
+    chosen = choose(config, shape, lengths, world)
+    config = chosen.config
+    need, time = memory(config, shape, lengths, world), step_time(config, shape, lengths, world)
+    moment, peak = max(need.moments.items(), key=lambda each: each[1])
+    shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name in (f.name for f in fields(Memory)) if (value := getattr(need, name))]
+    unproven = "" if world.device.measured else "; never held against a GPU's own figures"
+    lines = [
+        f"model     {shape.parameters / 1e9:.2f} B parameters ({shape.model_type}), {world.ranks} ranks on {world.nodes} nodes",
+        f"tokens    {lengths.pair:.0f} a pair; {lengths.source}",
+        *([f"chosen    {chosen.line}"] if chosen.line else []),
+        f"memory    {peak / GIB:.2f} GiB a rank, when {moment}{unproven}",
+        f"          GiB: {', '.join(shown)}",
+        f"step      {time.seconds:.3g} s: computing {time.compute:.3g}, communication {time.communication:.3g}"
+        + (" (behind it)" if time.overlaps else "") + f", update {time.update:.3g}; {time.sent / GIB:.3g} GiB sent by a rank",
+        f"assumed   {world.device.name}: {world.device.flops / 1e12:.4g} TFLOP/s at {world.device.efficiency:.0%}, "
+        f"{world.link / 1e9:.3g} GB/s between ranks, {world.device.bandwidth / 1e9:.4g} GB/s of memory"]
+    seconds, stored = scoring_seconds(config, shape, lengths, world), cache_bytes(lengths)
+    if config.loss.needs_reference and config.reference.mode != "live":
+        lines.append(f"scoring   {scoring_memory(config, shape, lengths, world) / GIB:.2f} GiB a rank; " + (
+            f"{seconds:.3g} s on all ranks, cache {stored / 2**20:.3g} MiB" if seconds is not None and stored is not None
+            else "time and cache size need the number of pairs, known once the data is tokenized"))
+    if not need.fits(world.device):
+        lines += too_large(config, shape, lengths, world, need)
+    scores_here = config.loss.needs_reference and config.reference.mode != "live" and config.reference.engine != "vllm"
+    if scores_here and scoring_memory(config, shape, lengths, world) > world.device.memory:
+        lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set "
+                     + ("reference.offload=cpu" if config.reference.engine == "zero" else "reference=zero"))
+    return lines
+
+
+def too_large(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware, need: Memory) -> list[str]:
+    """What does not fit, and the smallest change that does."""
+    def sizes(need: Memory) -> str:
+        return f"{need.peak / 1e9:.0f} GB a rank" + (f" and {need.host / 1e9:.0f} of the host" if need.host else "")
+
+    device = world.device
+    told = f"does not fit: {sizes(need)}, but there are {device.memory / 1e9:.0f} and {device.host_memory / 1e9:.0f} of the host"
+    change = smallest_change(config, shape, lengths, world)
+    if change is None:
+        return [told, f"nothing that is known here makes it fit on {MOST_NODES} nodes or fewer"]
+    wider = replace(world, nodes=change.nodes, ranks=world.ranks // world.nodes * change.nodes)
+    return [told, f"fits with {' '.join(change.words)}: {sizes(memory(change.config, shape, lengths, wider))}"]
+
+
+def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> Change | None:
+    """The change that fits with the fewest keys, of those the one whose step is predicted to be shortest; more nodes come last."""
+    a_node, nodes = world.ranks // world.nodes, world.nodes
+    while nodes <= MOST_NODES:
+        wider = replace(world, nodes=nodes, ranks=a_node * nodes)
+        more = (f"cluster.nodes={nodes}",) if nodes > world.nodes else ()
+        for candidates in _changes(config, lengths):
+            fitting = [(words, changed) for words, changed in candidates if memory(changed, shape, lengths, wider).fits(world.device)]
+            if fitting:
+                words, best = min(fitting, key=lambda each: step_time(each[1], shape, lengths, wider).seconds)
+                return Change((*words, *more), best, nodes)
+        nodes *= 2
+    return None
+
+
+def _changes(config: RunConfig, lengths: Lengths) -> Iterator[list[tuple[tuple[str, ...], RunConfig]]]:
+    """For each number of keys, from none up: every way to change as many, as (overrides, config)."""
+    steps = _single_changes(config, lengths)
+    for size in range(len({word.split("=")[0] for word, _ in steps}) + 1):
+        found = []
+        for chosen in combinations(steps, size):
+            changed = config
+            for _, change in chosen:
+                changed = change(changed)
+            if len({word.split("=")[0] for word, _ in chosen}) == size and _allowed(changed):
+                found.append((tuple(word for word, _ in chosen), changed))
+        yield found
+
+
+def _allowed(config: RunConfig) -> bool:
+    """What rules.py says of these keys."""
+    zero = config.zero
+    return (zero.offload_parameters == "none" or zero.stage == 3) and (zero.offload_optimizer == "none" or zero.stage not in (None, 0))
+
+
+def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
+    """(override, what it does) of each key that makes room."""
+    def tokens(count: int) -> Callable[[RunConfig], RunConfig]:
+        return lambda c: replace(c, train=replace(c.train, tokens_per_microbatch=count))
+
+    def stage(number: int) -> Callable[[RunConfig], RunConfig]:
+        return lambda c: with_zero(c, stage=number)
+
+    def again(how: bool | int) -> Callable[[RunConfig], RunConfig]:
+        return lambda c: replace(c, model=replace(c.model, gradient_checkpointing=how))
+
+    changes: list[tuple[str, Callable[[RunConfig], RunConfig]]] = []
+    changes += [(f"zero.stage={number}", stage(number)) for number in (1, 2, 3) if number > (config.zero.chosen_stage or 0)]
+    fewer = config.train.tokens_per_microbatch // 2
+    while fewer >= lengths.pair:
+        changes.append((f"train.tokens_per_microbatch={fewer}", tokens(fewer)))
+        fewer //= 2
+    if config.model.gradient_checkpointing is False:
+        changes.append(("model.gradient_checkpointing=0", again(0)))
+    if config.model.gradient_checkpointing is not True:
+        changes.append(("model.gradient_checkpointing=true", again(True)))
+    if config.zero.offload_optimizer == "none":
+        changes.append(("zero.offload_optimizer=cpu", lambda c: with_zero(c, offload_optimizer="cpu")))
+    if config.zero.offload_parameters == "none":
+        changes.append(("zero.offload_parameters=cpu", lambda c: with_zero(c, offload_parameters="cpu")))
+    return changes
+
+
+def token_lengths(config: RunConfig) -> Lengths:
+    """Means over the tokenized pairs that were last made with these keys, where data.cache_dir has any, else the worst case."""
+    stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
+    for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
+        spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")
+        if len(spans) and json.loads(file.read_text()) == config.data.decisive:
+            prompt, chosen, rejected = np.diff(spans, axis=1).mean(0).tolist()
+            return Lengths(prompt, chosen, rejected, len(spans), f"mean of {len(spans):,} tokenized pairs")
+    return worst_lengths(config.data.max_length)

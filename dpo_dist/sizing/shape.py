@@ -1,0 +1,200 @@
+"""What a model's config.json alone says of its size: parameters, FLOPs, and what a token leaves behind for backward. No torch here.
+
+Counted from the architecture's published definition; tests hold the counts against the real model's parameters, against
+models/cost.py, and against the tensors that autograd really saves.
+"""
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.sizing.flops import Flops
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where an architecture differs from Llama."""
+
+    norms: int = 2                       # of a layer, over the hidden size
+    post_norms: int = 0                  # those of them whose output no matrix reads
+    layer_norm: bool = False             # LayerNorm with bias instead of RMSNorm
+    wide_norm: bool = False              # the norm's weight is multiplied in fp32
+    head_norms: bool = False             # q and k are normalized
+    qkv_bias: bool = False
+    gated: bool = True                   # MLP of three matrices; otherwise two, with biases
+    eager: bool = False                  # attention by written-out scores (a soft cap)
+    tied: bool = False                   # where config.json does not say
+    head_dim: int | None = None          # where config.json does not say; None = hidden size / heads
+    sliding: str = "where named"         # which layers have the window: "where named", "every other", "where used"
+
+
+FAMILIES = {
+    "llama": _Family(), "mistral": _Family(sliding="all"), "mixtral": _Family(sliding="all"),
+    "qwen2": _Family(qkv_bias=True, sliding="where used"),
+    "qwen3": _Family(head_norms=True, head_dim=128, sliding="where used"),
+    "gemma2": _Family(norms=4, post_norms=2, wide_norm=True, eager=True, tied=True, head_dim=256, sliding="every other"),
+    "gpt2": _Family(layer_norm=True, gated=False, tied=True),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Counts of elements (not bytes). A rank that shards holds its share of them."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    vocabulary: int
+    query_width: int                     # heads x head_dim
+    key_width: int                       # key-value heads x head_dim
+    intermediate: int                    # of one expert
+    experts: int
+    visited_experts: int                 # that a token goes through
+    attention_parameters: int            # of a layer
+    mlp_parameters: int                  # of a layer, all its experts
+    layer: int                           # parameters of a layer
+    embedding: int                       # token (and position) embeddings
+    head: int                            # the output head's, also where it is the embedding
+    tied: bool
+    largest: int                         # parameters of the largest single tensor
+    linear_sides: tuple[tuple[int, int], ...]        # (in, out) of each linear layer of a block: where LoRA puts its adapters
+    flops: Flops                         # of a forward
+    final_norm: int
+    family: _Family
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.embedding + self.final_norm + (0 if self.tied else self.head)
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of adapters on every linear layer: A and B (arXiv 2106.09685)."""
+        return self.layers * rank * sum(a + b for a, b in self.linear_sides)
+
+    def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int, fused: bool = False,
+                              recompute: bool = False) -> float:
+        """Bytes that one layer keeps for backward, for each token.
+
+        width: bytes of an activation (2 or 4). keys_per_token: keys laid out for attention, over tokens (a prompt's keys stand before
+        each of its completions). scores_per_token: elements of a mask (or of a head's scores), over tokens. pieces: copies of
+        attention's output (2 where it is computed branch by branch and put together). fused: by models/fused.py. recompute: without
+        norms, rotary embedding and activation, which backward computes again; then the other figures do not count.
+        """
+        if recompute:
+            return self._kept_beside_cheap_parts(width)
+        f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
+        fused = fused and not (f.layer_norm or f.wide_norm)             # as models/fused.py finds out: Llama's recipe
+        if f.layer_norm:
+            norms, fp32 = 2.0 * f.norms * h, 2.0 * f.norms              # input and output; mean and deviation
+        elif fused:
+            norms, fp32 = 2.0 * f.norms * h, float(f.norms)             # input and output; the root mean square
+        else:                                                           # input in fp32, normalized, output; the root mean square
+            wide = (2 if f.wide_norm else 1) * h
+            norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
+            fp32 = f.norms * (wide + 1.0)
+            if width == 4:
+                norms, fp32 = f.norms * 3.0 * h - f.post_norms * h, float(f.norms)
+        if f.head_norms:
+            norms, fp32 = norms + (q + kv), fp32 + (0 if fused else q + kv) + (q + kv) * self.heads / q
+        keys = 2.0 * keys_per_token * (q if f.eager else kv)
+        queries = 3.0 * h if not f.gated else q                         # GPT-2's are a view of one product with keys and values
+        attention = queries + keys + q * (1 if f.eager else pieces)
+        if f.eager:
+            attention += 2.0 * self.heads * scores_per_token            # bounded scores, probabilities
+            fp32 += self.heads * scores_per_token if width == 2 else 0  # the softmax before it is narrowed
+        else:
+            fp32 += self.heads                                          # the softmax's normalizer
+            attention += scores_per_token
+        return width * (norms + attention + self._mlp_saved(fused)) + 4.0 * fp32
+
+    def _mlp_saved(self, fused: bool) -> float:
+        if not self.family.gated:
+            return 5.0 * self.intermediate                              # GELU written out: x, x/2, tanh, 1 + tanh, product
+        if self.experts == 1:
+            return (3.0 if fused else 4.0) * self.intermediate          # gate, up, silu(gate) unless fused, product
+        return self.visited_experts * (2.0 * self.hidden + 4.0 * self.intermediate)
+
+    def _kept_beside_cheap_parts(self, width: int) -> float:
+        """The layer's input and what checkpointing.py keeps: outputs of products, and of attention unless its scores are written out."""
+        f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
+        mlp = self.visited_experts * ((2.0 if f.gated else 1.0) * self.intermediate + h)
+        attention = (0.0 if f.eager else q) + q + 2.0 * kv + h
+        return width * (h + attention + mlp) + (0.0 if f.eager else 4.0 * self.heads)
+
+    def forward_workspace_bytes_per_token(self, width: int) -> float:
+        """Bytes that exist at once while a layer that keeps nothing goes forward: of the MLP gate, up, silu(gate), product; two streams."""
+        return width * (4.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
+
+    def training_workspace_bytes_per_token(self, width: int) -> float:
+        """Bytes of gradients of activations that exist at once in a layer's backward: of the MLP's product, gate and up, and two streams."""
+        return width * (3.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape that a model's folder describes. UserError where it has no config.json."""
+    try:
+        return model_shape(json.loads((folder / "config.json").read_text()))
+    except OSError as error:
+        raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that has one") from error
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """The shape that a config.json describes. UserError for an architecture whose sizes are not known here."""
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES:
+        raise UserError(f"config.json has model_type={kind}, whose sizes cannot be predicted: {nearest(kind, FAMILIES)}")
+    family = FAMILIES[kind]
+
+    def get(*names: str, default: Any = None) -> Any:
+        return next((config[name] for name in names if config.get(name) is not None), default)
+
+    h, layers, heads = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer"), get("num_attention_heads", "n_head")
+    head_dim = get("head_dim", default=family.head_dim or h // heads)
+    q, kv = heads * head_dim, get("num_key_value_heads", default=8 if kind in ("mistral", "mixtral") else heads) * head_dim
+    inner = get("intermediate_size", "n_inner", default=4 * h)
+    experts = get("num_local_experts", "num_experts", default=1)
+    visited = get("num_experts_per_tok", default=experts)
+    vocabulary = config["vocab_size"]
+    tied = bool(get("tie_word_embeddings", default=family.tied))
+
+    biases = (q + 2 * kv + (h if kind == "gpt2" or get("attention_bias") else 0)
+              if family.qkv_bias or kind == "gpt2" or get("attention_bias") else 0)
+    attention_matrices = 2 * h * q + 2 * h * kv
+    attention = attention_matrices + biases + (2 * head_dim if family.head_norms else 0)
+    matrices = 3 if family.gated else 2
+    mlp_bias = (matrices - 1) * inner + h if kind == "gpt2" or get("mlp_bias") else 0
+    router = experts * h if experts > 1 else 0
+    mlp = experts * matrices * h * inner + mlp_bias + router
+    norm = 2 * h if family.layer_norm else h
+    head = vocabulary * h
+    positions = get("n_positions", default=1024) * h if kind == "gpt2" else 0
+    qkv = [(h, q + 2 * kv)] if kind == "gpt2" else [(h, q), (h, kv), (h, kv)]
+    mlp_sides = [(h, inner)] * (matrices - 1) + [(inner, h)] if experts == 1 else []
+
+    visited_matrices = matrices * h * inner * visited + router
+    per_token = 2.0 * layers * (attention_matrices + visited_matrices)
+    spans = Counter(_windows(config, family, layers))
+    return ModelShape(
+        kind, h, layers, heads, vocabulary, q, kv, inner, experts, visited, attention, mlp, attention + mlp + family.norms * norm,
+        head + positions, head, tied,
+        max(head, experts * (matrices - 1) * h * inner if experts > 1 else h * inner, *(a * b for a, b in qkv), h * q, positions),
+        (*qkv, (q, h), *mlp_sides), Flops(per_token, 2.0 * head, tuple((4.0 * q * n, window) for window, n in spans.items())), norm, family)
+
+
+def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> list[int | None]:
+    """The attention window of each layer, None where it has none."""
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types")
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    if window is None or family.sliding == "where named" or (family.sliding == "where used" and not config.get("use_sliding_window")):
+        return [None] * layers
+    if family.sliding == "every other":
+        return [None if i % 2 else window for i in range(layers)]
+    full = config.get("max_window_layers", layers) if family.sliding == "where used" else 0
+    return [None if i < full else window for i in range(layers)]

@@ -1,0 +1,78 @@
+"""Step 0 is a gate (law 6): before the first update, the log-probs must be what they claim to be, or the run stops and names pairs."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.data.pack import pack_pairs
+from dpo_dist.data.store import PairStore
+from dpo_dist.logps import plain_token_logps
+from dpo_dist.policy import Policy
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.runtime.world import World
+from dpo_dist.step import StepBatches
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}      # nats a token, mean of |difference| over a completion
+PROBED_PAIRS = 3
+
+
+def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, pair_ids: np.ndarray, pairs: PairStore,
+                 dtype: torch.dtype, world: World) -> None:
+    """Both checks; `reference` is None where there is none, or where it does not start from the policy's weights."""
+    check_packing(policy, pairs, pair_ids, dtype)
+    if reference is not None:
+        check_start(policy, reference, step, pairs, dtype, world)
+
+
+def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype: torch.dtype) -> None:
+    """Raises where a packed, chunked forward and the model's own plain forward disagree on the step's shortest pairs.
+
+    This holds the positions, the branches, the completion mask and the head against one sequence after another. Attention itself was held
+    against the architecture's own before (models/load.py).
+    """
+    lengths = pairs.lengths()[pair_ids].sum(1)
+    probed = [int(i) for i in pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]]]
+    batch = pack_pairs([pairs[i] for i in probed], probed, [1.0] * len(probed), share_completions=False)
+    errors = []
+    with policy.evaluating():
+        packed = policy.token_logps(batch).logps
+        device = packed.device
+        sequence = batch.to(device).sequence
+        for i, chosen, rejected in zip(probed, batch.chosen, batch.rejected, strict=True):
+            pair = pairs[i]
+            prompt = torch.tensor(pair.prompt_ids, device=device)
+            for slot, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+                plain = plain_token_logps(policy.model.causal, prompt, torch.tensor(ids, device=device))
+                mine = packed[sequence == int(slot)]
+                error = float("inf") if len(mine) != len(plain) else (mine - plain).abs().mean().item()
+                errors.append((error, pair.where))
+    _refuse(errors, dtype, "the packed forward disagrees with the model's own forward",
+            "set model.attention=padded; if that does not help either, this is a fault of dpo-dist: please report it")
+
+
+def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, pairs: PairStore, dtype: torch.dtype, world: World) -> None:
+    """Raises where policy and reference start from the same weights and a log-prob of the first step still differs."""
+    errors: list[tuple[float, str]] = []
+    reference.wait_for(step.batches)
+    with policy.evaluating():
+        for batch, positions in zip(step.batches, step.positions, strict=True):
+            tokens = policy.token_logps(batch)
+            here = batch.to(tokens.logps.device)
+            difference = (tokens.logps - reference.token_logps(batch).to(tokens.logps.device)).abs()
+            mean = torch.zeros(here.n_sequences, device=difference.device).index_add(0, here.sequence, difference) / here.lengths
+            worst = torch.maximum(mean[here.chosen], mean[here.rejected]).tolist()
+            if positions:
+                errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]
+    everywhere = [e for rank in world.gather(errors) for e in rank]
+    _refuse(everywhere, dtype, "policy and reference start from the same weights, but their log-probs differ, so the first margins are not 0",
+            "the cached reference values do not belong to these tokens and weights: remove reference.cache_dir, or set reference.mode=live")
+
+
+def _refuse(errors: list[tuple[float, str]], dtype: torch.dtype, what: str, remedy: str) -> None:
+    bound = TOLERANCE[dtype]
+    bad = sorted((e for e in errors if not e[0] <= bound), key=lambda e: -e[0])
+    if bad:
+        worst = "; ".join(f"{where}: {error:.4g} nats a token" for error, where in bad[:5])
+        raise UserError(f"stopped at step 0: {what}. {len(bad)} of {len(errors)} checked are off by more than {bound} nats a token. "
+                        f"Worst: {worst}. Remedy: {remedy}")
