@@ -46,13 +46,10 @@ def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
         if loss.needs_reference:
             chosen, rejected = _logratios(pairs)
             return _number(loss.beta) * chosen, _number(loss.beta) * rejected
-        for name in loss.weights:
-            if name == "cpo":
-                chosen, rejected = _whole(pairs)
-                return _number(loss.beta) * chosen, _number(loss.beta) * rejected
-            if name in ("simpo", "orpo"):
-                scale = _number(loss.beta if name == "simpo" else loss.orpo_lambda)
-                chosen, rejected = _token_means(pairs)
+        for options in map(LOSS_OPTIONS.__getitem__, loss.weights):
+            if options.reward_scale is not None:
+                scale = _number(getattr(loss, options.reward_scale))
+                chosen, rejected = _whole(pairs) if options.reward_of == "sum" else _token_means(pairs)
                 return scale * chosen, scale * rejected
         return None
 
@@ -317,24 +314,5 @@ def _log_odds(logp: Tensor) -> Tensor:
     return logp - log_rest
 
 
-LOSSES: dict[str, Callable[[PairLogps, LossConfig], Tensor]] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "robust": robust,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "sigmoid_norm": sigmoid_norm,
-    "odpo": odpo,
-    "sft": sft,
-    "simpo": simpo,
-    "orpo": orpo,
-    "cpo": cpo,
-}
+# Each loss of LOSS_OPTIONS is the function of its name above.
+LOSSES: dict[str, Callable[[PairLogps, LossConfig], Tensor]] = {name: globals()[name] for name in LOSS_OPTIONS}

@@ -18,7 +18,8 @@ from dpo_dist.run.perf import Clock, known_peak_tflops
 from dpo_dist.run.provenance import add_parity, check_same_run, passport, write_run
 from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.step_results import StepLog, StepResults
-from dpo_dist.run.tracking import last_step, open_tracker
+from dpo_dist.run.tracking.make import open_tracker
+from dpo_dist.run.tracking.metrics_file import last_step
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.process import exit_with, run_entry
 from dpo_dist.runtime.terminal import Terminal
@@ -73,7 +74,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     def evaluates(step: int) -> bool:
         return step in (0, total) or bool(t.eval_every_steps and step % t.eval_every_steps == 0)
 
-    if config.reference.audit is not None:
+    if config.reference.outside:
         if config.reference.mode == "ahead" and reference is not None:   # audited where it scores, before its first value
             reference.wait_for(batches(min(done + 1, total)).batches)
             world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))

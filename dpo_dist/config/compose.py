@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.config.decode import decode
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.loss_options import MIXTURE
 from dpo_dist.config.schema import RunConfig
 
 
@@ -44,7 +46,40 @@ def compose_raw(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return hydra_compose(config_name="config", overrides=list(overrides))
+        return hydra_compose(config_name="config", overrides=with_groups(overrides))
+
+
+def with_groups(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra takes them: reference.engine=zero chooses the group as reference=zero does, and experiment=FILE.yaml reads a
+    file of the user's own as if it stood in conf/experiment/."""
+    return [_own_experiment(word) if word.startswith("experiment=") else _group_of(word, overrides) for word in overrides]
+
+
+def _group_of(word: str, overrides: Sequence[str]) -> str:
+    """group=variant for the key that names a variant, unless its group is chosen as well."""
+    key, _, value = word.partition("=")
+    for group, name in (("reference", "engine"), ("cluster", "name"), ("tracking", "name")):
+        if key == f"{group}.{name}" and not any(other.startswith(f"{group}=") for other in overrides):
+            return f"{group}={value}"
+    return word
+
+
+def _own_experiment(word: str) -> str:
+    """The word with the file that it names made known to Hydra; an experiment of conf/ stays as it is."""
+    path = Path(word.partition("=")[2].strip("'\"")).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return word
+    if not path.is_file():
+        raise UserError(f"{word}: there is no such file (looked in {Path.cwd()}); give a YAML file, or one of: "
+                        f"{', '.join(choices('experiment'))}")
+    name = f"file_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
+    ConfigStore.instance().store(name, OmegaConf.load(path), group="experiment", package="_global_")
+    return f"experiment={name}"
+
+
+def choices(group: str) -> list[str]:
+    """The choices of a group, as `loss=...` takes them."""
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml") if not file.stem.startswith("_"))
 
 
 def _to_plain(config: DictConfig) -> dict[str, Any]:
@@ -58,9 +93,9 @@ def _to_plain(config: DictConfig) -> dict[str, Any]:
 
 def explain(overrides: Sequence[str], error: Exception) -> str:
     """The message for what Hydra refused: which override is wrong, and the nearest valid name."""
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml") if not f.stem.startswith("_")) for p in conf_dir().iterdir() if p.is_dir()}
+    groups = {folder.name: choices(folder.name) for folder in conf_dir().iterdir() if folder.is_dir()}
     parsed: list[Override] = []
-    for text in overrides:
+    for text in with_groups(overrides):
         try:
             parsed += OverridesParser.create().parse_overrides([text])
         except HydraException:
@@ -69,10 +104,13 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
     for override in parsed:
         if override.key_or_group in groups and isinstance(override.value(), str):
             choice = str(override.value())
+            if override.key_or_group == "loss" and choice == MIXTURE:
+                return (f"loss={MIXTURE} is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set loss.name={MIXTURE} "
+                        "and loss.terms={sigmoid: 1.0, sft: 0.5}")
             if choice not in groups[override.key_or_group]:
                 return f"{override.key_or_group}={choice} is not a choice: {nearest(choice, groups[override.key_or_group])}"
-    choices = [o.input_line for o in parsed if o.key_or_group in groups and o.input_line]
-    valid = set(_flat_keys(_to_plain(_compose(choices))))
+    chosen = [o.input_line for o in parsed if o.key_or_group in groups and o.input_line]
+    valid = set(_flat_keys(_to_plain(_compose(chosen))))
     for override in parsed:
         if override.key_or_group not in groups and override.key_or_group not in valid:
             other = _choice_with(override.key_or_group)
@@ -81,12 +119,12 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
 
 
 def _choice_with(key: str) -> str | None:
-    """group=choice of a YAML file, not chosen here, that has the key."""
+    """group=choice, or several of them, whose YAML file has the key, where the chosen one does not."""
     group, _, name = key.partition(".")
-    for path in sorted((conf_dir() / group).glob("*.yaml")):
-        if any(dotted == name or dotted.startswith(f"{name}.") for dotted, _, _ in yaml_comments(path)):
-            return f"{group}={path.stem}"
-    return None
+    files = (conf_dir() / group / f"{choice}.yaml" for choice in choices(group))
+    found = [f"{group}={file.stem}" for file in files
+             if any(dotted == name or dotted.startswith(f"{name}.") for dotted, _, _ in yaml_comments(file))]
+    return " or ".join(found) or None
 
 
 def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -106,8 +144,7 @@ def documented_keys() -> list[tuple[str, str, str]]:
     config = conf_dir() / "config.yaml"
     defaults = dict(re.findall(r"^  - (?:optional )?(\w+): (\w+)$", config.read_text(), re.M))
     for group, default_choice in defaults.items():
-        others = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml") if not file.stem.startswith("_"))
-        for choice in [default_choice, *others] if default_choice != "null" else []:
+        for choice in [default_choice, *choices(group)] if default_choice != "null" else []:
             for key, default, text in yaml_comments(conf_dir() / group / f"{choice}.yaml"):
                 name = f"{group}.{key}"
                 out.setdefault(name, (name, default, text if choice == default_choice else f"{text} ({group}={choice})"))

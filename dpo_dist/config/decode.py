@@ -7,10 +7,17 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from dpo_dist.config.cluster import CLUSTERS, ClusterConfig
+from dpo_dist.config.engines import ENGINES
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.rules import resolve_loss, validate
 from dpo_dist.config.schema import DatasetConfig, RunConfig
+from dpo_dist.config.tracking import TRACKERS, TrackingConfig
 
+# Sections that come in variants, each with keys of its own: (the key that names the variant, the variants by that name).
+VARIANTS: dict[Any, tuple[str, Mapping[str, Any]]] = {
+    ReferenceConfig: ("engine", ENGINES), ClusterConfig: ("name", CLUSTERS), TrackingConfig: ("name", TRACKERS)}
 ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -24,6 +31,8 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
 
 def _decode(kind: Any, value: Any, key: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind in VARIANTS:
+        return _decode_variant(kind, value, key)
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, key)
     if origin in (typing.Union, types.UnionType):
@@ -36,6 +45,8 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
             raise UserError(f"{key}={value!r} is not allowed: {nearest(str(value), map(str, args))}")
         return value
     if origin is tuple:
+        if args[0] is DatasetConfig and isinstance(value, str | Mapping):
+            value = [value]                              # data.train=pairs.jsonl
         if not isinstance(value, list | tuple):
             raise UserError(f"{key}={value!r} must be a list, as in {key}=[...]")
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
@@ -62,6 +73,34 @@ def _decode_one_of(kinds: list[Any], value: Any, key: str) -> Any:
     raise refused
 
 
+def _decode_variant(section: Any, value: Any, key: str) -> Any:
+    """The section as the variant that its own key names."""
+    names, variants = VARIANTS[section]
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key}={value!r} must be a mapping; choose one of: {', '.join(f'{key}={name}' for name in variants)}")
+    chosen = str(value.get(names))
+    if chosen not in variants:
+        raise UserError(f"{key}.{names}={chosen!r} is not allowed: {nearest(chosen, variants)}")
+    for name in value:
+        known = [other for other, kind in variants.items() if name in {f.name for f in dataclasses.fields(kind)}]
+        if known and chosen not in known:
+            raise UserError(f"unknown key '{key}.{name}': it goes with {' or '.join(f'{key}={other}' for other in known)}")
+    try:
+        return _decode_dataclass(variants[chosen], value, key)
+    except UserError as error:
+        others = [other for other in variants if other != chosen and _refused_alone(variants[chosen], variants[other], value)]
+        if others:
+            raise UserError(f"{error} with {key}={chosen}; it goes with {' or '.join(f'{key}={other}' for other in others)}") from error
+        raise
+
+
+def _refused_alone(chosen: Any, other: Any, value: Mapping[str, Any]) -> bool:
+    """Whether some key's value is one of the words that the other variant allows, and the chosen one does not."""
+    ours, theirs = typing.get_type_hints(chosen), typing.get_type_hints(other)
+    return any(isinstance(value[name], str) and value[name] not in typing.get_args(ours[name])
+               and value[name] in typing.get_args(theirs.get(name)) for name in value if name in ours)
+
+
 def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:
     if kind is DatasetConfig and isinstance(value, str):
         value = {"path": value}
@@ -76,10 +115,21 @@ def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:
     out = {}
     for name, spec in known.items():
         if name in value:
-            out[name] = _decode(hints[name], value[name], prefix + name)
+            out[name] = _in_range(spec, _decode(hints[name], value[name], prefix + name), prefix + name)
         elif spec.default is dataclasses.MISSING:
             raise UserError(f"{prefix}{name} is missing; set {prefix}{name}=...")
     return kind(**out)
+
+
+def _in_range(spec: dataclasses.Field[Any], value: Any, key: str) -> Any:
+    """The value, where it is in the range that its field declares. What is not a number is in every range."""
+    above, between = spec.metadata["above"], spec.metadata["between"]
+    if isinstance(value, int | float):
+        if above is not None and not value > above:
+            raise UserError(f"{key}={value} must be greater than {above}")
+        if between is not None and not between[0] <= value <= between[1]:
+            raise UserError(f"{key}={value} must be between {between[0]} and {between[1]}")
+    return value
 
 
 def _decode_scalar(kind: type, value: Any, key: str) -> Any:

@@ -1,8 +1,11 @@
-"""Which options each loss uses, with their defaults. Torch-free, so that config errors are instant; the losses are in losses.py."""
+"""What each loss is, for whoever does not compute it: its options with their defaults, what it needs of the data, what it rewards.
+
+Torch-free, so that config errors are instant; the losses themselves are the functions of the same names in losses.py.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 MIXTURE = "mixture"
 
@@ -11,7 +14,13 @@ MIXTURE = "mixture"
 class LossOptions:
     defaults: dict[str, Any]
     needs_reference: bool = True
-    needs_whole_step: bool = False
+    needs_whole_step: bool = False             # a pair's loss depends on the other pairs of the step
+    uses_rejected: bool = True
+    needs_strength: bool = False               # how much better chosen is than rejected, of every pair
+    needs_smoothing: bool = False              # label_smoothing above 0
+    # The implicit reward without a reference: the scale's option, times log policy summed over the completion or a mean of its tokens.
+    reward_scale: str | None = None
+    reward_of: Literal["sum", "token mean"] = "token mean"
 
 
 # Options of the losses that compare policy and reference on single pairs: ld_alpha shortens the log-probs, wpo weights the pair.
@@ -26,9 +35,9 @@ LOSS_OPTIONS: dict[str, LossOptions] = {
     "sigmoid": LossOptions({**_DIFFERENCE, "label_smoothing": 0.0}),
     "hinge": LossOptions(_DIFFERENCE),
     "ipo": LossOptions(_DIFFERENCE),
-    "exo_pair": LossOptions({**_DIFFERENCE, "label_smoothing": 0.001}),
+    "exo_pair": LossOptions({**_DIFFERENCE, "label_smoothing": 0.001}, needs_smoothing=True),
     "nca_pair": LossOptions(_PAIR),
-    "robust": LossOptions({**_DIFFERENCE, "label_smoothing": 0.1}),
+    "robust": LossOptions({**_DIFFERENCE, "label_smoothing": 0.1}, needs_smoothing=True),
     "bco_pair": LossOptions(_PAIR),
     "sppo_hard": LossOptions(_PAIR),
     "aot": LossOptions({"beta": 0.1, "label_smoothing": 0.0}, needs_whole_step=True),
@@ -37,9 +46,10 @@ LOSS_OPTIONS: dict[str, LossOptions] = {
     "apo_down": LossOptions(_PAIR),
     "discopop": LossOptions({**_DIFFERENCE, "discopop_tau": 0.05}),
     "sigmoid_norm": LossOptions(_DIFFERENCE),
-    "odpo": LossOptions({**_DIFFERENCE, "odpo_alpha": 1.0}),
-    "sft": LossOptions({}, needs_reference=False),
-    "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False),
-    "orpo": LossOptions({"orpo_lambda": 0.1}, needs_reference=False),
-    "cpo": LossOptions({"beta": 0.1, "cpo_alpha": 1.0, "label_smoothing": 0.0}, needs_reference=False),
+    "odpo": LossOptions({**_DIFFERENCE, "odpo_alpha": 1.0}, needs_strength=True),
+    "sft": LossOptions({}, needs_reference=False, uses_rejected=False),
+    "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False, reward_scale="beta"),
+    "orpo": LossOptions({"orpo_lambda": 0.1}, needs_reference=False, reward_scale="orpo_lambda"),
+    "cpo": LossOptions({"beta": 0.1, "cpo_alpha": 1.0, "label_smoothing": 0.0}, needs_reference=False, reward_scale="beta",
+                       reward_of="sum"),
 }

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.options import TOKENS, deciding
 from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data.chat import template_text
 from dpo_dist.data.files import content_digest
@@ -109,7 +110,7 @@ class PairStore:
         return dict(self.meta["report"])
 
 
-ASKED = "asked.json"                     # DataConfig.decisive, for whoever looks for a store without reading the data
+ASKED = "asked.json"                     # what decides the tokens, for whoever looks for a store without reading the data
 
 
 def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> tuple[PairStore, PairStore]:
@@ -126,7 +127,7 @@ def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | N
 
 def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> str:
     """sha256 of all that decides the stores' content: files, tokenizer, template and the values of DataConfig."""
-    values = {key: value for key, value in config.decisive.items() if key != "chat_template"}      # whose text is looked at below
+    values = {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"}      # whose text is looked at below
     contents = [content_digest(dataset) for dataset in (*config.train, *config.eval)]
     template = template_text(tokenizer, config.chat_template)
     whole = {"version": FORMAT_VERSION, "values": values, "contents": contents, "tokenizer": tokenizer_digest, "template": template}
@@ -165,7 +166,7 @@ def _write(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
     dated = encoder.template is not None and "strftime_now" in encoder.template.text
     for writer, of_sources, repeated in ((train, reports, 0), (held_out, held_out_reports, shared)):
         writer.close({"sources": of_sources, "pairs_with_training_prompts": repeated, "template_asks_for_date": dated})
-    (folder / ASKED).write_text(json.dumps(config.decisive))
+    (folder / ASKED).write_text(json.dumps(deciding(config, TOKENS)))
 
 
 def _fill(dataset: DatasetConfig, source: int, config: DataConfig, encoder: PairTokenizer, writer: PairWriter,

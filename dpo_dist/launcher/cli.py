@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from dpo_dist.config.compose import compose, documented_keys
 from dpo_dist.config.errors import UserError, nearest
-from dpo_dist.config.schema import RunConfig, to_dict
+from dpo_dist.config.options import to_dict
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor import doctor, with_model
 from dpo_dist.launcher.local import command, device_count, run_stages
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
@@ -85,7 +86,7 @@ def _main(words: list[str]) -> int:
 
 
 def _start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
-    if config.cluster.name == "local":
+    if not config.cluster.submits:
         if dry_run:
             raise UserError("--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set cluster=slurm")
         return run_stages(launch)
@@ -125,7 +126,7 @@ def _run_dir(rest: list[str]) -> Path:
 def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
     device = {"cpu": "CPU", "cuda": "GPU", "auto": "GPU, or CPU where there is none"}[config.cluster.device]
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
-    jobs = {job.name: job for job in jobs_of(launch, config)} if config.cluster.name == "slurm" else {}
+    jobs = {job.name: job for job in jobs_of(launch, config)} if config.cluster.submits else {}
     for stage in launch.stages:
         what = sbatch_command(jobs[stage.name], {}) if jobs else command(stage)
         when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""

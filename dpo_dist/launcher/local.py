@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import ClusterConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 TAIL_LINES = 20

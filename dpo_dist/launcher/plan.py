@@ -47,14 +47,9 @@ class _Kind:
     after: tuple[str, ...] = ()
 
 
-def scores_apart(config: RunConfig) -> bool:
-    """Whether scoring is a stage of its own, so that the trainer never shares memory with the reference."""
-    return config.loss.needs_reference and config.reference.mode == "cached" and config.reference.engine != "adapter_off"
-
-
 # `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the policy is in memory.
 STAGES = {
-    "score": _Kind("dpo_dist.score", scores_apart),
+    "score": _Kind("dpo_dist.score", lambda config: config.scores_apart),
     "train": _Kind("dpo_dist.train", lambda config: True, after=("score",)),
     "eval": _Kind("dpo_dist.evaluate", lambda config: False),
     "export": _Kind("dpo_dist.export", lambda config: False),
@@ -77,14 +72,15 @@ def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices:
 def _server_nodes(name: str, config: RunConfig) -> int:
     """Only the stage that scores holds nodes for servers: the others find the values in the cache."""
     scores = "train" if config.reference.mode == "live" else "score"
-    return (config.reference.nodes or 0) if name == scores else 0
+    return config.reference.server_nodes if name == scores else 0
 
 
 def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -> tuple[Stage, Stage]:
     """reference.mode=ahead: (scoring, training), on devices of their own where a machine has several."""
-    local, scorers = config.cluster.name == "local", config.reference.procs or 1
+    scorers = config.reference.procs or 1
     trainers = config.cluster.procs_per_node or max(1, devices - scorers)
-    shared = not local or devices == 1                    # jobs get devices of their own from Slurm; a CPU, or a single GPU, is shared
+    # jobs get devices of their own from Slurm; a CPU, or a single GPU, is shared
+    shared = config.cluster.submits or devices == 1
     if not shared and trainers + scorers > devices:
         raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's {devices} devices; "
                         f"set cluster.procs_per_node={max(1, devices - scorers)}")

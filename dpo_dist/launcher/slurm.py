@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_dist.config.cluster import SlurmClusterConfig, SlurmConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import RunConfig, SlurmConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 
 JOBS_FILE = "slurm.json"               # in run.dir: {stage: Slurm's id}
@@ -102,8 +103,8 @@ def _sbatch(command: list[str]) -> str:
 def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: str = "", tasks: Path | None = None,
            array: str | None = None) -> str:
     """slurm/train.sbatch with the settings of this stage in the place of its own."""
+    assert isinstance(config.cluster, SlurmClusterConfig)
     slurm = config.cluster.slurm
-    assert slurm is not None, "rules.py has seen to it"
     before, _, rest = shipped("slurm/train.sbatch").read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     options = _options(stage, config, slurm, name, output, array)
@@ -120,7 +121,7 @@ def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, out
 
 def _server_options(stage: Stage, config: RunConfig, slurm: SlurmConfig) -> list[str]:
     """The second part of a heterogeneous job: nodes for the reference's servers."""
-    return ["--ntasks-per-node=1", "--requeue", *_machines(stage.server_nodes, config.reference.tensor_parallel_size or 1, config, slurm),
+    return ["--ntasks-per-node=1", "--requeue", *_machines(stage.server_nodes, config.reference.server_gpus, config, slurm),
             *slurm.server_extra]
 
 

@@ -1,9 +1,9 @@
 """The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one YAML."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -46,3 +46,14 @@ class ReferenceEngine(Protocol):
     def load(self, folder: Path) -> None:
         """The state that `save` wrote; at another number of ranks too."""
         return None
+
+
+@runtime_checkable
+class OutsideEngine(Protocol):
+    """What an engine outside the training stack has besides: servers, each of which is audited alone."""
+
+    urls: tuple[str, ...]
+
+    def one_each(self) -> Iterable[ReferenceEngine]: ...
+
+    def token_logps(self, batch: PackedBatch) -> Tensor: ...

@@ -2,12 +2,21 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from dpo_dist.config.engines.adapter_off import AdapterOffConfig
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.types import PackedBatch, TokenLogps
+
+if TYPE_CHECKING:
+    from dpo_dist.reference.make import Setup
+
+
+def open_engine(config: AdapterOffConfig, setup: Setup) -> AdapterOffReference:
+    assert setup.policy is not None, "adapter_off scores with the policy"
+    return AdapterOffReference(setup.policy)
 
 
 class HasAdapters(Protocol):

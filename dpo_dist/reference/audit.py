@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import AuditConfig, RunConfig
+from dpo_dist.config.reference import AuditConfig, OutsideConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.data.store import PairStore
 from dpo_dist.reference import ReferenceEngine
@@ -165,7 +166,7 @@ def _shown(bounds: dict[str, float], kind: str) -> str:
 
 
 def _settings(config: RunConfig) -> AuditConfig:
-    assert config.reference.audit is not None, "only an engine outside the training stack is audited"
+    assert isinstance(config.reference, OutsideConfig), "only an engine outside the training stack is audited"
     return config.reference.audit
 
 

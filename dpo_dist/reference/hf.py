@@ -3,14 +3,23 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dpo_dist.config.engines.hf import HfConfig
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
 from dpo_dist.models.stream import load_streamed
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.types import PackedBatch
+
+if TYPE_CHECKING:
+    from dpo_dist.reference.make import Setup
+
+
+def open_engine(config: HfConfig, setup: Setup) -> HfReference:
+    return HfReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload, setup.fused_for(config))
 
 
 class HfReference(ReferenceEngine):

@@ -1,30 +1,54 @@
-"""ReferenceConfig → the ReferenceEngine that it asks for."""
+"""RunConfig → the ReferenceEngine that it asks for. An engine's own module, which may be slow to import, is imported here alone."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dpo_dist.config.schema import ReferenceConfig
+from dpo_dist.config.reference import ReferenceConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.reference.adapter_off import AdapterOffReference, HasAdapters
-from dpo_dist.reference.hf import HfReference
+from dpo_dist.reference.adapter_off import HasAdapters
+from dpo_dist.reference.cache.store import PLAIN_RECIPE, ReferenceKey
 from dpo_dist.runtime.world import World
 
 
-def make_reference(config: ReferenceConfig, folder: Path, dtype: torch.dtype, attention: str, world: World,
-                   policy: HasAdapters | None = None, fused: bool = False) -> ReferenceEngine:
-    """The engine with the frozen weights from `folder`; adapter_off takes the policy's own. fused: as in load_causal_lm; where layers are
-    split, or read from disk one at a time, the model's own code computes."""
-    if config.engine == "adapter_off":
-        assert policy is not None, "adapter_off scores with the policy"
-        return AdapterOffReference(policy)
-    if config.engine == "hf":
-        return HfReference(folder, dtype, attention, world.device, config.offload, fused)
-    if config.engine == "tensor_parallel":               # deepspeed is imported only where it is used
-        from dpo_dist.reference.tensor_parallel import TensorParallelReference
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is opened with, besides its keys."""
 
-        return TensorParallelReference(folder, dtype, attention, world, config.tensor_parallel_size)
-    from dpo_dist.reference.zero import ZeroReference
+    folder: Path                           # the frozen weights
+    dtype: torch.dtype
+    attention: str                         # branch or padded
+    world: World
+    policy: HasAdapters | None = None      # for an engine that is the policy
+    fused: bool = False                    # as in load_causal_lm
+    run: RunConfig | None = None           # for an engine outside the training stack: what it serves, and under which key
+    key: ReferenceKey | None = None
 
-    return ZeroReference(folder, dtype, attention, world.device, config.offload, fused)
+    def fused_for(self, config: ReferenceConfig) -> bool:
+        return self.fused and config.may_fuse
+
+
+def make_reference(config: ReferenceConfig, setup: Setup) -> ReferenceEngine:
+    """The engine, by `open_engine` of the module that has its name."""
+    return _module(config).open_engine(config, setup)
+
+
+def reference_key(config: ReferenceConfig, weights: str, setup: Setup, quantized: str | None) -> ReferenceKey:
+    """What the cache's values are found by. The engines of the training stack give the same values, so they share a key, unless quantized
+    weights or rounded partial sums make other numbers; what an engine outside of it answers is its own."""
+    dtype, rounds = str(setup.dtype).removeprefix("torch."), setup.dtype != torch.float32
+    if config.outside:
+        return _module(config).reference_key(config, weights, dtype)
+    parts = [PLAIN_RECIPE, *([quantized] if quantized else [])]
+    if rounds and setup.fused_for(config):
+        parts.append("fused kernels")                    # which round once where the model's own code rounds often
+    return ReferenceKey(weights, dtype, ", ".join([*parts, *config.recipe(rounds, setup.world.local_size)]))
+
+
+def _module(config: ReferenceConfig) -> Any:
+    return import_module(f"dpo_dist.reference.{config.engine}")

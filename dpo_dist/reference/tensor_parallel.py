@@ -4,19 +4,27 @@ from __future__ import annotations
 import copy
 import gc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from dpo_dist.config.engines.tensor_parallel import TensorParallelConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.attention import shrink
 from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, stored_dtype
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import Team, World, prepare_deepspeed
 from dpo_dist.types import PackedBatch
+
+if TYPE_CHECKING:
+    from dpo_dist.reference.make import Setup
+
+
+def open_engine(config: TensorParallelConfig, setup: Setup) -> TensorParallelReference:
+    return TensorParallelReference(setup.folder, setup.dtype, setup.attention, setup.world, config.tensor_parallel_size)
 
 
 class TensorParallelReference(ReferenceEngine):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import SyncConfig
+from dpo_dist.config.reference import SyncConfig
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -11,10 +11,18 @@ from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dpo_dist.config.engines.zero import ZeroReferenceConfig
 from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import prepare_deepspeed
 from dpo_dist.types import PackedBatch
+
+if TYPE_CHECKING:
+    from dpo_dist.reference.make import Setup
+
+
+def open_engine(config: ZeroReferenceConfig, setup: Setup) -> ZeroReference:
+    return ZeroReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload, setup.fused_for(config))
 
 
 class ZeroReference(ReferenceEngine):

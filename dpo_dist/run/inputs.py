@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
 from dpo_dist.data.store import PairStore, prepare
@@ -20,8 +21,9 @@ from dpo_dist.models.digest import model_digest, tokenizer_digest
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
 from dpo_dist.models.load import check_quantized, choose_attention, load_tokenizer, quantization, read_config, resolve, torch_dtype
-from dpo_dist.reference.cache.store import PLAIN_RECIPE, ReferenceKey
-from dpo_dist.reference.vllm.open import served_key
+from dpo_dist.reference.adapter_off import HasAdapters
+from dpo_dist.reference.cache.store import ReferenceKey
+from dpo_dist.reference.make import Setup, reference_key
 from dpo_dist.runtime.shared_folders import check_shared
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -53,6 +55,11 @@ class Inputs:
         prompt, chosen, rejected = tokens.mean(0).tolist()
         return Lengths(prompt, chosen, rejected, len(pairs), f"mean of {len(pairs):,} tokenized pairs"), int(tokens.sum(1).max())
 
+    def reference_setup(self, world: World, policy: HasAdapters | None = None, run: RunConfig | None = None) -> Setup:
+        """What the reference's engine is opened with."""
+        return Setup(self.reference_folder, self.dtype, self.reference_attention, world, policy, self.reference_fused, run,
+                     self.reference_key)
+
     @property
     def same_start(self) -> bool:
         """True where the policy starts from the reference's weights, so that every first margin must be 0."""
@@ -76,7 +83,8 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     model = read_config(policy_folder)
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
     reference_fused = fused and (reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype, world.device) is None)
-    key = world.on_main(lambda: _reference_key(config, reference_folder, reference_digest, dtype, world, reference_fused))
+    setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused)
+    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, quantization(read_config(reference_folder))))
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
@@ -99,33 +107,22 @@ def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dt
     return fused
 
 
-def _reference_key(config: RunConfig, folder: Path, digest: str, dtype: torch.dtype, world: World, fused: bool) -> ReferenceKey:
-    """The engines of the training stack give the same values, so they share a key, unless quantized weights or rounded partial sums make
-    other numbers; what servers answer is their own."""
-    name = str(dtype).removeprefix("torch.")
-    if config.reference.engine == "vllm":
-        return served_key(config.reference, digest, name)
-    parts = [PLAIN_RECIPE]
-    if how := quantization(read_config(folder)):
-        parts.append(how)
-    if fused and dtype != torch.float32 and config.reference.engine != "tensor_parallel" and config.reference.offload != "disk":
-        parts.append("fused kernels")                            # which round once where the model's own code rounds often
-    size = config.reference.tensor_parallel_size or world.local_size
-    if config.reference.engine == "tensor_parallel" and size > 1 and dtype != torch.float32:
-        parts.append(f"layers split over {size} ranks")          # their partial sums are rounded before they are added
-    return ReferenceKey(digest, name, ", ".join(parts))
-
-
 def _check_quantization(config: RunConfig, policy: Path, reference: Path) -> None:
     """UserError for a quantized policy, and for a quantized reference that the engine or this machine cannot compute."""
     if how := quantization(read_config(policy)):
         raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full weights, and the quantized "
                         "ones as reference.path")
-    if (how := quantization(read_config(reference))) and config.reference.engine != "vllm":      # its servers have kernels of their own
-        if config.reference.engine != "hf" or config.reference.offload != "none":
-            raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which reference.engine={config.reference.engine} "
-                            f"with reference.offload={config.reference.offload} cannot compute; set reference=hf reference.offload=none")
-        check_quantized(read_config(reference), f"reference.path={config.reference_path}")
+    if how := quantization(read_config(reference)):
+        if not config.reference.computes_quantized:
+            raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which {_named(config.reference)} cannot "
+                            "compute; set reference=hf reference.offload=none")
+        if not config.reference.outside:
+            check_quantized(read_config(reference), f"reference.path={config.reference_path}")
+
+
+def _named(reference: ReferenceConfig) -> str:
+    offload = getattr(reference, "offload", "none")
+    return f"reference.engine={reference.engine}" + (f" with reference.offload={offload}" if offload != "none" else "")
 
 
 def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:
@@ -154,7 +151,7 @@ def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal)
 def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
     if config.loss.needs_whole_step and np.ptp(pairs.weight) > 0:
         raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; remove them from the data")
-    if "odpo" in config.loss.weights:
+    if config.loss.needs_strength:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
     check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch, padded)
 

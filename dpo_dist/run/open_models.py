@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import ReferenceConfig, RunConfig
+from dpo_dist.config.reference import OutsideConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.store import PairStore
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
-from dpo_dist.reference import ReferenceEngine
+from dpo_dist.reference import OutsideEngine, ReferenceEngine
 from dpo_dist.reference.ahead import AheadReference, Scorer
 from dpo_dist.reference.audit import audit, believe_earlier_audit
 from dpo_dist.reference.cache.fill import fill, open_cache, plan_fill
@@ -22,7 +23,6 @@ from dpo_dist.reference.cache.store import LogpCache
 from dpo_dist.reference.cached import CachedReference
 from dpo_dist.reference.make import make_reference
 from dpo_dist.reference.tr_dpo import HasWeights, TrDpoReference
-from dpo_dist.reference.vllm.open import open_served
 from dpo_dist.run.checkpoint import latest_checkpoint, read_state
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.runtime.terminal import Terminal
@@ -82,12 +82,10 @@ def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore
 
     if not config.loss.needs_reference:
         return policy(), None
-    if config.reference.engine == "adapter_off":          # the reference is the policy: it must be there first
+    if config.reference.is_policy:                       # it must be there first
         learner = policy()
-        engine = make_reference(config.reference, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, learner,
-                                inputs.reference_fused)
         if config.reference.mode == "live":
-            return learner, engine
+            return learner, make_reference(config.reference, inputs.reference_setup(world, learner))
         return learner, CachedReference(fill_cache(config, inputs, data_sets, world, terminal, learner).cache)
     if config.reference.mode == "live":
         engine = _open_reference(config, inputs, data_sets, world, terminal)
@@ -113,13 +111,13 @@ def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore]
     every pack.
     """
     cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
-    padded = inputs.reference_attention == "padded" and config.reference.engine != "vllm"           # whose servers lay out rows themselves
+    padded = inputs.reference_attention == "padded" and not config.reference.outside     # servers lay out rows themselves
     scoring, damaged = plan_fill(cache, data_sets, world, config.train.tokens_per_microbatch, windows, padded)
     n_missing = len(scoring.sequences)
     if damaged:
         terminal.say(f"reference cache: {damaged} damaged shards set aside (*.corrupt in {cache.folder}); scored again")
     if n_missing:
-        if config.reference.engine == "adapter_off" and policy is None:
+        if config.reference.is_policy and policy is None:
             policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
         engine = _open_reference(config, inputs, data_sets, world, terminal, policy)
         with terminal.progress(n_missing, description="reference") as bar:
@@ -129,7 +127,7 @@ def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore]
 
             fill(scoring, cache, data_sets, engine, world, tell, math.inf if windows is None else SECONDS_BEFORE_SHARED)
         engine.close()
-    elif config.reference.audit is not None:
+    elif config.reference.outside:
         world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
     return Scored(cache, n_missing, scoring.n_cached)
 
@@ -137,14 +135,12 @@ def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore]
 def _open_reference(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
                     policy: Policy | None = None) -> ReferenceEngine:
     """The engine, whose values may be believed: one outside the training stack is audited first."""
-    def in_this_process(r: ReferenceConfig) -> ReferenceEngine:
-        return make_reference(r, inputs.reference_folder, inputs.dtype, inputs.reference_attention, world, policy, inputs.reference_fused)
-
-    settings = config.reference.audit
-    if settings is None:
-        return in_this_process(config.reference)
-    served = open_served(config, inputs.reference_key, inputs.reference_folder, world)
-    terminal.say(f"reference: {inputs.reference_key.recipe}, from {', '.join(served.urls)}")
-    oracle = replace(config.reference, engine=settings.oracle)
-    audit(config, inputs.reference_key, inputs.dtype, list(served.one_each()), lambda: in_this_process(oracle), data_sets, world, terminal)
-    return served
+    setup, reference = inputs.reference_setup(world, policy, config), config.reference
+    engine = make_reference(reference, setup)
+    if not isinstance(reference, OutsideConfig):
+        return engine
+    assert isinstance(engine, OutsideEngine)
+    terminal.say(f"reference: {inputs.reference_key.recipe}, from {', '.join(engine.urls)}")
+    audit(config, inputs.reference_key, inputs.dtype, list(engine.one_each()), lambda: make_reference(reference.oracle(), setup),
+          data_sets, world, terminal)
+    return engine

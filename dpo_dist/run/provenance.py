@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import RunConfig, to_dict
+from dpo_dist.config.options import to_dict
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.runtime.world import World
 

@@ -15,7 +15,8 @@ import huggingface_hub.constants
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import RunConfig, to_dict
+from dpo_dist.config.options import to_dict
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.lock import hold_lock
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults

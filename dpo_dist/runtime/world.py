@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import ClusterConfig
 
 T = TypeVar("T")
 

@@ -187,7 +187,7 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
         terms["host"] += terms["weights"]
         terms["weights"] = 0.0
     terms |= _pack_terms(config, shape, lengths, packs, width, device)
-    if config.loss.needs_reference and config.reference.mode == "live" and config.reference.engine != "adapter_off":
+    if config.loss.needs_reference and config.reference.mode == "live" and not config.reference.is_policy:
         terms["reference"] = reference_weights(config, shape, world)
     if device is CPU or not math.isfinite(device.memory):                # offloading moves nothing where there is one kind of memory
         terms["framework"] += terms["host"]
@@ -284,7 +284,7 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
     width = dtype_bytes(config, world.device)
     tokens = config.train.tokens_per_microbatch
     gathered = 0.0
-    if config.reference.engine == "zero":
+    if config.reference.gathers_weights:
         gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
@@ -293,15 +293,9 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
 
 def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> float:
     """Bytes of the reference's weights on a rank; with adapter_off those that it shares with the policy."""
-    r, whole = config.reference, float(dtype_bytes(config, world.device) * shape.parameters)
-    if r.engine == "vllm" or r.offload == "cpu":
-        return 0.0
-    if r.offload == "disk":                              # one piece at a time
-        return whole * max(shape.layer, shape.embedding, shape.head) / shape.parameters
-    if r.engine == "tensor_parallel":
-        return whole / (r.tensor_parallel_size or world.ranks // world.nodes)
-    sharded = r.engine == "zero" or (r.engine == "adapter_off" and config.zero.stage == 3)
-    return whole / (world.ranks if sharded else 1)
+    piece = max(shape.layer, shape.embedding, shape.head) / shape.parameters
+    share = config.reference.weight_share(piece, world.nodes, world.ranks, policy_is_sharded=config.zero.stage == 3)
+    return share * dtype_bytes(config, world.device) * shape.parameters
 
 
 def cache_bytes(lengths: Lengths) -> float | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.options import TOKENS, deciding
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.sizing.automatic import choose
 from dpo_dist.sizing.estimate import (
@@ -76,10 +77,9 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
             else "time and cache size need the number of pairs, known once the data is tokenized"))
     if not need.fits(world.device):
         lines += too_large(config, shape, lengths, world, need)
-    scores_here = config.loss.needs_reference and config.reference.mode != "live" and config.reference.engine != "vllm"
+    scores_here = config.loss.needs_reference and config.reference.mode != "live" and not config.reference.outside
     if scores_here and scoring_memory(config, shape, lengths, world) > world.device.memory:
-        lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set "
-                     + ("reference.offload=cpu" if config.reference.engine == "zero" else "reference=zero"))
+        lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set {config.reference.needs_less}")
     return lines
 
 
@@ -165,7 +165,7 @@ def token_lengths(config: RunConfig) -> Lengths:
     stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
     for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
         spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")
-        if len(spans) and json.loads(file.read_text()) == config.data.decisive:
+        if len(spans) and json.loads(file.read_text()) == deciding(config.data, TOKENS):
             prompt, chosen, rejected = np.diff(spans, axis=1).mean(0).tolist()
             return Lengths(prompt, chosen, rejected, len(spans), f"mean of {len(spans):,} tokenized pairs")
     return worst_lengths(config.data.max_length)

@@ -100,7 +100,7 @@ def scoring_seconds(config: RunConfig, shape: ModelShape, lengths: Lengths, worl
         return None
     device, w = world.device, world.ranks
     compute = pair_flops(shape, lengths, False, 0.0) / 3 * lengths.pairs / (w * device.flops * device.efficiency)
-    if config.reference.engine != "zero":
+    if not config.reference.gathers_weights:
         return compute
     packs = math.ceil(lengths.pairs * lengths.pair / (w * config.train.tokens_per_microbatch))
     gathering = packs * dtype_bytes(config, device) * shape.parameters * (w - 1) / w / world.link

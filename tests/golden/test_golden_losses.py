@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_dist.preference import PackedBatch, PairLogps, TokenLogps
-from dpo_dist.rules import resolve_loss
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_dist.config import LossConfig
+from dpo_dist.config.rules import resolve_loss
+from dpo_dist.config.schema import LossConfig
 from dpo_dist.logps import pair_logps, plain_token_logps
 from dpo_dist.losses import preference_loss, rewards
+from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden.json").read_text())

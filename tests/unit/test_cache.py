@@ -10,7 +10,7 @@ from conftest import write_tiny_llama
 
 from dpo_dist.config.compose import compose
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey, ShardWriter, sequence_key
-from dpo_dist.run.inputs import _reference_key
+from dpo_dist.reference.make import Setup, reference_key
 from dpo_dist.runtime.world import World
 
 KEY = ReferenceKey("weights", "float32")
@@ -103,7 +103,8 @@ def test_values_of_fused_kernels_in_bf16_have_a_key_of_their_own_and_exact_ones_
     folder, world = write_tiny_llama(tmp_path / "m"), World(0, 1, 0, torch.device("cpu"))
 
     def key(dtype: torch.dtype, fused: bool, *more: str) -> ReferenceKey:
-        return _reference_key(compose([f"model.path={folder}", "cluster.device=cpu", *more]), folder, "weights", dtype, world, fused)
+        config = compose([f"model.path={folder}", "cluster.device=cpu", *more])
+        return reference_key(config.reference, "weights", Setup(folder, dtype, "branch", world, fused=fused), quantized=None)
 
     assert key(torch.bfloat16, True) != key(torch.bfloat16, False) and "fused kernels" in key(torch.bfloat16, True).recipe
     assert key(torch.float32, True) == key(torch.float32, False)

@@ -1,16 +1,21 @@
 """Every mistake in a config is one message that names key, value and remedy; nothing is ignored."""
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dpo_dist.config.compose import compose, conf_dir, documented_keys, yaml_comments
-from dpo_dist.config.decode import decode
+from dpo_dist.config.decode import VARIANTS, decode
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import to_dict
+from dpo_dist.config.options import to_dict
+from dpo_dist.config.schema import RunConfig
 
 MISTAKES = {
     "unknown key 'loss.bta': did you mean 'loss.beta'": ["loss.bta=1"],
@@ -24,7 +29,7 @@ MISTAKES = {
     "train.pairs_per_step='many' must be a whole number": ["train.pairs_per_step=many"],
     "train.pairs_per_step=0 must be greater than 0": ["train.pairs_per_step=0"],
     "optim.betas=[0.9] must have 2 entries": ["optim.betas=[0.9]"],
-    "data.train='x' must be a list": ["data.train=x"],
+    "data.train=3 must be a list": ["data.train=3"],
     "loss 'sigmoyd' is unknown: did you mean 'sigmoid'": ["loss.name=sigmoyd"],
     "loss.simpo_gamma=1.0 is not used by loss 'sigmoid'; remove it": ["loss.simpo_gamma=1"],
     "loss.beta=0.2 is not used by loss 'sft'": ["loss=sft", "loss.beta=0.2"],
@@ -36,11 +41,12 @@ MISTAKES = {
     "loss.label_smoothing=0.7 must be between 0 and 0.5": ["loss.label_smoothing=0.7"],
     "reference.engine=adapter_off needs a LoRA policy": ["reference=adapter_off"],
     "adapter_off takes the policy's own base weights": ["reference=adapter_off", "model.lora.rank=4", "reference.path=other"],
-    "reference.offload=cpu is only for reference.engine=zero": ["reference.offload=cpu"],
-    "reference.offload=disk is only for reference.engine=hf": ["reference=zero", "reference.offload=disk"],
-    "reference.tensor_parallel_size=2 does nothing with reference.engine=hf": ["reference.tensor_parallel_size=2"],
+    "reference.offload='cpu' is not allowed: one of: disk, none with reference=hf; it goes with reference=zero": ["reference.offload=cpu"],
+    "with reference=zero; it goes with reference=hf": ["reference=zero", "reference.offload=disk"],
+    "unknown key 'reference.tensor_parallel_size': it goes with reference=tensor_parallel or reference=vllm": [
+        "reference.tensor_parallel_size=2"],
     "reference.path=r would do nothing: loss.name=simpo uses no reference": ["loss=simpo", "reference.path=r"],
-    "reference.urls=('http://a',) is only for reference=vllm, not hf": ["reference.urls=[http://a]"],
+    "unknown key 'reference.urls': it goes with reference=vllm": ["reference.urls=[http://a]"],
     "reference.urls=('http://a',) and reference.server=python are both set": ["reference=vllm", "reference.urls=[http://a]",
                                                                               "reference.server=python"],
     "reference.server=podman run x has no {port}": ["reference=vllm", "reference.server='podman run x'"],
@@ -53,12 +59,17 @@ MISTAKES = {
                                              "reference.nodes=1", "cluster.slurm.server_extra=[mem]"],
     "reference.nodes=2 needs servers to start there": ["reference=vllm", "cluster=slurm", "reference.nodes=2"],
     "reference.nodes=2 are nodes that Slurm gives": ["reference=vllm", "reference.server=python", "reference.nodes=2"],
-    "reference.nodes=2 is only for reference=vllm": ["cluster=slurm", "reference.nodes=2"],
+    "unknown key 'reference.nodes': it goes with reference=vllm": ["cluster=slurm", "reference.nodes=2"],
     "reference.tensor_parallel_size=2 does nothing with reference.engine=vllm": ["reference=vllm", "reference.tensor_parallel_size=2"],
     "reference.audit.pairs=0 must be greater than 0": ["reference=vllm", "reference.audit.pairs=0"],
     "reference.requests.wait_seconds=2000.0 must be less than cluster.timeout_seconds": ["reference=vllm",
                                                                                           "reference.requests.wait_seconds=2000"],
-    "reference.engine=vllm needs reference.requests and reference.audit; choose it by reference=vllm": ["reference.engine=vllm"],
+    "unknown key 'tracking.mode': it goes with tracking=wandb": ["tracking=tensorboard", "tracking.mode=offline"],
+    "reference.engine='vlm' is not allowed: did you mean 'vllm'": ["reference.engine=vlm", "reference=hf"],
+    "reference=vlm is not a choice: did you mean 'vllm'": ["reference.engine=vlm"],
+    "loss=mixture is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set loss.name=mixture and loss.terms": [
+        "loss=mixture"],
+    "experiment=nowhere.yaml: there is no such file": ["experiment=nowhere.yaml"],
     "zero.offload_parameters=cpu needs zero.stage=3": ["zero=zero2", "zero.offload_parameters=cpu"],
     "model.gradient_checkpointing=-1 must be": ["model.gradient_checkpointing=-1"],
     "model.gradient_checkpointing='some' is not allowed: one of auto, true or false, a whole number": ["model.gradient_checkpointing=some"],
@@ -161,3 +172,50 @@ def test_the_same_command_names_the_same_folder_and_another_beta_another():
     one = compose(["model.path=m"])
     assert one.run_dir == compose(["model.path=m", "cluster.procs_per_node=4", "train.log_every_steps=7"]).run_dir
     assert one.run_dir != compose(["model.path=m", "loss.beta=0.2"]).run_dir
+
+
+def test_the_key_that_names_a_variant_chooses_it_as_its_group_does():
+    for key, group in (("reference.engine=zero", "reference=zero"), ("tracking.name=wandb", "tracking=wandb"),
+                       ("cluster.name=slurm", "cluster=slurm")):
+        assert compose(["model.path=m", key]) == compose(["model.path=m", group])
+
+
+def test_a_path_alone_is_a_data_set():
+    config = compose(["model.path=m", "data.train=pairs.jsonl", "data.eval=held_out.jsonl"])
+    assert [d.path for d in (*config.data.train, *config.data.eval)] == ["pairs.jsonl", "held_out.jsonl"]
+    assert config.data == compose(["model.path=m", "data.train=[{path: pairs.jsonl}]", "data.eval=[held_out.jsonl]"]).data
+
+
+def test_an_experiment_may_be_a_file_of_ones_own(tmp_path: Path):
+    mine = tmp_path / "my recipe-1.yaml"
+    mine.write_text("defaults:\n  - override /loss: ipo\n\noptim:\n  lr: 3e-6\n")
+    config = compose(["model.path=m", f"experiment='{mine}'", "train.seed=5"])
+    assert (config.loss.name, config.optim.lr, config.train.seed) == ("ipo", 3e-6, 5)
+
+
+def sections(kind: type) -> Iterator[type]:
+    """The config dataclasses below one, itself first."""
+    yield kind
+    for hint in typing.get_type_hints(kind).values():
+        for each in (hint, *typing.get_args(hint)):
+            if each in VARIANTS:
+                for variant in VARIANTS[each][1].values():
+                    yield from sections(variant)
+            elif dataclasses.is_dataclass(each):
+                yield from sections(each)
+
+
+def test_every_field_says_what_it_decides_and_only_what_is_trained_names_a_run():
+    for section in sections(RunConfig):
+        for spec in dataclasses.fields(section):
+            assert "decides" in spec.metadata, f"{section.__name__}.{spec.name} is declared without option()"
+    identity = compose(["model.path=m"]).identity_dict()
+    assert identity["reference"] == {"path": None, "sync": {"mode": "none", "alpha": None, "every_steps": None}}
+    assert not {"cluster", "tracking", "run", "zero", "experiment"} & identity.keys()
+
+
+@pytest.mark.parametrize("words, digest", [
+    ([], "7463e6e54e6c"), (["reference=zero", "reference.offload=cpu"], "7463e6e54e6c"), (["loss=mpo"], "a1af4e3be3ff"),
+    (["data.train=[a,{path: b,weight: 2}]", "model.lora.rank=3"], "0031caaee526"), (["reference=vllm", "cluster=slurm"], "7463e6e54e6c")])
+def test_runs_and_caches_of_before_are_found_again(words: list[str], digest: str):
+    assert compose(["model.path=m", *words]).identity()[:12] == digest

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,7 +196,7 @@ def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_ne
     assert "Unable to contact slurm controller; only cluster=slurm needs it" in say("echo Unable to contact slurm controller >&2; exit 1")
 
     config = compose(["model.path=m"])
-    on_slurm = replace(config, cluster=replace(config.cluster, name="slurm"))
+    on_slurm = compose(["model.path=m", "cluster=slurm"])
     monkeypatch.setenv("PATH", str(sinfo.parent))
     dead = slurm(on_slurm)
     assert dead is not None and not dead.ok and dead.said == "cluster=slurm, but Unable to contact slurm controller"

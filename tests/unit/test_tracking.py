@@ -13,7 +13,7 @@ import pytest
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.run.tracking import open_tracker
+from dpo_dist.run.tracking.make import open_tracker
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -88,7 +88,7 @@ def test_what_was_logged_before_a_kill_is_there(tmp_path: Path) -> None:
     script = f"""if True:
         import os, signal
         from dpo_dist.config.compose import compose
-        from dpo_dist.run.tracking import open_tracker
+        from dpo_dist.run.tracking.make import open_tracker
         tracker = open_tracker(compose(["model.path=m", "data.train=[{{path: a}}]"]), {str(tmp_path)!r}, True, 0)
         for step in range(5):
             tracker.log({{"step": step, "split": "train", "loss": 1.0}})
@@ -103,7 +103,7 @@ def test_other_ranks_write_nothing_and_import_no_tracking_library(tmp_path: Path
     script = f"""if True:
         import sys
         from dpo_dist.config.compose import compose
-        from dpo_dist.run.tracking import open_tracker
+        from dpo_dist.run.tracking.make import open_tracker
         config = compose(["model.path=m", "data.train=[{{path: a}}]", "tracking=wandb"])
         tracker = open_tracker(config, {str(tmp_path / "run")!r}, False, 0)
         tracker.log({{"step": 1, "split": "train"}}), tracker.finish({{}})

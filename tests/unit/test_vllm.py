@@ -15,13 +15,13 @@ from conftest import write_tiny_llama
 from log_prob_server import Answer, LogProbServer, Say, values
 
 from dpo_dist.config.compose import compose
+from dpo_dist.config.engines.vllm import RequestsConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import RequestsConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 from dpo_dist.reference.hf import HfReference
 from dpo_dist.reference.vllm.engine import VllmReference, continuations
-from dpo_dist.reference.vllm.open import served_key, server_spec
+from dpo_dist.reference.vllm.open import reference_key, server_spec
 from dpo_dist.reference.vllm.process import command
 from dpo_dist.types import PackedBatch
 
@@ -252,7 +252,7 @@ def test_the_key_of_the_training_stack_is_what_it_always_was(tmp_path: Path):
 
 def test_version_dtype_and_quantization_each_make_a_key_of_their_own(tmp_path: Path, server: LogProbServer):
     def key(*more: str, dtype: str = "float32") -> ReferenceKey:
-        return served_key(reference(tmp_path, *more), "weights", dtype)
+        return reference_key(reference(tmp_path, *more), "weights", dtype)
 
     asked = key(f"reference.urls=[{server.url}]")
     assert asked == key("reference.version=0.0.test") and "vllm 0.0.test" in asked.recipe
@@ -263,13 +263,13 @@ def test_version_dtype_and_quantization_each_make_a_key_of_their_own(tmp_path: P
 
 def test_when_the_servers_are_gone_the_cache_tells_the_version_unless_there_are_two(tmp_path: Path):
     with pytest.raises(UserError, match="the cache holds no values of vllm"):
-        served_key(reference(tmp_path), "weights", "float32")
+        reference_key(reference(tmp_path), "weights", "float32")
     for version in ("1.0", "2.0"):
-        LogpCache(str(tmp_path), served_key(reference(tmp_path, f"reference.version={version}"), "weights", "float32"))
+        LogpCache(str(tmp_path), reference_key(reference(tmp_path, f"reference.version={version}"), "weights", "float32"))
         if version == "1.0":
-            assert "vllm 1.0," in served_key(reference(tmp_path, "reference.urls=[http://127.0.0.1:1]"), "weights", "float32").recipe
+            assert "vllm 1.0," in reference_key(reference(tmp_path, "reference.urls=[http://127.0.0.1:1]"), "weights", "float32").recipe
     with pytest.raises(UserError, match=r"the cache holds values of vllm 1\.0 and 2\.0"):
-        served_key(reference(tmp_path), "weights", "float32")
+        reference_key(reference(tmp_path), "weights", "float32")
     assert np.all([p.name == "key.json" for p in tmp_path.glob("*/*")])
 
 

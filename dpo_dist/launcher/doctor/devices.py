@@ -54,7 +54,7 @@ def devices(config: RunConfig) -> Finding:
 
 
 def compiled_ops(config: RunConfig) -> Finding | None:
-    if config.zero.stage is None and config.reference.engine != "zero":
+    if config.zero.stage is None and not config.reference.uses_deepspeed:
         return None
     built, error = _ask(DEEPSPEED, **({"DS_ACCELERATOR": "cpu"} if config.cluster.device == "cpu" else {}))
     if error:

@@ -10,6 +10,7 @@ from importlib import metadata
 from urllib.parse import urlsplit
 
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking import WandbConfig
 from dpo_dist.launcher.doctor.finding import Finding
 
 ANSWER_SECONDS = 5
@@ -17,7 +18,7 @@ WANDB_URL = "https://api.wandb.ai"
 
 
 def wandb(config: RunConfig) -> Finding | None:
-    if config.tracking.name != "wandb":
+    if not isinstance(config.tracking, WandbConfig):
         return None
     try:
         version = metadata.version("wandb")
@@ -47,7 +48,7 @@ def _in_netrc(host: str) -> bool:
 
 def slurm(config: RunConfig) -> Finding | None:
     """Red only where the run goes through Slurm: elsewhere a controller that does not answer stops nothing."""
-    wanted = str(config.cluster.name) == "slurm"
+    wanted = config.cluster.submits
     if not wanted and shutil.which("sinfo") is None:
         return None
     said, error = _sinfo()

@@ -16,8 +16,8 @@ from typing import Any
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import RunConfig, to_dict
-from dpo_dist.launcher.plan import scores_apart
+from dpo_dist.config.options import TOKENS, VALUES, deciding, to_dict
+from dpo_dist.config.schema import RunConfig
 
 Value = str | float | int | bool | None
 OF_THE_SWEEP = ("run.dir", "cluster.jobs_at_once", "+sweep")         # overrides that say how to sweep, and are no part of a job
@@ -87,16 +87,11 @@ def reference_group(config: RunConfig) -> str | None:
 
     From the config alone, so two names of the same weights are two groups; the second then finds in the cache what the first left there.
     """
-    if not scores_apart(config):
+    if not config.scores_apart:
         return None
-    data = to_dict(config.data)
-    for key in ("cache_dir", "group_by_prompt"):
-        data.pop(key)
-    decides: dict[str, Any] = {
-        "reference": config.reference_path, "tokenizer": config.model.path, "dtype": config.model.dtype, "data": data,
-        "cache": config.reference.cache_dir}
-    if config.reference.engine == "vllm":                # the engines of the training stack give the same values; this one has its own
-        decides["served"] = [config.reference.version, config.reference.quantization, config.reference.server, config.reference.urls]
+    decides = {
+        "reference": config.reference_path, "tokenizer": config.model.path, "dtype": config.model.dtype,
+        "data": deciding(config.data, TOKENS), "cache": config.reference.cache_dir, **deciding(config.reference, VALUES)}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 

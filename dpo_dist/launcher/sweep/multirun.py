@@ -89,7 +89,7 @@ class Sweep:
         check_distinct([*(r.job for r in self._all), *jobs])
         distinct = list({job.run_dir: job for job in jobs}.values())     # a sampler may propose the same values twice
         missing = [job for job in distinct if not job.is_done()]
-        on_this_machine = jobs[0].config.cluster.name == "local"
+        on_this_machine = not jobs[0].config.cluster.submits
         if self._dry_run:
             if on_this_machine:
                 raise UserError("--dry-run shows batch scripts, and cluster=local has none; set cluster=slurm")

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import ClusterConfig
 from dpo_dist.launcher.local import devices, noting_signals
 
 POLL_SECONDS = 0.1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import to_dict
+from dpo_dist.config.options import to_dict
 from dpo_dist.launcher.sweep.groups import Job, Value, shown
 
 # What a sweep can be after, and in which direction. `loss` has another scale at every beta: compare by it only where beta is not swept.

@@ -76,7 +76,7 @@ def _batch_jobs(group: Group, folder: Path) -> list[BatchJob]:
         raise UserError("the trainings of a sweep differ in `cluster`, but one array has one shape; sweep over other keys")
     (train,) = plan_stages("train", first, ()).stages
     if train.server_nodes:
-        raise UserError(f"reference.nodes={first.reference.nodes} with reference.mode=live would give each task of an array nodes of its "
+        raise UserError(f"reference.nodes={train.server_nodes} with reference.mode=live would give each task of an array nodes of its "
                         "own for servers, which Slurm does not do; set reference.mode=cached")
     name, jobs = str(folder.parent.parent), []
     if group.score is not None:

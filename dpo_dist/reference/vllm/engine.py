@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.config.engines.vllm import RequestsConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import RequestsConfig
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.vllm.protocol import Continuation, Unanswered, score
 from dpo_dist.types import PackedBatch

@@ -15,7 +15,7 @@ import torch
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.load import resolve, torch_dtype
-from dpo_dist.reference.vllm.open import server_spec
+from dpo_dist.reference.vllm.open import served, server_spec
 from dpo_dist.reference.vllm.process import end_of, start_server
 from dpo_dist.runtime.world import device_of
 
@@ -26,14 +26,13 @@ def main(words: Sequence[str]) -> int:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         config = compose(overrides)
-        assert config.reference.requests is not None, "rules.py has seen to it"
         folder = resolve(config.reference_path, "reference.path", config.run.offline)
         device = device_of(config.cluster, 0)
         dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         log = Path(config.run_dir) / "logs" / f"reference-server-{node}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        server = start_server(server_spec(config, dtype, folder, gpus), log, config.reference.requests.wait_seconds, "0.0.0.0", port)
+        server = start_server(server_spec(config, dtype, folder, gpus), log, served(config).requests.wait_seconds, "0.0.0.0", port)
     except UserError as error:
         print(f"error: {node}: {error}", file=sys.stderr, flush=True)
         return 2

@@ -6,14 +6,19 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dpo_dist.config.engines.vllm import RequestsConfig, VllmConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import ReferenceConfig, RequestsConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.vllm.engine import VllmReference
 from dpo_dist.reference.vllm.process import Server, ServerSpec, installed_version, start_server
 from dpo_dist.reference.vllm.protocol import About, Unanswered, about
 from dpo_dist.runtime.world import World
+
+if TYPE_CHECKING:
+    from dpo_dist.reference.make import Setup
 
 LOOK_SECONDS = 10.0                      # for an answer to /version and /v1/models
 BESIDE_THE_ORACLE, NODE_OF_ITS_OWN = 0.5, 0.9        # shares of a GPU's memory that a server takes: the audit's oracle runs where the ranks are
@@ -24,7 +29,7 @@ def recipe(version: str, quantization: str | None) -> str:
     return f"vllm {version}, quantization {quantization or 'none'}, prompt_logprobs, v1"
 
 
-def served_key(config: ReferenceConfig, weights: str, dtype: str) -> ReferenceKey:
+def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
     """The key of the servers' values. Their version is what the config says, what is installed, what the servers say, or, where the
     servers are gone and the cache holds values of one version, that one. UserError where none of these tells."""
     def key(version: str) -> ReferenceKey:
@@ -35,7 +40,6 @@ def served_key(config: ReferenceConfig, weights: str, dtype: str) -> ReferenceKe
         return key(version)
     held = _held_versions(config, key)
     if config.urls:
-        assert config.requests is not None
         wait_seconds = 0 if len(held) == 1 else config.requests.wait_seconds
         for url in _urls(config.urls, wait_seconds):
             try:
@@ -49,13 +53,18 @@ def served_key(config: ReferenceConfig, weights: str, dtype: str) -> ReferenceKe
                     "reference.version and reference.server or reference.urls")
 
 
+def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
+    assert setup.run is not None and setup.key is not None
+    return open_served(setup.run, setup.key, setup.folder, setup.world)
+
+
 def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World) -> VllmReference:
     """The engine on servers that were looked at: they serve the model under its name, in the version of `key`.
 
     With reference.server, the first rank of each machine starts one, and that machine's ranks use it. All ranks call it.
     """
-    r, requests = config.reference, config.reference.requests
-    assert requests is not None
+    r = served(config)
+    requests = r.requests
     server: Server | None = None
     copies = 1                                           # of the model, in each server
     if r.urls:
@@ -84,13 +93,19 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
                          on_close=server.stop if server else lambda: None)
 
 
+def served(config: RunConfig) -> VllmConfig:
+    """The reference's keys, of a run whose reference is in servers."""
+    assert isinstance(config.reference, VllmConfig)
+    return config.reference
+
+
 def _name(config: RunConfig) -> str:
-    return config.reference.served_name or config.reference_path
+    return served(config).served_name or config.reference_path
 
 
 def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> ServerSpec:
     """What reference.server is to serve, on so many GPUs of a machine. dtype: as in ReferenceKey; folder: the reference's."""
-    r = config.reference
+    r = served(config)
     assert r.server is not None
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     longest = config.data.max_length + 1
@@ -131,7 +146,7 @@ def _told(url: str, wait_seconds: float) -> About:
             time.sleep(1.0)
 
 
-def _checked(url: str, name: str, key: ReferenceKey, r: ReferenceConfig, requests: RequestsConfig) -> int | None:
+def _checked(url: str, name: str, key: ReferenceKey, r: VllmConfig, requests: RequestsConfig) -> int | None:
     """The longest sequence that the server takes. UserError where it is not what the run is to use."""
     try:
         told = _told(url, requests.wait_seconds)
@@ -147,7 +162,7 @@ def _checked(url: str, name: str, key: ReferenceKey, r: ReferenceConfig, request
     return told.longest[name]
 
 
-def _held_versions(config: ReferenceConfig, key: Callable[[str], ReferenceKey]) -> list[str]:
+def _held_versions(config: VllmConfig, key: Callable[[str], ReferenceKey]) -> list[str]:
     """Versions of vLLM whose values for these weights are in the cache."""
     wanted = key("VERSION")
     pattern = re.escape(wanted.recipe).replace("VERSION", r"(\S+)")

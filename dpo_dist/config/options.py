@@ -1,0 +1,35 @@
+"""How a key of the configuration is declared: its range, and what it decides. Its default and meaning stand in conf/."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+RUN = "run"            # part of a run's identity: a run of another value is another run
+TOKENS = "tokens"      # decides the tokenized pairs, besides the content of files and of the tokenizer
+VALUES = "values"      # decides the reference's log-probs, besides weights and tokens
+
+
+def option(*decides: str, above: float | None = None, between: tuple[float, float] | None = None,
+           default: Any = dataclasses.MISSING) -> Any:
+    """A field of a config dataclass. Without any of RUN, TOKENS and VALUES the key says where or how, not what."""
+    return dataclasses.field(default=default, metadata={"decides": decides, "above": above, "between": between})
+
+
+def deciding(config: Any, what: str) -> dict[str, Any]:
+    """The keys of a config dataclass that decide the run, the tokens or the values; nested, JSON-ready."""
+    return {f.name: _plain(getattr(config, f.name), what)
+            for f in dataclasses.fields(config) if what in f.metadata["decides"]}
+
+
+def _plain(value: Any, what: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        return deciding(value, what)
+    if isinstance(value, list | tuple):
+        return [_plain(entry, what) for entry in value]
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A plain, JSON-ready copy of a config dataclass (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

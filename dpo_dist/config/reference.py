@@ -1,0 +1,111 @@
+"""The reference's keys that every engine has, and what callers ask an engine. Each engine adds its own: config/engines/."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.options import RUN, option
+
+if TYPE_CHECKING:
+    from dpo_dist.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """TR-DPO: the reference moves to the policy every so many steps."""
+
+    mode: Literal["none", "soft", "hard"] = option(RUN)
+    alpha: float | None = option(RUN)
+    every_steps: int | None = option(RUN, above=0)
+
+    @property
+    def share(self) -> float:
+        """How much of the way to the policy the reference goes."""
+        return 1.0 if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """What an engine is, for callers that do not know which one it is. An engine overrides what is different about it."""
+
+    path: str | None = option(RUN)
+    engine: str = option()
+    mode: Literal["cached", "live", "ahead"] = option()
+    procs: int | None = option(above=0)
+    cache_dir: str = option()
+    sync: SyncConfig = option(RUN)
+
+    is_policy: ClassVar[bool] = False              # the reference is the policy itself: no weights, no process of its own
+    outside: ClassVar[bool] = False                # not of the training stack: see OutsideConfig
+    uses_deepspeed: ClassVar[bool] = False
+    gathers_weights: ClassVar[bool] = False        # sharded: a layer is made whole on every rank while it computes
+    may_follow: ClassVar[bool] = False             # its weights are at hand, so that it can follow the policy (TR-DPO)
+    needs_less: ClassVar[str] = "reference=zero"   # what to set where this engine does not fit
+
+    @property
+    def computes_quantized(self) -> bool:
+        """Whether it can compute quantized weights."""
+        return False
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether fused kernels may compute its norms, rotary embedding and SwiGLU, which in bf16 round otherwise."""
+        return True
+
+    @property
+    def server_nodes(self) -> int:
+        """Nodes that are held for servers of the reference, beside those of the ranks."""
+        return 0
+
+    @property
+    def server_gpus(self) -> int:
+        """GPUs of such a node."""
+        return 1
+
+    def recipe(self, rounds: bool, ranks_of_node: int) -> list[str]:
+        """What else decides a value besides weights, dtype and tokens, in words. rounds: the dtype is narrower than fp32."""
+        return []
+
+    def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
+        """The share of the weights that a rank holds. piece: the largest part that is loaded at once, as a share of all."""
+        return 1.0
+
+    def check(self, run: RunConfig) -> None:
+        """UserError where this engine's keys contradict others, or each other. What holds for every engine is in rules.py."""
+
+    @property
+    def why_not_ahead(self) -> str | None:
+        """Why this engine cannot score beside training (reference.mode=ahead); None where it can."""
+        return None
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Within which bounds values are believed; None = those of the dtype (reference/audit.py)."""
+
+    oracle: Literal["hf", "zero"] = option()
+    pairs: int = option(above=0)
+    token_mean: float | None = option(above=0)
+    token_max: float | None = option(above=0)
+    sequence_max: float | None = option(above=0)
+    margin_max: float | None = option(above=0)
+
+
+@dataclass(frozen=True)
+class OutsideConfig(ReferenceConfig):
+    """An engine outside the training stack: its values have a cache key of their own, and are audited before one is believed."""
+
+    audit: AuditConfig = option()
+
+    outside = True
+
+    def oracle(self) -> ReferenceConfig:
+        """The engine of the training stack that this one's values are held against."""
+        from dpo_dist.config.engines import ENGINES
+
+        return ENGINES[self.audit.oracle](self.path, self.audit.oracle, self.mode, self.procs, self.cache_dir, self.sync)
+
+
+def does_nothing(key: str, value: Any, why: str) -> UserError:
+    return UserError(f"{key}={value} would do nothing: {why}; remove it")

@@ -1,0 +1,25 @@
+"""Where a run's numbers go: always <run.dir>/metrics.jsonl, and a copy where `tracking` says. Only the main process has any.
+
+A row is {"step": 12, "split": "train", "loss": 0.61, "rewards/chosen": 0.2, ...}. W&B and TensorBoard show a value as
+`train/rewards/chosen` against the step. Values that JSON has no number for stand in metrics.jsonl as the strings "nan", "inf" and
+"-inf", which Python's float() reads.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+MetricsRow = Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    def log(self, row: MetricsRow) -> None:
+        """Keeps one row: `step`, `split` and numbers. When it returns, the row in metrics.jsonl survives a kill and a power cut."""
+
+    def finish(self, summary: MetricsRow) -> None:
+        """Keeps the run's last numbers, if there are any, and closes."""
+
+
+def named_by_split(row: MetricsRow) -> dict[str, Any]:
+    """The row's values as W&B and TensorBoard show them: {"train/loss": ...}."""
+    return {f"{row['split']}/{key}": value for key, value in row.items() if key not in ("step", "split")}

@@ -1,0 +1,50 @@
+"""RunConfig → the run's Tracker. A tracker's own module, named as in `tracking.name`, is imported here alone."""
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking import NoTracking
+from dpo_dist.run.tracking import MetricsRow, Tracker
+from dpo_dist.run.tracking.metrics_file import MetricsFile
+from dpo_dist.runtime.run_dir import RunDir
+
+
+def open_tracker(config: RunConfig, run_dir: str | Path, is_main: bool, resumed_step: int) -> Tracker:
+    """The run's tracker. Rows after `resumed_step`, which the run is about to make again, are dropped; 0 = from the start, so all.
+
+    Raises UserError where W&B cannot be reached or has no login; it never asks for one.
+    """
+    if not is_main:
+        return Silent()
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = MetricsFile(RunDir(run_dir).metrics, resumed_step)
+    if isinstance(config.tracking, NoTracking):
+        return metrics
+    module = import_module(f"dpo_dist.run.tracking.{config.tracking.name}")
+    return Both(metrics, module.open_tracker(config, run_dir, resumed_step))
+
+
+class Silent:
+    """What every process but the main one has."""
+
+    def log(self, row: MetricsRow) -> None:
+        pass
+
+    def finish(self, summary: MetricsRow) -> None:
+        pass
+
+
+class Both:
+    def __init__(self, first: Tracker, second: Tracker):
+        self._trackers = (first, second)
+
+    def log(self, row: MetricsRow) -> None:
+        for tracker in self._trackers:
+            tracker.log(row)
+
+    def finish(self, summary: MetricsRow) -> None:
+        for tracker in self._trackers:
+            tracker.finish(summary)
