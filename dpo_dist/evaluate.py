@@ -1,7 +1,6 @@
 """Held-out evaluation: the loss and the rewards over pairs that are not trained on. Also `dpo-dist eval`."""
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,9 @@ from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, without_auto
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.flops import Flops
@@ -36,7 +37,7 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            if told := world.max(preemption.asked()):
+            if told := world.max(preemption.received()):
                 raise preemption.Stopped(told, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
             part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops, reference)
@@ -75,8 +76,8 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     policy, reference = open_models(config, inputs, [inputs.eval], world, terminal)
     means = evaluate_run(config, inputs, policy, reference, world)
     if world.is_main:
-        path = Path(config.run_dir) / "eval.json"
-        path.write_text(json.dumps({"model": config.model.path, "pairs": len(inputs.eval), **means}, indent=2) + "\n")
+        path = RunDir(Path(config.run_dir)).eval_json
+        write_json(path, {"model": config.model.path, "pairs": len(inputs.eval), **means})
         rows = [[name, f"{value:.4f}"] for name, value in means.items()]
         terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], rows)
         terminal.say(f"written to {path}")

@@ -15,8 +15,9 @@ from dpo_dist.policy.make import make_policy
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.open_models import without_auto
-from dpo_dist.run.provenance import check_same_run, passport
+from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
@@ -24,9 +25,9 @@ COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokeni
           "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
-def export_model(run_dir: Path, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float], world: World) -> Path:
+def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float], world: World) -> Path:
     """Writes the model beside its final place and moves it there whole. All ranks call it; rank 0 writes."""
-    folder, partial = run_dir / "model", run_dir / "model.partial"
+    folder, partial = run_dir.model, run_dir.model.with_name("model.partial")
     world.on_main(lambda: _start(partial, inputs, config, held_out))
     write_shards(partial, policy.export_weights(), write=world.is_main)
     world.on_main(lambda: _finish(partial, folder))
@@ -80,13 +81,13 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
 
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Writes <run.dir>/model from the run's newest whole checkpoint."""
-    run_dir = Path(config.run_dir)
+    run_dir = RunDir(Path(config.run_dir))
     inputs = read_inputs(config, world, terminal)
     config = without_auto(config, inputs, world, terminal)
-    world.on_main(lambda: check_same_run(run_dir, config, passport(config, inputs, world)))
+    world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     if resumed is None:
-        raise UserError(f"run.dir={run_dir} holds no whole checkpoint to export; train first, with the same overrides")
+        raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same overrides")
     policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
     policy.load(resumed[0])
     model = export_model(run_dir, policy, inputs, config, {}, world)

@@ -19,7 +19,8 @@ from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.open_models import fill_cache, without_auto
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.lock import hold_lock, is_held
-from dpo_dist.runtime.process import DONE, exit_with, run_entry
+from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.run_dir import DONE, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
@@ -40,20 +41,20 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
     """What training will ask for, in that order. The lock shows it that this is alive, and its own shows this when it has gone."""
-    here, t = Path(config.run_dir), config.train
+    folder, t = Path(config.run_dir), config.train
     with ExitStack() as alive:
-        world.on_main(lambda: _begin(here, alive))
+        world.on_main(lambda: _begin(folder, alive))
         inputs = read_inputs(config, world, terminal)
         order = make_sampler(inputs.train, t, config.data.group_by_prompt)
         asked = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
-        look = _end_with(here.parent) if world.is_main else (lambda: None)
+        look = _end_with(folder.parent) if world.is_main else (lambda: None)
         terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=asked, progress=look)))
-        world.on_main((here / DONE).touch)
+        world.on_main(RunDir(folder).mark_done)
 
 
-def _begin(here: Path, alive: ExitStack) -> None:
-    alive.enter_context(hold_lock(here))
-    (here / DONE).unlink(missing_ok=True)
+def _begin(folder: Path, alive: ExitStack) -> None:
+    alive.enter_context(hold_lock(folder))
+    RunDir(folder).clear(DONE)
 
 
 def _end_with(training: Path) -> Callable[[], None]:
@@ -65,7 +66,7 @@ def _end_with(training: Path) -> Callable[[], None]:
         if time.monotonic() - last > SECONDS_BETWEEN_LOOKS:
             last, held = time.monotonic(), is_held(training)
             if seen and not held:
-                preemption.ask(signal.SIGTERM)
+                preemption.receive(signal.SIGTERM)
             seen |= held
 
     return look

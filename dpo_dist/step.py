@@ -1,8 +1,7 @@
 """One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same (law 4)."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,27 +58,6 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
     mean_chosen_tokens = float((weights * shapes.lengths[:, 1]).sum() / weights.sum())
     work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops))
     return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), mean_chosen_tokens, work)
-
-
-class PackedAhead:
-    """The packs of steps first to last, one after another: the next step is packed by a thread while this one is computed."""
-
-    def __init__(self, pack: Callable[[int], StepBatches], first: int, last: int):
-        self._pack, self._last, self._step = pack, last, first
-        self._thread = ThreadPoolExecutor(1)
-        self._coming = self._thread.submit(pack, min(first, last))
-
-    def __enter__(self) -> PackedAhead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-
-    def next(self) -> StepBatches:
-        """The packs of the next step; after the last one, that one's again."""
-        packed, self._step = self._coming.result(), self._step + 1
-        self._coming = self._thread.submit(self._pack, min(self._step, self._last))
-        return packed
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:

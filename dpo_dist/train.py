@@ -2,145 +2,192 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.sampler import make_sampler
+from dpo_dist.data.sampler import Sampler, make_sampler
 from dpo_dist.evaluate import evaluate_run
 from dpo_dist.export import export_model
+from dpo_dist.policy import Policy
+from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
-from dpo_dist.run.checkpoint import Kept, TrainState, resume_point, save_checkpoint
-from dpo_dist.run.inputs import read_inputs
+from dpo_dist.run.checkpoint import Checkpointed, TrainState, resume_point, save_checkpoint
+from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
-from dpo_dist.run.provenance import add_parity, check_same_run, passport, write_run
+from dpo_dist.run.provenance import add_parity, check_same_run, provenance, write_run
 from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.step_results import StepLog, StepResults
+from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import open_tracker
 from dpo_dist.run.tracking.metrics_file import last_step
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.prefetch import prefetched
 from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
-from dpo_dist.step import PackedAhead, StepBatches, step_batches, train_step
+from dpo_dist.step import StepBatches, step_batches, train_step
 from dpo_dist.step0_checks import check_step_0
 
 
 def train(config: RunConfig, world: World, terminal: Terminal) -> None:
+    """Trains, evaluates and exports; goes on from the newest checkpoint."""
     preemption.listen()
-    run_dir, t, loss = Path(config.run_dir), config.train, config.loss
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     config = without_auto(config, inputs, world, terminal)
-    lineage = passport(config, inputs, world)
+    run_dir, sampler = RunDir(Path(config.run_dir)), make_sampler(inputs.train, config.train, config.data.group_by_prompt)
+    total = sampler.total_steps(config.train.epochs, config.train.max_steps)
+    lineage = provenance(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
-
-    order = make_sampler(inputs.train, t, config.data.group_by_prompt)
-    total = order.total_steps(t.epochs, t.max_steps)
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     done = resumed[1].step if resumed else 0
-    if done == total and world.on_main(lambda: (run_dir / "model").exists()):
-        terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir}/model")
+    if done == total and world.on_main(run_dir.model.exists):
+        terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir.model}")
         return
     world.on_main(lambda: write_run(run_dir, config, lineage))
 
     policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
-    kept: list[Kept] = [policy] if reference is None else [policy, reference]
     if resumed:
-        for each in kept:
-            each.load(resumed[0])
+        for part in checkpointed(policy, reference):
+            part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
-    tracker = open_tracker(config, run_dir, world.is_main, done)
-
-    flops = inputs.flops.training(frozen_base=config.model.lora.rank > 0)
-
-    def batches(step: int) -> StepBatches:
-        pair_ids = order.pairs_of_step(step, t.epochs, t.max_steps)
-        return step_batches(inputs.train, pair_ids, loss, world, t.tokens_per_microbatch, flops, reference)
-
-    def held_out(step: int) -> dict[str, float]:
-        means = evaluate_run(config, inputs, policy, reference, world)
-        if means:
-            tracker.log({"step": step, "split": "eval", **means})
-        return means
-
-    def save(step: int, sums: MetricSums) -> None:
-        state = TrainState(step, config.zero.chosen_stage, world.size, sums.total(world))
-        save_checkpoint(run_dir, kept, state, t.keep_checkpoints, world)
-
-    def evaluates(step: int) -> bool:
-        return step in (0, total) or bool(t.eval_every_steps and step % t.eval_every_steps == 0)
-
-    if config.reference.outside:
-        if config.reference.mode == "ahead" and reference is not None:   # audited where it scores, before its first value
-            reference.wait_for(batches(min(done + 1, total)).batches)
-            world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
-        world.on_main(lambda: add_parity(run_dir))
-    before: dict[str, float] = {}
-    if done == 0:
-        same = reference if inputs.same_start else None
-        check_step_0(policy, same, batches(1), order.pairs_of_step(1, t.epochs, t.max_steps), inputs.train, inputs.dtype, world)
-        before = held_out(0)
-    after = before
-    if done and evaluates(done):
-        if world.on_main(lambda: last_step(run_dir / "metrics.jsonl", "eval")) != done:     # ended between saving and evaluating
-            after = held_out(done)
-        elif done == total:
-            after = evaluate_run(config, inputs, policy, reference, world)
-
+    tracker = open_tracker(config, run_dir.path, world.is_main, done)
+    run = Run(config, run_dir, inputs, sampler, total, policy, reference, tracker, world)
+    before, after = evaluate_before(run, done, terminal)
     clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
-    sums = MetricSums(loss, world.device, resumed[1].sums if resumed and world.is_main else None)
-    with terminal.progress(total, done, "training") as bar, PackedAhead(batches, done + 1, total) as packed:
+    sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
+
+    with terminal.progress(total, done, "training") as bar, prefetched(run.batches, done + 1, total) as steps:
         log = StepLog(tracker, bar, world)
-        for step in range(done + 1, total + 1):
-            now = packed.next()
-            if reference is not None:
-                try:
-                    reference.wait_for(now.batches, before_waiting=log.catch_up)
-                except (preemption.Stopped, UserError):        # on all ranks alike: the reference's values do not come
-                    log.catch_up()
-                    if step - 1 > done:
-                        save(step - 1, sums)
-                    raise
+        for step, batches in steps:
+            wait_for_reference(run, step, done, batches, sums, log)
             clock.mark("data")
-            part = train_step(policy, reference, now, loss, sums, world, clock)
-            bad_loss = world.any_on_device(~part.isfinite())
+            loss = train_step(policy, reference, batches, config.loss, sums, world, clock)
+            not_finite = world.any_on_device(~loss.isfinite())
             clock.mark("wait")
             lr = learning_rate(config.optim, step, total)
-            grad_norm = policy.step(lr, skip=bad_loss)
+            grad_norm = policy.step(lr, skip=not_finite)
             if reference is not None:
                 reference.after_step(step)
             clock.mark("step")
-            clock.count(now.work)
+            clock.count(batches.work)
 
             row = None
-            if step % t.log_every_steps == 0 or step == total:
-                row, sums = (sums, clock.interval()), MetricSums(loss, world.device)
-            log.add(StepResults.of(step, lr, bad_loss, grad_norm, row))
-            asked = world.max(preemption.asked())
-            saves = step == total or bool(asked) or bool(t.save_every_steps and step % t.save_every_steps == 0)
-            if saves or evaluates(step):
+            if run.is_due(config.train.log_every_steps, step):
+                row, sums = (sums, clock.interval()), MetricSums(config.loss, world.device)
+            log.add(StepResults.of(step, lr, not_finite, grad_norm, row))
+            signal = world.max(preemption.received())
+            saves, evaluates = bool(signal) or run.is_due(config.train.save_every_steps, step), run.evaluates_after(step)
+            if saves or evaluates:
                 log.catch_up()                           # nothing is saved, or called the last, before it is known to be sound
             if saves:
-                save(step, sums)
-            if asked:
+                run.save(step, sums)
+            if signal:
                 tracker.finish({})
-                raise preemption.Stopped(asked, f"step {step} of {total} is saved")
-            if evaluates(step):
-                after = held_out(step)
+                raise preemption.Stopped(signal, f"step {step} of {total} is saved")
+            if evaluates:
+                after = run.evaluate(step)
             clock.mark(None)                             # evaluation and saving are not training time
 
     model = export_model(run_dir, policy, inputs, config, after, world)
     tracker.finish(after)
     if reference is not None:
         reference.close()
+    tell_results(terminal, run, before, after, model)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run consists of, once everything is open."""
+
+    config: RunConfig
+    run_dir: RunDir
+    inputs: Inputs
+    sampler: Sampler
+    total: int                           # optimizer steps
+    policy: Policy
+    reference: ReferenceEngine | None
+    tracker: Tracker
+    world: World
+
+    def batches(self, step: int) -> StepBatches:
+        """This rank's packs of a step."""
+        flops = self.inputs.flops.training(frozen_base=self.config.model.lora.rank > 0)
+        return step_batches(self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
+                            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
+
+    def is_due(self, every: int | None, step: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is done after this one."""
+        return step == self.total or bool(every and step % every == 0)
+
+    def evaluates_after(self, step: int) -> bool:
+        return step == 0 or self.is_due(self.config.train.eval_every_steps, step)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The means over the held-out pairs, also as a row of metrics; empty where there are none. All ranks call it."""
+        means = evaluate_run(self.config, self.inputs, self.policy, self.reference, self.world)
+        if means:
+            self.tracker.log({"step": step, "split": "eval", **means})
+        return means
+
+    def save(self, step: int, sums: MetricSums) -> None:
+        """A checkpoint after this step. All ranks call it."""
+        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world))
+        save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state, self.config.train.keep_checkpoints, self.world)
+
+
+def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:
+    """The parts of a run that a checkpoint holds."""
+    return [policy] if reference is None else [policy, reference]
+
+
+def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
+    """(held-out means before training, those after the steps that are done), once the checks of step 0 are passed. All ranks call it."""
+    config, inputs, world = run.config, run.inputs, run.world
+    if config.reference.outside:
+        if config.reference.mode == "ahead" and run.reference is not None:       # audited where it scores, before its first value
+            run.reference.wait_for(run.batches(min(done + 1, run.total)).batches)
+            world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
+        world.on_main(lambda: add_parity(run.run_dir))
+    if done == 0:
+        same_start = run.reference if inputs.same_start else None
+        first_pairs = run.sampler.pairs_of_step(1, config.train.epochs, config.train.max_steps)
+        check_step_0(run.policy, same_start, run.batches(1), first_pairs, inputs.train, inputs.dtype, world)
+        means = run.evaluate(0)
+        return means, means
+    if run.evaluates_after(done):
+        if world.on_main(lambda: last_step(run.run_dir.metrics, "eval")) != done:     # ended between saving and evaluating
+            return {}, run.evaluate(done)
+        if done == run.total:
+            return {}, evaluate_run(config, inputs, run.policy, run.reference, world)
+    return {}, {}
+
+
+def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sums: MetricSums, log: StepLog) -> None:
+    """Returns once the reference's values of the step are there. Where they do not come, the steps made until now are saved first."""
+    if run.reference is None:
+        return
+    try:
+        run.reference.wait_for(batches.batches, before_waiting=log.catch_up)
+    except (preemption.Stopped, UserError):              # on all ranks alike
+        log.catch_up()
+        if step - 1 > done:
+            run.save(step - 1, sums)
+        raise
+
+
+def tell_results(terminal: Terminal, run: Run, before: dict[str, float], after: dict[str, float], model: Path) -> None:
+    """The held-out table, and where everything is."""
     if after:
         rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"] for name, value in after.items()]
-        terminal.table(f"held-out pairs: {len(inputs.eval)}", ["metric", "before", "after"], rows)
-    terminal.say(f"model: {model}\nmetrics: {run_dir}/metrics.jsonl\nlogs: {run_dir}/logs")
+        terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
+    terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 
 if __name__ == "__main__":

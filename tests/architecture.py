@@ -25,7 +25,7 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 LAUNCHER_IMPORTS = {"config", "sizing", "runtime", "launcher"}
 ONLY_IN = {
     "deepspeed": {"policy.zero", "reference.zero", "reference.tensor_parallel", "runtime.world"},
-    "wandb": {"run.tracking"},
+    "wandb": {"run.tracking.wandb"},
     "hydra": {"config.compose", "launcher.sweep.multirun"},
     "omegaconf": {"config.compose", "launcher.cli", "launcher.sweep.multirun"},
     "torch.distributed": {"runtime.world"},

@@ -13,7 +13,7 @@ from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor import doctor, with_model
-from dpo_dist.launcher.local import command, device_count, run_stages
+from dpo_dist.launcher.local import by_hand, device_count, run_stages
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.slurm import describe, jobs_of, sbatch_command, submit
 from dpo_dist.launcher.status import status
@@ -128,12 +128,12 @@ def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
     jobs = {job.name: job for job in jobs_of(launch, config)} if config.cluster.submits else {}
     for stage in launch.stages:
-        what = sbatch_command(jobs[stage.name], {}) if jobs else command(stage)
+        what = sbatch_command(jobs[stage.name], {}) if jobs else by_hand(stage)
         when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""
         lines += ["", stage.name + when,
                   f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, each on a {device}",
                   *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"] if stage.server_nodes else []),
-                  f"  starts  {shlex.join(what)}"]
+                  f"  {'submits' if jobs else 'by hand'} {shlex.join(what)}"]
     return "\n".join(lines)
 
 

@@ -16,10 +16,11 @@ from dpo_dist.config.cluster import SlurmClusterConfig, SlurmConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
+from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.run_dir import RunDir
 
-JOBS_FILE = "slurm.json"               # in run.dir: {stage: Slurm's id}
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
-STATES_OF_THE_LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED", "SIGNALING")
+ALIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED", "SIGNALING")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class BatchJob:
 
 def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     """The stages as jobs, in order. Writes nothing."""
-    folder = Path(launch.run_dir) / "slurm"
+    folder = RunDir(Path(launch.run_dir)).slurm
     return [BatchJob(stage.name, render(stage, config, job_name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
                                    run_dir=stage.run_dir or launch.run_dir),
                 folder / f"{stage.name}.sbatch", stage.overrides, stage.after,
@@ -192,18 +193,16 @@ def job_states(job: str) -> list[str]:
 
 def is_alive(job: str) -> bool:
     """Whether any of the job is pending or running. UserError where Slurm does not answer."""
-    return any(state.startswith(STATES_OF_THE_LIVING) for state in job_states(job))
+    return any(state.startswith(ALIVE_STATES) for state in job_states(job))
 
 
 def recorded_jobs(run_dir: Path) -> dict[str, str]:
     """{stage: Slurm's id} as last submitted for this run."""
-    path = run_dir / JOBS_FILE
+    path = RunDir(run_dir).slurm_jobs
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:
     """Keeps {stage: Slurm's id} where `dpo-dist status` looks."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    new = run_dir / f"{JOBS_FILE}.new"
-    new.write_text(json.dumps(dict(ids)) + "\n")
-    new.rename(run_dir / JOBS_FILE)
+    write_json(RunDir(run_dir).slurm_jobs, dict(ids))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.slurm import job_states, recorded_jobs
+from dpo_dist.runtime.run_dir import RunDir
 
 
 def status(run_dir: Path) -> str:
     """A few lines: how the run stands, its last step, its checkpoints, its jobs. UserError where there is no run."""
-    if not (run_dir / "logs").is_dir() and not recorded_jobs(run_dir):
+    if not RunDir(run_dir).logs.is_dir() and not recorded_jobs(run_dir):
         raise UserError(f"{run_dir} holds no run; give the run.dir of one, as in: dpo-dist status runs/my-run")
-    lines = [f"run       {run_dir}", f"state     {_state(run_dir)}", f"step      {_last_step(run_dir)}"]
-    whole = sorted(marker.parent.name for marker in run_dir.glob("checkpoints/step-*/COMPLETE"))
-    lines.append(f"saved     {', '.join(whole) or 'nothing yet'}")
+    lines = [f"run       {run_dir}", f"state     {RunDir(run_dir).state()}", f"step      {_last_step(run_dir)}"]
+    saved = ", ".join(folder.name for folder in RunDir(run_dir).checkpoints())
+    lines.append(f"saved     {saved or 'nothing yet'}")
     for stage, job in recorded_jobs(run_dir).items():
         lines.append(f"{stage:<9} job {job}: {_job_state(job)}")
     return "\n".join(lines)
@@ -27,17 +28,8 @@ def _job_state(job: str) -> str:
         return f"unknown: {error}"
 
 
-def _state(run_dir: Path) -> str:
-    if (run_dir / "DONE").exists():
-        return f"done; the model is in {run_dir}/model"
-    for marker, means in (("FAILED", "failed"), ("PREEMPTED", "stopped early")):
-        if (run_dir / marker).exists():
-            return f"{means}: {json.loads((run_dir / marker).read_text())['message']}"
-    return "under way, or ended without a word (then the same command goes on from the last checkpoint)"
-
-
 def _last_step(run_dir: Path) -> str:
-    metrics, written = run_dir / "metrics.jsonl", run_dir / "run.json"
+    metrics, written = RunDir(run_dir).metrics, RunDir(run_dir).run_json
     if not metrics.exists():
         return "none yet"
     rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]

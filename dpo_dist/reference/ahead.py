@@ -1,7 +1,6 @@
 """reference.mode=ahead: processes of their own score into the cache while training runs; here, training waits for what is missing."""
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from dpo_dist.reference.cache.store import LogpCache
 from dpo_dist.reference.cached import CachedReference
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.lock import is_held
-from dpo_dist.runtime.process import DONE, FAILED
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch
 
@@ -24,7 +23,8 @@ class Scorer:
     """The scoring processes as others see them: by the folder where they run, whose lock they hold while they live."""
 
     def __init__(self, folder: Path, patience_seconds: float):
-        self._folder, self._patience, self._last_answer = folder, patience_seconds, time.monotonic()
+        self._folder, self._run_dir = folder, RunDir(folder)
+        self._patience, self._last_answer = patience_seconds, time.monotonic()
 
     def answered(self) -> None:
         """Patience begins anew."""
@@ -38,11 +38,11 @@ class Scorer:
             raise UserError(f"no reference log-prob has come for {silent:.0f} s; the scoring processes in {self._folder} are "
                             f"{'there, but stuck' if alive else 'not there: start `dpo-dist score` with the same overrides beside this'}. "
                             "cluster.timeout_seconds is the limit")
-        return alive or not ((self._folder / DONE).exists() or (self._folder / FAILED).exists())
+        return alive or not (self._run_dir.is_done or self._run_dir.failure() is not None)
 
     def last_words(self) -> str:
-        failed = self._folder / FAILED
-        return json.loads(failed.read_text())["message"] if failed.exists() else "they say that all is done, so a file of the cache is lost"
+        failure = self._run_dir.failure()
+        return failure.message if failure else "they say that all is done, so a file of the cache is lost"
 
 
 class AheadReference(CachedReference):
@@ -63,7 +63,7 @@ class AheadReference(CachedReference):
             if not waiting:
                 before_waiting()
             waiting = True
-            if told := self._world.max(preemption.asked()):
+            if told := self._world.max(preemption.received()):
                 raise preemption.Stopped(told, "training was waiting for the reference")
             alive = self._world.on_main(self._scorer.is_alive)             # asked before the look, so that a last word is not missed
             if self._cache.add_new_shards(self._world):

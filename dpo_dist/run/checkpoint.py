@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime.files import sync_folder, sync_tree, write_atomic
+from dpo_dist.runtime.run_dir import COMPLETE, RunDir
 from dpo_dist.runtime.world import World
-
-COMPLETE = "COMPLETE"
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class TrainState:
     sums: list[float]            # of metrics.MetricSums since the last logged step, over all ranks
 
 
-class Kept(Protocol):
+class Checkpointed(Protocol):
     """A part of a run that goes on from where it was: the policy, and a reference that moves."""
 
     def save(self, folder: Path) -> None: ...
@@ -33,24 +32,24 @@ class Kept(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def save_checkpoint(run_dir: Path, parts: Sequence[Kept], state: TrainState, keep: int, world: World) -> Path:
+def save_checkpoint(run_dir: RunDir, parts: Sequence[Checkpointed], state: TrainState, keep: int, world: World) -> Path:
     """Writes checkpoints/step-NNNNNN, unless it is there, and removes the oldest beyond `keep`. All ranks call it."""
-    folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
+    folder = run_dir.checkpoint(state.step)
     if world.on_main(lambda: _is_there(folder)):
         return folder
     for part in parts:
         part.save(folder)
+    world.barrier()                                        # every rank's part is written
     if world.local_rank == 0:
-        os.sync()                                          # this node's parts reach the disk before the marker does
+        sync_tree(folder)                                  # and on disk before the marker is
     world.barrier()
-    world.on_main(lambda: _complete(folder, state, keep))
+    world.on_main(lambda: _complete(run_dir, folder, state, keep))
     return folder
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
+def latest_checkpoint(run_dir: RunDir) -> Path | None:
     """The newest whole checkpoint, or None."""
-    whole = sorted(marker.parent for marker in run_dir.glob(f"checkpoints/step-*/{COMPLETE}"))
-    return whole[-1] if whole else None
+    return next(iter(run_dir.checkpoints()[::-1]), None)
 
 
 def read_state(folder: Path) -> TrainState:
@@ -58,7 +57,7 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**json.loads((folder / "state.json").read_text()))
 
 
-def resume_point(run_dir: Path, zero_stage: int | None, ranks: int) -> tuple[Path, TrainState] | None:
+def resume_point(run_dir: RunDir, zero_stage: int | None, ranks: int) -> tuple[Path, TrainState] | None:
     """The newest whole checkpoint and where it stands, or None. UserError where this run cannot go on from it."""
     folder = latest_checkpoint(run_dir)
     if folder is None:
@@ -82,10 +81,10 @@ def _is_there(folder: Path) -> bool:
     return False
 
 
-def _complete(folder: Path, state: TrainState, keep: int) -> None:
-    (folder / "state.json").write_text(json.dumps(asdict(state)))
-    os.sync()
+def _complete(run_dir: RunDir, folder: Path, state: TrainState, keep: int) -> None:
+    write_atomic(folder / "state.json", json.dumps(asdict(state)))
     (folder / COMPLETE).touch()
-    for old in sorted(folder.parent.glob(f"step-*/{COMPLETE}"))[:-keep]:
-        old.unlink()                                       # first no longer whole, then gone
-        shutil.rmtree(old.parent)
+    sync_folder(folder)
+    for old in run_dir.checkpoints()[:-keep]:
+        (old / COMPLETE).unlink()                          # first no longer whole, then gone
+        shutil.rmtree(old)

@@ -24,6 +24,7 @@ from dpo_dist.models.load import check_quantized, choose_attention, load_tokeniz
 from dpo_dist.reference.adapter_off import HasAdapters
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.shared_folders import check_shared
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -134,7 +135,7 @@ def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Termina
 
     stores = world.on_main(lambda: [str(s.path) for s in read()])
     train, held_out = (PairStore.open(path) for path in stores)
-    world.on_main(lambda: _show(train, held_out, Path(config.run_dir) / "data.txt", terminal))
+    world.on_main(lambda: _show(train, held_out, RunDir(Path(config.run_dir)).data_summary, terminal))
     return train, held_out
 
 

@@ -25,6 +25,7 @@ from dpo_dist.reference.make import make_reference
 from dpo_dist.reference.tr_dpo import HasWeights, TrDpoReference
 from dpo_dist.run.checkpoint import latest_checkpoint, read_state
 from dpo_dist.run.inputs import Inputs
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing import estimate
@@ -53,7 +54,7 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
     if not is_automatic(config):
         return config
     on_gpu, tells = world.device.type == "cuda", world.device.type == "cuda" or config.zero.stage == "auto"
-    saved = world.on_main(lambda: latest_checkpoint(Path(config.run_dir)))
+    saved = world.on_main(lambda: latest_checkpoint(RunDir(Path(config.run_dir))))
     if config.zero.stage == "auto" and saved is not None:
         config = estimate.with_zero(config, stage=read_state(saved).zero_stage)
     device = estimate.CPU

@@ -1,22 +1,23 @@
-"""The passport: where a run's numbers come from, written to run.json before the first step."""
+"""Where a run's numbers come from, written to run.json before the first step."""
 from __future__ import annotations
 
 import json
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.run.inputs import Inputs
+from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World
 
 PACKAGES = ("dpo-dist", "torch", "deepspeed", "transformers", "datasets", "peft")
 
 
-def passport(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
+def provenance(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
     """Digests of what goes in, versions of what computes, and the shape of the world."""
     return {
         "policy_weights": inputs.policy_digest,
@@ -44,21 +45,20 @@ def _sync(config: RunConfig) -> str:
 SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")          # what a run cannot change on its way
 
 
-def check_same_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
+def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> None:
     """UserError where the folder holds a run of another config, or of other weights or data under the same names."""
-    path = run_dir / "run.json"
-    if not path.exists():
+    if not run_dir.run_json.exists():
         return
-    before = json.loads(path.read_text())
+    before = json.loads(run_dir.run_json.read_text())
     changed = _differences(before["identity_of"], config.identity_dict())
     changed += _differences({k: before["passport"][k] for k in SAME_RUN}, {k: lineage[k] for k in SAME_RUN})
     if changed:
-        raise UserError(f"run.dir={run_dir} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
+        raise UserError(f"run.dir={run_dir.path} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
 
 
-def write_run(run_dir: Path, config: RunConfig, lineage: dict[str, Any]) -> None:
+def write_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> None:
     """Writes run.json."""
-    _write(run_dir / "run.json", {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()})
+    write_json(run_dir.run_json, {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()})
 
 
 def _version(package: str) -> str:
@@ -69,18 +69,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def add_parity(run_dir: Path) -> None:
+def add_parity(run_dir: RunDir) -> None:
     """Puts the audit's figures into run.json, once the reference of the run was held against the training stack."""
-    path = run_dir / "run.json"
-    content = json.loads(path.read_text())
-    content["passport"]["parity"] = json.loads((run_dir / "parity.json").read_text())
-    _write(path, content)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(path)
+    content = json.loads(run_dir.run_json.read_text())
+    content["passport"]["parity"] = json.loads(run_dir.parity_json.read_text())
+    write_json(run_dir.run_json, content)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """Ending early in good order. A signal is only a wish; all ranks grant it together, where nothing is lost: at a step's end.
 
 USR1 (a scheduler, ahead of its time limit), TERM (a preemption; Slurm sends it twice) and Ctrl-C are heard. The ranks agree by the
-largest of their `asked()`, in a collective that runs anyway, save, and raise `Stopped`.
+largest of their `received()`, in a collective that runs anyway, save, and raise `Stopped`.
 """
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from types import FrameType
 
 HEARD = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
-_asked = 0
+_received = 0
 
 
 class Stopped(Exception):
-    """The work ended where it was asked to; the same command goes on from there. `asked`: the signal's number, as the ranks agreed."""
+    """The work ended where it was asked to; the same command goes on from there. `number`: the signal's number, as the ranks agreed."""
 
-    def __init__(self, asked: float, kept: str):
-        self.signal = signal.Signals(int(asked))
+    def __init__(self, number: float, kept: str):
+        self.signal = signal.Signals(int(number))
         super().__init__(f"stopped by {self.signal.name}: {kept}; the same command goes on from there")
 
     @property
@@ -32,18 +32,18 @@ def listen() -> None:
         signal.signal(heard, _hear)
 
 
-def ask(number: signal.Signals) -> None:
+def receive(number: signal.Signals) -> None:
     """As if this rank had been sent the signal."""
-    global _asked
-    _asked = max(_asked, number)
+    global _received
+    _received = max(_received, number)
 
 
-def asked() -> float:
+def received() -> float:
     """0, or the number of the signal that this rank was sent. Ranks agree by the largest, so a scheduler's outranks Ctrl-C."""
-    return float(_asked)
+    return float(_received)
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
-    ask(signal.Signals(number))
+    receive(signal.Signals(number))
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,6 +1,7 @@
 """How every command's process begins and ends: config, log file, world; then one message and an exit code, never a bare traceback."""
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import huggingface_hub.constants
 
@@ -20,52 +21,33 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.lock import hold_lock
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
+from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, Failure, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World, lost_peer, node_here, rank_here
 
 Work = Callable[[RunConfig, World, Terminal], None]
 
-DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
-
 
 def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
     """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 for anything else.
 
-    The first rank to fail writes <run.dir>/FAILED with the message and the code, which torchrun would lose, and tells the person;
-    of the others, one a node tells what it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to stop
-    leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: one process group at a time, and its success is
-    <run.dir>/DONE.
+    The first rank to fail writes <run.dir>/FAILED with the message and the code, and tells the person; of the others, one a node tells what
+    it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to stop leaves <run.dir>/PREEMPTED with the
+    signal. `owns_run`: the work is the run itself: one process group at a time, and its success is <run.dir>/DONE.
     """
+    gc.freeze()                                                  # what is imported by now stays: no collection need look at it again
+    gc.enable()
     set_defaults()
     try:
         config = compose(overrides)
+        run_dir = RunDir(Path(config.run_dir))
+        lock = _prepare(run_dir, owns_run)                       # held until the process ends
     except UserError as error:
         return _fail_early(str(error))
-    run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "logs").mkdir(exist_ok=True)
-        lock = hold_lock(run_dir) if owns_run and rank_here() == 0 else None     # held until the process ends
-    except (OSError, UserError) as error:
-        return _fail_early(f"run.dir={run_dir} cannot be used: {error}; set another run.dir")
-    if rank_here() == 0:
-        _clear_markers(run_dir, [DONE, PREEMPTED, FAILED] if owns_run else [PREEMPTED, FAILED])
     _network(config.run.offline)
-    terminal = Terminal.start(str(run_dir / "logs" / f"rank-{rank_here()}.log"), is_main=rank_here() == 0)
+    terminal = Terminal.start(str(run_dir.rank_log(rank_here())), is_main=rank_here() == 0, capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     try:
-        world = World.start(config.cluster)
-        _agree(config, world)
-        work(config, world, terminal)
-        if owns_run and world.is_main:
-            (run_dir / DONE).touch()
-        world.barrier()
-        return 0
-    except Stopped as stopped:
-        if world.is_main:
-            _mark_preempted(run_dir, stopped)
-            terminal.say(str(stopped))
-        world.barrier()                                  # a rank that left sooner would take the others with it
-        return stopped.exit_code
+        return _work(config, work, run_dir, terminal, owns_run)
     except UserError as error:
         return _fail(run_dir, terminal, str(error), 2)
     except KeyboardInterrupt:
@@ -73,10 +55,39 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
         what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
-        return _fail(run_dir, terminal, f"{what} (rank {rank_here()}, see {run_dir}/logs/rank-{rank_here()}.log)", 1)
+        return _fail(run_dir, terminal, f"{what} (rank {rank_here()}, see {run_dir.rank_log(rank_here())})", 1)
     finally:
         terminal.stop()
         del lock
+
+
+def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
+    """The run's folder with its lock, where this process holds it, and without the markers of an earlier start."""
+    try:
+        run_dir.logs.mkdir(parents=True, exist_ok=True)
+        lock = hold_lock(run_dir.path) if owns_run and rank_here() == 0 else None
+    except (OSError, UserError) as error:
+        raise UserError(f"run.dir={run_dir.path} cannot be used: {error}; set another run.dir") from error
+    if rank_here() == 0:
+        run_dir.clear(PREEMPTED, FAILED, *([DONE] if owns_run else []))
+    return lock
+
+
+def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, owns_run: bool) -> int:
+    world = World.start(config.cluster)
+    _agree(config, world)
+    try:
+        work(config, world, terminal)
+    except Stopped as stopped:
+        if world.is_main:
+            run_dir.mark_preempted(str(stopped), stopped.signal)
+            terminal.say(str(stopped))
+        world.barrier()                                          # a rank that left sooner would take the others with it
+        return stopped.exit_code
+    if owns_run and world.is_main:
+        run_dir.mark_done()
+    world.barrier()
+    return 0
 
 
 def exit_with(code: int) -> NoReturn:
@@ -94,21 +105,10 @@ def _network(offline: bool) -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = offline
 
 
-def _clear_markers(run_dir: Path, markers: Sequence[str]) -> None:
-    for marker in markers:
-        (run_dir / marker).unlink(missing_ok=True)
-
-
 def _agree(config: RunConfig, world: World) -> None:
     """UserError where ranks were started with different configs: they would wait for each other for ever."""
     if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
         raise UserError("the ranks were started with different overrides; give every node the same command")
-
-
-def _mark_preempted(run_dir: Path, stopped: Stopped) -> None:
-    partial = run_dir / f"{PREEMPTED}.tmp"
-    partial.write_text(json.dumps({"message": str(stopped), "signal": stopped.signal}) + "\n")
-    partial.rename(run_dir / PREEMPTED)
 
 
 def _fail_early(message: str) -> int:
@@ -118,26 +118,19 @@ def _fail_early(message: str) -> int:
     return 2
 
 
-def _fail(run_dir: Path, terminal: Terminal, message: str, code: int) -> int:
+def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:
     logging.getLogger(__name__).error("%s", message)
-    try:
-        with (run_dir / FAILED).open("x") as f:
-            json.dump({"message": message, "exit_code": code, "rank": rank_here(), "node": node_here()[0]}, f)
-    except FileExistsError:
-        if _spoken_here(run_dir):
-            return code
-    terminal.error(f"error: {message}")
+    node, local_rank = node_here()
+    is_first = run_dir.mark_failed(Failure(message, code, rank_here(), node), first_only=True)
+    if is_first or (local_rank == 0 and not _node_has_spoken(run_dir, node)):
+        terminal.error(f"error: {message}")
     return code
 
 
-def _spoken_here(run_dir: Path) -> bool:
-    """True where a rank of this node has told the person, or another one of it will."""
-    node, local_rank = node_here()
-    if local_rank != 0:
-        return True
+def _node_has_spoken(run_dir: RunDir, node: int) -> bool:
+    """Whether the rank that failed first, and told the person, is one of this node."""
     for _ in range(20):
-        try:
-            return bool(json.loads((run_dir / FAILED).read_text())["node"] == node)
-        except (OSError, ValueError):                    # being written, or removed, at this moment
-            time.sleep(0.05)
+        if (failure := run_dir.failure()) is not None:
+            return failure.node == node
+        time.sleep(0.05)                                         # the marker is being written, or removed, at this moment
     return False

@@ -159,11 +159,25 @@ def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Called before DeepSpeed's first use. On a CPU it would compile a shared-memory op then; gloo does that work, with the same numbers."""
-    if device.type == "cpu":
-        import deepspeed.ops  # only where DeepSpeed is used: the import takes seconds
+    """Called before DeepSpeed's first use; spares each process what DeepSpeed would do and nobody here needs."""
+    import deepspeed.ops  # only where DeepSpeed is used: the import takes seconds
 
+    if device.type == "cpu":                             # it would compile a shared-memory op; gloo does that work, with the same numbers
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer to see that ours is another. Its decorators load torch's compiler, which takes two seconds;
+    nobody here calls what they decorate."""
+    compiling = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    except ImportError:                                  # another version of DeepSpeed has it elsewhere: only slower
+        pass
+    finally:
+        torch.compile = compiling
 
 
 def device_of(cluster: ClusterConfig, local_rank: int) -> torch.device:

@@ -67,9 +67,9 @@ def test_a_node_that_knows_no_master_says_so(words: list[str]):
     assert "error: MASTER_ADDR is not set" in process.communicate(timeout=30)[0] and process.returncode == 2
 
 
-def test_a_node_that_is_told_to_end_before_it_has_ranks_starts_none(tmp_path: Path):
-    """Nobody else would: the other node is never started, and torchrun waits for it."""
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'torch.distributed.run' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
+def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: Path):
+    """Nobody else would end them: the other node is never started, and they wait for it."""
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'dpo_dist.train' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
     process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
                     RUN_DIR=str(tmp_path / "run"), PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     told = process.communicate(timeout=60)[0]

@@ -133,13 +133,13 @@ sys.exit(run_stages(LaunchPlan({str(folder / 'run')!r}, {stages!r})))"""
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPO)])})
 
 
-def test_a_killed_rank_is_named_though_torchrun_finds_another_gone_in_the_same_look_and_calls_that_one_the_first(tmp_path: Path):
+def test_a_killed_rank_is_named_though_another_one_is_found_gone_in_the_same_look(tmp_path: Path):
     (tmp_path / "fall.py").write_text("""import os, signal, subprocess, sys, time
 print("time : 0.3", file=sys.stderr)                      # as libraries do, into the same log
 if os.environ["RANK"] == "1":
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
-os.kill(os.getppid(), signal.SIGSTOP)                     # torchrun looks again when both are gone
+os.kill(os.getppid(), signal.SIGSTOP)                     # the supervisor looks again when both are gone
 subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getppid()}"], start_new_session=True)
 time.sleep(2)
 os._exit(1)
@@ -156,8 +156,8 @@ def test_a_signal_that_a_stage_no_longer_heeds_starts_no_further_stage(tmp_path:
     assert not (tmp_path / "begun").exists()
 
 
-def test_a_signal_before_torchrun_has_started_its_ranks_ends_them_as_soon_as_they_are_there(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'torch.distributed.run' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
+def test_a_signal_while_ranks_begin_ends_them(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'forever' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
     (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
     done = run_stages(tmp_path, Stage("train", "forever", 1, 2, (f"run.dir={tmp_path / 'run'}",)))
     assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM in the train stage" in done.stderr, done.stderr

@@ -20,7 +20,7 @@ from dpo_dist.launcher.sweep.groups import Job, group_jobs, make_job, reference_
 from dpo_dist.launcher.sweep.multirun import multirun
 from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.processes import Command, places, run_commands
-from dpo_dist.launcher.sweep.results import KL, Result, best, command_of, read_result, table, write_json
+from dpo_dist.launcher.sweep.results import KL, Result, best, command_of, read_result, table, write_results
 
 FIXED = ("model.path=m", "data.train=[{path: a}]", "data.eval_fraction=0.1")
 KEYS = tuple(word.split("=")[0] for word in FIXED)
@@ -136,7 +136,7 @@ def test_of_equally_good_runs_the_one_closest_to_the_reference_is_best(tmp_path:
 
 def test_the_summary_has_every_run_why_one_failed_and_the_best_ones_command(tmp_path: Path):
     found = results(tmp_path)
-    write_json(tmp_path, found, "rewards/accuracies")
+    write_results(tmp_path, found, "rewards/accuracies")
     told = json.loads((tmp_path / "sweep.json").read_text())
     assert [each["done"] for each in told["jobs"]] == [True, True, True, False]
     assert told["jobs"][3]["message"] == "the loss <of> step 3 is not finite"

@@ -18,6 +18,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, VALUES, deciding, to_dict
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.runtime.run_dir import RunDir
 
 Value = str | float | int | bool | None
 OF_THE_SWEEP = ("run.dir", "cluster.jobs_at_once", "+sweep")         # overrides that say how to sweep, and are no part of a job
@@ -42,9 +43,8 @@ class Job:
 
     def is_done(self) -> bool:
         """True where its folder holds this very run, finished."""
-        if not (self.run_dir / "DONE").exists():
-            return False
-        return bool(json.loads((self.run_dir / "run.json").read_text())["identity_of"] == self.config.identity_dict())
+        folder = RunDir(self.run_dir)
+        return folder.is_done and json.loads(folder.run_json.read_text())["identity_of"] == self.config.identity_dict()
 
 
 @dataclass(frozen=True)

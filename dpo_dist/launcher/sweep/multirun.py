@@ -20,7 +20,7 @@ from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.launcher.sweep import run_local, run_slurm
 from dpo_dist.launcher.sweep.groups import Job, check_comparable, check_distinct, group_jobs, key_of, make_job, run_dir_override, sweep_folder
 from dpo_dist.launcher.sweep.page import write_page
-from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_json
+from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_results
 
 
 def multirun(words: Sequence[str], dry_run: bool = False) -> int:
@@ -102,7 +102,7 @@ class Sweep:
                 why_not = (run_local if on_this_machine else run_slurm).run_groups(group_jobs(missing, self._folder))
         finally:
             self._results.update({job.run_dir: read_result(job, why_not.get(job.run_dir, "")) for job in distinct})
-            write_json(self._folder, self._all, objective)
+            write_results(self._folder, self._all, objective)
         return [self._outcome(job) for job in jobs]
 
     def report(self) -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.launcher.local import devices, noting_signals
+from dpo_dist.launcher.local import devices
+from dpo_dist.launcher.supervisor import receiving
 
 POLL_SECONDS = 0.1
 
@@ -57,8 +58,8 @@ def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Cal
     codes = [-1] * len(commands)
     waiting, free = deque(range(len(commands))), deque(where)
     running: dict[int, tuple[subprocess.Popen[bytes], Place, float]] = {}
-    with noting_signals(signal.SIGTERM, signal.SIGINT) as asked:
-        while (waiting or running) and not asked:
+    with receiving(signal.SIGTERM, signal.SIGINT) as received:
+        while (waiting or running) and not received:
             while waiting and free:
                 i, place = waiting.popleft(), free.popleft()
                 began(i)
@@ -72,11 +73,11 @@ def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Cal
                     codes[i] = code
                     ended(i, code, time.monotonic() - started)
     for process, *_ in running.values():
-        if signal.SIGTERM in asked:
+        if signal.SIGTERM in received:
             process.terminate()
     for process, *_ in running.values():
         process.wait()
-    if asked:
+    if received:
         raise KeyboardInterrupt
     return codes
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from dpo_dist.config.options import to_dict
 from dpo_dist.launcher.sweep.groups import Job, Value, shown
+from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.run_dir import RunDir
 
 # What a sweep can be after, and in which direction. `loss` has another scale at every beta: compare by it only where beta is not swept.
 OBJECTIVES = {"rewards/accuracies": "maximize", "rewards/margins": "maximize", "loss": "minimize"}
@@ -31,10 +33,10 @@ class Result:
 def read_result(job: Job, why_not: str = "") -> Result:
     """What the job's folder says; `why_not` is what is known besides of a job that could not be started."""
     if job.is_done():
-        return Result(job, True, _last_held_out(job.run_dir / "metrics.jsonl"))
-    failed = job.run_dir / "FAILED"
-    if not why_not and failed.exists():
-        why_not = json.loads(failed.read_text())["message"]
+        return Result(job, True, _last_held_out(RunDir(job.run_dir).metrics))
+    failure = RunDir(job.run_dir).failure()
+    if not why_not and failure is not None:
+        why_not = failure.message
     return Result(job, False, {}, why_not or "it did not finish; the same sweep goes on with it")
 
 
@@ -72,7 +74,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def write_json(folder: Path, results: Sequence[Result], objective: str) -> None:
+def write_results(folder: Path, results: Sequence[Result], objective: str) -> None:
     """<folder>/sweep.json: every job with its values, folder and metrics, and the best one's command and whole config."""
     chosen = best(results, objective)
     content: dict[str, Any] = {
@@ -83,9 +85,7 @@ def write_json(folder: Path, results: Sequence[Result], objective: str) -> None:
         "best": chosen and {"swept": chosen.job.swept, "run_dir": str(chosen.job.run_dir), "command": command_of(chosen.job),
                             "config": to_dict(chosen.job.config)},
     }
-    temporary = folder / "sweep.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(folder / "sweep.json")
+    write_json(folder / "sweep.json", content)
 
 
 def _last_held_out(path: Path) -> dict[str, float]:

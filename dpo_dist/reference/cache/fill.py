@@ -55,7 +55,7 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
                 _keep(writer, trees, logps.numpy())
             done = int(scoring.trees[scoring.packs[min(start + world.size, scoring.n_packs)]])
             progress(done)
-            if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (told := world.max(preemption.asked())):
+            if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (told := world.max(preemption.received())):
                 raise preemption.Stopped(told, f"{done} sequences are scored")
     finally:                                 # what is scored is kept, whatever ends the scoring
         writer.flush()
