@@ -1,17 +1,22 @@
 """What tests share: tiny models made on the spot, rows of token ids, and the real command."""
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
+from template import Template
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,12 +66,26 @@ _TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
-def dpo_dist(*words: object, code: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Runs the real command in a process of its own and checks its exit code."""
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *map(str, words)], capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPO)
+def dpo_dist(*words: object, code: int = 0, timeout: int = 300, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a process of its own and checks its exit code. fresh: a new interpreter, not one that is forked from the
+    template (template.py)."""
+    command, environment = ["dpo_dist.launcher.cli", *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    if fresh:
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPO)
+    else:
+        done = template().run(command, environment, REPO, timeout)
     assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@cache
+def template() -> Template:
+    """The process that commands are forked from; started by the first test that needs it, ended with the session."""
+    folder = Path(tempfile.mkdtemp(prefix="dpo-dist-template-"))
+    started = Template(folder, {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"})
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(started.close)
+    return started
 
 
 def metrics(run_dir: Path, split: str = "train") -> list[dict[str, float]]:

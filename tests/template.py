@@ -1,0 +1,187 @@
+"""A process that has imported everything, and forks the processes of a command: what `dpo_dist(...)` of conftest.py runs on.
+
+Importing torch, transformers and DeepSpeed takes five seconds a process, which is most of a short run. A forked process has done that
+already. All else is real: the launcher, its ranks in sessions of their own, their logs, signals and exit codes. Only
+`python -m dpo_dist...` is forked instead of started; what only a fresh process can show is tested with one (`fresh=True`).
+
+    python tests/template.py SOCKET        serves until its standard input is closed
+"""
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FORKED = ("dpo_dist.launcher.cli", "dpo_dist.launcher.node", "dpo_dist.runtime.rank")
+IMPORTED = ("torch", "torch._dynamo", "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
+            "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
+            "transformers.models.qwen2.modeling_qwen2", "deepspeed", "peft", "accelerate", "torch.utils.tensorboard",
+            "dpo_dist.train", "dpo_dist.score", "dpo_dist.evaluate", "dpo_dist.export", "dpo_dist.policy.zero", "dpo_dist.reference.zero",
+            "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm", "dpo_dist.run.tracking.tensorboard", "dpo_dist.launcher.cli",
+            "dpo_dist.launcher.node")
+start_process = subprocess.Popen
+
+
+class ForkedProcess:
+    """As subprocess.Popen of `python -m MODULE words`, as far as the launcher uses it."""
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any, new_session: bool):
+        self.args, self.returncode = words, None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(words, environment, stdout, stderr, new_session)
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        assert timeout is None, "nobody here waits for a time"
+        return self._reap(0)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def _reap(self, how: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def popen(command: Sequence[str], **how: Any) -> Any:
+    """subprocess.Popen, but for the commands that are forked."""
+    words = [os.fspath(word) for word in command] if not isinstance(command, str) else []
+    if words[:2] == [sys.executable, "-m"] and words[2] in FORKED and not {"cwd", "stdin", "preexec_fn"} & how.keys():
+        return ForkedProcess(words[2:], how.get("env") or os.environ, how.get("stdout"), how.get("stderr"),
+                             how.get("start_new_session", False))
+    return start_process(command, **how)
+
+
+def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any, new_session: bool) -> None:
+    """This forked process is `python -m` with these words from here on; it never returns."""
+    code = 1
+    try:
+        if new_session:
+            os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        out = None if stdout is None else stdout.fileno()
+        err = out if stderr == subprocess.STDOUT else None if stderr is None else stderr.fileno()
+        for target, source in ((1, out), (2, err)):
+            if source is not None:
+                os.dup2(source, target)
+        os.environ.clear()
+        os.environ.update(environment)
+        import torch
+
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+        sys.argv = list(words)
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _answer(connection: socket.socket) -> None:
+    """Runs one command in a process of its own, tells its id and then its exit code."""
+    request = json.loads(connection.makefile().readline())
+    os.chdir(request["cwd"])
+    with open(request["stdout"], "wb") as stdout, open(request["stderr"], "wb") as stderr:
+        process = ForkedProcess(request["words"], request["environment"], stdout, stderr, new_session=True)
+    connection.sendall(f"{process.pid}\n".encode())
+    connection.sendall(f"{process.wait()}\n".encode())
+
+
+def serve(path: str) -> None:
+    for name in IMPORTED:
+        __import__(name)
+    import torch
+
+    from dpo_dist.runtime.world import prepare_deepspeed
+
+    prepare_deepspeed(torch.device("cpu"))
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
+    subprocess.Popen = popen  # type: ignore[misc, assignment]
+    gc.collect()
+    gc.freeze()                                          # a collection in a forked process would copy all of it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)        # nobody waits for those who answer
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        while True:
+            ready, _, _ = select.select([server, 0], [], [])
+            if 0 in ready:
+                return                                   # who started this has gone
+            connection, _ = server.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                server.close()
+                try:
+                    _answer(connection)
+                finally:
+                    os._exit(0)
+            connection.close()
+
+
+class Template:
+    """The running template, as tests see it."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]):
+        self._folder, self._socket, self._count = folder, str(folder / "socket"), 0
+        self._process = start_process([sys.executable, __file__, self._socket], stdin=subprocess.PIPE, env=dict(environment))
+        while not Path(self._socket).exists():
+            assert self._process.poll() is None, "the template did not start"
+            select.select([], [], [], 0.05)
+
+    def run(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+        """What `python -m` with these words does and prints."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._socket)
+            connection.settimeout(timeout)
+            request = {"words": list(words), "environment": dict(environment), "cwd": str(cwd), "stdout": str(out), "stderr": str(err)}
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answers = connection.makefile()
+            pid = int(answers.readline())
+            try:
+                code = int(answers.readline())
+            except TimeoutError:
+                os.killpg(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(list(words), timeout, out.read_bytes(), err.read_bytes()) from None
+        done = subprocess.CompletedProcess(list(words), code, out.read_text(), err.read_text())
+        out.unlink()
+        err.unlink()
+        return done
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
