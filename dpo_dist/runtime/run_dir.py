@@ -17,7 +17,7 @@ class Failure:
     """What a FAILED marker says."""
 
     message: str
-    exit_code: int
+    exit_code: int = 1
     rank: int = 0
     node: int = 0
 

@@ -10,14 +10,13 @@ import pytest
 
 from dpo_dist.config.compose import compose
 from dpo_dist.run.provenance import _version
-from dpo_dist.runtime.process import FAILED, _spoken_here
+from dpo_dist.runtime.process import _node_has_spoken
+from dpo_dist.runtime.run_dir import FAILED, RunDir
 from dpo_dist.runtime.world import lost_peer
 
 
-@pytest.mark.parametrize(("group", "spoken"), [("0", True), ("1", False)])
-def test_a_rank_waits_for_the_message_of_the_first_to_fail(group: str, spoken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("GROUP_RANK", group)
-    monkeypatch.setenv("LOCAL_RANK", "0")
+@pytest.mark.parametrize(("node", "spoken"), [(0, True), (1, False)])
+def test_a_rank_waits_for_the_message_of_the_first_to_fail(node: int, spoken: bool, tmp_path: Path):
     (tmp_path / FAILED).touch()                                   # made, and not yet written
 
     def write() -> None:
@@ -26,14 +25,14 @@ def test_a_rank_waits_for_the_message_of_the_first_to_fail(group: str, spoken: b
 
     thread = threading.Thread(target=write)
     thread.start()
-    assert _spoken_here(tmp_path) == spoken
+    assert _node_has_spoken(RunDir(tmp_path), node) == spoken
     thread.join()
 
 
 def test_a_rank_that_never_says_what_was_wrong_has_not_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     (tmp_path / FAILED).touch()
-    assert not _spoken_here(tmp_path)
+    assert not _node_has_spoken(RunDir(tmp_path), node)
 
 
 @pytest.mark.parametrize("words", [

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from test_missing import Rows, random_rows, texts
+from test_scoring_plan import Rows, random_rows, texts
 
 from dpo_dist.data.sampler import PairSampler, Shuffle
 from dpo_dist.reference.cache.scoring_order import MOST_STEPS, NEVER, windows
