@@ -347,7 +347,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     from torch.profiler import ProfilerActivity
 
     from dpo_dist.config.compose import compose
-    from dpo_dist.data.store import prepare
+    from dpo_dist.data.prepare import prepare
     from dpo_dist.models.cost import forward_flops
     from dpo_dist.models.fused import choose_kernels
     from dpo_dist.policy.make import make_policy

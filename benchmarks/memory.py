@@ -118,7 +118,7 @@ def steps(folder: Path, vocabulary: int, budget: int) -> None:
 
 def inputs(folder: Path, budget: int):
     from dpo_dist.config.compose import compose
-    from dpo_dist.data.store import prepare as prepare_pairs
+    from dpo_dist.data.prepare import prepare as prepare_pairs
     from dpo_dist.runtime.world import World
 
     config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",

@@ -19,7 +19,8 @@ from workload import PAIRS_PER_STEP
 
 from dpo_dist.config.compose import compose
 from dpo_dist.data.pack import Sequences, pack_pairs, pack_sequences
-from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.data.prepare import prepare
+from dpo_dist.data.store import PairStore
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config
 from dpo_dist.policy.single import SinglePolicy

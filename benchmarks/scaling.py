@@ -42,8 +42,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_dist.config.compose import compose
 from dpo_dist.data.packing import PairShapes, plan_step
+from dpo_dist.data.prepare import prepare
 from dpo_dist.data.sampler import PairSampler, Shuffle
-from dpo_dist.data.store import prepare
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import ScoredModel, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy

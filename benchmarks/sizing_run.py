@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.compose import compose
-from dpo_dist.data.store import prepare
+from dpo_dist.data.prepare import prepare
 from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import read_config

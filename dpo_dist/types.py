@@ -1,6 +1,7 @@
 """The nouns of the data, in the order in which they come to be: PreferenceRow → TokenizedPair → PackedBatch → PairLogps."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,6 +84,15 @@ class PackedBatch:
     @property
     def n_sequences(self) -> int:
         return self.lengths.shape[0]
+
+    def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(prompt ids, completion ids) of the S sequences, in order, each int64: views of input_ids."""
+        ids = self.input_ids[0]
+        return ((ids[slice(*tree.prompt)], ids[slice(*branch)]) for tree in self.trees for branch in tree.branches)
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(N,) values of the completion tokens, cut by sequence: S views, in the order of `sequences`."""
+        return values.split([branch.end - branch.start for tree in self.trees for branch in tree.branches])
 
     def pinned(self) -> PackedBatch:
         """The same in page-locked memory, from which a copy to a GPU does not hold up the process."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.sizing.flops import Flops
+
+Indexes = NDArray[np.int64]
 
 GOOD_BALANCE = 1.02               # what the slowest ranks may take over the mean before other ways to cut the step are tried
 
@@ -253,19 +256,29 @@ def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[li
     return packs + [[] for _ in range(n_packs - len(packs))]
 
 
-def _in_order(order: Iterable[_Unit], cap: float) -> list[list[_Unit]]:
+def _in_order(order: Sequence[_Unit], cap: float) -> list[list[_Unit]]:
     """Packs of units as they come, of at most `cap` tokens, or of one unit that has more."""
-    packs: list[list[_Unit]] = []
-    size = NOTHING
-    for unit in order:
-        grown = size.beside(unit.size)
-        if packs and grown.tokens <= cap:
-            packs[-1].append(unit)
-        else:
-            packs.append([unit])
-            grown = unit.size
-        size = grown
-    return packs
+    sizes = np.array([unit.size for unit in order], dtype=np.int64).reshape(-1, 2)
+    return [list(order[start:end]) for start, end in pairwise(filled_in_turn(sizes[:, 0], sizes[:, 1], cap).tolist())]
+
+
+def filled_in_turn(rows: Indexes, longest: Indexes, cap: float) -> Indexes:
+    """(packs + 1,) boundaries of packs that are filled with n things as they come, while rows times the longest row keep to `cap`; a thing
+    that is larger alone is a pack of its own. rows, longest: (n,) of each; tokens laid end to end are rows of one token, which pad nothing.
+    """
+    if not (longest > 1).any():                            # nothing is padded: sums alone, found by bisection
+        until, bounds = np.cumsum(rows), [0]
+        while bounds[-1] < len(rows):
+            before = until[bounds[-1] - 1] if bounds[-1] else 0
+            bounds.append(max(bounds[-1] + 1, int(np.searchsorted(until, before + cap, side="right"))))
+        return np.array(bounds, dtype=np.int64)
+    bounds, count, widest = [0], 0, 0
+    for i, (more, wide) in enumerate(zip(rows.tolist(), longest.tolist(), strict=True)):
+        count, widest = count + more, max(widest, wide)
+        if i > bounds[-1] and count * widest > cap:
+            bounds.append(i)
+            count, widest = more, wide
+    return np.array([*bounds, len(rows)], dtype=np.int64)
 
 
 def _fill(order: Iterable[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:

@@ -3,17 +3,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_dist.runtime.files import sync_file
 from dpo_dist.types import TokenizedPair
 
 ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns = one-dimensional
@@ -95,18 +95,12 @@ class PairWriter:
                 "sources": [vars(source) for source in self.sources], "places": list(self.places), "report": {**report, **repeats}}
         with open(self.path / "meta.json", "w") as stream:
             json.dump(meta, stream, indent=1)
-            sync(stream)
+            sync_file(stream)
 
 
 def hash64(content: bytes) -> int:
     """64 bits that depend on the content alone: the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def sync(stream: IO[Any]) -> None:
-    """Puts a file on disk for good: a rename may otherwise outlive, after a power cut, what was written before it."""
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 class _NpyFile:
@@ -131,6 +125,6 @@ class _NpyFile:
         room = NPY_HEADER_BYTES - len(np.lib.format.magic(1, 0)) - 2
         self.stream.seek(0)
         self.stream.write(np.lib.format.magic(1, 0) + room.to_bytes(2, "little") + header.ljust(room - 1) + b"\n")
-        sync(self.stream)
+        sync_file(self.stream)
         self.stream.close()
         return self.hash.hexdigest()

@@ -52,7 +52,7 @@ class ScoredModel(nn.Module):
 
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
         """Each sequence in a row of its own, padded on the right, where causal attention never looks. The plan bounds rows times longest."""
-        rows = [torch.cat([batch.input_ids[0, slice(*t.prompt)], batch.input_ids[0, slice(*b)]]) for t in batch.trees for b in t.branches]
+        rows = [torch.cat(sequence) for sequence in batch.sequences()]
         prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches], device=batch.offset.device)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         hidden = self.causal.base_model(input_ids=padded, use_cache=False).last_hidden_state

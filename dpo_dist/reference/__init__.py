@@ -16,6 +16,8 @@ class ReferenceEngine(Protocol):
     Engines inherit from this: what a frozen model with its values at hand has no need of stands here. All ranks call every method.
     """
 
+    packs_at_once: int = 1                   # that are worth having under way: several where servers compute
+
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where the engine
         is sharded, all ranks call it the same number of times."""

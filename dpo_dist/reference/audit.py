@@ -6,10 +6,10 @@ what was asked before it, are off in one of the two.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import AuditConfig, OutsideConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
-from dpo_dist.data.store import PairStore
+from dpo_dist.data.packing import filled_in_turn
+from dpo_dist.data.store import PairStore, PairStores
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.cache.store import ReferenceKey
+from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 from dpo_dist.types import TokenizedPair
@@ -103,9 +106,8 @@ def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
     siblings = np.lexsort((mixed, content[:, 0]))
     siblings = siblings[count[which[siblings]] > 1][:n // 2]
     chosen = dict.fromkeys([int(lengths.sum(1).argmax()), *siblings.tolist(), *by_hash[:n].tolist()])
-    first = np.cumsum([0, *map(len, data_sets)])
-    at = [(i, int(np.searchsorted(first, i, side="right")) - 1) for i in list(chosen)[:n]]
-    return [data_sets[d][i - int(first[d])] for i, d in at]
+    pairs = PairStores(data_sets)
+    return [store[place] for store, place in map(pairs.at, list(chosen)[:n])]
 
 
 def by_prompt(pairs: Sequence[TokenizedPair]) -> list[Sequences]:
@@ -151,14 +153,14 @@ def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.d
                    f"by {parity.servers} server(s); |error| in nats", ["of", "mean", "worst", "bound"], rows)
     over = [f"{name} {measured[name]:.3g} is over reference.audit.{name}={bound:g}" for name, bound in bounds.items()
             if not measured[name] <= bound]
-    _write(Path(config.run_dir) / FILE, {**measured, "beta": beta, "bounds": bounds, "passed": not over})
+    write_json(RunDir(Path(config.run_dir)).parity_json, {**measured, "beta": beta, "bounds": bounds, "passed": not over})
     if over:
         worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, {beta * e.margin:.3g} a margin"
                           for e in parity.worst)
         raise UserError(f"the audit stopped the run before a value was used: {parity.engine} does not agree with {parity.oracle} "
                         f"({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must hold the weights of reference.path="
                         f"{config.reference_path} in {key.dtype}, without prefix caching and quantization; or raise the bound")
-    _write(_beside_values(config, key), asdict(parity))
+    write_json(_beside_values(config, key), asdict(parity))
 
 
 def _shown(bounds: dict[str, float], kind: str) -> str:
@@ -175,36 +177,14 @@ def _bounds(settings: AuditConfig, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _scored(engine: ReferenceEngine, trees: Sequence[Sequences], tokens_per_pack: int) -> Logps:
+    sizes = np.array([len(tree.prompt) + sum(map(len, tree.completions)) for tree in trees], dtype=np.int64)
     found: Logps = {}
-    for pack in _packs(trees, tokens_per_pack):
-        logps, at = engine.token_logps(pack_sequences(pack)).cpu().numpy(), 0
-        for tree in pack:
-            for completion in tree.completions:
-                found[tree.prompt, completion] = logps[at:at + len(completion)]
-                at += len(completion)
+    for start, end in pairwise(filled_in_turn(sizes, np.ones_like(sizes), tokens_per_pack).tolist()):
+        pack = pack_sequences(trees[start:end])
+        for (prompt, completion), values in zip(pack.sequences(), pack.split(engine.token_logps(pack).cpu()), strict=True):
+            found[tuple(prompt.tolist()), tuple(completion.tolist())] = values.numpy()
     return found
-
-
-def _packs(trees: Sequence[Sequences], tokens: int) -> Iterator[list[Sequences]]:
-    """The trees in order, filled into packs; one that is longer alone is a pack."""
-    pack: list[Sequences] = []
-    used = 0
-    for tree in trees:
-        size = len(tree.prompt) + sum(map(len, tree.completions))
-        if pack and used + size > tokens:
-            yield pack
-            pack, used = [], 0
-        pack.append(tree)
-        used += size
-    yield pack
 
 
 def _beside_values(config: RunConfig, key: ReferenceKey) -> Path:
     return Path(config.reference.cache_dir) / key.folder / FILE
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(path)

@@ -12,7 +12,8 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
-from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.data.prepare import prepare
+from dpo_dist.data.store import PairStore
 from dpo_dist.data.summary import summary_lines
 from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dpo_dist.config.compose import compose
-from dpo_dist.data.store import prepare
+from dpo_dist.data.prepare import prepare
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import read_config
 from dpo_dist.policy import Policy

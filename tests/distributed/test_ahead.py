@@ -15,8 +15,8 @@ import safetensors.numpy
 from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, train_on, write_rows, write_tiny_llama
 
 from dpo_dist.config.compose import compose
+from dpo_dist.data.prepare import prepare
 from dpo_dist.data.sampler import make_sampler
-from dpo_dist.data.store import prepare
 from dpo_dist.reference.cache.store import sequence_key
 
 pytestmark = pytest.mark.distributed

@@ -12,7 +12,7 @@ from conftest import train_on
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.store import prepare
+from dpo_dist.data.prepare import prepare
 from dpo_dist.sizing.estimate import (
     CPU,
     GPU_80GB,

@@ -14,7 +14,8 @@ from conftest import write_rows, write_tiny_llama
 from dpo_dist.config.compose import compose
 from dpo_dist.config.rules import resolve_loss
 from dpo_dist.config.schema import LossConfig
-from dpo_dist.data.store import PairStore, prepare
+from dpo_dist.data.prepare import prepare
+from dpo_dist.data.store import PairStore
 from dpo_dist.models.load import ScoredModel, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.hf import HfReference

@@ -11,12 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from dpo_dist.data.pack import Sequences, pack_sequences
+from dpo_dist.data.store import Pairs, PairStores
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.reference.cache.scoring_plan import Indexes, Pairs, ScoringPlan, plan_scoring
+from dpo_dist.reference.cache.scoring_plan import Indexes, ScoringPlan, plan_scoring
 from dpo_dist.reference.cache.store import LogpCache, ShardWriter, sequence_key
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.later import Later
 from dpo_dist.runtime.world import World
+from dpo_dist.types import PackedBatch
+
+Scored = tuple[PackedBatch, Tensor]
 
 ROUNDS_BETWEEN_AGREEMENTS = 8          # a round is one pack a rank; agreeing to stop holds the ranks together for a moment
 
@@ -43,42 +47,40 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
     Raises Stopped, with what is scored kept, where any rank was asked to end.
     """
     writer = ShardWriter(cache, flush_seconds)
-    first_pair = np.cumsum([0, *map(len, data_sets)])
+    pairs = PairStores(data_sets)
     starts = range(0, scoring.n_packs, world.size)
     # Where nothing is left for this rank, rank 0's pack is forwarded as well (law 5), and not kept.
     mine = [start + world.rank if start + world.rank < scoring.n_packs else start for start in starts]
-    packs = ([_sequences(each, data_sets, first_pair) for each in scoring.pack(j)] for j in mine)
+    packs = (pack_sequences([_sequences(tree, pairs) for tree in scoring.pack(j)]) for j in mine)
     scored = _scored(packs, engine, world.device.type == "cuda", writer.flush_if_due)
     try:
-        for i, (start, j, (trees, logps)) in enumerate(zip(starts, mine, scored, strict=True)):
+        for i, (start, j, (pack, logps)) in enumerate(zip(starts, mine, scored, strict=True)):
             if j == start + world.rank:
-                _keep(writer, trees, logps.numpy())
+                _keep(writer, pack, logps)
             done = int(scoring.trees[scoring.packs[min(start + world.size, scoring.n_packs)]])
             progress(done)
-            if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (told := world.max(preemption.received())):
-                raise preemption.Stopped(told, f"{done} sequences are scored")
+            if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (signal := world.max(preemption.received())):
+                raise preemption.Stopped(signal, f"{done} sequences are scored")
     finally:                                 # what is scored is kept, whatever ends the scoring
         writer.flush()
     world.barrier()
     open_cache(cache, world)
 
 
-def _scored(packs: Iterable[list[Sequences]], engine: ReferenceEngine, pinned: bool, while_waiting: Callable[[], None]) -> \
-        Iterator[tuple[list[Sequences], Tensor]]:
+def _scored(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool, while_waiting: Callable[[], None]) -> Iterator[Scored]:
     """(pack, its log-probs on the CPU), in order. An engine in other processes says by `packs_at_once` how many it takes at a time, so that
     its servers never wait for this process. pinned: packs are laid where a GPU copies from without holding up the process."""
-    at_once = getattr(engine, "packs_at_once", 1)
-    if at_once == 1:
+    if engine.packs_at_once == 1:
         yield from _one_ahead(packs, engine, pinned)
         return
-    pool = ThreadPoolExecutor(at_once)
-    asked: deque[tuple[list[Sequences], Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(engine.packs_at_once)
+    under_way: deque[tuple[PackedBatch, Future[Tensor]]] = deque()
     try:
-        for trees in chain(packs, [None]):
-            if trees is not None:
-                asked.append((trees, pool.submit(engine.token_logps, pack_sequences(trees))))
-            while asked and (trees is None or len(asked) == at_once):
-                first, answer = asked.popleft()
+        for pack in chain(packs, [None]):
+            if pack is not None:
+                under_way.append((pack, pool.submit(engine.token_logps, pack)))
+            while under_way and (pack is None or len(under_way) == engine.packs_at_once):
+                first, answer = under_way.popleft()
                 while wait([answer], timeout=1.0).not_done:
                     while_waiting()
                 yield first, answer.result()
@@ -86,37 +88,32 @@ def _scored(packs: Iterable[list[Sequences]], engine: ReferenceEngine, pinned: b
         pool.shutdown(wait=False, cancel_futures=True)       # after a failure nobody waits for the rest
 
 
-def _one_ahead(packs: Iterable[list[Sequences]], engine: ReferenceEngine, pinned: bool) -> Iterator[tuple[list[Sequences], Tensor]]:
+def _one_ahead(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool) -> Iterator[Scored]:
     """As _scored: while a GPU computes a pack, the next one is laid out and queued, and the one before is kept."""
-    before: tuple[list[Sequences], Later] | None = None
-    for trees in packs:
-        batch = pack_sequences(trees)
-        now = trees, Later(engine.token_logps(batch.pinned() if pinned else batch))
+    before: tuple[PackedBatch, Later] | None = None
+    for pack in packs:
+        queued = pack, Later(engine.token_logps(pack.pinned() if pinned else pack))
         if before is not None:
             yield before[0], before[1].values
-        if now[1].is_on_its_way:
-            before = now
+        if queued[1].is_on_its_way:
+            before = queued
         else:
-            yield now[0], now[1].values
+            yield queued[0], queued[1].values
             before = None
     if before is not None:
         yield before[0], before[1].values
 
 
-def _keep(writer: ShardWriter, trees: Sequence[Sequences], logps: np.ndarray) -> None:
-    at = 0
-    for tree in trees:
-        for completion in tree.completions:
-            writer.add(sequence_key(tree.prompt, completion), logps[at:at + len(completion)])
-            at += len(completion)
+def _keep(writer: ShardWriter, pack: PackedBatch, logps: Tensor) -> None:
+    for (prompt, completion), values in zip(pack.sequences(), pack.split(logps), strict=True):
+        writer.add(sequence_key(prompt.numpy(), completion.numpy()), values.numpy())
     writer.flush_if_due()
 
 
-def _sequences(tree: Indexes, data_sets: Sequence[Pairs], first_pair: np.ndarray) -> Sequences:
+def _sequences(tree: Indexes, pairs: PairStores[Pairs]) -> Sequences:
     """The token ids of a tree, by its sequences' places in the data."""
     prompt, completions = np.empty(0, np.int32), []
     for sequence in tree.tolist():
-        at = int(np.searchsorted(first_pair, sequence // 2, side="right")) - 1
-        prompt, *both = data_sets[at].parts(sequence // 2 - int(first_pair[at]))
+        prompt, *both = pairs.parts(sequence // 2)
         completions.append(tuple(both[sequence % 2].tolist()))
     return Sequences(tuple(prompt.tolist()), tuple(completions))

@@ -6,11 +6,13 @@ throughout: a million pairs are planned in seconds and within 100 bytes a pair.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_dist.data.packing import filled_in_turn
+from dpo_dist.data.store import Pairs, PairStores
 from dpo_dist.reference.cache.scoring_order import NEVER
 from dpo_dist.reference.cache.store import LogpCache, sequence_key
 
@@ -18,14 +20,6 @@ AT_ONCE = 2**16                    # keys that are compared at once
 Ids = NDArray[np.int32]
 Indexes = NDArray[np.int64]
 Keys = NDArray[np.uint64]               # (n, 2): 16 bytes as two numbers
-
-
-class Pairs(Protocol):
-    def __len__(self) -> int: ...
-
-    def parts(self, index: int) -> tuple[Ids, Ids, Ids]: ...
-
-    def lengths(self) -> NDArray[np.int32]: ...
 
 
 class ScoringPlan(NamedTuple):
@@ -52,7 +46,8 @@ def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microb
     windows: (pairs,) as in scoring_order.py: one after the other, prompts shared within each; pairs of NEVER are left out. None: all at once.
     padded: a sequence is a row with its prompt, so each is a tree of its own, and a pack's tokens are rows times the longest.
     """
-    prompts, sequences = _keys(data_sets)
+    pairs = PairStores(data_sets)
+    prompts, sequences = _keys(pairs)
     prompt = _ranks(prompts)
     del prompts
     wanted = _first_of_each(sequences) if windows is None else _first_asked(sequences, windows)
@@ -63,27 +58,26 @@ def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microb
     missing = missing[np.lexsort((missing, prompt[missing // 2], window[missing // 2]))]
     pair = missing // 2
     starts_tree = (np.diff(prompt[pair], prepend=-1) != 0) | (np.diff(window[pair], prepend=-1) != 0) | padded
-    lengths = np.concatenate([pairs.lengths() for pairs in data_sets]) if len(data_sets) > 1 else data_sets[0].lengths()
+    lengths = pairs.lengths()
     trees, sizes = _trees(starts_tree, lengths[pair, 0], lengths[pair, 1 + missing % 2], tokens_per_microbatch)
     longest_first = np.lexsort((missing[trees[:-1]], -sizes, window[pair[trees[:-1]]]))
     del pair
     counts = np.diff(trees)[longest_first]
     ends = np.cumsum(counts)
     at = np.repeat(trees[:-1][longest_first] - (ends - counts), counts) + np.arange(len(missing))
-    packs = (_padded_packs if padded else _packs)(sizes[longest_first], tokens_per_microbatch)
+    sizes, ones = sizes[longest_first], np.ones(len(sizes), np.int64)
+    rows, longest = (ones, sizes) if padded else (sizes, ones)
+    packs = filled_in_turn(rows, longest, tokens_per_microbatch)
     return ScoringPlan(missing[at], np.concatenate([[0], ends]).astype(np.int64), packs, n_cached)
 
 
-def _keys(data_sets: Sequence[Pairs]) -> tuple[Keys, Keys]:
+def _keys(pairs: PairStores) -> tuple[Keys, Keys]:
     """(keys of the prompts (pairs, 2), of the sequences (2 * pairs, 2))."""
-    n = sum(map(len, data_sets))
-    prompts, sequences, at = bytearray(16 * n), bytearray(32 * n), 0
-    for pairs in data_sets:
-        for i in range(len(pairs)):
-            prompt, chosen, rejected = pairs.parts(i)
-            prompts[16 * at:16 * at + 16] = sequence_key(prompt, ())
-            sequences[32 * at:32 * at + 32] = sequence_key(prompt, chosen) + sequence_key(prompt, rejected)
-            at += 1
+    prompts, sequences = bytearray(16 * len(pairs)), bytearray(32 * len(pairs))
+    for i in range(len(pairs)):
+        prompt, chosen, rejected = pairs.parts(i)
+        prompts[16 * i:16 * i + 16] = sequence_key(prompt, ())
+        sequences[32 * i:32 * i + 32] = sequence_key(prompt, chosen) + sequence_key(prompt, rejected)
     return np.frombuffer(prompts, "<u8").reshape(-1, 2), np.frombuffer(sequences, "<u8").reshape(-1, 2)
 
 
@@ -127,33 +121,9 @@ def _trees(starts_tree: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens
     ends = np.append(starts[1:], len(starts_tree))
     cuts: list[int] = []
     for g in np.flatnonzero(tokens > budget).tolist():
-        used = int(prompt_tokens[starts[g]])
-        for i in range(int(starts[g]), int(ends[g])):
-            if used + completion_tokens[i] > budget and i > starts[g]:
-                cuts.append(i)
-                used = int(prompt_tokens[i])
-            used += int(completion_tokens[i])
+        completions = completion_tokens[starts[g]:ends[g]].astype(np.int64)
+        bounds = filled_in_turn(completions, np.ones_like(completions), budget - int(prompt_tokens[starts[g]]))
+        cuts += (starts[g] + bounds[1:-1]).tolist()
     starts = np.sort(np.concatenate([starts, np.array(cuts, dtype=np.int64)]))
     tokens = np.add.reduceat(completion_tokens.astype(np.int64), starts) + prompt_tokens[starts]
     return np.append(starts, len(starts_tree)).astype(np.int64), tokens.astype(np.int64)
-
-
-def _packs(sizes: Indexes, budget: int) -> Indexes:
-    """Boundaries of packs of whole trees, filled in turn; a tree longer than the budget is a pack of its own."""
-    until = np.cumsum(sizes)
-    bounds = [0]
-    while bounds[-1] < len(sizes):
-        before = until[bounds[-1] - 1] if bounds[-1] else 0
-        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(until, before + budget, side="right"))))
-    return np.array(bounds, dtype=np.int64)
-
-
-def _padded_packs(sizes: Indexes, budget: int) -> Indexes:
-    """Boundaries of packs of rows, filled in turn while rows times the longest keep to the budget; a longer row is a pack of its own."""
-    bounds, longest = [0], 0
-    for i, size in enumerate(sizes.tolist()):
-        longest = max(longest, size)
-        if i > bounds[-1] and (i + 1 - bounds[-1]) * longest > budget:
-            bounds.append(i)
-            longest = size
-    return np.array([*bounds, len(sizes)] if len(sizes) else bounds, dtype=np.int64)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.world import World
 
 FLUSH_SHARE = 0.05                 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
@@ -61,7 +60,7 @@ class LogpCache:
             raise UserError(f"reference.cache_dir={cache_dir} cannot be made: {error}; set a folder that can be written") from error
         described = self.folder / "key.json"
         if not described.exists():
-            _write_whole(described, json.dumps(asdict(key), indent=2).encode())
+            write_atomic(described, json.dumps(asdict(key), indent=2).encode())
         self.open_shards(())
 
     def verified_shards(self, known: Collection[str] = ()) -> tuple[list[str], int]:
@@ -171,14 +170,5 @@ class ShardWriter:
             "keys": np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16),
             "offsets": np.cumsum([0, *map(len, self._logps)], dtype=np.int64),
             "logps": np.concatenate(self._logps)})
-        _write_whole(self._folder / f"{hashlib.blake2b(shard, digest_size=16).hexdigest()}.safetensors", shard)
+        write_atomic(self._folder / f"{hashlib.blake2b(shard, digest_size=16).hexdigest()}.safetensors", shard)
         self._keys, self._logps = [], []
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(path)

@@ -82,8 +82,7 @@ class VllmReference(ReferenceEngine):
 
 def continuations(batch: PackedBatch) -> list[Continuation]:
     """The pack's sequences, in its order."""
-    ids = batch.input_ids[0].tolist()
-    return [Continuation(tuple(ids[slice(*tree.prompt)]), tuple(ids[slice(*branch)])) for tree in batch.trees for branch in tree.branches]
+    return [Continuation(tuple(prompt.tolist()), tuple(completion.tolist())) for prompt, completion in batch.sequences()]
 
 
 @dataclass
