@@ -1,7 +1,9 @@
-"""The command `dpo-dist VERB [key=value ...]`. No torch here: help and errors answer at once."""
+"""The command `dpo-dist VERB [key=value ...]`. No torch here: help and errors answer at once, so a verb imports what it alone needs."""
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +14,10 @@ from dpo_dist.config.compose import compose, documented_keys
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.launcher.doctor import doctor, with_model
-from dpo_dist.launcher.local import by_hand, device_count, run_stages
+from dpo_dist.launcher.clusters import launcher_of
+from dpo_dist.launcher.local import device_count
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
-from dpo_dist.launcher.slurm import describe, jobs_of, sbatch_command, submit
 from dpo_dist.launcher.status import status
-from dpo_dist.launcher.sweep.multirun import multirun
-from dpo_dist.sizing.report import sizing_lines
 
 STAGE_VERBS = {
     "run": "the whole way: score the reference, train, evaluate on held-out pairs, export",
@@ -39,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 on success, 2 for a user's mistake, else what the failed stage gave."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _main(words)
+        code = _main(words)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                  # the reader has seen enough: dpo-dist --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _main(words: list[str]) -> int:
@@ -69,34 +73,26 @@ def _main(words: list[str]) -> int:
         if word.startswith("sweep=") and not sweeps:
             raise UserError(f"{word} names the runs of a sweep; write dpo-dist run -m {word} ...")
     if sweeps:
+        from dpo_dist.launcher.sweep.multirun import multirun
+
         return multirun(rest, dry_run)
-    config = compose(with_model(rest) if verb == "doctor" else rest)
+    if verb == "doctor":
+        from dpo_dist.launcher.doctor import doctor, with_model
+
+        return doctor(compose(with_model(rest)))
+    config = compose(rest)
     if config.cluster.jobs_at_once not in (None, 1):
         raise UserError(f"cluster.jobs_at_once={config.cluster.jobs_at_once} does nothing without a sweep; remove it, or sweep with run -m")
     if show:
         print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)), end="\n" if show == "run_dir" else "")
         return 0
-    if verb == "doctor":
-        return doctor(config)
     launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
+        from dpo_dist.sizing.report import sizing_lines
+
         print("\n".join([_plan_text(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)]))
         return 0
-    return _start(launch, config, dry_run)
-
-
-def _start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
-    if not config.cluster.submits:
-        if dry_run:
-            raise UserError("--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set cluster=slurm")
-        return run_stages(launch)
-    if dry_run:
-        print(describe(jobs_of(launch, config)))
-        return 0
-    for stage, job in submit(launch, config).items():
-        print(f"submitted {stage}: job {job}")
-    print(f"output: {launch.run_dir}/slurm; where it is: dpo-dist status {launch.run_dir}")
-    return 0
+    return launcher_of(config).start(launch, config, dry_run)
 
 
 def _take_cfg(rest: list[str]) -> str | None:
@@ -126,14 +122,13 @@ def _run_dir(rest: list[str]) -> Path:
 def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
     device = {"cpu": "CPU", "cuda": "GPU", "auto": "GPU, or CPU where there is none"}[config.cluster.device]
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
-    jobs = {job.name: job for job in jobs_of(launch, config)} if config.cluster.submits else {}
+    commands = launcher_of(config).commands(launch, config)
     for stage in launch.stages:
-        what = sbatch_command(jobs[stage.name], {}) if jobs else by_hand(stage)
         when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""
         lines += ["", stage.name + when,
                   f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, each on a {device}",
                   *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"] if stage.server_nodes else []),
-                  f"  {'submits' if jobs else 'by hand'} {shlex.join(what)}"]
+                  f"  {'submits' if config.cluster.submits else 'by hand'} {shlex.join(commands[stage.name])}"]
     return "\n".join(lines)
 
 

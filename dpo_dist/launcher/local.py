@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.cluster import ClusterConfig
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 from dpo_dist.launcher.supervisor import SIGNALS_TO_END, Place, Work, ended_early, free_port, receiving, run
 from dpo_dist.runtime.run_dir import RunDir
+
+NOTHING_SUBMITTED = "--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set cluster=slurm"
 
 
 def device_count(cluster: ClusterConfig) -> int:
@@ -26,6 +30,16 @@ def devices(cluster: ClusterConfig) -> list[str]:
     if visible is not None:
         return [d.strip() for d in visible.split(",") if d.strip() and d.strip() != "-1"]
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
+    if dry_run:
+        raise UserError(NOTHING_SUBMITTED)
+    return run_stages(launch)
+
+
+def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
+    return {stage.name: by_hand(stage) for stage in launch.stages}
 
 
 def run_stages(plan: LaunchPlan) -> int:

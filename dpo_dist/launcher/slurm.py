@@ -38,6 +38,20 @@ class BatchJob:
 # -------------------------------------------------------------------------------------------------------- a run's own stages
 
 
+def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
+    if dry_run:
+        print(describe(jobs_of(launch, config)))
+        return 0
+    for stage, job in submit(launch, config).items():
+        print(f"submitted {stage}: job {job}")
+    print(f"output: {launch.run_dir}/slurm; where it is: dpo-dist status {launch.run_dir}")
+    return 0
+
+
+def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
+    return {job.name: sbatch_command(job, {}) for job in jobs_of(launch, config)}
+
+
 def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     """The stages as jobs, in order. Writes nothing."""
     folder = RunDir(Path(launch.run_dir)).slurm

@@ -1,6 +1,7 @@
 """A pack's sequences, the values that belong to them, and several stores as one."""
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_packs_filled_in_turn_keep_to_the_budget_and_never_leave_room_for_the_ne
 
     bounds = filled_in_turn(rows, longest, 50).tolist()
     assert bounds[0] == 0 and bounds[-1] == 200
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         assert size(start, end) <= 50 or end == start + 1
         assert end == 200 or size(start, end + 1) > 50
     assert filled_in_turn(np.empty(0, np.int64), np.empty(0, np.int64), 50).tolist() == [0]

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.config.compose import compose, conf_dir, explain
 from dpo_dist.config.errors import UserError, nearest
-from dpo_dist.launcher.sweep import run_local, run_slurm
+from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.launcher.sweep.groups import Job, check_comparable, check_distinct, group_jobs, key_of, make_job, run_dir_override, sweep_folder
 from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_results
@@ -89,17 +89,15 @@ class Sweep:
         check_distinct([*(r.job for r in self._all), *jobs])
         distinct = list({job.run_dir: job for job in jobs}.values())     # a sampler may propose the same values twice
         missing = [job for job in distinct if not job.is_done()]
-        on_this_machine = not jobs[0].config.cluster.submits
+        launcher = sweep_launcher_of(jobs[0].config)
         if self._dry_run:
-            if on_this_machine:
-                raise UserError("--dry-run shows batch scripts, and cluster=local has none; set cluster=slurm")
-            raise _Shown(run_slurm.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
+            raise _Shown(launcher.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
         print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} to run", flush=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         why_not: dict[Path, str] = {}
         try:
             if missing:
-                why_not = (run_local if on_this_machine else run_slurm).run_groups(group_jobs(missing, self._folder))
+                why_not = launcher.run_groups(group_jobs(missing, self._folder))
         finally:
             self._results.update({job.run_dir: read_result(job, why_not.get(job.run_dir, "")) for job in distinct})
             write_results(self._folder, self._all, objective)

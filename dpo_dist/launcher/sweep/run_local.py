@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_dist.config.errors import UserError
+from dpo_dist.launcher.local import NOTHING_SUBMITTED
 from dpo_dist.launcher.sweep.groups import Group, Job
 from dpo_dist.launcher.sweep.processes import Command, Place, places, run_commands
 from dpo_dist.launcher.sweep.results import read_result
@@ -25,6 +27,10 @@ def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
     if ready:
         _train(ready, where[ready[0].run_dir])
     return why_not
+
+
+def rendered(groups: Sequence[Group]) -> str:
+    raise UserError(NOTHING_SUBMITTED)
 
 
 def _train(jobs: Sequence[Job], where: Sequence[Place]) -> None:
