@@ -82,7 +82,8 @@ def dpo_dist(*words: object, code: int = 0, timeout: int = 300, fresh: bool = Fa
 def template() -> Template:
     """The process that commands are forked from; started by the first test that needs it, ended with the session."""
     folder = Path(tempfile.mkdtemp(prefix="dpo-dist-template-"))
-    started = Template(folder, {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"})
+    started = Template(folder, {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                                "TOKENIZERS_PARALLELISM": "false"})
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(started.close)
     return started

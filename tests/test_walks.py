@@ -125,7 +125,7 @@ class Shout:
     def finish(self, summary):
         pass
 """)
-    add_line(house, "dpo_dist/config/tracking.py", "TRACKERS: dict", 
+    add_line(house, "dpo_dist/config/tracking.py", "TRACKERS: dict",
              'TRACKERS["shout"] = dataclass(frozen=True)(type("ShoutConfig", (TrackingConfig,), {}))')
     add(house, "conf/tracking/shout.yaml", "name: shout                     # the last step, in capitals\n")
     assert touched(house) == {"dpo_dist/run/tracking/shout.py", "dpo_dist/config/tracking.py", "conf/tracking/shout.yaml"}
