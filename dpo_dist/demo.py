@@ -59,9 +59,9 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
     """The table before/after, a few answers, and what to try next."""
     rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = (row for row in rows if row["split"] == "eval")
-    asked = held_out * SAMPLES_A_PROMPT
-    answers = {name: sample(folder / name / "model", [p for _, p in asked]) for name in ("sft", "dpo")}
-    share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, asked, strict=True)) / len(given)
+    questions = held_out * SAMPLES_A_PROMPT
+    answers = {name: sample(folder / name / "model", [p for _, p in questions]) for name in ("sft", "dpo")}
+    share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, questions, strict=True)) / len(given)
              for name, given in answers.items()}
     terminal.table("before and after DPO, on prompts that were never trained on", ["", "before", "after"], [
         ["reward accuracy", f"{before['rewards/accuracies']:.3f}", f"{after['rewards/accuracies']:.3f}"],
@@ -69,7 +69,7 @@ def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) ->
         ["loss", f"{before['loss']:.4f}", f"{after['loss']:.4f}"],
         ["sampled answers that obey the rule", f"{share['sft']:.0%}", f"{share['dpo']:.0%}"]])
     terminal.table("sampled answers", ["prompt", "before", "after"],
-                   [[p, a, b] for (_, p), a, b in list(zip(asked, answers["sft"], answers["dpo"], strict=True))[:4]])
+                   [[p, a, b] for (_, p), a, b in list(zip(questions, answers["sft"], answers["dpo"], strict=True))[:4]])
     result = {"accuracy": after["rewards/accuracies"], "obey_before": share["sft"], "obey_after": share["dpo"]}
     (folder / "result.json").write_text(json.dumps(result))
     terminal.say("On your own data:\n"

@@ -37,8 +37,8 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            if told := world.max(preemption.received()):
-                raise preemption.Stopped(told, "the evaluation is made again")
+            if signal := world.max(preemption.received()):
+                raise preemption.Stopped(signal, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
             part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops, reference)
             if reference is not None:

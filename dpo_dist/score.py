@@ -46,9 +46,9 @@ def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
         world.on_main(lambda: _begin(folder, alive))
         inputs = read_inputs(config, world, terminal)
         order = make_sampler(inputs.train, t, config.data.group_by_prompt)
-        asked = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
+        scoring_order = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
         look = _end_with(folder.parent) if world.is_main else (lambda: None)
-        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=asked, progress=look)))
+        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=scoring_order, progress=look)))
         world.on_main(RunDir(folder).mark_done)
 
 

@@ -73,12 +73,12 @@ def _chosen_alone(shapes: PairShapes) -> PairShapes:
 def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,
                   mean_chosen_tokens: float, device: torch.device) -> tuple[PairLogps, Tensor]:
     """(PairLogps, the pairs' weights) of one pack. It is copied to the device once, before the forward."""
-    here = batch.to(device)
-    tokens = policy.token_logps(here, collision=bool(loss.wpo))
-    values = here.reference
+    on_device = batch.to(device)
+    tokens = policy.token_logps(on_device, collision=bool(loss.wpo))
+    values = on_device.reference
     if values is None and reference is not None:
         values = reference.token_logps(batch).to(device, non_blocking=True)
-    return pair_logps(here, tokens, values, loss, mean_chosen_tokens), here.weight.double()
+    return pair_logps(on_device, tokens, values, loss, mean_chosen_tokens), on_device.weight.double()
 
 
 def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums,

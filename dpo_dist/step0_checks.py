@@ -58,10 +58,10 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
     with policy.evaluating():
         for batch, positions in zip(step.batches, step.positions, strict=True):
             tokens = policy.token_logps(batch)
-            here = batch.to(tokens.logps.device)
+            on_device = batch.to(tokens.logps.device)
             difference = (tokens.logps - reference.token_logps(batch).to(tokens.logps.device)).abs()
-            mean = torch.zeros(here.n_sequences, device=difference.device).index_add(0, here.sequence, difference) / here.lengths
-            worst = torch.maximum(mean[here.chosen], mean[here.rejected]).tolist()
+            mean = torch.zeros(on_device.n_sequences, device=difference.device).index_add(0, on_device.sequence, difference) / on_device.lengths
+            worst = torch.maximum(mean[on_device.chosen], mean[on_device.rejected]).tolist()
             if positions:
                 errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]
     everywhere = [e for rank in world.gather(errors) for e in rank]

@@ -104,7 +104,7 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
         raise UserError(f"'{unnamed[0]}' is named after no split while other files of '{folder}' are; list the files one by one")
     chosen = tuple(p for p in found if split in splits[p])
     if not chosen:
-        names = sorted({name for each in splits.values() for name in each})
+        names = sorted({name for inner in splits.values() for name in inner})
         raise UserError(f"split='{split}' matches no file of '{folder}'; set split in its data entry to one of: {', '.join(names)}")
     return chosen
 
@@ -235,8 +235,8 @@ def _from_arrow(name: str, rows: Iterable[Any]) -> Iterator[Record]:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _load_from_hub(dataset: DatasetConfig) -> Any:

@@ -267,11 +267,11 @@ def _rated(fields: Fields) -> list[tuple[Any, float]]:
             raise Unfit("ratings and responses differ in number")
         return [(answer, number(rating, "rating")) for answer, rating in zip(responses, beside, strict=True)]
     out = []
-    for each in responses:
-        answer = next((each[k] for k in ("response", "content", "text") if k in each), None) if isinstance(each, dict) else None
+    for response in responses:
+        answer = next((response[k] for k in ("response", "content", "text") if k in response), None) if isinstance(response, dict) else None
         if answer is None:
-            raise Unfit("a response has no text, or there are no ratings beside the responses", repr(each)[:60])
-        rating = next((each[k] for k in ("rating", "score", "overall_score") if k in each), None)
+            raise Unfit("a response has no text, or there are no ratings beside the responses", repr(response)[:60])
+        rating = next((response[k] for k in ("rating", "score", "overall_score") if k in response), None)
         out.append((answer, number(rating, "rating")))
     return out
 

@@ -84,7 +84,7 @@ class PairStore:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(Source(**each) for each in self.meta["sources"])
+        return tuple(Source(**source) for source in self.meta["sources"])
 
     @property
     def source_weights(self) -> tuple[float, ...]:

@@ -89,7 +89,7 @@ class PairTokenizer:
         completions = self.encode_completions([text for _, _, texts in split for text in texts[1:]])
         for (at, row, _), prompt, chosen, rejected in zip(split, prompts, completions[::2], completions[1::2], strict=True):
             out[at] = TokenizedPair(prompt, chosen, rejected, row.where, row.source, row.strength, row.weight)
-        return [each for each in out if each is not None]
+        return [pair for pair in out if pair is not None]
 
     def _split(self, row: PreferenceRow) -> tuple[str, str, str] | Dropped:
         if self.tokenizer is None:

@@ -57,8 +57,8 @@ class PairWriter:
         self.waiting: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, pair: TokenizedPair, source: int, prompt_hash: int) -> None:
-        parts = [np.array(each, dtype="<i4") for each in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
-        ids, content = np.concatenate(parts), tuple(hash64(each.tobytes()) for each in parts)
+        parts = [np.array(part, dtype="<i4") for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+        ids, content = np.concatenate(parts), tuple(hash64(part.tobytes()) for part in parts)
         chosen = self.tokens + len(pair.prompt_ids)
         rejected = chosen + len(pair.chosen_ids)
         span = (self.tokens, chosen, rejected, self.tokens + len(ids))

@@ -58,7 +58,7 @@ def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     return [BatchJob(stage.name, render(stage, config, job_name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
                                    run_dir=stage.run_dir or launch.run_dir),
                 folder / f"{stage.name}.sbatch", stage.overrides, stage.after,
-                tuple(each.name for each in launch.stages if each.beside == stage.name)) for stage in launch.stages]
+                tuple(other.name for other in launch.stages if other.beside == stage.name)) for stage in launch.stages]
 
 
 def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
@@ -199,10 +199,10 @@ def job_states(job: str) -> list[str]:
         return []
     if done.returncode == 0:
         return re.findall(r"\bJobState=(\S+)", done.stdout)
-    said = " ".join((done.stdout + done.stderr).split())
-    if "Invalid job id" in said:
+    answer = " ".join((done.stdout + done.stderr).split())
+    if "Invalid job id" in answer:
         return []
-    raise UserError(f"Slurm does not say how job {job} is: {said}; try again when `scontrol ping` says that the controller is up")
+    raise UserError(f"Slurm does not say how job {job} is: {answer}; try again when `scontrol ping` says that the controller is up")
 
 
 def is_alive(job: str) -> bool:

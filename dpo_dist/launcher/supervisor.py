@@ -178,7 +178,7 @@ def _wait(ranks: Ranks, companions: Sequence[Ranks], received: Sequence[int]) ->
         if len(received) > passed:
             _pass_on(received[passed:], received.count(signal.SIGINT) > 1, [ranks, *serving])
             passed = len(received)
-        for companion in [each for each in serving if each.look()]:
+        for companion in [companion for companion in serving if companion.look()]:
             serving.remove(companion)
             _mark_ended(companion)
 

@@ -182,12 +182,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
 def _without_dropout(model: PreTrainedModel) -> None:
     """Log-probs of one model are one set of numbers: no dropout, whatever its config says: not in layers, nor as rates that forwards read;
     and no noise on what routers of experts see."""
-    for each in (*model.modules(), model.config):
-        if isinstance(each, nn.Dropout):
-            each.p = 0.0
-        for name, value in vars(each).items():
+    for owner in (*model.modules(), model.config):
+        if isinstance(owner, nn.Dropout):
+            owner.p = 0.0
+        for name, value in vars(owner).items():
             if ("drop" in name or "jitter" in name) and isinstance(value, float):
-                setattr(each, name, 0.0)
+                setattr(owner, name, 0.0)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:

@@ -63,8 +63,8 @@ class AheadReference(CachedReference):
             if not waiting:
                 before_waiting()
             waiting = True
-            if told := self._world.max(preemption.received()):
-                raise preemption.Stopped(told, "training was waiting for the reference")
+            if signal := self._world.max(preemption.received()):
+                raise preemption.Stopped(signal, "training was waiting for the reference")
             alive = self._world.on_main(self._scorer.is_alive)             # asked before the look, so that a last word is not missed
             if self._cache.add_new_shards(self._world):
                 self._scorer.answered()

@@ -93,7 +93,7 @@ def believe_earlier_audit(config: RunConfig, key: ReferenceKey, dtype: torch.dty
         raise UserError(f"reference.cache_dir={config.reference.cache_dir} holds values of '{key.recipe}' without the audit that preceded them "
                         f"({kept} is missing); remove {kept.parent}, and they are scored again")
     raw = json.loads(kept.read_text())
-    _report(Parity(**{**raw, "worst": tuple(PairError(**each) for each in raw["worst"])}), config, key, dtype, terminal)
+    _report(Parity(**{**raw, "worst": tuple(PairError(**entry) for entry in raw["worst"])}), config, key, dtype, terminal)
 
 
 def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
@@ -133,9 +133,9 @@ def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps
             tokens += [np.abs(chosen), np.abs(rejected)]
             sequences += [abs(chosen.sum()), abs(rejected.sum())]
             margins.append(abs(chosen.sum() - rejected.sum()))
-        here = len(found)
-        errors.append(PairError(pair.where, float(max(each.max() for each in tokens[-2 * here:])), float(max(sequences[-2 * here:])),
-                                float(max(margins[-here:]))))
+        runs = len(found)
+        errors.append(PairError(pair.where, float(max(entry.max() for entry in tokens[-2 * runs:])), float(max(sequences[-2 * runs:])),
+                                float(max(margins[-runs:]))))
     token = np.concatenate(tokens)
     worst = sorted(errors, key=lambda e: -e.token)[:WORST_SHOWN]
     return Parity(engine, oracle, servers, len(pairs), sum(map(len, wanted.values())), float(token.mean()), float(token.max()),

@@ -23,7 +23,7 @@ def check_shared(config: RunConfig, world: World) -> None:
     tokens = world.on_main(lambda: {key: _leave_token(folder) for key, folder in folders.items()})
     unseen = [(key, f"{folders[key].absolute()} on {socket.gethostname()}") for key, name in tokens.items()
               if name is not None and not (folders[key] / name).exists()]
-    everywhere = [each for rank in world.gather(unseen) for each in rank]
+    everywhere = [entry for rank in world.gather(unseen) for entry in rank]
     world.on_main(lambda: _remove(folders, tokens))
     if everywhere:
         key = everywhere[0][0]

@@ -54,17 +54,17 @@ def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choi
 
 def _candidates(config: RunConfig, layers: int, ranks: int, width: int) -> Iterator[RunConfig]:
     """In the order of preference."""
-    asked = config.model.gradient_checkpointing
-    quick: list[bool | int] = [EVERYTHING, CHEAP_PARTS] if asked == "auto" else [asked]
-    slow: list[bool | int] = [*range(1, layers), ALL_LAYERS] if asked == "auto" else []
+    setting = config.model.gradient_checkpointing
+    quick: list[bool | int] = [EVERYTHING, CHEAP_PARTS] if setting == "auto" else [setting]
+    slow: list[bool | int] = [*range(1, layers), ALL_LAYERS] if setting == "auto" else []
     for amounts in (quick, slow):
         for stage in stages(config, ranks, width):
             yield from (_with(config, stage, again) for again in amounts)
 
 
 def _least(config: RunConfig, ranks: int) -> RunConfig:
-    asked = config.model.gradient_checkpointing
-    return _with(config, stages(config, ranks, 2)[-1], ALL_LAYERS if asked == "auto" else asked)
+    setting = config.model.gradient_checkpointing
+    return _with(config, stages(config, ranks, 2)[-1], ALL_LAYERS if setting == "auto" else setting)
 
 
 def stages(config: RunConfig, ranks: int, width: int) -> list[int | None]:

@@ -38,7 +38,7 @@ class Flops:
     def training(self, frozen_base: bool) -> Flops:
         """Forward and backward. A matrix's backward costs two forwards, or one where it gets no gradient of its own (LoRA's base)."""
         linear = 2 if frozen_base else 3
-        return Flops(linear * self.per_token, linear * self.per_completion_token, tuple((3 * each, window) for each, window in self.attention),
+        return Flops(linear * self.per_token, linear * self.per_completion_token, tuple((3 * per_key, window) for per_key, window in self.attention),
                      self.padded)
 
 

@@ -57,7 +57,7 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     chosen = choose(config, shape, lengths, world)
     config = chosen.config
     need, time = memory(config, shape, lengths, world), step_time(config, shape, lengths, world)
-    moment, peak = max(need.moments.items(), key=lambda each: each[1])
+    moment, peak = max(need.moments.items(), key=lambda entry: entry[1])
     shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name in (f.name for f in fields(Memory)) if (value := getattr(need, name))]
     unproven = "" if world.device.measured else "; never held against a GPU's own figures"
     lines = [
@@ -89,12 +89,12 @@ def too_large(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
         return f"{need.peak / 1e9:.0f} GB a rank" + (f" and {need.host / 1e9:.0f} of the host" if need.host else "")
 
     device = world.device
-    told = f"does not fit: {sizes(need)}, but there are {device.memory / 1e9:.0f} and {device.host_memory / 1e9:.0f} of the host"
+    too_much = f"does not fit: {sizes(need)}, but there are {device.memory / 1e9:.0f} and {device.host_memory / 1e9:.0f} of the host"
     change = smallest_change(config, shape, lengths, world)
     if change is None:
-        return [told, f"nothing that is known here makes it fit on {MOST_NODES} nodes or fewer"]
+        return [too_much, f"nothing that is known here makes it fit on {MOST_NODES} nodes or fewer"]
     wider = replace(world, nodes=change.nodes, ranks=world.ranks // world.nodes * change.nodes)
-    return [told, f"fits with {' '.join(change.words)}: {sizes(memory(change.config, shape, lengths, wider))}"]
+    return [too_much, f"fits with {' '.join(change.words)}: {sizes(memory(change.config, shape, lengths, wider))}"]
 
 
 def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> Change | None:
@@ -106,7 +106,7 @@ def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, worl
         for candidates in _changes(config, lengths):
             fitting = [(words, changed) for words, changed in candidates if memory(changed, shape, lengths, wider).fits(world.device)]
             if fitting:
-                words, best = min(fitting, key=lambda each: step_time(each[1], shape, lengths, wider).seconds)
+                words, best = min(fitting, key=lambda entry: step_time(entry[1], shape, lengths, wider).seconds)
                 return Change((*words, *more), best, nodes)
         nodes *= 2
     return None

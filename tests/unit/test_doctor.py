@@ -199,8 +199,8 @@ def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_ne
     on_slurm = compose(["model.path=m", "cluster=slurm"])
     monkeypatch.setenv("PATH", str(sinfo.parent))
     dead = slurm(on_slurm)
-    assert dead is not None and not dead.ok and dead.said == "cluster=slurm, but Unable to contact slurm controller"
+    assert dead is not None and not dead.ok and dead.text == "cluster=slurm, but Unable to contact slurm controller"
     sinfo.unlink()
     missing = slurm(on_slurm)
-    assert missing is not None and not missing.ok and "there is no sinfo here" in missing.said
+    assert missing is not None and not missing.ok and "there is no sinfo here" in missing.text
     assert slurm(config) is None

@@ -36,7 +36,7 @@ def doctor(config: RunConfig) -> int:
         if finding is None:
             continue
         red += not finding.ok
-        print(f"{_mark(finding.ok)}  {name:<14} {finding.said}", flush=True)
+        print(f"{_mark(finding.ok)}  {name:<14} {finding.text}", flush=True)
         if not finding.ok:
             print(f"{'':<21}remedy: {finding.remedy}", flush=True)
     print("ready" if not red else f"{red} of these checks would stop a run, or make its results doubtful")

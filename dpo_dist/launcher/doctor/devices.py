@@ -71,8 +71,8 @@ def _ask(program: str, **environment: str) -> tuple[Any, str | None]:
     except subprocess.TimeoutExpired:
         return None, f"no answer within {PROBE_SECONDS} s"
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return None, said[-1] if said else f"exit code {done.returncode}"
+        errors = done.stderr.strip().splitlines()
+        return None, errors[-1] if errors else f"exit code {done.returncode}"
     return json.loads(done.stdout.strip().splitlines()[-1]), None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Finding:
     """What is there, in one line; where it would stop a run, what to do about it."""
 
-    said: str
+    text: str
     remedy: str | None = None
 
     @property
@@ -21,5 +21,5 @@ def together(findings: Sequence[Finding]) -> Finding:
     """One finding: all that is wrong with all remedies, or, where nothing is, all that was said."""
     red = [f for f in findings if not f.ok]
     if red:
-        return Finding("; ".join(f.said for f in red), "; ".join(dict.fromkeys(f.remedy for f in red if f.remedy)))
-    return Finding("; ".join(f.said for f in findings))
+        return Finding("; ".join(f.text for f in red), "; ".join(dict.fromkeys(f.remedy for f in red if f.remedy)))
+    return Finding("; ".join(f.text for f in findings))

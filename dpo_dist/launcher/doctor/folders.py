@@ -135,5 +135,5 @@ def _parameters(folder: Path) -> int:
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(each["shape"]) for name, each in header.items() if name != "__metadata__")
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return count

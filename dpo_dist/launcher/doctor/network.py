@@ -27,8 +27,8 @@ def ports(config: RunConfig) -> Finding:
 
 def node_count(config: RunConfig) -> int:
     """Nodes of the run: of the config, or of the environment that launch/node.sh reads."""
-    told = os.environ.get("NNODES", "")
-    return max(config.cluster.nodes, int(told) if told.isdigit() else 1)
+    value = os.environ.get("NNODES", "")
+    return max(config.cluster.nodes, int(value) if value.isdigit() else 1)
 
 
 def _talk(address: str, name: str) -> Finding:
@@ -41,7 +41,7 @@ def _talk(address: str, name: str) -> Finding:
 
 
 def _interface(name: str) -> Finding:
-    there = [each for _, each in socket.if_nameindex()]
+    there = [name for _, name in socket.if_nameindex()]
     if name not in there:
         return Finding(f"GLOO_SOCKET_IFNAME={name} is no interface of this machine", f"set it to one of: {', '.join(there)}")
     try:
@@ -67,10 +67,10 @@ def _own_name() -> Finding:
 
 def _master() -> Finding:
     """Node 0 must be able to listen at MASTER_PORT; the others must know who MASTER_ADDR is."""
-    host, told = os.environ.get("MASTER_ADDR") or "127.0.0.1", os.environ.get("MASTER_PORT") or "29500"
-    if not told.isdigit() or not 0 < int(told) < 65536:
-        return Finding(f"MASTER_PORT={told} is no port", "set MASTER_PORT to the same number between 1024 and 65535 on all nodes")
-    port = int(told)
+    host, value = os.environ.get("MASTER_ADDR") or "127.0.0.1", os.environ.get("MASTER_PORT") or "29500"
+    if not value.isdigit() or not 0 < int(value) < 65536:
+        return Finding(f"MASTER_PORT={value} is no port", "set MASTER_PORT to the same number between 1024 and 65535 on all nodes")
+    port = int(value)
     try:
         address = socket.gethostbyname(host)
     except OSError as error:

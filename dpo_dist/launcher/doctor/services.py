@@ -51,9 +51,9 @@ def slurm(config: RunConfig) -> Finding | None:
     wanted = config.cluster.submits
     if not wanted and shutil.which("sinfo") is None:
         return None
-    said, error = _sinfo()
+    partitions, error = _sinfo()
     if error is None:
-        return Finding(said)
+        return Finding(partitions)
     if not wanted:
         return Finding(f"{error}; only cluster=slurm needs it")
     return Finding(f"cluster=slurm, but {error}", "run this where jobs can be submitted (slurmctld up, munge running), or set cluster=local")

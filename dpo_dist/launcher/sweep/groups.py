@@ -69,8 +69,8 @@ def make_job(overrides: Sequence[str], fixed: Sequence[str], folder: Path) -> Jo
     parts = [f"{_short(key)}_{shown(value)}" for key, value in swept.items()]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:100]
     digest = config.identity()[:8]
-    here = next(folder.glob(f"*-{digest}"), folder / f"{name}-{digest}")
-    return _in(here, Job(swept, (*(word for word in overrides if key_of(word) not in OF_THE_SWEEP), "run.dir=null"), config))
+    job_folder = next(folder.glob(f"*-{digest}"), folder / f"{name}-{digest}")
+    return _in(job_folder, Job(swept, (*(word for word in overrides if key_of(word) not in OF_THE_SWEEP), "run.dir=null"), config))
 
 
 def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:

@@ -160,9 +160,9 @@ def _compose_each(overrides: Sequence[Override]) -> None:
     """UserError for the first job of a grid that is wrong."""
     ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
-        each = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override() else [str(o.input_line)]
+        values = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override() else [str(o.input_line)]
                 for o in ours]
-        for job in itertools.product(*each):
+        for job in itertools.product(*values):
             compose(job)
 
 

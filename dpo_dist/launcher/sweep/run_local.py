@@ -38,8 +38,8 @@ def _train(jobs: Sequence[Job], where: Sequence[Place]) -> None:
         return job.run_dir / "logs" / "console.log" if len(where) > 1 else None
 
     def began(i: int) -> None:
-        told = f"; its output: {output(jobs[i])}" if len(where) > 1 else ""
-        print(f"sweep: job {i + 1} of {len(jobs)}: {jobs[i].name}{told}", flush=True)
+        place = f"; its output: {output(jobs[i])}" if len(where) > 1 else ""
+        print(f"sweep: job {i + 1} of {len(jobs)}: {jobs[i].name}{place}", flush=True)
 
     def ended(i: int, code: int, seconds: float) -> None:
         result = read_result(jobs[i])

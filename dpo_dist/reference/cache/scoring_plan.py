@@ -91,8 +91,8 @@ def _first_asked(keys: Keys, windows: Indexes) -> Indexes:
     """Where each distinct key of the sequences that are asked for comes first in the order of their pairs' windows."""
     pairs = np.argsort(windows, kind="stable")
     pairs = pairs[windows[pairs] != NEVER]
-    asked = (2 * pairs[:, None] + np.arange(2)).ravel()
-    return asked[_first_of_each(keys[asked])]
+    wanted = (2 * pairs[:, None] + np.arange(2)).ravel()
+    return wanted[_first_of_each(keys[wanted])]
 
 
 def _ranks(keys: Keys) -> NDArray[np.int32]:

@@ -149,17 +149,17 @@ def _told(url: str, wait_seconds: float) -> About:
 def _checked(url: str, name: str, key: ReferenceKey, r: VllmConfig, requests: RequestsConfig) -> int | None:
     """The longest sequence that the server takes. UserError where it is not what the run is to use."""
     try:
-        told = _told(url, requests.wait_seconds)
+        server_says = _told(url, requests.wait_seconds)
     except Unanswered as failure:
         raise UserError(f"the reference's server {url} did not answer for {requests.wait_seconds:g} s ({failure}); start it, or take it out of "
                         "reference.urls") from failure
-    if recipe(told.version, r.quantization) != key.recipe:
-        raise UserError(f"{url} is vllm {told.version}, but this run's values are of '{key.recipe}'; use one version, or set "
-                        f"reference.version={told.version} to score all of them with it")
-    if name not in told.longest:
-        raise UserError(f"{url} serves {', '.join(told.longest) or 'nothing'}, but not '{name}'; set reference.served_name, or serve the "
+    if recipe(server_says.version, r.quantization) != key.recipe:
+        raise UserError(f"{url} is vllm {server_says.version}, but this run's values are of '{key.recipe}'; use one version, or set "
+                        f"reference.version={server_says.version} to score all of them with it")
+    if name not in server_says.longest:
+        raise UserError(f"{url} serves {', '.join(server_says.longest) or 'nothing'}, but not '{name}'; set reference.served_name, or serve the "
                         "model that reference.path names")
-    return told.longest[name]
+    return server_says.longest[name]
 
 
 def _held_versions(config: VllmConfig, key: Callable[[str], ReferenceKey]) -> list[str]:
