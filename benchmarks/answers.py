@@ -1,4 +1,5 @@
-"""Seconds from the command to its end, for what must answer at once: answers.py [TIMES]. Results: benchmarks/results/answers.json."""
+"""Seconds from the command to its end, for what must answer at once: answers.py [TIMES]. Results:
+benchmarks/results/answers.json."""
 from __future__ import annotations
 
 import json
@@ -14,11 +15,13 @@ ANSWERS = {
     "dpo-dist --help": (["--help"], 0),
     "dpo-dist run --help": (["run", "--help"], 0),
     "dpo-dist plan": (["plan", *RUN], 0),
-    "dpo-dist plan, 405B on 16 nodes": (["plan", *RUN, "model.path=docs/shapes/llama-3.1-405b", "cluster=slurm", "cluster.nodes=16"], 0),
+    "dpo-dist plan, 405B on 16 nodes": (["plan", *RUN, "model.path=docs/shapes/llama-3.1-405b", "cluster=slurm",
+                                         "cluster.nodes=16"], 0),
     "dpo-dist run cluster=slurm --dry-run": (["run", *RUN, "cluster=slurm", "--dry-run"], 0),
     "a value out of range": (["run", *RUN, "loss.beta=-1"], 2),
     "an unknown key": (["run", *RUN, "loss.bta=1"], 2),
-    "a value out of range, in a sweep of eight": (["run", "-m", *RUN, "loss.beta=0.05,0.1,0.3,-1", "optim.lr=5e-7,1e-6"], 2),
+    "a value out of range, in a sweep of eight": (["run", "-m", *RUN, "loss.beta=0.05,0.1,0.3,-1",
+                                                   "optim.lr=5e-7,1e-6"], 2),
 }
 
 
@@ -27,7 +30,8 @@ def main(times: int) -> None:
     for _ in range(times):
         for name, (words, code) in ANSWERS.items():
             began = time.monotonic()
-            done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], capture_output=True, text=True, cwd=HERE.parent)
+            done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], capture_output=True,
+                                  text=True, cwd=HERE.parent)
             found[name].append(time.monotonic() - began)
             if done.returncode != code:
                 sys.exit(f"{name} ended with {done.returncode}: {done.stderr}")

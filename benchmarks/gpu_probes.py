@@ -1,8 +1,11 @@
-"""What a card and its libraries do, piece by piece: one process a part, started by gpu.py. Errors are relative norms against fp64.
+"""What a card and its libraries do, piece by piece: one process a part, started by gpu.py. Errors are relative norms
+against fp64.
 
 machine       versions, and which functions this torch has
-rates         matrix products on random data (data of one value runs faster than real data), and copies: the ceilings for all else
-golden        the 58 golden loss cases with their gradients, in fp32 and in bf16, through packs, branch attention and head of the project
+rates         matrix products on random data (data of one value runs faster than real data), and copies: the ceilings
+for all else
+golden        the 58 golden loss cases with their gradients, in fp32 and in bf16, through packs, branch attention and
+head of the project
 attention     branch attention forward and backward, against each branch by itself in fp64
 head          log-probs of 14,336 tokens, forward and backward, by block width
 elementwise   norm, rotary embedding, SwiGLU: the models' own code against one kernel each
@@ -52,7 +55,7 @@ def probe_dtype() -> torch.dtype:
     return torch.bfloat16
 
 
-# ----------------------------------------------------------------------------------------------------------------- machine, rates
+# ------------------------------------------------------------------------------------------------------- machine, rates
 
 
 def machine(wanted: Callable[[str], bool]) -> None:
@@ -71,12 +74,16 @@ def machine(wanted: Callable[[str], bool]) -> None:
     import transformers
 
     found: dict[str, Any] = {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__, "triton": has("triton"), "liger": has("liger_kernel"), "compiler": shutil.which("gcc") or "none",
-        "FlashAttention 3": has("flash_attn_interface"), "FlashAttention 4": has("flash_attn.cute"), "mm to fp32": overloads("mm"),
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__, "triton": has("triton"), "liger": has("liger_kernel"),
+        "compiler": shutil.which("gcc") or "none",
+        "FlashAttention 3": has("flash_attn_interface"), "FlashAttention 4": has("flash_attn.cute"),
+        "mm to fp32": overloads("mm"),
         "addmm to fp32": overloads("addmm"), "varlen_attn": list(inspect.signature(varlen.varlen_attn).parameters)}
     if on_gpu():
-        said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"],
+        said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit",
+                               "--format=csv,noheader"],
                               capture_output=True, text=True).stdout.strip()
         from dpo_dist.runtime.process_defaults import set_defaults
 
@@ -93,7 +100,8 @@ def rates(wanted: Callable[[str], bool]) -> None:
     """Products as the models have them: tokens by (hidden, feed-forward), and a cube."""
     tokens = 256 if SMOKE else 16_384
     shapes = {"cube": (256,) * 3 if SMOKE else (8192,) * 3}
-    shapes |= {f"{model} up": (tokens, SHAPES[model][0], SHAPES[model][1]) for model in (["tiny"] if SMOKE else ["0.5B", "3B", "8B"])}
+    shapes |= {f"{model} up": (tokens, SHAPES[model][0], SHAPES[model][1])
+               for model in (["tiny"] if SMOKE else ["0.5B", "3B", "8B"])}
     for (name, (m, k, n)), dtype in itertools.product(shapes.items(), (torch.bfloat16, torch.float32)):
         if not wanted(case := f"{name} {str(dtype).removeprefix('torch.')}"):
             continue
@@ -108,7 +116,7 @@ def rates(wanted: Callable[[str], bool]) -> None:
         tell("copy", terabytes_a_second=round(2 * data.nbytes / seconds / 1e12, 3))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- golden
+# --------------------------------------------------------------------------------------------------------------- golden
 
 
 def golden(wanted: Callable[[str], bool]) -> None:
@@ -123,7 +131,8 @@ def golden(wanted: Callable[[str], bool]) -> None:
     from dpo_dist.types import TokenizedPair
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    pairs = [TokenizedPair(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"]), "") for r in held.ROWS]
+    pairs = [TokenizedPair(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"]), "")
+             for r in held.ROWS]
     batch = pack_pairs(pairs, range(len(pairs)), [1.0] * len(pairs), share_completions=False).to(device())
     chosen_tokens = sum(len(p.chosen_ids) for p in pairs) / len(pairs)
     for dtype in (torch.float32, torch.bfloat16):
@@ -145,14 +154,16 @@ def golden(wanted: Callable[[str], bool]) -> None:
             worst["loss"] = max(worst["loss"], abs(value.item() / expected["loss"] - 1))
             worst["grad_norm"] = max(worst["grad_norm"], abs(norm / expected["grad_norm"] - 1))
         logps = held.GOLDEN["float32"]["logps"]["policy"]
-        wanted_tokens = torch.tensor([t for pair in zip(logps["chosen_tok"], logps["rejected_tok"], strict=True) for row in pair for t in row])
+        wanted_tokens = torch.tensor([t for pair in zip(logps["chosen_tok"], logps["rejected_tok"], strict=True)
+                                      for row in pair for t in row])
         token_error = (token_logps(policy, batch).logps.detach().cpu() - wanted_tokens).abs()
         tell(name, cases=len(held.CASES), **rounded({
-            "worst_loss": worst["loss"], "worst_grad_norm": worst["grad_norm"], "worst_token_nats": token_error.max().item(),
+            "worst_loss": worst["loss"], "worst_grad_norm": worst["grad_norm"],
+            "worst_token_nats": token_error.max().item(),
             "mean_token_nats": token_error.mean().item()}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def attention(wanted: Callable[[str], bool]) -> None:
@@ -160,7 +171,8 @@ def attention(wanted: Callable[[str], bool]) -> None:
     from dpo_dist.models.varlen import choose_kernel
 
     heads_of = {"14/2 of 64": (14, 2, 64), "32/8 of 128": (32, 8, 128)}
-    lengths = {"1k": (512, 512, 512, 16), "4k": (2048, 2048, 2048, 4), "16k": (8192, 8192, 8192, 1), "tenth": (400, 3600, 3600, 2),
+    lengths = {"1k": (512, 512, 512, 16), "4k": (2048, 2048, 2048, 4), "16k": (8192, 8192, 8192, 1),
+               "tenth": (400, 3600, 3600, 2),
                "short branches": (2048, 64, 64, 8)}           # prompt, two completions, trees
     if SMOKE:
         heads_of, lengths = {"4/2 of 16": (4, 2, 16)}, {"1k": (16, 16, 12, 2), "short branches": (33, 1, 2, 2)}
@@ -172,7 +184,8 @@ def attention(wanted: Callable[[str], bool]) -> None:
         forest = Forest([tree_at(i * (prompt + left + right), prompt, left, right) for i in range(trees)])
         tokens = trees * (prompt + left + right)
         made = torch.Generator(device=device()).manual_seed(0)
-        q, k, v, grad = (torch.randn(1, n, tokens, size, device=device(), generator=made).to(probe_dtype()).requires_grad_()
+        q, k, v, grad = (torch.randn(1, n, tokens, size, device=device(),
+                                     generator=made).to(probe_dtype()).requires_grad_()
                          for n in (heads, key_heads, key_heads, heads))
 
         def forward(q=q, k=k, v=v, forest=forest, window=window) -> Tensor:
@@ -185,13 +198,15 @@ def attention(wanted: Callable[[str], bool]) -> None:
         errors = {}
         if trees * (prompt + left) ** 2 * heads * 8 < 6e9 or SMOKE:          # fp64 scores that fit
             exact = by_branch(q, k, v, grad, forest, window)
-            errors = rounded({f"error_{n}": relative_error(a, b) for n, a, b in zip(("o", "dq", "dk", "dv"), both(), exact, strict=True)}, 3)
+            errors = rounded({f"error_{n}": relative_error(a, b) for n, a,
+                              b in zip(("o", "dq", "dk", "dv"), both(), exact, strict=True)}, 3)
         with torch.no_grad():
             ahead = median_seconds(forward)
         whole = median_seconds(both)
         flops = 4.0 * heads * size * keys_seen(forest, window)
         tell(case, kernel=str(choose_kernel(device(), probe_dtype(), heads, key_heads, size)), tokens=tokens, **errors,
-             forward_ms=round(1000 * ahead, 3), backward_ms=round(1000 * (whole - ahead), 3), forward_tflops=round(flops / ahead / 1e12, 1),
+             forward_ms=round(1000 * ahead, 3), backward_ms=round(1000 * (whole - ahead), 3),
+             forward_tflops=round(flops / ahead / 1e12, 1),
              backward_tflops=round(2.5 * flops / max(whole - ahead, 1e-9) / 1e12, 1))
 
 
@@ -212,10 +227,12 @@ def by_branch(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, forest: Any, window
     """(o, dq, dk, dv) in fp64: every prompt and branch by itself, written out, on the same device."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     out = []
-    for queries, keys, values in zip(q.split(forest.lengths, 2), forest.keys_of_each(k, 2), forest.keys_of_each(v, 2), strict=True):
+    for queries, keys, values in zip(q.split(forest.lengths, 2), forest.keys_of_each(k, 2), forest.keys_of_each(v, 2),
+                                     strict=True):
         keys, values = (torch.cat(x, 2).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
         last = keys.shape[2]
-        back = torch.arange(last - queries.shape[2], last, device=q.device)[:, None] - torch.arange(last, device=q.device)
+        back = torch.arange(last - queries.shape[2], last, device=q.device)[:,
+                                                                            None] - torch.arange(last, device=q.device)
         seen = (back >= 0) & ((back < window) if window is not None else True)
         scores = (queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
         out.append(scores.softmax(-1) @ values)
@@ -223,7 +240,7 @@ def by_branch(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, forest: Any, window
     return (whole.detach(), *torch.autograd.grad(whole, (q, k, v), grad.detach().double().transpose(1, 2)))
 
 
-# --------------------------------------------------------------------------------------------------------------------------- head
+# ----------------------------------------------------------------------------------------------------------------- head
 
 
 def head(wanted: Callable[[str], bool]) -> None:
@@ -234,17 +251,20 @@ def head(wanted: Callable[[str], bool]) -> None:
     for hidden_size, vocabulary in ((64, 512),) if SMOKE else ((896, 151_936), (4096, 128_256), (4096, 151_936)):
         torch.manual_seed(0)
         hidden = torch.randn(rows, hidden_size, device=device()).to(probe_dtype()).requires_grad_()
-        weight = (torch.randn(vocabulary, hidden_size, device=device()) * hidden_size**-0.5).to(probe_dtype()).requires_grad_()
+        weight = (torch.randn(vocabulary, hidden_size, device=device())
+                  * hidden_size**-0.5).to(probe_dtype()).requires_grad_()
         targets, upstream = torch.randint(vocabulary, (rows,), device=device()), torch.randn(rows, device=device())
         own = plan_blocks(rows, vocabulary, 2, "cuda" if on_gpu() else "cpu")
         plans = {"as chosen": own, "1170 wide": Blocks(vocabulary, 1170, 1), "8192 wide": Blocks(vocabulary, 8192, 1),
-                 "32768 wide": Blocks(vocabulary, 32_768, 1), "kept whole": Blocks(vocabulary, own.width, len(own.spans))}
+                 "32768 wide": Blocks(vocabulary, 32_768, 1), "kept whole": Blocks(vocabulary, own.width,
+                                                                                   len(own.spans))}
         for name, blocks in plans.items():
             if not wanted(case := f"{hidden_size} x {vocabulary} {name}"):
                 continue
 
             def forward(blocks=blocks, hidden=hidden, weight=weight, targets=targets, keep=True) -> Tensor:
-                return BlockwiseLogps.apply(hidden, weight, None, targets, 1.0, None, False, keep, blocks, passes_for(hidden))[0]
+                return BlockwiseLogps.apply(hidden, weight, None, targets, 1.0, None, False, keep, blocks,
+                                            passes_for(hidden))[0]
 
             def both(forward=forward, hidden=hidden, weight=weight, upstream=upstream) -> tuple[Tensor, ...]:
                 values = forward()
@@ -259,13 +279,16 @@ def head(wanted: Callable[[str], bool]) -> None:
                 ahead = median_seconds(lambda forward=forward: forward(keep=False))
             whole = median_seconds(both)
             flops = 2.0 * rows * hidden_size * vocabulary
-            tell(case, width=blocks.width, kept=blocks.kept, kernels=(kernels_misfit(device()) or "Triton's") if on_gpu() else "none", **errors,
-                 forward_ms=round(1000 * ahead, 2), both_ms=round(1000 * whole, 2), forward_tflops=round(flops / ahead / 1e12, 1),
+            tell(case, width=blocks.width, kept=blocks.kept,
+                 kernels=(kernels_misfit(device()) or "Triton's") if on_gpu() else "none", **errors,
+                 forward_ms=round(1000 * ahead, 2), both_ms=round(1000 * whole, 2),
+                 forward_tflops=round(flops / ahead / 1e12, 1),
                  both_tflops=round(3 * flops / whole / 1e12, 1),
                  peak_gib=round((torch.cuda.max_memory_allocated() - held) / 2**30, 2) if on_gpu() else None)
 
 
-def head_errors(found: tuple[Tensor, ...], hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor) -> dict[str, float]:
+def head_errors(found: tuple[Tensor, ...], hidden: Tensor, weight: Tensor, targets: Tensor,
+                upstream: Tensor) -> dict[str, float]:
     """Of the log-probs and the hidden gradients of a few rows, against fp64."""
     few = slice(0, 32)
     h, w = hidden.detach()[few].double().requires_grad_(), weight.detach().double()
@@ -275,10 +298,11 @@ def head_errors(found: tuple[Tensor, ...], hidden: Tensor, weight: Tensor, targe
                     "error_hidden_gradient": relative_error(found[1][few], exact)}, 3)
 
 
-# -------------------------------------------------------------------------------------------------------------------- elementwise
+# ---------------------------------------------------------------------------------------------------------- elementwise
 
 
-Way = tuple[Callable[[], Any], Callable[[], Any], list[Tensor], float]       # eager, one kernel, inputs, bytes that must move at least
+# eager, one kernel, inputs, bytes that must move at least
+Way = tuple[Callable[[], Any], Callable[[], Any], list[Tensor], float]
 
 
 def elementwise(wanted: Callable[[str], bool]) -> None:
@@ -321,17 +345,22 @@ def elementwise_ways(model: str) -> dict[str, Way]:
     x, gate, up = made(1, tokens, hidden), made(1, tokens, inner), made(1, tokens, inner)
     q, k = (made(1, tokens, n, size).transpose(1, 2).detach().requires_grad_() for n in (heads, key_heads))
     cos, sin = (made(1, tokens, size).detach() for _ in range(2))
-    return {"norm": (lambda: norm(x), lambda: Norm.apply(x, norm.weight, norm.variance_epsilon, kernels), [x, norm.weight], 5.0 * x.nbytes),
-            "swiglu": (lambda: torch.nn.functional.silu(gate) * up, lambda: SwiGLU.apply(gate, up, kernels), [gate, up], 8.0 * gate.nbytes),
+    return {"norm": (lambda: norm(x), lambda: Norm.apply(x, norm.weight, norm.variance_epsilon, kernels),
+                     [x, norm.weight], 5.0 * x.nbytes),
+            "swiglu": (lambda: torch.nn.functional.silu(gate) * up, lambda: SwiGLU.apply(gate, up, kernels), [gate, up],
+                       8.0 * gate.nbytes),
             "rotary": (lambda: apply_rotary_pos_emb(q, k, cos, sin),
-                       lambda: tuple(Rotary.apply(each, cos, sin, kernels) for each in (q, k)), [q, k], 4.0 * (q.nbytes + k.nbytes))}
+                       lambda: tuple(Rotary.apply(each, cos, sin, kernels) for each in (q, k)), [q, k],
+                       4.0 * (q.nbytes + k.nbytes))}
 
 
-# ------------------------------------------------------------------------------------------------------------------------ profile
+# -------------------------------------------------------------------------------------------------------------- profile
 
 KINDS = {"communication": ("nccl",), "attention": ("flash", "fmha", "attention"), "head": ("_absorb", "_differentiate"),
-         "products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "splitk", "mm_"), "optimizer": ("adam", "multi_tensor", "lpnorm"),
-         "copies": ("memcpy", "memset", "copy_kernel", "catarray", "index", "gather", "scatter")}          # the rest is elementwise
+         "products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "splitk", "mm_"),
+         "optimizer": ("adam", "multi_tensor", "lpnorm"),
+         # the rest is elementwise
+         "copies": ("memcpy", "memset", "copy_kernel", "catarray", "index", "gather", "scatter")}
 SYNCHRONIZING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 

@@ -1,9 +1,11 @@
-"""The product itself on one GPU: `python -m dpo_dist.train`, as a user starts it; one process a part, started by gpu.py.
+"""The product itself on one GPU: `python -m dpo_dist.train`, as a user starts it; one process a part, started by
+gpu.py.
 
-Models of real shapes with random weights, rows of token ids, the reference cached, 12 steps, the first 3 of which are left out. `mfu` counts
-the FLOPs of distinct tokens (a prompt once, nothing recomputed) against the data sheet, `of_product` against a product of random bf16 data
-timed on the same card in the same part. `predicted_gib`: what `dpo-dist plan` says, against `peak_gib`, what torch's allocator held. The
-parts that end in `-trl` are gpu_trl.py on the same rows.
+Models of real shapes with random weights, rows of token ids, the reference cached, 12 steps, the first 3 of which are
+left out. `mfu` counts the FLOPs of distinct tokens (a prompt once, nothing recomputed) against the data sheet,
+`of_product` against a product of random bf16 data timed on the same card in the same part. `predicted_gib`: what
+`dpo-dist plan` says, against `peak_gib`, what torch's allocator held. The parts that end in `-trl` are gpu_trl.py on
+the same rows.
 """
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Case:
     pairs: int                          # of a step
     length: int = 2048                  # tokens of prompt and chosen completion
     prompt_share: float = 0.5
-    tokens: int = 6144                  # of a pack, at most: two pairs of 2k, so that 80 GB recompute few whole layers; twice that on 141 GB
+    # of a pack, at most: two pairs of 2k, so that 80 GB recompute few whole layers; twice that on 141 GB
+    tokens: int = 6144
     overrides: tuple[str, ...] = ()
     trl: tuple[str, ...] = ()           # ways of TRL to run instead
 
@@ -60,28 +63,36 @@ CASES = {
 
 
 def smoke(case: Case) -> Case:
-    return Case("tiny", 4, 48, case.prompt_share, 400, tuple(o for o in case.overrides if "kernels=fused" not in o), case.trl[:1])
+    return Case("tiny", 4, 48, case.prompt_share, 400, tuple(o for o in case.overrides if "kernels=fused" not in o),
+                case.trl[:1])
 
 
 def run(part: str, case: Case, folder: Path) -> None:
     if "zero.offload_optimizer=cpu" in case.overrides and on_gpu() and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 170e9:
-        tell("ours", model=case.model, does_not_fit="the optimizer's state takes 129 GB of the host's memory, beside what loading takes")
+        tell("ours", model=case.model, does_not_fit="the optimizer's state takes 129 GB of the host's memory, beside "
+                                                    "what loading takes")
         return
     model = write_model(case.model, folder / case.model)
     lengths = write_rows(folder / "rows.jsonl", case.model, 4 * case.pairs, case.length, case.prompt_share)
     run_dir = folder / "run"
     longest = max(prompt + chosen + rejected for prompt, chosen, rejected in lengths)
     roomy = on_gpu() and torch.cuda.get_device_properties(0).total_memory > 100e9
-    overrides = [f"model.path={model}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]", f"run.dir={run_dir}",
-                 f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}", f"data.max_length={2 * case.length}",
-                 f"train.pairs_per_step={case.pairs}", f"train.max_steps={STEPS}", f"train.epochs={STEPS}", "optim.schedule=constant",
-                 f"train.tokens_per_microbatch={max(case.tokens * (2 if roomy else 1), longest)}", "train.save_every_steps=null",
+    overrides = [f"model.path={model}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
+                 f"run.dir={run_dir}",
+                 f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}",
+                 f"data.max_length={2 * case.length}",
+                 f"train.pairs_per_step={case.pairs}", f"train.max_steps={STEPS}", f"train.epochs={STEPS}",
+                 "optim.schedule=constant",
+                 f"train.tokens_per_microbatch={max(case.tokens * (2 if roomy else 1), longest)}",
+                 "train.save_every_steps=null",
                  f"cluster.device={'cuda' if on_gpu() else 'cpu'}", *case.overrides]
     began = time.monotonic()
-    # What comes after the last step, a checkpoint and an export of the weights, is no subject here and takes long: not waited for.
+    # What comes after the last step, a checkpoint and an export of the weights, is no subject here and takes long: not
+    # waited for.
     said = folder / "said"
     with said.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "dpo_dist.train", *overrides], stdout=out, stderr=subprocess.STDOUT, cwd=HERE.parent)
+        process = subprocess.Popen([sys.executable, "-m", "dpo_dist.train", *overrides], stdout=out,
+                                   stderr=subprocess.STDOUT, cwd=HERE.parent)
     rows = wait_for_steps(process, run_dir / "metrics.jsonl")
     wall = time.monotonic() - began
     if process.poll() is None:
@@ -92,7 +103,8 @@ def run(part: str, case: Case, folder: Path) -> None:
     timed = rows[LEFT_OUT:]
     seconds = statistics.median(case.pairs / row["perf/pairs_per_second"] for row in timed)
     figures: dict[str, Any] = {
-        "step_seconds": round(seconds, 4), "spread": spread([case.pairs / row["perf/pairs_per_second"] for row in timed]),
+        "step_seconds": round(seconds, 4),
+        "spread": spread([case.pairs / row["perf/pairs_per_second"] for row in timed]),
         "pairs_a_second": round(case.pairs / seconds, 3), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"],
         **{key: round(statistics.median(row[f"perf/{key}"] for row in timed), 4) for key in
            ("tokens_per_second", "data_seconds", "forward_seconds", "backward_seconds", "wait_seconds", "step_seconds")
@@ -105,7 +117,8 @@ def run(part: str, case: Case, folder: Path) -> None:
     if "perf/mfu" in rows[0]:
         mfu = statistics.median(row["perf/mfu"] for row in timed)
         rate = product_tflops()
-        figures |= {"mfu": round(mfu, 4), "product_tflops": round(rate, 1), "of_product": round(mfu * rows[0]["perf/peak_tflops"] / rate, 4)}
+        figures |= {"mfu": round(mfu, 4), "product_tflops": round(rate, 1),
+                    "of_product": round(mfu * rows[0]["perf/peak_tflops"] / rate, 4)}
     tell("ours", model=case.model, pairs=case.pairs, length=case.length, prompt_share=case.prompt_share,
          overrides=" ".join(case.overrides), **figures)
 
@@ -139,7 +152,8 @@ def product_tflops() -> float:
 
 def predicted(overrides: list[str]) -> float | None:
     """GiB a rank that `plan` says."""
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "plan", *overrides], capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "plan", *overrides], capture_output=True,
+                          text=True, cwd=HERE.parent)
     found = re.search(r"memory +([\d.]+) GiB a rank", done.stdout)
     return float(found[1]) if found else None
 
@@ -147,7 +161,8 @@ def predicted(overrides: list[str]) -> float | None:
 def run_trl(case: Case, way: str, folder: Path) -> None:
     write_model(case.model, folder / case.model)
     write_rows(folder / "rows.jsonl", case.model, 4 * case.pairs, case.length, case.prompt_share)
-    done = subprocess.run([sys.executable, HERE / "gpu_trl.py", folder / case.model, folder / "rows.jsonl", way, str(case.pairs)],
+    done = subprocess.run([sys.executable, HERE / "gpu_trl.py", folder / case.model, folder / "rows.jsonl", way,
+                           str(case.pairs)],
                           capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2500:])

@@ -23,8 +23,10 @@ SHAPES = {"0.5B": (896, 4864, 24, 14, 2, 151_936, True), "1.5B": (1536, 8960, 28
 def config_of(model: str) -> PretrainedConfig:
     hidden, inner, layers, heads, key_heads, vocabulary, tied = SHAPES[model]
     kind = LlamaConfig if model == "8B" else Qwen2Config
-    return kind(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=key_heads, max_position_embeddings=131_072, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=2,
+    return kind(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=key_heads, max_position_embeddings=131_072, tie_word_embeddings=tied,
+                pad_token_id=0, bos_token_id=2,
                 eos_token_id=1, use_cache=False)
 
 
@@ -33,15 +35,16 @@ def write_model(model: str, folder: Path) -> Path:
     if not (folder / "written").exists():
         torch.manual_seed(0)
         with torch.device(device()):
-            made = AutoModelForCausalLM.from_config(config_of(model), dtype=torch.bfloat16 if on_gpu() else torch.float32)
+            made = AutoModelForCausalLM.from_config(config_of(model),
+                                                    dtype=torch.bfloat16 if on_gpu() else torch.float32)
         made.save_pretrained(folder, max_shard_size="5GB")
         (folder / "written").touch()
     return folder
 
 
 def write_rows(path: Path, model: str, pairs: int, length: int, prompt_share: float) -> list[tuple[int, int, int]]:
-    """Pairs whose prompt and chosen completion have `length` tokens together, a share of them the prompt's; the rejected completion has
-    between half and all of the chosen one's tokens. Returns the lengths."""
+    """Pairs whose prompt and chosen completion have `length` tokens together, a share of them the prompt's; the
+    rejected completion has between half and all of the chosen one's tokens. Returns the lengths."""
     r, vocabulary, lengths = random.Random(length), SHAPES[model][5], []
     with path.open("w") as f:
         for _ in range(pairs):

@@ -1,8 +1,10 @@
-"""TRL's own DPO trainer at its best on one GPU, on the rows of gpu_runs.py: gpu_trl.py MODEL ROWS live|precomputed PAIRS; one line of JSON.
+"""TRL's own DPO trainer at its best on one GPU, on the rows of gpu_runs.py: gpu_trl.py MODEL ROWS live|precomputed
+PAIRS; one line of JSON.
 
-sdpa attention, bf16 weights and fused AdamW on them (TRL's fastest and smallest; there are no fp32 master weights, which dpo-dist keeps),
-Liger's kernels where it is installed, the largest micro-batch of 1, 2, 4, ... pairs that fits, gradient checkpointing only where one pair
-does not fit without it. Seconds are medians of optimizer steps after the first two. What precomputing the reference takes is not counted.
+sdpa attention, bf16 weights and fused AdamW on them (TRL's fastest and smallest; there are no fp32 master weights,
+which dpo-dist keeps), Liger's kernels where it is installed, the largest micro-batch of 1, 2, 4, ... pairs that fits,
+gradient checkpointing only where one pair does not fit without it. Seconds are medians of optimizer steps after the
+first two. What precomputing the reference takes is not counted.
 """
 from __future__ import annotations
 
@@ -80,15 +82,20 @@ def measure(folder: Path, rows: Path, way: str, pairs: int, at_once: int, checkp
     words = {f"t{i}": i for i in range(16)}
     from tokenizers import Tokenizer, models
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t3")), pad_token="t0", eos_token="t1",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t3")),
+                                        pad_token="t0", eos_token="t1",
                                         bos_token="t2", unk_token="t3")
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
-            output_dir=output, max_steps=STEPS, per_device_train_batch_size=at_once, gradient_accumulation_steps=pairs // at_once,
-            learning_rate=5e-7, lr_scheduler_type="constant", report_to=[], logging_steps=1, save_strategy="no", use_cpu=not on_gpu,
-            max_length=None, bf16=on_gpu, max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True, optim="adamw_torch_fused",
-            gradient_checkpointing=checkpointing, precompute_ref_log_probs=way == "precomputed", use_liger_kernel=on_gpu and liger(),
+            output_dir=output, max_steps=STEPS, per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=pairs // at_once,
+            learning_rate=5e-7, lr_scheduler_type="constant", report_to=[], logging_steps=1, save_strategy="no",
+            use_cpu=not on_gpu,
+            max_length=None, bf16=on_gpu, max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=checkpointing, precompute_ref_log_probs=way == "precomputed",
+            use_liger_kernel=on_gpu and liger(),
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None, beta=0.1, seed=0,
             dataloader_pin_memory=on_gpu)
         trainer = TokenRows(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
@@ -97,8 +104,10 @@ def measure(folder: Path, rows: Path, way: str, pairs: int, at_once: int, checkp
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     seconds = clock.seconds[LEFT_OUT:]
-    return {"step_seconds": round(statistics.median(seconds), 4), "first_loss": clock.losses[0], "pairs_at_once": at_once,
-            "checkpointing": checkpointing, "liger": on_gpu and liger(), "weights": str(dtype), "optimizer_state": str(dtype),
+    return {"step_seconds": round(statistics.median(seconds), 4), "first_loss": clock.losses[0],
+            "pairs_at_once": at_once,
+            "checkpointing": checkpointing, "liger": on_gpu and liger(), "weights": str(dtype),
+            "optimizer_state": str(dtype),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None}
 
 

@@ -1,14 +1,16 @@
 """Peak memory of a DPO training step as the vocabulary grows: memory.py [VOCABULARY ...].
 
-One pack of 8 pairs, each with a prompt of 64 tokens and two completions of 256 (4,096 completion tokens), hidden 256, 4 layers, untied
-embeddings, fp32, one thread, plain torch, reference log-probs from the cache, 3 steps; every vocabulary in a process of its own.
+One pack of 8 pairs, each with a prompt of 64 tokens and two completions of 256 (4,096 completion tokens), hidden 256, 4
+layers, untied embeddings, fp32, one thread, plain torch, reference log-probs from the cache, 3 steps; every vocabulary
+in a process of its own.
 
-Told of each: `peak_mib`, the largest resident set that the kernel reports (ru_maxrss); `state_mib`, 16 bytes a parameter: weight, gradient
-and AdamW's two moments, the embedding's and the head's too; `imports_mib`, the resident set once everything is imported and before there
-is a model. `step_mib` = peak - state is what the ratio is made of; `step_without_imports_mib` takes off the imports as well. Gradients may
-not exist yet at the moment of the peak, so `step_and_gradients_mib` leaves them in and takes off imports and 12 bytes a parameter: the
-strictest reading. All of it again with the eight pairs in two packs, where the second pack's gradients are added to the first's.
-Results: benchmarks/results/memory.json.
+Told of each: `peak_mib`, the largest resident set that the kernel reports (ru_maxrss); `state_mib`, 16 bytes a
+parameter: weight, gradient and AdamW's two moments, the embedding's and the head's too; `imports_mib`, the resident set
+once everything is imported and before there is a model. `step_mib` = peak - state is what the ratio is made of;
+`step_without_imports_mib` takes off the imports as well. Gradients may not exist yet at the moment of the peak, so
+`step_and_gradients_mib` leaves them in and takes off imports and 12 bytes a parameter: the strictest reading. All of it
+again with the eight pairs in two packs, where the second pack's gradients are added to the first's. Results:
+benchmarks/results/memory.json.
 """
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def measure(vocabulary: int, budget: int) -> dict[str, float]:
 
 
 def process(folder: str, what: str, vocabulary: int, budget: int) -> str:
-    done = subprocess.run([sys.executable, __file__, what, folder, str(vocabulary), str(budget)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, __file__, what, folder, str(vocabulary), str(budget)], capture_output=True,
+                          text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"V = {vocabulary} failed:\n{done.stderr[-2000:]}")
@@ -57,7 +60,8 @@ def process(folder: str, what: str, vocabulary: int, budget: int) -> str:
 
 
 def prepare(folder: Path, vocabulary: int, budget: int) -> None:
-    """Writes model, rows and the reference's log-probs; in a process of its own, so that the steps' peak has none of it."""
+    """Writes model, rows and the reference's log-probs; in a process of its own, so that the steps' peak has none of
+    it."""
     import random
 
     import torch
@@ -101,16 +105,19 @@ def steps(folder: Path, vocabulary: int, budget: int) -> None:
     imports = resident_mib()
     cache = LogpCache(str(folder / "reference"), ReferenceKey(model_digest(folder / "model"), "float32"))
     open_cache(cache, world)
-    policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"), config.optim, world.device)
+    policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"),
+                          config.optim, world.device)
     parameters = sum(p.numel() for p in policy.model.parameters())
     flops = forward_flops(read_config(folder / "model")).training(frozen_base=False)
     batches = step_batches(pairs, np.arange(PAIRS), config.loss, world, budget, flops)
     assert len(batches.batches) == TOKENS // budget, "as many packs as the token budget was chosen for"
     for _ in range(STEPS):
-        train_step(policy, CachedReference(cache), batches, config.loss, MetricSums(config.loss, world.device), world, Clock(world))
+        train_step(policy, CachedReference(cache), batches, config.loss, MetricSums(config.loss, world.device), world,
+                   Clock(world))
         policy.step(1e-4)
     peak, state = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 16 * parameters / MIB
-    row = {"vocabulary": vocabulary, "parameters": parameters, "peak_mib": peak, "state_mib": state, "imports_mib": imports,
+    row = {"vocabulary": vocabulary, "parameters": parameters, "peak_mib": peak, "state_mib": state,
+           "imports_mib": imports,
            "step_mib": peak - state, "step_without_imports_mib": peak - state - imports,
            "step_and_gradients_mib": peak - 0.75 * state - imports}
     print(json.dumps({name: round(value, 1) for name, value in row.items()}))

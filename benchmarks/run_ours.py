@@ -1,8 +1,10 @@
-"""Some steps of this project in one process, plain torch, one thread; prints a line of JSON: run_ours.py WHAT FOLDER KIND STEPS.
+"""Some steps of this project in one process, plain torch, one thread; prints a line of JSON: run_ours.py WHAT FOLDER
+KIND STEPS.
 
-WHAT: dpo (reference cached), dpo_unshared (the same, each completion with a prompt of its own), sft (both completions of each pair as
-separate rows, nothing shared), score (the reference's forward alone). After every step the rate of a plain matrix product is measured,
-so that the share of it that a step reaches does not depend on how fast the machine is at the time.
+WHAT: dpo (reference cached), dpo_unshared (the same, each completion with a prompt of its own), sft (both completions
+of each pair as separate rows, nothing shared), score (the reference's forward alone). After every step the rate of a
+plain matrix product is measured, so that the share of it that a step reaches does not depend on how fast the machine is
+at the time.
 """
 from __future__ import annotations
 
@@ -97,7 +99,8 @@ def product_rate(n: int = 1024) -> float:
 
 
 def _sft_step(policy: SinglePolicy, pairs: list) -> float:
-    """Supervision on both completions of each pair, each with a prompt of its own: the step that DPO is compared with."""
+    """Supervision on both completions of each pair, each with a prompt of its own: the step that DPO is compared
+    with."""
     rows = [Sequences(p.prompt_ids, (c,)) for p in pairs for c in (p.chosen_ids, p.rejected_ids)]
     tokens, total = sum(len(r.completions[0]) for r in rows), 0.0
     for at in range(0, len(rows), 2):

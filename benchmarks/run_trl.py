@@ -48,19 +48,25 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
     tokenizer = _any_tokenizer()
     per_step = PAIRS_PER_STEP[kind]
-    common = {"output_dir": str(folder / "trl"), "max_steps": steps, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "report_to": [],
-              "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "max_length": None, "bf16": False, "max_grad_norm": 1.0,
-              "weight_decay": 0.0, "disable_tqdm": True, "dataloader_pin_memory": False, "gradient_checkpointing": False,
+    common = {"output_dir": str(folder / "trl"), "max_steps": steps, "learning_rate": 1e-4,
+              "lr_scheduler_type": "constant", "report_to": [],
+              "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "max_length": None, "bf16": False,
+              "max_grad_norm": 1.0,
+              "weight_decay": 0.0, "disable_tqdm": True, "dataloader_pin_memory": False,
+              "gradient_checkpointing": False,
               "optim": "adamw_torch", "seed": 0}
     clock = Clock()
     if what == "sft":
         data = Dataset.from_list([_supervised(row, side) for row in rows for side in ("chosen_ids", "rejected_ids")])
         config = SFTConfig(per_device_train_batch_size=2 * per_step, dataset_kwargs={"skip_prepare_dataset": True},
                            remove_unused_columns=False, **common)
-        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer,
+                             callbacks=[clock])
     else:
-        config = DPOConfig(per_device_train_batch_size=per_step, beta=0.1, precompute_ref_log_probs=what == "dpo_precomputed", **common)
-        trainer = TokenRows(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock])
+        config = DPOConfig(per_device_train_batch_size=per_step, beta=0.1,
+                           precompute_ref_log_probs=what == "dpo_precomputed", **common)
+        trainer = TokenRows(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                            callbacks=[clock])
     trainer._get_train_sampler = lambda *a, **k: torch.utils.data.SequentialSampler(trainer.train_dataset)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -76,7 +82,8 @@ def _any_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
     words = {f"t{i}": i for i in range(4096)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t3")), pad_token="t0", eos_token="t1",
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t3")), pad_token="t0",
+                                   eos_token="t1",
                                    bos_token="t2", unk_token="t3")
 
 

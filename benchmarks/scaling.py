@@ -1,22 +1,30 @@
-"""How planning, balance and the cost of a step grow: scaling.py [planning] [balance] [measured] [steps]; all of them by default.
+"""How planning, balance and the cost of a step grow: scaling.py [planning] [balance] [measured] [steps]; all of them by
+default.
 
-planning  The training plan of 1,000,000 pairs (the shuffled epoch, then every step of 64 pairs laid out for 8 ranks) and the scoring plan of
-          the same pairs with an empty cache, each in a process of its own, one thread. Seconds; and how far the largest resident set rose
-          above what was resident before (the pairs' lengths, contents and tokens, which training has mapped from disk), by pair.
-balance   64 pairs a step, prompt and both completions of 8 to 2,048 tokens each, at most 8,192 tokens a pack, 2 and 8 ranks, 200 draws of
-          each distribution, FLOPs of an 8B Llama. `busiest`: the busiest rank's planned cost over the mean rank's. `waiting`: a step in
-          which ranks wait for each other at every micro-step (ZeRO-3) over the mean rank's cost. `one_pair_too_large`: the share of draws
-          in which one pair alone costs more than 1.05 times a rank's mean, which no plan can balance.
-measured  The same lengths really computed on by 2 processes of one thread under torchrun, fp32: each forwards and backwards its packs of the
-          step as training does (train_step; SimPO, whose cost is DPO's without a reference to be known), but with a model of its own, so
-          that no process waits for the other inside forward or backward. They begin every step together. Busiest over mean, in seconds
-          and in seconds of the processor (what others do on the machine does not add to those), and what was planned. The first step,
-          which warms up, is left out.
-steps     Seconds of a real step under ZeRO-1 (forward, backward, wait and update) as its pairs grow from 4 to 64, as its sequences grow
-          from 128 to 2,048 tokens (prompt and completions are half of each), and from 1 to 2 ranks. The fastest of 8 steps after the first:
-          what others do on the machine only ever adds to it.
+planning  The training plan of 1,000,000 pairs (the shuffled epoch, then every step of 64 pairs laid out for 8 ranks)
+and the scoring plan of
+          the same pairs with an empty cache, each in a process of its own, one thread. Seconds; and how far the largest
+          resident set rose above what was resident before (the pairs' lengths, contents and tokens, which training has
+          mapped from disk), by pair.
+balance   64 pairs a step, prompt and both completions of 8 to 2,048 tokens each, at most 8,192 tokens a pack, 2 and 8
+ranks, 200 draws of
+          each distribution, FLOPs of an 8B Llama. `busiest`: the busiest rank's planned cost over the mean rank's.
+          `waiting`: a step in which ranks wait for each other at every micro-step (ZeRO-3) over the mean rank's cost.
+          `one_pair_too_large`: the share of draws in which one pair alone costs more than 1.05 times a rank's mean,
+          which no plan can balance.
+measured  The same lengths really computed on by 2 processes of one thread under torchrun, fp32: each forwards and
+backwards its packs of the
+          step as training does (train_step; SimPO, whose cost is DPO's without a reference to be known), but with a
+          model of its own, so that no process waits for the other inside forward or backward. They begin every step
+          together. Busiest over mean, in seconds and in seconds of the processor (what others do on the machine does
+          not add to those), and what was planned. The first step, which warms up, is left out.
+steps     Seconds of a real step under ZeRO-1 (forward, backward, wait and update) as its pairs grow from 4 to 64, as
+its sequences grow
+          from 128 to 2,048 tokens (prompt and completions are half of each), and from 1 to 2 ranks. The fastest of 8
+          steps after the first: what others do on the machine only ever adds to it.
 
-The measured parts train a Llama of hidden 128, 2 layers. Results: benchmarks/results/scaling.json; a part replaces what it measured before.
+The measured parts train a Llama of hidden 128, 2 layers. Results: benchmarks/results/scaling.json; a part replaces what
+it measured before.
 """
 from __future__ import annotations
 
@@ -56,10 +64,14 @@ from dpo_dist.step import step_batches, train_step
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SHORTEST, LONGEST, PAIRS_PER_STEP, BUDGET = 8, 2048, 64, 8192
-SMALL = LlamaConfig(vocab_size=1024, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                    max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1, pad_token_id=0)
-LARGE = LlamaConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-                    num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)        # the shape of Llama 3.1 8B
+SMALL = LlamaConfig(vocab_size=1024, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=4,
+                    max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1,
+                    pad_token_id=0)
+LARGE = LlamaConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+                    num_attention_heads=32,
+                    # the shape of Llama 3.1 8B
+                    num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
 LENGTHS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "uniform": lambda r, n: r.integers(SHORTEST, LONGEST + 1, (n, 3)),
     "log-uniform": lambda r, n: np.exp(r.uniform(math.log(SHORTEST), math.log(LONGEST), (n, 3))).astype(np.int64),
@@ -76,11 +88,12 @@ def main(parts: list[str]) -> None:
         RESULTS.write_text(json.dumps({**known, part: found}, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------ planning
+# ------------------------------------------------------------------------------------------------------------- planning
 
 
 class DrawnPairs:
-    """n pairs whose tokens are cut from one pool, so that they take no memory of their own. Every other prompt occurs twice."""
+    """n pairs whose tokens are cut from one pool, so that they take no memory of their own. Every other prompt occurs
+    twice."""
 
     def __init__(self, n: int):
         r = np.random.default_rng(0)
@@ -102,7 +115,8 @@ class DrawnPairs:
 
 
 def planning(n: int = 1_000_000) -> dict[str, Any]:
-    return {"pairs": n, "training, 8 ranks": in_own_process(plan_training, n), "scoring": in_own_process(plan_all_scoring, n)}
+    return {"pairs": n, "training, 8 ranks": in_own_process(plan_training, n),
+            "scoring": in_own_process(plan_all_scoring, n)}
 
 
 def in_own_process(work: Callable[[int], dict[str, Any]], n: int) -> dict[str, Any]:
@@ -124,7 +138,8 @@ def plan_training(n: int) -> dict[str, Any]:
         packs += len(plan_step(PairShapes(pairs.lengths()[ids], pairs.content[ids]), flops, 8, BUDGET).packs)
         of_each.append(time.perf_counter() - start)
     return {"seconds": round(time.perf_counter() - began, 2), "seconds_of_the_shuffle": round(shuffled, 3),
-            "milliseconds_a_step": {"median": round(1000 * statistics.median(of_each), 2), "worst": round(1000 * max(of_each), 2)},
+            "milliseconds_a_step": {"median": round(1000 * statistics.median(of_each), 2),
+                                    "worst": round(1000 * max(of_each), 2)},
             "micro_steps": packs, "bytes_a_pair": round((peak_bytes() - before) / n, 1)}
 
 
@@ -146,7 +161,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# ------------------------------------------------------------------------------------------------------------------- balance
+# -------------------------------------------------------------------------------------------------------------- balance
 
 
 def balance(draws: int = 200) -> dict[str, Any]:
@@ -173,11 +188,12 @@ def unshared(lengths: np.ndarray) -> PairShapes:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 4), "95th percentile": round(float(np.quantile(values, 0.95)), 4),
+    return {"median": round(statistics.median(values), 4), "95th percentile": round(float(np.quantile(values, 0.95)),
+                                                                                    4),
             "worst": round(max(values), 4)}
 
 
-# --------------------------------------------------------------------------------------------------------------- real training
+# -------------------------------------------------------------------------------------------------------- real training
 
 
 def measured(n_steps: int = 5) -> dict[str, Any]:
@@ -190,17 +206,20 @@ def measured(n_steps: int = 5) -> dict[str, Any]:
             of_steps = json.loads((folder / "seconds.json").read_text())[1:]
         found[how] = {"planned": [round(step["planned"], 3) for step in of_steps],
                       "seconds_a_step": round(statistics.median(max(step["seconds"]) for step in of_steps), 2),
-                      **{f"measured, {what}": spread([max(step[what]) / statistics.mean(step[what]) for step in of_steps])
+                      **{f"measured, {what}": spread([max(step[what]) / statistics.mean(step[what])
+                                                      for step in of_steps])
                          for what in ("seconds", "processor_seconds")}}
     return found
 
 
 def own_packs(folder: Path) -> None:
-    """One of the processes of `measured`; the first writes every step's seconds on each, and the planner's busiest over mean rank."""
+    """One of the processes of `measured`; the first writes every step's seconds on each, and the planner's busiest over
+    mean rank."""
     torch.set_num_threads(1)
     config = compose([*overrides(folder, PAIRS_PER_STEP), "loss=simpo"])
     world, pairs = World.start(config.cluster), prepare(config.data, None, None)[0]
-    policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"), config.optim, world.device)
+    policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"),
+                          config.optim, world.device)
     order = PairSampler(Shuffle(0, pairs.digest, pairs.source, pairs.source_weights), PAIRS_PER_STEP)
     flops, found = forward_flops(SMALL).training(frozen_base=False), []
     for step in range(1, order.total_steps(1, None) + 1):
@@ -228,7 +247,8 @@ def steps() -> dict[str, Any]:
                 "milliseconds_a_pair": round(1000 * seconds / pairs, 2),
                 "microseconds_a_token": round(1e6 * seconds / (pairs * 3 * (length // 2)), 2)}
 
-    return {"pairs": [cost(n, 256, 1) for n in (4, 8, 16, 32, 64)], "lengths": [cost(8, n, 1) for n in (128, 256, 512, 1024, 2048)],
+    return {"pairs": [cost(n, 256, 1) for n in (4, 8, 16, 32, 64)],
+            "lengths": [cost(8, n, 1) for n in (128, 256, 512, 1024, 2048)],
             "ranks": [cost(32, 512, n) for n in (1, 2)]}
 
 
@@ -254,16 +274,20 @@ def write_inputs(folder: Path, lengths: np.ndarray) -> None:
 
 
 def torchrun(ranks: int, words: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *words],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                           str(ranks), *words],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                               "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"torchrun failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
 
 
 def overrides(folder: Path, pairs_per_step: int) -> list[str]:
-    return [f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]", "data.max_length=8192",
+    return [f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
+            "data.max_length=8192",
             "cluster.device=cpu", "model.dtype=fp32", "zero=zero1", f"data.cache_dir={folder / 'tokens'}",
-            f"reference.cache_dir={folder / 'reference'}", f"train.pairs_per_step={pairs_per_step}", f"train.tokens_per_microbatch={BUDGET}"]
+            f"reference.cache_dir={folder / 'reference'}", f"train.pairs_per_step={pairs_per_step}",
+            f"train.tokens_per_microbatch={BUDGET}"]
 
 
 if __name__ == "__main__":

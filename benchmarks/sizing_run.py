@@ -1,7 +1,8 @@
-"""A few steps of one run, in the processes that torchrun started; rank 0 prints a line of JSON: sizing_run.py STEPS [overrides].
+"""A few steps of one run, in the processes that torchrun started; rank 0 prints a line of JSON: sizing_run.py STEPS
+[overrides].
 
-Memory is the resident set's peak minus what the process holds once everything is imported, each phase by itself: the kernel's mark
-(VmHWM) is set back between them.
+Memory is the resident set's peak minus what the process holds once everything is imported, each phase by itself: the
+kernel's mark (VmHWM) is set back between them.
 """
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def reset_peak() -> None:
 
 def tiny_model(folder: Path, layers: int) -> torch.nn.Module:
     """Of the same architecture."""
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers, "vocab_size": 64, "num_attention_heads": 2,
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers, "vocab_size": 64,
+             "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 32}
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **small))
 
@@ -91,7 +93,8 @@ def device_rates(folder: Path, world: World) -> dict[str, float]:
     all_reduce = seconds(lambda: dist.all_reduce(big), 4)
     half, parts = big[:len(big) // world.size].clone(), big.chunk(world.size)
 
-    def gather_and_scatter() -> None:                    # as DeepSpeed does both: what is sent whole is copied, rank by rank
+    # as DeepSpeed does both: what is sent whole is copied, rank by rank
+    def gather_and_scatter() -> None:
         gathered = torch.empty_like(big)
         dist.all_gather_into_tensor(gathered, half)
         torch.cat(gathered.chunk(world.size))
@@ -142,7 +145,8 @@ def main(steps: int, overrides: list[str]) -> None:
         cpu_seconds.append(time.process_time() - began_cpu)
         clock.mark("step")
         work = batches.work
-    told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline, "peaks": {k: v - baseline for k, v in clock.peaks.items()},
+    told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline,
+            "peaks": {k: v - baseline for k, v in clock.peaks.items()},
             "micro_steps": len(batches.batches), "tokens": work.tokens, "flops": work.flops,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.parameters())}
     told["device"] = device_rates(folder, world)
@@ -155,4 +159,5 @@ def main(steps: int, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2:])
-    exit_with(0)                                                     # an ordinary exit is aborted by gloo's threads now and then
+    # an ordinary exit is aborted by gloo's threads now and then
+    exit_with(0)

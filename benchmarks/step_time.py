@@ -1,7 +1,8 @@
-"""A DPO step of this project and of TRL, in turn, on the same model, rows, precision and thread: step_time.py [ROUNDS [STEPS]].
+"""A DPO step of this project and of TRL, in turn, on the same model, rows, precision and thread: step_time.py [ROUNDS
+[STEPS]].
 
-Every figure is a process of its own; the programs alternate within a round, and what is printed are medians over rounds of ratios within
-a round, so that a machine whose speed drifts does no harm. Results: benchmarks/results/step_time.json.
+Every figure is a process of its own; the programs alternate within a round, and what is printed are medians over rounds
+of ratios within a round, so that a machine whose speed drifts does no harm. Results: benchmarks/results/step_time.json.
 """
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from workload import PAIRS_PER_STEP, write_model, write_rows
 HERE = Path(__file__).parent
 WARM_UP = 2                                      # steps that are not counted
 PROGRAMS = {
-    "ours": ("run_ours.py", "dpo"), "ours unshared": ("run_ours.py", "dpo_unshared"), "ours sft": ("run_ours.py", "sft"),
+    "ours": ("run_ours.py", "dpo"), "ours unshared": ("run_ours.py", "dpo_unshared"),
+    "ours sft": ("run_ours.py", "sft"),
     "ours score": ("run_ours.py", "score"),
-    "TRL": ("run_trl.py", "dpo"), "TRL precomputed": ("run_trl.py", "dpo_precomputed"), "TRL sft": ("run_trl.py", "sft"),
+    "TRL": ("run_trl.py", "dpo"), "TRL precomputed": ("run_trl.py", "dpo_precomputed"),
+    "TRL sft": ("run_trl.py", "sft"),
 }
 
 
@@ -32,7 +35,8 @@ def main(rounds: int, steps: int) -> None:
             folder.mkdir()
             write_rows(folder / "rows.jsonl", kind, 120)
             write_model(folder / "model")
-            runs = [{name: run(script, what, folder, kind, steps) for name, (script, what) in PROGRAMS.items()} for _ in range(rounds)]
+            runs = [{name: run(script, what, folder, kind, steps) for name, (script, what) in PROGRAMS.items()}
+                    for _ in range(rounds)]
             results[kind] = summary(runs)
             print(kind, json.dumps(results[kind], indent=2), flush=True)
     (HERE / "results").mkdir(exist_ok=True)
@@ -42,13 +46,15 @@ def main(rounds: int, steps: int) -> None:
 
 def run(script: str, what: str, folder: Path, kind: str, steps: int) -> dict:
     words = [sys.executable, str(HERE / script), what, str(folder), kind, str(steps)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(words, capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"{script} {what} failed:\n{done.stderr[-2000:]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])
     shares = [flops / seconds / rate for flops, seconds, rate in
               zip(told.get("flops", []), told["seconds"], told.get("product_rates", []), strict=False)]
-    return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"], "peak_mib": told["peak_mib"],
+    return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"],
+            "peak_mib": told["peak_mib"],
             "share": statistics.median(shares[WARM_UP:]) if shares else None}
 
 

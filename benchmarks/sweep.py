@@ -1,9 +1,10 @@
 """A 3 × 2 sweep of beta and learning rate against six separate runs with a live reference: sweep.py [ROUNDS [PAIRS]].
 
-Both by the real command on the CPU, one process with one thread a run, from empty folders; in turn within a round, the order of the two
-changing from round to round; what is printed are medians over rounds. Measured are wall-clock seconds and the processes' own seconds on the
-processor, which other work on the machine hardly changes; start-up, evaluation and export are in. The same is counted from the data
-alone, in tokens: a backward is two forwards. Results: benchmarks/results/sweep.json.
+Both by the real command on the CPU, one process with one thread a run, from empty folders; in turn within a round, the
+order of the two changing from round to round; what is printed are medians over rounds. Measured are wall-clock seconds
+and the processes' own seconds on the processor, which other work on the machine hardly changes; start-up, evaluation
+and export are in. The same is counted from the data alone, in tokens: a backward is two forwards. Results:
+benchmarks/results/sweep.json.
 """
 from __future__ import annotations
 
@@ -37,13 +38,15 @@ def main(rounds: int, pairs: int) -> None:
         for i in range(rounds):
             here = data / f"round{i}"
             variants = [("sweep", sweep), ("separate", separate)]
-            seconds.append({name: timed(run, data, here / name) for name, run in (variants if i % 2 == 0 else variants[::-1])})
+            seconds.append({name: timed(run, data, here / name) for name,
+                            run in (variants if i % 2 == 0 else variants[::-1])})
             print(json.dumps(seconds[-1]), flush=True)
         again = timed(sweep, data, data / "round0" / "sweep")
         results: dict[str, Any] = {
             "rounds": rounds, "pairs": pairs, "held out": held_out, "threads": 1,
             "seconds": seconds,
-            "sweep / separate": {kind: round(statistics.median(s["sweep"][kind] / s["separate"][kind] for s in seconds), 3)
+            "sweep / separate": {kind: round(statistics.median(s["sweep"][kind] / s["separate"][kind] for s in seconds),
+                                             3)
                                  for kind in ("wall", "processor")},
             "work in tokens": work(data),
             "seconds of the second invocation": again["processor"],
@@ -57,23 +60,27 @@ def main(rounds: int, pairs: int) -> None:
 
 
 def sweep(data: Path, folder: Path) -> None:
-    command("run", "-m", f"loss.beta={','.join(BETAS)}", f"optim.lr={','.join(RATES)}", f"run.dir={folder}/runs", *common(data, folder))
+    command("run", "-m", f"loss.beta={','.join(BETAS)}", f"optim.lr={','.join(RATES)}", f"run.dir={folder}/runs",
+            *common(data, folder))
 
 
 def separate(data: Path, folder: Path) -> None:
     for beta, lr in itertools.product(BETAS, RATES):
-        command("run", f"loss.beta={beta}", f"optim.lr={lr}", f"run.dir={folder}/{beta}-{lr}", "reference.mode=live", *common(data, folder))
+        command("run", f"loss.beta={beta}", f"optim.lr={lr}", f"run.dir={folder}/{beta}-{lr}", "reference.mode=live",
+                *common(data, folder))
 
 
 def common(data: Path, folder: Path) -> list[str]:
     return [f"model.path={data / 'model'}", f"data.train=[{{path: {data / 'train.jsonl'}, format: token_ids}}]",
-            f"data.eval=[{{path: {data / 'eval.jsonl'}, format: token_ids}}]", "model.dtype=fp32", "cluster.device=cpu", "zero=none",
+            f"data.eval=[{{path: {data / 'eval.jsonl'}, format: token_ids}}]", "model.dtype=fp32", "cluster.device=cpu",
+            "zero=none",
             "train.pairs_per_step=8", "train.tokens_per_microbatch=1024", f"data.cache_dir={folder}/tokens",
             f"reference.cache_dir={folder}/reference"]
 
 
 def command(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], capture_output=True, text=True, cwd=HERE.parent,
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], capture_output=True, text=True,
+                          cwd=HERE.parent,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"dpo-dist {' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
@@ -89,7 +96,8 @@ def timed(run: Callable[[Path, Path], None], data: Path, folder: Path) -> dict[s
 
 
 def work(data: Path) -> dict[str, int]:
-    """Tokens forwarded, and twice those gone backward through, of one epoch with held-out evaluations before and after it."""
+    """Tokens forwarded, and twice those gone backward through, of one epoch with held-out evaluations before and after
+    it."""
     def tokens(file: str) -> int:
         rows = [json.loads(line) for line in (data / file).read_text().splitlines()]
         return sum(len(ids) for row in rows for ids in row.values())     # no two rows share a prompt
@@ -100,7 +108,8 @@ def work(data: Path) -> dict[str, int]:
 
 
 def apart(folder: Path) -> float:
-    """The largest difference between a swept run's last held-out loss and that of the same run by itself: they are to be the same runs."""
+    """The largest difference between a swept run's last held-out loss and that of the same run by itself: they are to
+    be the same runs."""
     swept = {(job["swept"]["loss.beta"], job["swept"]["optim.lr"]): job["metrics"]["loss"]
              for job in json.loads((folder / "sweep" / "runs" / "sweep.json").read_text())["jobs"]}
     return max(abs(swept[float(beta), float(lr)] - last_loss(folder / "separate" / f"{beta}-{lr}")) for beta, lr in

@@ -1,4 +1,5 @@
-"""Writes the speed tables of README.md and docs/gpu.md from the committed results: tables.py [--check]. With --check, 1 where they differ."""
+"""Writes the speed tables of README.md and docs/gpu.md from the committed results: tables.py [--check]. With --check, 1
+where they differ."""
 from __future__ import annotations
 
 import json
@@ -11,11 +12,13 @@ README = HERE.parent / "README.md"
 GPU_PAGE = HERE.parent / "docs" / "gpu.md"
 SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
-ROWS = {"long": "long shared prompts", "uneven": "short uneven rows", "ratings": "four rated responses a prompt, all six pairs"}
+ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
+        "ratings": "four rated responses a prompt, all six pairs"}
 
 
 def main(check: bool) -> int:
-    changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()), (GPU_PAGE, GPU, gpu_table()))
+    changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
+                                                 (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
     return int(check and bool(changed))
 
@@ -70,18 +73,20 @@ APART_UNSHARED = "largest difference of the losses to the unshared path's"
 
 def other_table(memory: dict[str, Any], scaling: dict[str, Any]) -> str:
     growth, planning = memory["largest over smallest vocabulary"]["one_pack"], scaling["planning"]
-    worst = {ranks: max(draw[ranks]["busiest"]["worst"] for draw in scaling["balance"].values()) for ranks in ("2 ranks", "8 ranks")}
+    worst = {ranks: max(draw[ranks]["busiest"]["worst"] for draw in scaling["balance"].values())
+             for ranks in ("2 ranks", "8 ranks")}
     measured = max(each["measured, seconds"]["worst"] for each in scaling["measured"].values())
     return "\n".join([
         "| | measured |", "|---|---|",
-        f"| peak memory of a step, vocabulary 131,072 over 4,096, {memory['completion_tokens']:,} completion tokens; weights, gradients and "
-        f"optimizer state taken off (and the strictest reading: see `memory.py`) | {growth['step_mib']:.2f} "
-        f"({growth['step_and_gradients_mib']:.2f}) |",
-        f"| busiest over mean rank, 64 pairs of 8 to 2,048 tokens, planned cost: worst of 200 draws from each of {len(scaling['balance'])} "
-        f"distributions, on 2 and 8 ranks | {worst['2 ranks']:.3f}, {worst['8 ranks']:.3f} |",
+        f"| peak memory of a step, vocabulary 131,072 over 4,096, {memory['completion_tokens']:,} completion tokens; "
+        "weights, gradients and optimizer state taken off (and the strictest reading: see `memory.py`) | "
+        f"{growth['step_mib']:.2f} ({growth['step_and_gradients_mib']:.2f}) |",
+        "| busiest over mean rank, 64 pairs of 8 to 2,048 tokens, planned cost: worst of 200 draws from each of "
+        f"{len(scaling['balance'])} distributions, on 2 and 8 ranks | {worst['2 ranks']:.3f}, {worst['8 ranks']:.3f} |",
         f"| the same, measured on 2 ranks: worst step | {measured:.3f} |",
-        f"| the plan of {planning['pairs']:,} pairs on 8 ranks, all steps of an epoch | {planning['training, 8 ranks']['seconds']:.1f} s, "
-        f"{planning['training, 8 ranks']['bytes_a_pair']:.0f} bytes a pair |",
+        f"| the plan of {planning['pairs']:,} pairs on 8 ranks, all steps of an epoch | "
+        f"{planning['training, 8 ranks']['seconds']:.1f} s, {planning['training, 8 ranks']['bytes_a_pair']:.0f} bytes "
+        "a pair |",
         *growth_lines(scaling["steps"]),
     ])
 
@@ -94,7 +99,8 @@ def growth_lines(steps: dict[str, list[dict[str, Any]]]) -> list[str]:
     pairs, a_pair = ends("pairs", "pairs", "milliseconds_a_pair")
     lengths, a_token = ends("lengths", "sequence_tokens", "microseconds_a_token")
     one, two = steps["ranks"]
-    return [f"| a step of {pairs} pairs of {steps['pairs'][0]['sequence_tokens']} tokens: milliseconds a pair | {a_pair} |",
+    return [f"| a step of {pairs} pairs of {steps['pairs'][0]['sequence_tokens']} tokens: milliseconds a pair | "
+            f"{a_pair} |",
             f"| sequences of {lengths} tokens: microseconds a token | {a_token} |",
             f"| {one['pairs']} pairs of {one['sequence_tokens']} tokens on 2 ranks over 1: pairs a second "
             f"| {one['seconds_a_step'] / two['seconds_a_step']:.2f} |"]
@@ -105,12 +111,14 @@ def run_table(sweep: dict[str, Any], ahead: dict[str, Any], sizing: dict[str, An
     order = sizing["in_another_order_of_cpu_time"]
     return "\n".join([
         "| whole runs | measured |", "|---|---|",
-        f"| a 3 × 2 sweep over six runs with a live reference: seconds, seconds on the processor, counted forwards and backwards "
-        f"| {ratio['wall']:.2f}, {ratio['processor']:.2f}, {ratio['counted']:.2f} |",
-        f"| the first step of a run over {ahead['pairs']} pairs, scored before and ahead of training: seconds from the start "
-        f"| {cached['start_to_first_step_seconds']:.1f} and {beside['start_to_first_step_seconds']:.1f} |",
-        f"| memory a rank that `plan` predicts, {len(sizing['runs'])} runs: largest error | {sizing['worst_memory_error']:.1%} |",
-        f"| step times that `plan` predicts: pairs of runs in the wrong order (CPU seconds) | {len(order)} of {sizing['pairs_of_runs']} |",
+        "| a 3 × 2 sweep over six runs with a live reference: seconds, seconds on the processor, counted forwards and "
+        f"backwards | {ratio['wall']:.2f}, {ratio['processor']:.2f}, {ratio['counted']:.2f} |",
+        f"| the first step of a run over {ahead['pairs']} pairs, scored before and ahead of training: seconds from the "
+        f"start | {cached['start_to_first_step_seconds']:.1f} and {beside['start_to_first_step_seconds']:.1f} |",
+        f"| memory a rank that `plan` predicts, {len(sizing['runs'])} runs: largest error | "
+        f"{sizing['worst_memory_error']:.1%} |",
+        f"| step times that `plan` predicts: pairs of runs in the wrong order (CPU seconds) | {len(order)} of "
+        f"{sizing['pairs_of_runs']} |",
     ])
 
 
@@ -127,7 +135,8 @@ def gpu_table() -> str:
     if not lines:
         return "On a GPU: not measured yet. `benchmarks/gpu.sh` is ready for one."
     return "\n".join([
-        "| card | model, pair, options | step, s | MFU (of a product's rate) | peak, predicted, GiB | TRL live, precomputed over ours |",
+        "| card | model, pair, options | step, s | MFU (of a product's rate) | peak, predicted, GiB | TRL live, "
+        "precomputed over ours |",
         "|---|---|---|---|---|---|", *lines])
 
 
@@ -135,8 +144,9 @@ def gpu_line(card: str, row: dict[str, Any], trl: dict[tuple[str, int, str], dic
     ratios = [trl.get((row["model"], row["length"], f"trl {way}")) for way in ("live", "precomputed")]
     beside = ", ".join(f"{each['step_seconds'] / row['step_seconds']:.2f}" if each else "-" for each in ratios)
     share = f"{row['mfu']:.2f} ({row['of_product']:.2f})" if "mfu" in row else "-"
-    return (f"| {card} | {row['model']}, {row['length']:,} tokens, prompt {row['prompt_share']:.0%}, `{row['overrides']}` | "
-            f"{row['step_seconds']:.2f} | {share} | {row['peak_gib']}, {row['predicted_gib']} | {beside} |")
+    return (f"| {card} | {row['model']}, {row['length']:,} tokens, prompt {row['prompt_share']:.0%}, "
+            f"`{row['overrides']}` | {row['step_seconds']:.2f} | {share} | {row['peak_gib']}, {row['predicted_gib']} | "
+            f"{beside} |")
 
 
 if __name__ == "__main__":

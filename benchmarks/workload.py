@@ -7,8 +7,8 @@ from itertools import combinations
 from pathlib import Path
 
 VOCABULARY = 4096
-# long: prompts of 256 tokens, completions 64 to 128. uneven: 8 to 32, completions 8 to 256. ratings: as long, but four responses to a
-# prompt, and all six pairs of them in a step.
+# long: prompts of 256 tokens, completions 64 to 128. uneven: 8 to 32, completions 8 to 256. ratings: as long, but four
+# responses to a prompt, and all six pairs of them in a step.
 PAIRS_PER_STEP = {"long": 2, "uneven": 4, "ratings": 6}
 
 
@@ -32,7 +32,8 @@ def write_rows(path: Path, kind: str, n: int, vocabulary: int = VOCABULARY, seed
                 prompt, chosen, rejected = 256, r.randint(64, 128), r.randint(64, 128)
             else:
                 prompt, chosen, rejected = r.randint(8, 32), uneven(), uneven()
-            row = {"prompt_ids": ids(prompt), "chosen_ids": [*ids(chosen - 1), 1], "rejected_ids": [*ids(rejected - 1), 1]}
+            row = {"prompt_ids": ids(prompt), "chosen_ids": [*ids(chosen - 1), 1],
+                   "rejected_ids": [*ids(rejected - 1), 1]}
             f.write(json.dumps(row) + "\n")
 
 
@@ -43,5 +44,7 @@ def write_model(folder: Path, vocabulary: int = VOCABULARY) -> None:
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=vocabulary,
-        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1,
+        pad_token_id=0)).save_pretrained(folder)

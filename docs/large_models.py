@@ -11,8 +11,10 @@ from dpo_dist.sizing.step_time import scoring_seconds, step_time
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = Lengths(prompt=512, chosen=512, rejected=512, pairs=60_000, source="assumed")
-OVERRIDES = ["reference=zero", "train.pairs_per_step=512", "train.tokens_per_microbatch=16384", "model.gradient_checkpointing=true"]
-COLUMNS = ("nodes", "set besides the above", "policy: GB a GPU (and of host)", "step: s", "of it computing", "communication", "GiB sent",
+OVERRIDES = ["reference=zero", "train.pairs_per_step=512", "train.tokens_per_microbatch=16384",
+             "model.gradient_checkpointing=true"]
+COLUMNS = ("nodes", "set besides the above", "policy: GB a GPU (and of host)", "step: s", "of it computing",
+           "communication", "GiB sent",
            "scoring: GB a GPU", "s")
 
 
@@ -29,8 +31,9 @@ def table(name: str) -> str:
         need, time = memory(change.config, shape, LENGTHS, world), step_time(change.config, shape, LENGTHS, world)
         host = f" ({need.host / 1e9:.0f})" if need.host else ""
         lines.append(
-            f"| {nodes} | {' '.join(change.words) or '-'} | {need.peak / 1e9:.0f}{host} | {time.seconds:.0f} | {time.compute:.0f} | "
-            f"{time.communication:.0f} | {time.sent / 2**30:,.0f} | {scoring_memory(config, shape, LENGTHS, world) / 1e9:.0f} | "
+            f"| {nodes} | {' '.join(change.words) or '-'} | {need.peak / 1e9:.0f}{host} | {time.seconds:.0f} | "
+            f"{time.compute:.0f} | {time.communication:.0f} | {time.sent / 2**30:,.0f} | "
+            f"{scoring_memory(config, shape, LENGTHS, world) / 1e9:.0f} | "
             f"{scoring_seconds(config, shape, LENGTHS, world):.0f} |")
     return "\n".join(lines)
 

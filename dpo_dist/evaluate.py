@@ -28,9 +28,11 @@ from dpo_dist.step import forward_pairs, gather_pairs, step_batches
 PAIRS_AT_ONCE = 1024                     # planned together; the result does not depend on it
 
 
-def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig, tokens_per_microbatch: int,
+def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig,
+             tokens_per_microbatch: int,
              flops: Flops, world: World) -> dict[str, float]:
-    """{metric: mean over all pairs}. All ranks call it; each forwards its share. Raises Stopped where one was asked to end."""
+    """{metric: mean over all pairs}. All ranks call it; each forwards its share. Raises Stopped where one was asked to
+    end."""
     sums = MetricSums(loss, world.device)
     lengths, weights = pairs.lengths(), np.asarray(pairs.weight, dtype=np.float64)
     mean_chosen_tokens = float((weights * lengths[:, 1]).sum() / weights.sum())
@@ -58,18 +60,21 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
     return sums.means(world)
 
 
-def evaluate_run(config: RunConfig, inputs: Inputs, policy: Policy, reference: ReferenceEngine | None, world: World) -> dict[str, float]:
+def evaluate_run(config: RunConfig, inputs: Inputs, policy: Policy, reference: ReferenceEngine | None,
+                 world: World) -> dict[str, float]:
     """`evaluate` on the run's held-out pairs; empty where it has none."""
     if not len(inputs.eval):
         return {}
-    return evaluate(policy, reference, inputs.eval, config.loss, config.train.tokens_per_microbatch, inputs.flops, world)
+    return evaluate(policy, reference, inputs.eval, config.loss, config.train.tokens_per_microbatch, inputs.flops,
+                    world)
 
 
 def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Evaluates model.path against the reference on data.eval, and writes <run.dir>/eval.json."""
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.eval):
-        raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: held_out.jsonl}]")
+        raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: "
+                        "held_out.jsonl}]")
     if config.reference.mode == "ahead":                  # which is a way to train; no processes beside this one score
         config = replace(config, reference=replace(config.reference, mode="cached"))
     config = without_auto(config, inputs, world, terminal)

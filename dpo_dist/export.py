@@ -1,4 +1,5 @@
-"""<run.dir>/model: the trained weights, tokenizer, chat template and a model card, as from_pretrained expects them. Also `dpo-dist export`."""
+"""<run.dir>/model: the trained weights, tokenizer, chat template and a model card, as from_pretrained expects them.
+Also `dpo-dist export`."""
 from __future__ import annotations
 
 import json
@@ -21,11 +22,13 @@ from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+          "special_tokens_map.json", "vocab.json",
           "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
-def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float], world: World) -> Path:
+def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
+                 world: World) -> Path:
     """Writes the model beside its final place and moves it there whole. All ranks call it; rank 0 writes."""
     folder, partial = run_dir.model, run_dir.model.with_name("model.partial")
     world.on_main(lambda: _start(partial, inputs, config, held_out))
@@ -62,7 +65,8 @@ def _finish(partial: Path, folder: Path) -> None:
 
 
 def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> str:
-    """Markdown: what was trained, on what, against which reference, with which loss, and what came out on held-out pairs."""
+    """Markdown: what was trained, on what, against which reference, with which loss, and what came out on held-out
+    pairs."""
     loss = ", ".join(f"{k}={v}" for k, v in vars(config.loss).items() if v is not None and k != "name")
     reference = f"`{config.reference_path}` (weights {inputs.reference_digest})" if config.loss.needs_reference else "none"
     names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
@@ -70,9 +74,12 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
              f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "",
              "| | |", "|---|---|",
              f"| starting weights | `{config.model.path}` ({inputs.policy_digest}) |", f"| reference | {reference} |",
-             f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |", f"| loss | {config.loss.name} ({loss}) |",
-             f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs a step |",
-             f"| trained weights | {'LoRA rank ' + str(config.model.lora.rank) + ', merged' if config.model.lora.rank else 'all'} |", ""]
+             f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |",
+             f"| loss | {config.loss.name} ({loss}) |",
+             f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs "
+             "a step |",
+             "| trained weights | "
+             f"{'LoRA rank ' + str(config.model.lora.rank) + ', merged' if config.model.lora.rank else 'all'} |", ""]
     if held_out:
         lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|"]
         lines += [*(f"| {name} | {value:.4f} |" for name, value in held_out.items()), ""]
@@ -87,7 +94,8 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     if resumed is None:
-        raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same overrides")
+        raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
+                        "overrides")
     policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
     policy.load(resumed[0])
     model = export_model(run_dir, policy, inputs, config, {}, world)

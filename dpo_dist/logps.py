@@ -1,4 +1,5 @@
-"""From the log-probs of tokens to those of pairs. Policy and every reference engine go through here, so they cannot disagree.
+"""From the log-probs of tokens to those of pairs. Policy and every reference engine go through here, so they cannot
+disagree.
 
 head.py goes from hidden states to the log-probs of tokens.
 """
@@ -12,7 +13,8 @@ from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 
 def sequence_sums(values: Tensor, batch: PackedBatch, keep: Tensor | None = None) -> Tensor:
-    """Sums of (N,) token values by sequence, (S,) float64: a margin is a small difference of large sums. `keep` (N,) scales tokens."""
+    """Sums of (N,) token values by sequence, (S,) float64: a margin is a small difference of large sums. `keep` (N,)
+    scales tokens."""
     values = values.double() if keep is None else values.double() * keep
     return values.new_zeros(batch.n_sequences).index_add(0, batch.sequence, values)
 
@@ -22,8 +24,8 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
     """PairLogps of a pack from its tokens' log-probs: policy with gradient, reference (N,) or None, both in nats.
 
     loss.ld_alpha: LD-DPO (arXiv 2409.06411, eq. 9): tokens beyond the pair's shorter completion count by that factor.
-    loss.wpo: WPO (arXiv 2406.11827, eq. 4): the pair's weight is its length-normalized likelihood under the policy, relative to
-    the probability that two samples at a position agree, at most 1.
+    loss.wpo: WPO (arXiv 2406.11827, eq. 4): the pair's weight is its length-normalized likelihood under the policy,
+    relative to the probability that two samples at a position agree, at most 1.
     """
     keep = None
     if loss.ld_alpha is not None:
@@ -52,13 +54,15 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
 
 
 def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the policy is from the reference on each pair, from (N,) log-probs: (KL estimate, chosen drift), each (B,), nats a token.
+    """How far the policy is from the reference on each pair, from (N,) log-probs: (KL estimate, chosen drift), each
+    (B,), nats a token.
 
-    KL estimate: the mean over the pair's completion tokens of exp(r) - 1 - r with r = log reference - log policy, Schulman's k3
-    (joschu.net/blog/kl-approx.html), which is never negative. k3 estimates KL(policy || reference) on tokens that the policy drew; these
-    were drawn by whoever wrote the data, so it is a proxy: good for ranking runs on the same pairs, not a KL to be quoted.
-    Chosen drift: the mean over the chosen completion's tokens of log policy - log reference; below 0, the policy unlearns what it was
-    shown as good. Every token counts in full, whatever loss.ld_alpha is.
+    KL estimate: the mean over the pair's completion tokens of exp(r) - 1 - r with r = log reference - log policy,
+    Schulman's k3 (joschu.net/blog/kl-approx.html), which is never negative. k3 estimates KL(policy || reference) on
+    tokens that the policy drew; these were drawn by whoever wrote the data, so it is a proxy: good for ranking runs on
+    the same pairs, not a KL to be quoted. Chosen drift: the mean over the chosen completion's tokens of log policy -
+    log reference; below 0, the policy unlearns what it was shown as good. Every token counts in full, whatever
+    loss.ld_alpha is.
     """
     r = (reference - policy).detach().double()
     tokens = batch.lengths.double()
@@ -68,7 +72,8 @@ def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor
 
 
 def plain_token_logps(model: nn.Module, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
-    """(C,) log-probs of one completion after one prompt, by the model's own forward: no packing, no chunks, no cleverness.
+    """(C,) log-probs of one completion after one prompt, by the model's own forward: no packing, no chunks, no
+    cleverness.
 
     The written-out definition that the packed path is held against, in tests and at step 0.
     """

@@ -1,7 +1,8 @@
 """Pure pairwise losses and their table. Each takes a pack's PairLogps and returns the (B,) loss of its pairs.
 
-Notation: c, r = chosen and rejected completion; logratio = log policy - log reference, in nats, summed over a completion;
-σ = the logistic function; |c| = the completion's tokens. Which options each loss uses stands in loss_options.py.
+Notation: c, r = chosen and rejected completion; logratio = log policy - log reference, in nats, summed over a
+completion; σ = the logistic function; |c| = the completion's tokens. Which options each loss uses stands in
+loss_options.py.
 """
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from dpo_dist.types import PairLogps
 
 
 def preference_loss(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) loss of each pair: the weighted sum of the configured terms. `loss` is resolved, so every option in use has a value.
+    """(B,) loss of each pair: the weighted sum of the configured terms. `loss` is resolved, so every option in use has
+    a value.
 
-    WPO (arXiv 2406.11827) multiplies terms by pairs.wpo_weight, a constant: those whose row in LOSS_OPTIONS has `wpo`, which
-    compare policy and reference on this pair. In a mixture sft, and every other term without that option, keeps its full weight:
-    it is supervised learning, not an off-policy comparison. (TRL would weight sft too.)
+    WPO (arXiv 2406.11827) multiplies terms by pairs.wpo_weight, a constant: those whose row in LOSS_OPTIONS has `wpo`,
+    which compare policy and reference on this pair. In a mixture sft, and every other term without that option, keeps
+    its full weight: it is supervised learning, not an off-policy comparison. (TRL would weight sft too.)
     """
     total = torch.zeros_like(pairs.policy_chosen)
     for name, weight in loss.weights.items():
@@ -36,11 +38,13 @@ def preference_loss(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
-    """Implicit rewards of chosen and rejected, each (B,), without gradient, for metrics; None where the loss implies none (sft).
+    """Implicit rewards of chosen and rejected, each (B,), without gradient, for metrics; None where the loss implies
+    none (sft).
 
-    With a reference: beta · logratio, whatever the loss, its length normalization or its divergence, also under a mixture, as TRL
-    reports it. Without: the log-probs that the loss compares, scaled as TRL does: simpo beta · log policy / tokens, cpo beta · log
-    policy, orpo orpo_lambda · log policy / tokens; of a mixture's terms the first that has one.
+    With a reference: beta · logratio, whatever the loss, its length normalization or its divergence, also under a
+    mixture, as TRL reports it. Without: the log-probs that the loss compares, scaled as TRL does: simpo beta · log
+    policy / tokens, cpo beta · log policy, orpo orpo_lambda · log policy / tokens; of a mixture's terms the first that
+    has one.
     """
     with torch.no_grad():
         if loss.needs_reference:
@@ -55,14 +59,16 @@ def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
 
 
 def check_strengths(strength: Tensor) -> None:
-    """Raises UserError unless all (B,) strengths are above 0, as odpo's margin needs; for the rows of a data set, or of a pack."""
+    """Raises UserError unless all (B,) strengths are above 0, as odpo's margin needs; for the rows of a data set, or of
+    a pack."""
     unknown, not_above = int(strength.isnan().sum()), int((strength <= 0).sum())
     if unknown or not_above:
-        raise UserError(f"loss odpo needs the strength of every pair (how much better chosen is rated than rejected), above 0: "
-                        f"of {len(strength)} rows {unknown} have none and {not_above} have 0 or less; drop them, or set loss=dpo")
+        raise UserError("loss odpo needs the strength of every pair (how much better chosen is rated than rejected), "
+                        f"above 0: of {len(strength)} rows {unknown} have none and {not_above} have 0 or less; drop "
+                        "them, or set loss=dpo")
 
 
-# ----------------------------------------------------------------------------------------------------------- building blocks
+# ------------------------------------------------------------------------------------------------------ building blocks
 
 
 def _number(option: float | None) -> float:
@@ -77,10 +83,12 @@ def _logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def _scores(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """f'(policy / reference) of chosen and rejected, each (B,): the log-ratio under reverse KL. f-DPO (arXiv 2309.16240).
+    """f'(policy / reference) of chosen and rejected, each (B,): the log-ratio under reverse KL. f-DPO (arXiv
+    2309.16240).
 
-    The constant of f' is such that f'(1) = 0: a policy equal to its reference scores 0. It cancels in the difference of the two,
-    except in ipo and sigmoid_norm, which divide each by its own length (the golden ipo_forward_kl holds it there).
+    The constant of f' is such that f'(1) = 0: a policy equal to its reference scores 0. It cancels in the difference of
+    the two, except in ipo and sigmoid_norm, which divide each by its own length (the golden ipo_forward_kl holds it
+    there).
     """
     chosen, rejected = _logratios(pairs)
     return _f_prime(chosen, loss), _f_prime(rejected, loss)
@@ -97,13 +105,15 @@ def _f_prime(logratio: Tensor, loss: LossConfig) -> Tensor:
             return logsigmoid(logratio) + math.log(2)                # f'(t) = log(2t / (1 + t))
         case "alpha_divergence":
             power = _number(loss.f_alpha) - 1.0
-            return _expm1(power * logratio) / power if power else logratio       # f'(t) = (t^(α-1) - 1) / (α-1), log t at α = 1
+            # f'(t) = (t^(α-1) - 1) / (α-1), log t at α = 1
+            return _expm1(power * logratio) / power if power else logratio
         case other:
             raise AssertionError(f"f_divergence={other!r}: pass the LossConfig through resolve_loss")
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """(B,) e^x - 1, continued by its tangent where e^(4x) would overflow: huge values keep their order and finite squares."""
+    """(B,) e^x - 1, continued by its tangent where e^(4x) would overflow: huge values keep their order and finite
+    squares."""
     bound = math.log(torch.finfo(x.dtype).max) / 4                   # 22 nats in fp32, 177 in fp64
     return x.clamp(max=bound).expm1() + math.exp(bound) * (x - bound).clamp(min=0)
 
@@ -115,7 +125,8 @@ def _margin(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def _implicit_rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """beta · logratio of chosen and rejected, each (B,), for losses that look at either alone (hence without f_divergence)."""
+    """beta · logratio of chosen and rejected, each (B,), for losses that look at either alone (hence without
+    f_divergence)."""
     chosen, rejected = _logratios(pairs)
     return _number(loss.beta) * chosen, _number(loss.beta) * rejected
 
@@ -127,7 +138,8 @@ def _cross_entropy(logit: Tensor, label_smoothing: float | None) -> Tensor:
 
 
 def _whole(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """log policy of chosen and rejected, each (B,), nats, every token counted in full even where ld_alpha shortens other terms."""
+    """log policy of chosen and rejected, each (B,), nats, every token counted in full even where ld_alpha shortens
+    other terms."""
     if pairs.whole_chosen is None or pairs.whole_rejected is None:
         return pairs.policy_chosen, pairs.policy_rejected
     return pairs.whole_chosen, pairs.whole_rejected
@@ -139,7 +151,7 @@ def _token_means(pairs: PairLogps) -> tuple[Tensor, Tensor]:
     return chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
 
 
-# ------------------------------------------------------------------------------------ losses of the chosen-rejected difference
+# ----------------------------------------------------------------------------- losses of the chosen-rejected difference
 
 
 def sigmoid(pairs: PairLogps, loss: LossConfig) -> Tensor:
@@ -148,14 +160,16 @@ def sigmoid(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def hinge(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) dimensionless. SLiC's hinge (arXiv 2305.10425) on log-ratios, as RSO has it (arXiv 2309.06657); margin 1/beta nats."""
+    """(B,) dimensionless. SLiC's hinge (arXiv 2305.10425) on log-ratios, as RSO has it (arXiv 2309.06657); margin
+    1/beta nats."""
     return (1 - _margin(pairs, loss)).relu()                                # max(0, 1 - β (logratio_c - logratio_r))
 
 
 def ipo(pairs: PairLogps, loss: LossConfig) -> Tensor:
     """(B,) (nats a token)². IPO (arXiv 2310.12036), eq. 17, with tau = beta.
 
-    Log-ratios are means over the completion's tokens where the paper has sums (TRL's definition, which the golden numbers hold).
+    Log-ratios are means over the completion's tokens where the paper has sums (TRL's definition, which the golden
+    numbers hold).
     """
     chosen, rejected = _scores(pairs, loss)
     difference = chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens
@@ -177,14 +191,16 @@ def exo_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def robust(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats, may be negative. Robust DPO (arXiv 2403.00409): unbiased when labels are flipped with probability ε."""
+    """(B,) nats, may be negative. Robust DPO (arXiv 2403.00409): unbiased when labels are flipped with probability
+    ε."""
     logit, epsilon = _margin(pairs, loss), _number(loss.label_smoothing)
     kept, flipped = -logsigmoid(logit), -logsigmoid(-logit)
     return ((1 - epsilon) * kept - epsilon * flipped) / (1 - 2 * epsilon)   # ((1-ε) L(c,r) - ε L(r,c)) / (1 - 2ε)
 
 
 def discopop(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414), eq. 5: logistic below margin 0, exponential above.
+    """(B,) nats. DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414), eq. 5: logistic below margin 0, exponential
+    above.
 
     Not monotone: between the two, within a few discopop_tau above margin 0, it rises.
     """
@@ -196,16 +212,18 @@ def discopop(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def odpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. DPO with an offset (arXiv 2402.10571): the margin must exceed odpo_alpha · f(strength), with the paper's f = log.
+    """(B,) nats. DPO with an offset (arXiv 2402.10571): the margin must exceed odpo_alpha · f(strength), with the
+    paper's f = log.
 
     So a strength of 1 (in the data's own unit) asks for no more than DPO, and less than 1 for less. Strengths must have
     passed check_strengths: looking here would wait for the GPU at every pack.
     """
     offset = _number(loss.odpo_alpha) * pairs.strength.to(pairs.policy_chosen.dtype).log()
-    return -logsigmoid(_margin(pairs, loss) - offset)                       # -log σ(β (logratio_c - logratio_r) - α f(strength))
+    # -log σ(β (logratio_c - logratio_r) - α f(strength))
+    return -logsigmoid(_margin(pairs, loss) - offset)
 
 
-# ---------------------------------------------------------------------- losses of each completion by itself against the reference
+# ------------------------------------------------------------ losses of each completion by itself against the reference
 
 
 def nca_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
@@ -215,7 +233,8 @@ def nca_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def bco_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. Binary classifier optimization (arXiv 2404.04656) without its reward shift, as in TRL and the golden numbers."""
+    """(B,) nats. Binary classifier optimization (arXiv 2404.04656) without its reward shift, as in TRL and the golden
+    numbers."""
     chosen, rejected = _implicit_rewards(pairs, loss)
     return -logsigmoid(chosen) - logsigmoid(-rejected)                      # -log σ(r_c) - log σ(-r_r)
 
@@ -224,40 +243,47 @@ def sppo_hard(pairs: PairLogps, loss: LossConfig) -> Tensor:
     """(B,) nats². SPPO (arXiv 2405.00675) with hard win probabilities 1 and 0, eta = 1/beta."""
     chosen, rejected = _logratios(pairs)
     half = 0.5 / _number(loss.beta)
-    return (chosen - half).square() + (rejected + half).square()            # (logratio - η (P(win) - 1/2))², both completions
+    # (logratio - η (P(win) - 1/2))², both completions
+    return (chosen - half).square() + (rejected + half).square()
 
 
 def apo_zero(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) in (0, 2), dimensionless. APO-zero (arXiv 2408.06266), eq. 7: chosen more likely than before, rejected less."""
+    """(B,) in (0, 2), dimensionless. APO-zero (arXiv 2408.06266), eq. 7: chosen more likely than before, rejected
+    less."""
     chosen, rejected = _implicit_rewards(pairs, loss)
     return (-chosen).sigmoid() + rejected.sigmoid()                         # 1 - σ(r_c) + σ(r_r)
 
 
 def apo_down(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) in (0, 2), dimensionless. APO-down (arXiv 2408.06266), eq. 8: both less likely than before, rejected more so."""
+    """(B,) in (0, 2), dimensionless. APO-down (arXiv 2408.06266), eq. 8: both less likely than before, rejected more
+    so."""
     chosen, rejected = _implicit_rewards(pairs, loss)
     return chosen.sigmoid() + (rejected - chosen).sigmoid()                 # σ(r_c) + 1 - σ(r_c - r_r)
 
 
-# ------------------------------------------------------------------------------------------- losses of the step's distribution
+# ------------------------------------------------------------------------------------ losses of the step's distribution
 
 
 def aot(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. Alignment by optimal transport, paired (arXiv 2406.05882): policy margins against reference margins of equal rank.
+    """(B,) nats. Alignment by optimal transport, paired (arXiv 2406.05882): policy margins against reference margins of
+    equal rank.
 
-    B must be all pairs of the step and no fillers; pair weights play no part in the ranks. A pair's loss stands in its own place:
-    its policy margin against the reference margin of the same rank. (The mean is that of two sorted lists.)
+    B must be all pairs of the step and no fillers; pair weights play no part in the ranks. A pair's loss stands in its
+    own place: its policy margin against the reference margin of the same rank. (The mean is that of two sorted lists.)
     """
     chosen, rejected = pairs.reference_chosen, pairs.reference_rejected
     assert chosen is not None and rejected is not None, "aot needs the reference's log-probs"
     margin = pairs.policy_chosen - pairs.policy_rejected
-    return _cross_entropy(_number(loss.beta) * (margin - _of_equal_rank(chosen - rejected, margin)), loss.label_smoothing)
+    return _cross_entropy(_number(loss.beta) * (margin - _of_equal_rank(chosen - rejected, margin)),
+                          loss.label_smoothing)
 
 
 def aot_unpaired(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. Alignment by optimal transport, unpaired (arXiv 2406.05882): chosen against rejected log-ratios of equal rank.
+    """(B,) nats. Alignment by optimal transport, unpaired (arXiv 2406.05882): chosen against rejected log-ratios of
+    equal rank.
 
-    B must be all pairs of the step and no fillers; pair weights play no part in the ranks. A loss stands in its chosen's place.
+    B must be all pairs of the step and no fillers; pair weights play no part in the ranks. A loss stands in its
+    chosen's place.
     """
     chosen, rejected = _logratios(pairs)
     return _cross_entropy(_number(loss.beta) * (chosen - _of_equal_rank(rejected, chosen)), loss.label_smoothing)
@@ -269,27 +295,31 @@ def _of_equal_rank(values: Tensor, like: Tensor) -> Tensor:
     return values.sort(stable=True).values[ranks]
 
 
-# --------------------------------------------------------------------------------------------------- losses without a reference
+# ------------------------------------------------------------------------------------------- losses without a reference
 
 
 def sft(pairs: PairLogps, loss: LossConfig) -> Tensor:
     """(B,) nats a token: the negative log-likelihood of chosen over the step's mean chosen length.
 
-    The weighted mean over the step's pairs is the weighted token mean over its chosen completions, however they were packed.
+    The weighted mean over the step's pairs is the weighted token mean over its chosen completions, however they were
+    packed.
     """
     return -_whole(pairs)[0] / pairs.mean_chosen_tokens
 
 
 def simpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. SimPO (arXiv 2405.14734), eq. 6: reward beta/|y| · log policy(y), margin simpo_gamma in the reward's unit."""
+    """(B,) nats. SimPO (arXiv 2405.14734), eq. 6: reward beta/|y| · log policy(y), margin simpo_gamma in the reward's
+    unit."""
     chosen, rejected = _token_means(pairs)
     return -logsigmoid(_number(loss.beta) * (chosen - rejected) - _number(loss.simpo_gamma))    # -log σ(r_c - r_r - γ)
 
 
 def cpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. CPO (arXiv 2401.08417), eq. 3 with a uniform reference, plus cpo_alpha · sft. label_smoothing as in cDPO.
+    """(B,) nats. CPO (arXiv 2401.08417), eq. 3 with a uniform reference, plus cpo_alpha · sft. label_smoothing as in
+    cDPO.
 
-    The likelihood term is a token mean, as in the authors' code and TRL, where the paper writes sums over the completion.
+    The likelihood term is a token mean, as in the authors' code and TRL, where the paper writes sums over the
+    completion.
     """
     chosen, rejected = _whole(pairs)
     preference = _cross_entropy(_number(loss.beta) * (chosen - rejected), loss.label_smoothing)
@@ -297,7 +327,8 @@ def cpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def orpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. ORPO (arXiv 2403.07691), eq. 6 and 7: sft + orpo_lambda · -log σ(log odds ratio), probabilities a token's mean.
+    """(B,) nats. ORPO (arXiv 2403.07691), eq. 6 and 7: sft + orpo_lambda · -log σ(log odds ratio), probabilities a
+    token's mean.
 
     The likelihood term covers completion tokens only; TRL's also covers the prompt's.
     """
@@ -308,9 +339,11 @@ def orpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 def _log_odds(logp: Tensor) -> Tensor:
     """(B,) nats: log(p / (1 - p)) from log p ≤ 0, to full precision at both ends (eq. 4)."""
-    logp = logp.clamp(max=-(2.0 ** -24))                                    # p = 1 within fp32: large odds instead of infinite ones
+    # p = 1 within fp32: large odds instead of infinite ones
+    logp = logp.clamp(max=-(2.0 ** -24))
     half = math.log(0.5)
-    log_rest = torch.where(logp < half, torch.log1p(-logp.clamp(max=half).exp()), (-torch.expm1(logp.clamp(min=half))).log())
+    log_rest = torch.where(logp < half, torch.log1p(-logp.clamp(max=half).exp()),
+                           (-torch.expm1(logp.clamp(min=half))).log())
     return logp - log_rest
 
 

@@ -1,6 +1,8 @@
-"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out, and nothing else.
+"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out, and nothing
+else.
 
-With reference.mode=ahead it goes through them in the order in which training asks, and its run.dir lies in the trainer's.
+With reference.mode=ahead it goes through them in the order in which training asks, and its run.dir lies in the
+trainer's.
 """
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ SECONDS_BETWEEN_LOOKS = 1.0
 def score(config: RunConfig, world: World, terminal: Terminal) -> None:
     preemption.listen()
     if not config.loss.needs_reference:
-        raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another loss")
+        raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another "
+                        "loss")
     if config.reference.mode == "ahead":
         _score_ahead(config, world, terminal)
     else:
@@ -40,7 +43,8 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 
 def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """What training will ask for, in that order. The lock shows it that this is alive, and its own shows this when it has gone."""
+    """What training will ask for, in that order. The lock shows it that this is alive, and its own shows this when it
+    has gone."""
     folder, t = Path(config.run_dir), config.train
     with ExitStack() as alive:
         world.on_main(lambda: _begin(folder, alive))
@@ -48,7 +52,8 @@ def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
         order = make_sampler(inputs.train, t, config.data.group_by_prompt)
         scoring_order = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
         look = _end_with(folder.parent) if world.is_main else (lambda: None)
-        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=scoring_order, progress=look)))
+        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=scoring_order,
+                                    progress=look)))
         world.on_main(RunDir(folder).mark_done)
 
 

@@ -1,4 +1,5 @@
-"""One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same (law 4)."""
+"""One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same
+(law 4)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,13 +24,15 @@ from dpo_dist.runtime.world import World
 from dpo_dist.sizing.flops import Flops, StepWork
 from dpo_dist.types import PackedBatch, PairLogps, TokenizedPair
 
-PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", "strength",
+PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens",
+            "rejected_tokens", "strength",
             "wpo_weight", "kl_per_token", "chosen_drift_per_token")
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A rank's packs of one step, and what the whole step is: facts known from the data alone, so no rank has to ask another."""
+    """A rank's packs of one step, and what the whole step is: facts known from the data alone, so no rank has to ask
+    another."""
 
     batches: tuple[PackedBatch, ...]
     positions: tuple[tuple[int, ...], ...]       # of each pack's pairs in the step; empty for a filler
@@ -40,8 +43,8 @@ class StepBatches:
 
 def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world: World, tokens_per_microbatch: int,
                  flops: Flops, reference: ReferenceEngine | None = None) -> StepBatches:
-    """This rank's packs of the step made of `pair_ids`, with the reference's values where it has them at hand; `flops` are of a forward and
-    backward (or whatever is to be counted)."""
+    """This rank's packs of the step made of `pair_ids`, with the reference's values where it has them at hand; `flops`
+    are of a forward and backward (or whatever is to be counted)."""
     shapes = pairs.shapes(pair_ids) if loss.uses_rejected else _chosen_alone(pairs.shapes(pair_ids))
     weights = np.asarray(pairs.weight[pair_ids], dtype=np.float64)
     share = loss.ld_alpha is None
@@ -61,7 +64,8 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
-    """The pair as far as the loss looks at it: one that ignores the rejected completion gets the chosen one twice, computed once."""
+    """The pair as far as the loss looks at it: one that ignores the rejected completion gets the chosen one twice,
+    computed once."""
     return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
 
 
@@ -97,7 +101,8 @@ def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatc
             total += share.detach()
             sums.add(pairs, per_pair, weight)
         else:
-            per_pair, chosen_slope, rejected_slope = (values[list(step.positions[i])].to(world.device) for values in slopes)
+            per_pair, chosen_slope, rejected_slope = (values[list(step.positions[i])].to(world.device)
+                                                      for values in slopes)
             share = _linear(pairs, chosen_slope, rejected_slope)
             total += per_pair.sum() / step.total_weight
             if step.positions[i]:
@@ -117,13 +122,15 @@ def _linear(pairs: PairLogps, chosen_slope: Tensor, rejected_slope: Tensor) -> T
 
 def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig,
                        world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """For losses that sort over the step: (per-pair loss, d loss / d chosen, d loss / d rejected), each (P,) in the step's order.
+    """For losses that sort over the step: (per-pair loss, d loss / d chosen, d loss / d rejected), each (P,) in the
+    step's order.
 
-    A first forward without gradient finds every pair's log-probs; the loss of them all gives each pair's slope; the second forward
-    then needs only those numbers. One forward more, and exact on any number of ranks and packs.
+    A first forward without gradient finds every pair's log-probs; the loss of them all gives each pair's slope; the
+    second forward then needs only those numbers. One forward more, and exact on any number of ranks and packs.
     """
     with policy.evaluating():
-        found = [forward_pairs(policy, reference, b, loss, step.mean_chosen_tokens, world.device)[0] for b in step.batches]
+        found = [forward_pairs(policy, reference, b, loss, step.mean_chosen_tokens, world.device)[0]
+                 for b in step.batches]
     whole = gather_pairs(found, step.positions, step.mean_chosen_tokens, world)
     chosen, rejected = whole.policy_chosen.requires_grad_(), whole.policy_rejected.requires_grad_()
     per_pair = preference_loss(replace(whole, policy_chosen=chosen, policy_rejected=rejected), loss)
@@ -131,14 +138,17 @@ def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: 
     return per_pair.detach(), chosen_slope, rejected_slope
 
 
-def gather_pairs(found: Sequence[PairLogps], positions: Sequence[Sequence[int]], mean_chosen_tokens: float, world: World) -> PairLogps:
-    """All ranks' pairs as one PairLogps on the CPU, in the order of their positions; fillers left out. All ranks call it."""
+def gather_pairs(found: Sequence[PairLogps], positions: Sequence[Sequence[int]], mean_chosen_tokens: float,
+                 world: World) -> PairLogps:
+    """All ranks' pairs as one PairLogps on the CPU, in the order of their positions; fillers left out. All ranks call
+    it."""
     mine = [(list(at), {k: None if (v := getattr(p, k)) is None else v.detach().cpu().numpy() for k in PER_PAIR})
             for at, p in zip(positions, found, strict=True) if at]
     parts = [part for rank in world.gather(mine) for part in rank]
     order = np.argsort(np.concatenate([at for at, _ in parts]))
 
     def whole(name: str) -> Any:
-        return None if parts[0][1][name] is None else torch.from_numpy(np.concatenate([values[name] for _, values in parts])[order])
+        return None if parts[0][1][name] is None else torch.from_numpy(np.concatenate([values[name] for _,
+                                                                                       values in parts])[order])
 
     return PairLogps(mean_chosen_tokens=mean_chosen_tokens, **{name: whole(name) for name in PER_PAIR})

@@ -1,4 +1,5 @@
-"""Step 0 is a gate (law 6): before the first update, the log-probs must be what they claim to be, or the run stops and names pairs."""
+"""Step 0 is a gate (law 6): before the first update, the log-probs must be what they claim to be, or the run stops and
+names pairs."""
 from __future__ import annotations
 
 import numpy as np
@@ -17,7 +18,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}      # nats a token, mea
 PROBED_PAIRS = 3
 
 
-def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, pair_ids: np.ndarray, pairs: PairStore,
+def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, pair_ids: np.ndarray,
+                 pairs: PairStore,
                  dtype: torch.dtype, world: World) -> None:
     """Both checks; `reference` is None where there is none, or where it does not start from the policy's weights."""
     check_packing(policy, pairs, pair_ids, dtype)
@@ -28,8 +30,8 @@ def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBa
 def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype: torch.dtype) -> None:
     """Raises where a packed, chunked forward and the model's own plain forward disagree on the step's shortest pairs.
 
-    This holds the positions, the branches, the completion mask and the head against one sequence after another. Attention itself was held
-    against the architecture's own before (models/load.py).
+    This holds the positions, the branches, the completion mask and the head against one sequence after another.
+    Attention itself was held against the architecture's own before (models/load.py).
     """
     lengths = pairs.lengths()[pair_ids].sum(1)
     probed = [int(i) for i in pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]]]
@@ -51,7 +53,8 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
             "set model.attention=padded; if that does not help either, this is a fault of dpo-dist: please report it")
 
 
-def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, pairs: PairStore, dtype: torch.dtype, world: World) -> None:
+def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, pairs: PairStore, dtype: torch.dtype,
+                world: World) -> None:
     """Raises where policy and reference start from the same weights and a log-prob of the first step still differs."""
     errors: list[tuple[float, str]] = []
     reference.wait_for(step.batches)
@@ -60,13 +63,16 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
             tokens = policy.token_logps(batch)
             on_device = batch.to(tokens.logps.device)
             difference = (tokens.logps - reference.token_logps(batch).to(tokens.logps.device)).abs()
-            mean = torch.zeros(on_device.n_sequences, device=difference.device).index_add(0, on_device.sequence, difference) / on_device.lengths
+            mean = torch.zeros(on_device.n_sequences, device=difference.device).index_add(0, on_device.sequence,
+                                                                                          difference) / on_device.lengths
             worst = torch.maximum(mean[on_device.chosen], mean[on_device.rejected]).tolist()
             if positions:
                 errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]
     everywhere = [e for rank in world.gather(errors) for e in rank]
-    _refuse(everywhere, dtype, "policy and reference start from the same weights, but their log-probs differ, so the first margins are not 0",
-            "the cached reference values do not belong to these tokens and weights: remove reference.cache_dir, or set reference.mode=live")
+    _refuse(everywhere, dtype, "policy and reference start from the same weights, but their log-probs differ, so the "
+                               "first margins are not 0",
+            "the cached reference values do not belong to these tokens and weights: remove reference.cache_dir, or set "
+            "reference.mode=live")
 
 
 def _refuse(errors: list[tuple[float, str]], dtype: torch.dtype, what: str, remedy: str) -> None:
@@ -74,5 +80,5 @@ def _refuse(errors: list[tuple[float, str]], dtype: torch.dtype, what: str, reme
     bad = sorted((e for e in errors if not e[0] <= bound), key=lambda e: -e[0])
     if bad:
         worst = "; ".join(f"{where}: {error:.4g} nats a token" for error, where in bad[:5])
-        raise UserError(f"stopped at step 0: {what}. {len(bad)} of {len(errors)} checked are off by more than {bound} nats a token. "
-                        f"Worst: {worst}. Remedy: {remedy}")
+        raise UserError(f"stopped at step 0: {what}. {len(bad)} of {len(errors)} checked are off by more than {bound} "
+                        f"nats a token. Worst: {worst}. Remedy: {remedy}")

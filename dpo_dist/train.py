@@ -1,4 +1,5 @@
-"""The training run, top to bottom. Also what torchrun is pointed at: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
+"""The training run, top to bottom. Also what torchrun is pointed at: torchrun --nproc-per-node 8 -m dpo_dist.train
+[overrides]."""
 from __future__ import annotations
 
 import sys
@@ -41,7 +42,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     config = without_auto(config, inputs, world, terminal)
-    run_dir, sampler = RunDir(Path(config.run_dir)), make_sampler(inputs.train, config.train, config.data.group_by_prompt)
+    run_dir, sampler = RunDir(Path(config.run_dir)), make_sampler(inputs.train, config.train,
+                                                                  config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
@@ -83,9 +85,11 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 row, sums = (sums, clock.interval()), MetricSums(config.loss, world.device)
             log.add(StepResults.of(step, lr, not_finite, grad_norm, row))
             signal = world.max(preemption.received())
-            saves, evaluates = bool(signal) or run.is_due(config.train.save_every_steps, step), run.evaluates_after(step)
+            saves, evaluates = bool(signal) or run.is_due(config.train.save_every_steps,
+                                                          step), run.evaluates_after(step)
             if saves or evaluates:
-                log.catch_up()                           # nothing is saved, or called the last, before it is known to be sound
+                # nothing is saved, or called the last, before it is known to be sound
+                log.catch_up()
             if saves:
                 run.save(step, sums)
             if signal:
@@ -119,8 +123,10 @@ class Run:
     def batches(self, step: int) -> StepBatches:
         """This rank's packs of a step."""
         flops = self.inputs.flops.training(frozen_base=self.config.model.lora.rank > 0)
-        return step_batches(self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
-                            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
+        return step_batches(self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs,
+                                                                          self.config.train.max_steps),
+                            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops,
+                            self.reference)
 
     def is_due(self, every: int | None, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is done after this one."""
@@ -130,7 +136,8 @@ class Run:
         return step == 0 or self.is_due(self.config.train.eval_every_steps, step)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The means over the held-out pairs, also as a row of metrics; empty where there are none. All ranks call it."""
+        """The means over the held-out pairs, also as a row of metrics; empty where there are none. All ranks call
+        it."""
         means = evaluate_run(self.config, self.inputs, self.policy, self.reference, self.world)
         if means:
             self.tracker.log({"step": step, "split": "eval", **means})
@@ -139,7 +146,8 @@ class Run:
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""
         state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world))
-        save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state, self.config.train.keep_checkpoints, self.world)
+        save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state,
+                        self.config.train.keep_checkpoints, self.world)
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:
@@ -148,10 +156,12 @@ def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Chec
 
 
 def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
-    """(held-out means before training, those after the steps that are done), once the checks of step 0 are passed. All ranks call it."""
+    """(held-out means before training, those after the steps that are done), once the checks of step 0 are passed. All
+    ranks call it."""
     config, inputs, world = run.config, run.inputs, run.world
     if config.reference.outside:
-        if config.reference.mode == "ahead" and run.reference is not None:       # audited where it scores, before its first value
+        # audited where it scores, before its first value
+        if config.reference.mode == "ahead" and run.reference is not None:
             run.reference.wait_for(run.batches(min(done + 1, run.total)).batches)
             world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
         world.on_main(lambda: add_parity(run.run_dir))
@@ -162,7 +172,8 @@ def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, 
         means = run.evaluate(0)
         return means, means
     if run.evaluates_after(done):
-        if world.on_main(lambda: last_step(run.run_dir.metrics, "eval")) != done:     # ended between saving and evaluating
+        # ended between saving and evaluating
+        if world.on_main(lambda: last_step(run.run_dir.metrics, "eval")) != done:
             return {}, run.evaluate(done)
         if done == run.total:
             return {}, evaluate_run(config, inputs, run.policy, run.reference, world)
@@ -170,7 +181,8 @@ def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, 
 
 
 def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sums: MetricSums, log: StepLog) -> None:
-    """Returns once the reference's values of the step are there. Where they do not come, the steps made until now are saved first."""
+    """Returns once the reference's values of the step are there. Where they do not come, the steps made until now are
+    saved first."""
     if run.reference is None:
         return
     try:
@@ -185,7 +197,8 @@ def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sum
 def tell_results(terminal: Terminal, run: Run, before: dict[str, float], after: dict[str, float], model: Path) -> None:
     """The held-out table, and where everything is."""
     if after:
-        rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"] for name, value in after.items()]
+        rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"] for name,
+                value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
     terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 

@@ -1,4 +1,5 @@
-"""The nouns of the data, in the order in which they come to be: PreferenceRow → TokenizedPair → PackedBatch → PairLogps."""
+"""The nouns of the data, in the order in which they come to be: PreferenceRow → TokenizedPair → PackedBatch →
+PairLogps."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ Message = dict[str, Any]                     # {"role": "user", "content": "..."
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """One judgment as read from a file. Either messages (a prompt, then one chosen and one rejected continuation) or token ids."""
+    """One judgment as read from a file. Either messages (a prompt, then one chosen and one rejected continuation) or
+    token ids."""
 
     prompt: tuple[Message, ...] | str        # str: one turn under a chat template, plain text without one
     chosen: tuple[Message, ...] | str
@@ -28,7 +30,8 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A prompt and its two completions as token ids. Completions end with the end-of-turn token and share nothing but the prompt."""
+    """A prompt and its two completions as token ids. Completions end with the end-of-turn token and share nothing but
+    the prompt."""
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
@@ -48,7 +51,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt of the pack and the completions that continue it: each sees the prompt and itself, never its siblings."""
+    """A prompt of the pack and the completions that continue it: each sees the prompt and itself, never its
+    siblings."""
 
     prompt: Span
     branches: tuple[Span, ...]
@@ -56,10 +60,11 @@ class Tree:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One forward: a forest of trees laid end to end, without padding. T tokens, N completion tokens, S sequences, B pairs.
+    """One forward: a forest of trees laid end to end, without padding. T tokens, N completion tokens, S sequences, B
+    pairs.
 
-    A sequence is one (prompt, completion); a pair names two of them. A pair may appear with weight 0: a filler that keeps the
-    number of forwards equal on all ranks.
+    A sequence is one (prompt, completion); a pair names two of them. A pair may appear with weight 0: a filler that
+    keeps the number of forwards equal on all ranks.
     """
 
     input_ids: Tensor                        # (1, T) int64
@@ -75,7 +80,8 @@ class PackedBatch:
     pair_ids: tuple[int, ...]                # (B,) the pairs' indexes in the data set
     weight: Tensor                           # (B,) float32
     strength: Tensor                         # (B,) float32, NaN where the data does not say
-    reference: Tensor | None = None          # (N,) float32, nats: the reference's log-probs, where they are known when the pack is made
+    # (N,) float32, nats: the reference's log-probs, where they are known when the pack is made
+    reference: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -109,15 +115,17 @@ class TokenLogps:
     """What the model says of a pack's N completion tokens."""
 
     logps: Tensor                            # (N,) float32, nats: log p(target | what it sees)
-    log_collision: Tensor | None = None      # (N,) float32, nats: log of the sum over the vocabulary of p², no gradient (for WPO)
+    # (N,) float32, nats: log of the sum over the vocabulary of p², no gradient (for WPO)
+    log_collision: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PairLogps:
     """What a loss sees: B pairs' summed log-probs in nats, and what the step as a whole is.
 
-    reference_* are None for losses without a reference. A mean over the step is sum(weight · loss) / sum(weight); a loss that is
-    a token mean over the step (sft) divides by `mean_chosen_tokens`, so that the same sum gives it exactly.
+    reference_* are None for losses without a reference. A mean over the step is sum(weight · loss) / sum(weight); a
+    loss that is a token mean over the step (sft) divides by `mean_chosen_tokens`, so that the same sum gives it
+    exactly.
     """
 
     policy_chosen: Tensor                    # (B,) nats, sum over the completion's tokens
@@ -131,5 +139,7 @@ class PairLogps:
     wpo_weight: Tensor | None = None         # (B,) in (0, 1], no gradient: how likely the pair is under the policy
     whole_chosen: Tensor | None = None       # (B,) only with ld_alpha: policy_chosen with every token counted in full,
     whole_rejected: Tensor | None = None     # (B,)   for a mixture's terms that do not use ld_alpha (sft)
-    kl_per_token: Tensor | None = None       # (B,) nats, no gradient; where there is a reference: how far the policy went from it, ...
-    chosen_drift_per_token: Tensor | None = None     # (B,) ... and how much likelier the chosen completion became; see logps.drift
+    # (B,) nats, no gradient; where there is a reference: how far the policy went from it, ...
+    kl_per_token: Tensor | None = None
+    # (B,) ... and how much likelier the chosen completion became; see logps.drift
+    chosen_drift_per_token: Tensor | None = None

@@ -1,4 +1,5 @@
-"""What the house's rules are, and what breaks them: `violations` of a package's source, which test_architecture.py asks for."""
+"""What the house's rules are, and what breaks them: `violations` of a package's source, which test_architecture.py asks
+for."""
 from __future__ import annotations
 
 import ast
@@ -31,7 +32,8 @@ ONLY_IN = {
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
-TORCH_FREE = ("config", "sizing", "launcher", "runtime.child_process", "runtime.files", "runtime.lock", "runtime.preemption",
+TORCH_FREE = ("config", "sizing", "launcher", "runtime.child_process", "runtime.files", "runtime.lock",
+              "runtime.preemption",
               "runtime.run_dir", "runtime.terminal")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
@@ -59,8 +61,9 @@ def modules(package: Path) -> dict[str, Module]:
 
 
 def imports(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, str]]:
-    """(line, whole name) of every module that is imported, wherever in the file and by whatever spelling: `import a.b as c`,
-    `from a import b` where b is a module, `from . import b`, `import_module("a.b")`, `torch.distributed` by attribute."""
+    """(line, whole name) of every module that is imported, wherever in the file and by whatever spelling: `import a.b
+    as c`, `from a import b` where b is a module, `from . import b`, `import_module("a.b")`, `torch.distributed` by
+    attribute."""
     package = "dpo_dist"
     whole = f"{package}.{module.name}".rstrip(".")
     folder = whole if module.path.name == "__init__.py" else whole.rpartition(".")[0]
@@ -80,12 +83,15 @@ def imports(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, str
                 inner = f"{base}.{alias.name}"
                 is_module = inner.removeprefix(f"{package}.") in known if inner.startswith(f"{package}.") else inner == "torch.distributed"
                 yield node.lineno, inner if is_module else base
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0],
+                                                                     ast.Constant) and isinstance(node.args[0].value,
+                                                                                                  str):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
                 yield node.lineno, node.args[0].value
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.Attribute) and node.attr == "distributed" and getattr(node.value, "id", None) in torch_names:
+        if isinstance(node, ast.Attribute) and node.attr == "distributed" and getattr(node.value, "id",
+                                                                                      None) in torch_names:
             yield node.lineno, "torch.distributed"
 
 
@@ -124,7 +130,8 @@ def _breaches(module: Module, imported: str) -> Iterator[str]:
 
 def torch_free(package: Path) -> list[str]:
     """The modules that must not import torch."""
-    return [name for name in modules(package) if any(name == room or name.startswith(f"{room}.") for room in TORCH_FREE)]
+    return [name for name in modules(package)
+            if any(name == room or name.startswith(f"{room}.") for room in TORCH_FREE)]
 
 
 def slow_imports(package: Path) -> list[str]:

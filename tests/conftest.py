@@ -25,14 +25,16 @@ REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
 
 
-def write_rows(path: Path, n: int, vocabulary: int = 64, seed: int = 0, longest: int = 24) -> list[dict[str, list[int]]]:
+def write_rows(path: Path, n: int, vocabulary: int = 64, seed: int = 0,
+               longest: int = 24) -> list[dict[str, list[int]]]:
     """Writes n token_ids rows of uneven lengths, and returns them."""
     r = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
         return [r.randrange(3, vocabulary) for _ in range(r.randint(low, high))]
 
-    rows = [{"prompt_ids": ids(2, longest), "chosen_ids": [*ids(1, longest), 1], "rejected_ids": [*ids(1, longest), 1]} for _ in range(n)]
+    rows = [{"prompt_ids": ids(2, longest), "chosen_ids": [*ids(1, longest), 1], "rejected_ids": [*ids(1, longest), 1]}
+            for _ in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -48,7 +50,8 @@ def write_tiny_llama(folder: Path, seed: int = 0, dtype: str = "float32", **chan
 
 
 def write_tiny_qwen2(folder: Path, seed: int = 0, **changes: object) -> Path:
-    """Saves a random Qwen2 (biases in its projections) of the same shape; its biases are not zero, as in a trained one."""
+    """Saves a random Qwen2 (biases in its projections) of the same shape; its biases are not zero, as in a trained
+    one."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -62,16 +65,19 @@ def write_tiny_qwen2(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 
 _TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.2,
+         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
+         "initializer_range": 0.2,
          "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
-def dpo_dist(*words: object, code: int = 0, timeout: int = 300, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs the real command in a process of its own and checks its exit code. fresh: a new interpreter, not one that is forked from the
-    template (template.py)."""
+def dpo_dist(*words: object, code: int = 0, timeout: int = 300,
+             fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a process of its own and checks its exit code. fresh: a new interpreter, not one that is
+    forked from the template (template.py)."""
     command, environment = ["dpo_dist.launcher.cli", *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
     if fresh:
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=REPO)
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=timeout,
+                              env=environment, cwd=REPO)
     else:
         done = template().run(command, environment, REPO, timeout)
     assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
@@ -98,7 +104,8 @@ def metrics(run_dir: Path, split: str = "train") -> list[dict[str, float]]:
 @pytest.fixture
 def base(tmp_path: Path) -> list[str]:
     """Overrides that keep a run small, in fp32, on the CPU, and inside tmp_path."""
-    return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={tmp_path / 'tokens'}", f"reference.cache_dir={tmp_path / 'reference'}",
+    return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={tmp_path / 'tokens'}",
+            f"reference.cache_dir={tmp_path / 'reference'}",
             "cluster.procs_per_node=1", "cluster.timeout_seconds=60", "data.max_length=256"]
 
 

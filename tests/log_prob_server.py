@@ -1,7 +1,9 @@
-"""A real HTTP server that answers /v1/completions as vLLM does, with the log-probs of a tiny model, and with faults when told to.
+"""A real HTTP server that answers /v1/completions as vLLM does, with the log-probs of a tiny model, and with faults
+when told to.
 
-In a test's process: `with LogProbServer(folder) as server: server.url`. As a process of its own, to be killed: python tests/log_prob_server.py
---model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered FILE] [--killed-after N] [--joins-a-group PORT].
+In a test's process: `with LogProbServer(folder) as server: server.url`. As a process of its own, to be killed: python
+tests/log_prob_server.py --model FOLDER --port PORT [--host HOST] [--name NAME] [--seconds-a-request S] [--answered
+FILE] [--killed-after N] [--joins-a-group PORT].
 """
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ Answer = dict[str, Any]
 
 
 class LogProbServer(ThreadingHTTPServer):
-    """`fault(n, answer)` may change the n-th request's answer, or send something else altogether by raising Say; `requests` are those that
-    came, `answered` the sequences that were answered: noted before the answer goes out, so that whoever has it finds them there."""
+    """`fault(n, answer)` may change the n-th request's answer, or send something else altogether by raising Say;
+    `requests` are those that came, `answered` the sequences that were answered: noted before the answer goes out, so
+    that whoever has it finds them there."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -64,7 +67,8 @@ class LogProbServer(ThreadingHTTPServer):
         """What was noted last has gone out."""
 
     def complete(self, request: dict[str, Any]) -> Answer:
-        choices = [{"index": i, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": self.prompt_logprobs(prompt)}
+        choices = [{"index": i, "text": "", "logprobs": None, "finish_reason": "length",
+                    "prompt_logprobs": self.prompt_logprobs(prompt)}
                    for i, prompt in enumerate(request["prompt"])]
         return {"id": "cmpl-1", "object": "text_completion", "model": self.name, "choices": choices}
 
@@ -86,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
     server: LogProbServer
 
     def do_GET(self) -> None:
-        models = {"object": "list", "data": [{"id": self.server.name, "object": "model", "max_model_len": self.server.max_model_len}]}
+        models = {"object": "list", "data": [{"id": self.server.name, "object": "model",
+                                              "max_model_len": self.server.max_model_len}]}
         self.say(200, {"/version": {"version": self.server.version}, "/v1/models": models, "/health": {}}[self.path])
 
     def do_POST(self) -> None:
@@ -109,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(instead.body)
             self.close_connection = True
             return None
-        with self.server.lock:                               # what is noted and what is sent are the same whenever the lock is free
+        # what is noted and what is sent are the same whenever the lock is free
+        with self.server.lock:
             self.server.note([tuple(prompt) for prompt in request["prompt"]])
             self.say(200, answer)
             self.server.sent()
@@ -128,8 +134,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Reporting(LogProbServer):
-    """Notes the answered sequences in a file, a line each, so that they outlive the process; and is killed, without warning but never
-    between a note and its answer, once it has answered so many."""
+    """Notes the answered sequences in a file, a line each, so that they outlive the process; and is killed, without
+    warning but never between a note and its answer, once it has answered so many."""
 
     def __init__(self, answered_file: Path, killed_after: float, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -164,7 +170,8 @@ if __name__ == "__main__":
     parser.add_argument("--joins-a-group", type=int)
     told = parser.parse_args()
     if told.joins_a_group:                   # of one process, as vLLM's workers do
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{told.joins_a_group}", timedelta(seconds=10), world_size=1, rank=0)
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{told.joins_a_group}", timedelta(seconds=10),
+                                             world_size=1, rank=0)
     server = Reporting(told.answered, told.killed_after, told.model, told.port, told.name, host=told.host)
     server.seconds_a_request = told.seconds_a_request
     server.serve_forever()

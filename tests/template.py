@@ -1,8 +1,10 @@
-"""A process that has imported everything, and forks the processes of a command: what `dpo_dist(...)` of conftest.py runs on.
+"""A process that has imported everything, and forks the processes of a command: what `dpo_dist(...)` of conftest.py
+runs on.
 
-Importing torch, transformers and DeepSpeed takes five seconds a process, which is most of a short run. A forked process has done that
-already. All else is real: the launcher, its ranks in sessions of their own, their logs, signals and exit codes. Only
-`python -m dpo_dist...` is forked instead of started; what only a fresh process can show is tested with one (`fresh=True`).
+Importing torch, transformers and DeepSpeed takes five seconds a process, which is most of a short run. A forked process
+has done that already. All else is real: the launcher, its ranks in sessions of their own, their logs, signals and exit
+codes. Only `python -m dpo_dist...` is forked instead of started; what only a fresh process can show is tested with one
+(`fresh=True`).
 
     python tests/template.py SOCKET        serves until its standard input is closed
 """
@@ -26,8 +28,10 @@ FORKED = ("dpo_dist.launcher.cli", "dpo_dist.launcher.node", "dpo_dist.runtime.r
 IMPORTED = ("torch", "torch._dynamo", "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
             "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
             "transformers.models.qwen2.modeling_qwen2", "deepspeed", "peft", "accelerate", "torch.utils.tensorboard",
-            "dpo_dist.train", "dpo_dist.score", "dpo_dist.evaluate", "dpo_dist.export", "dpo_dist.policy.zero", "dpo_dist.reference.zero",
-            "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm", "dpo_dist.run.tracking.tensorboard", "dpo_dist.launcher.cli",
+            "dpo_dist.train", "dpo_dist.score", "dpo_dist.evaluate", "dpo_dist.export", "dpo_dist.policy.zero",
+            "dpo_dist.reference.zero",
+            "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm", "dpo_dist.run.tracking.tensorboard",
+            "dpo_dist.launcher.cli",
             "dpo_dist.launcher.node")
 start_process = subprocess.Popen
 
@@ -35,7 +39,8 @@ start_process = subprocess.Popen
 class ForkedProcess:
     """As subprocess.Popen of `python -m MODULE words`, as far as the launcher uses it."""
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any, new_session: bool):
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any,
+                 new_session: bool):
         self.args, self.returncode = words, None
         sys.stdout.flush()
         sys.stderr.flush()
@@ -151,19 +156,22 @@ class Template:
 
     def __init__(self, folder: Path, environment: Mapping[str, str]):
         self._folder, self._socket, self._count = folder, str(folder / "socket"), 0
-        self._process = start_process([sys.executable, __file__, self._socket], stdin=subprocess.PIPE, env=dict(environment))
+        self._process = start_process([sys.executable, __file__, self._socket], stdin=subprocess.PIPE,
+                                      env=dict(environment))
         while not Path(self._socket).exists():
             assert self._process.poll() is None, "the template did not start"
             select.select([], [], [], 0.05)
 
-    def run(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    def run(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path,
+            timeout: float) -> subprocess.CompletedProcess[str]:
         """What `python -m` with these words does and prints."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self._socket)
             connection.settimeout(timeout)
-            request = {"words": list(words), "environment": dict(environment), "cwd": str(cwd), "stdout": str(out), "stderr": str(err)}
+            request = {"words": list(words), "environment": dict(environment), "cwd": str(cwd), "stdout": str(out),
+                       "stderr": str(err)}
             connection.sendall(json.dumps(request).encode() + b"\n")
             answers = connection.makefile()
             pid = int(answers.readline())

@@ -1,4 +1,5 @@
-"""The house keeps its shape: imports run downward only, and heavy libraries stay in the rooms that need them. The rules: architecture.py."""
+"""The house keeps its shape: imports run downward only, and heavy libraries stay in the rooms that need them. The
+rules: architecture.py."""
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,5 @@
-"""What adding a variant touches: its own file or files, its YAML, one line of a table. Each is added to a copy of the house, and used."""
+"""What adding a variant touches: its own file or files, its YAML, one line of a table. Each is added to a copy of the
+house, and used."""
 from __future__ import annotations
 
 import shutil
@@ -33,12 +34,14 @@ def add_line(house: Path, file: str, before: str, line: str) -> None:
 def touched(house: Path) -> set[str]:
     files = [path for path in house.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {str(path.relative_to(house)) for path in files
-            if not (REPO / path.relative_to(house)).exists() or path.read_bytes() != (REPO / path.relative_to(house)).read_bytes()}
+            if not (REPO / path.relative_to(house)).exists()
+            or path.read_bytes() != (REPO / path.relative_to(house)).read_bytes()}
 
 
 def run(house: Path, *words: str, code: int = 0) -> str:
     """What the copy's own command says."""
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], cwd=house, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], cwd=house, capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -47,7 +50,8 @@ def run(house: Path, *words: str, code: int = 0) -> str:
 def words(tmp_path: Path) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 8)
-    return [f"model.path={tmp_path / 'm'}", f"data.train={tmp_path / 'rows.jsonl'}", "cluster.device=cpu", "model.dtype=fp32", "zero=none",
+    return [f"model.path={tmp_path / 'm'}", f"data.train={tmp_path / 'rows.jsonl'}", "cluster.device=cpu",
+            "model.dtype=fp32", "zero=none",
             "train.pairs_per_step=4", "train.max_steps=1", f"data.cache_dir={tmp_path / 'tokens'}",
             f"reference.cache_dir={tmp_path / 'reference'}", f"run.dir={tmp_path / 'run'}"]
 
@@ -88,16 +92,20 @@ class Constant(ReferenceEngine):
 engine: constant                # says the same of every token
 nats: -1.0                      # what it says
 """)
-    add_line(house, "dpo_dist/config/engines/__init__.py", "ENGINES: dict", '    "constant": __import__("dpo_dist.config.engines.constant", '
+    add_line(house, "dpo_dist/config/engines/__init__.py", "ENGINES: dict",
+             '    "constant": __import__("dpo_dist.config.engines.constant", '
              'fromlist=["ConstantConfig"]).ConstantConfig,')
-    assert touched(house) == {"dpo_dist/config/engines/constant.py", "dpo_dist/config/engines/__init__.py", "dpo_dist/reference/constant.py",
+    assert touched(house) == {"dpo_dist/config/engines/constant.py", "dpo_dist/config/engines/__init__.py",
+                              "dpo_dist/reference/constant.py",
                               "conf/reference/constant.yaml"}
     assert "reference.nats=-1.0" in run(house, "train", "--help")
-    assert "reference.nats=-10.0 must be between -9 and 0" in run(house, "plan", *words, "reference=constant", "reference.nats=-10", code=2)
+    assert "reference.nats=-10.0 must be between -9 and 0" in run(house, "plan", *words, "reference=constant",
+                                                                  "reference.nats=-10", code=2)
     assert "it goes with reference=constant" in run(house, "plan", *words, "reference.nats=-2", code=2)
     assert "scored 16, cached 0" in run(house, "score", *words, "reference=constant")
     assert "scored 0, cached 16" in run(house, "score", *words, "reference=constant")
-    assert "scored 16, cached 0" in run(house, "score", *words, "reference=constant", "reference.nats=-2"), "another value, another key"
+    assert "scored 16, cached 0" in run(house, "score", *words, "reference=constant",
+                                        "reference.nats=-2"), "another value, another key"
 
 
 def test_a_loss_is_a_function_a_yaml_and_one_line(house: Path, words: list[str]):
@@ -105,7 +113,8 @@ def test_a_loss_is_a_function_a_yaml_and_one_line(house: Path, words: list[str])
     function = "def squared(pairs: PairLogps, loss: LossConfig) -> Tensor:\n    return (1 - _margin(pairs, loss)).square()\n\n\n"
     (house / "dpo_dist/losses.py").write_text(source.replace("def ipo(", function + "def ipo("))
     add_line(house, "dpo_dist/config/loss_options.py", '    "hinge"', '    "squared": LossOptions(_DIFFERENCE),')
-    add(house, "conf/loss/squared.yaml", "defaults:\n  - _base\n  - _self_\n\nname: squared   # the squared distance of the margin from 1\n")
+    add(house, "conf/loss/squared.yaml", "defaults:\n  - _base\n  - _self_\n\nname: squared   # the squared distance "
+                                         "of the margin from 1\n")
     assert touched(house) == {"dpo_dist/losses.py", "dpo_dist/config/loss_options.py", "conf/loss/squared.yaml"}
     assert "loss 1.0000" in run(house, "run", *words, "loss=squared")
 
@@ -128,14 +137,19 @@ class Shout:
     add_line(house, "dpo_dist/config/tracking.py", "TRACKERS: dict",
              'TRACKERS["shout"] = dataclass(frozen=True)(type("ShoutConfig", (TrackingConfig,), {}))')
     add(house, "conf/tracking/shout.yaml", "name: shout                     # the last step, in capitals\n")
-    assert touched(house) == {"dpo_dist/run/tracking/shout.py", "dpo_dist/config/tracking.py", "conf/tracking/shout.yaml"}
+    assert touched(house) == {"dpo_dist/run/tracking/shout.py", "dpo_dist/config/tracking.py",
+                              "conf/tracking/shout.yaml"}
     run(house, "train", *words, "tracking=shout")
     assert (tmp_path / "run" / "shouted").read_text() == "STEP 1"
 
 
 def test_a_config_key_is_a_field_and_a_line_of_yaml(house: Path, words: list[str]):
-    add_line(house, "dpo_dist/config/schema.py", "    keep_checkpoints: int", "    patience_steps: int = option(above=0)")
-    add_line(house, "conf/config.yaml", "  keep_checkpoints: 2", "  patience_steps: 10            # steps without progress")
+    add_line(house, "dpo_dist/config/schema.py", "    keep_checkpoints: int",
+             "    patience_steps: int = option(above=0)")
+    add_line(house, "conf/config.yaml", "  keep_checkpoints: 2",
+             "  patience_steps: 10            # steps without progress")
     assert touched(house) == {"dpo_dist/config/schema.py", "conf/config.yaml"}
-    assert "train.patience_steps=10" in run(house, "train", "--help") and "steps without progress" in run(house, "train", "--help")
-    assert "train.patience_steps=0 must be greater than 0" in run(house, "plan", *words, "train.patience_steps=0", code=2)
+    assert "train.patience_steps=10" in run(house, "train",
+                                            "--help") and "steps without progress" in run(house, "train", "--help")
+    assert "train.patience_steps=0 must be greater than 0" in run(house, "plan", *words, "train.patience_steps=0",
+                                                                  code=2)

@@ -1,4 +1,5 @@
-"""Where a run's processes are started: the keys that every cluster has, and each cluster's own. What starts them is in launcher/."""
+"""Where a run's processes are started: the keys that every cluster has, and each cluster's own. What starts them is in
+launcher/."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ class ClusterConfig:
     environment: dict[str, str] | None = option()
     jobs_at_once: int | None = option(above=0)
 
-    submits: ClassVar[bool] = False                # stages become jobs of a batch system, on other machines than this one
+    # stages become jobs of a batch system, on other machines than this one
+    submits: ClassVar[bool] = False
 
     def check(self, server_nodes: int) -> None:
         """UserError for what contradicts itself. server_nodes: of the reference (ReferenceConfig.server_nodes)."""
         for name in self.environment or {}:
             if not name.startswith(NETWORK_VARIABLES):
-                raise UserError(f"cluster.environment.{name} is not a setting of the network between ranks (those begin with "
-                                f"{', '.join(NETWORK_VARIABLES)}); set it in the shell, or in cluster.slurm.setup")
+                raise UserError(f"cluster.environment.{name} is not a setting of the network between ranks (those "
+                                f"begin with {', '.join(NETWORK_VARIABLES)}); set it in the shell, or in "
+                                "cluster.slurm.setup")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class LocalConfig(ClusterConfig):
     def check(self, server_nodes: int) -> None:
         super().check(server_nodes)
         if self.nodes > 1:
-            raise UserError(f"cluster.nodes={self.nodes} with cluster=local: one machine cannot start others; take cluster=slurm, or "
-                            "run launch/node.sh on each machine (or launch/hosts.sh once) and leave cluster.nodes out")
+            raise UserError(f"cluster.nodes={self.nodes} with cluster=local: one machine cannot start others; take "
+                            "cluster=slurm, or run launch/node.sh on each machine (or launch/hosts.sh once) and leave "
+                            "cluster.nodes out")
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class SlurmClusterConfig(ClusterConfig):
             raise UserError(f"cluster.slurm.container_mounts={slurm.container_mounts} does nothing without "
                             "cluster.slurm.container_image; set it")
         if slurm.server_extra and not server_nodes:
-            raise UserError(f"cluster.slurm.server_extra={list(slurm.server_extra)} is for the nodes of reference.nodes, which is not "
-                            "set; remove it, or set reference.nodes")
+            raise UserError(f"cluster.slurm.server_extra={list(slurm.server_extra)} is for the nodes of "
+                            "reference.nodes, which is not set; remove it, or set reference.nodes")
         for key, lines in (("extra", slurm.extra), ("server_extra", slurm.server_extra)):
             for line in lines:
                 if not line.startswith("-"):
-                    raise UserError(f"cluster.slurm.{key} has '{line}', which is not an option of sbatch; write it as in "
-                                    "'--cpus-per-task=16'")
+                    raise UserError(f"cluster.slurm.{key} has '{line}', which is not an option of sbatch; write it as "
+                                    "in '--cpus-per-task=16'")
 
 
 CLUSTERS: dict[str, type[ClusterConfig]] = {"local": LocalConfig, "slurm": SlurmClusterConfig}

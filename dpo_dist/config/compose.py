@@ -50,9 +50,10 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def with_groups(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them: reference.engine=zero chooses the group as reference=zero does, and experiment=FILE.yaml reads a
-    file of the user's own as if it stood in conf/experiment/."""
-    return [_own_experiment(word) if word.startswith("experiment=") else _group_of(word, overrides) for word in overrides]
+    """The overrides as Hydra takes them: reference.engine=zero chooses the group as reference=zero does, and
+    experiment=FILE.yaml reads a file of the user's own as if it stood in conf/experiment/."""
+    return [_own_experiment(word) if word.startswith("experiment=") else _group_of(word, overrides)
+            for word in overrides]
 
 
 def _group_of(word: str, overrides: Sequence[str]) -> str:
@@ -88,7 +89,7 @@ def _to_plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- what went wrong
+# ------------------------------------------------------------------------------------------------------ what went wrong
 
 
 def explain(overrides: Sequence[str], error: Exception) -> str:
@@ -105,7 +106,8 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
         if override.key_or_group in groups and isinstance(override.value(), str):
             choice = str(override.value())
             if override.key_or_group == "loss" and choice == MIXTURE:
-                return (f"loss={MIXTURE} is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set loss.name={MIXTURE} "
+                return (f"loss={MIXTURE} is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set "
+                        f"loss.name={MIXTURE} "
                         "and loss.terms={sigmoid: 1.0, sft: 0.5}")
             if choice not in groups[override.key_or_group]:
                 return f"{override.key_or_group}={choice} is not a choice: {nearest(choice, groups[override.key_or_group])}"
@@ -114,7 +116,8 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
     for override in parsed:
         if override.key_or_group not in groups and override.key_or_group not in valid:
             other = _choice_with(override.key_or_group)
-            return f"unknown key '{override.key_or_group}': " + (f"it goes with {other}" if other else nearest(override.key_or_group, valid))
+            return f"unknown key '{override.key_or_group}': " + (f"it goes with {other}" if other
+                                                                 else nearest(override.key_or_group, valid))
     return str(error).splitlines()[0]
 
 
@@ -134,12 +137,12 @@ def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _flat_keys(value, f"{prefix}{key}.")
 
 
-# ------------------------------------------------------------------------------------------------------------------- help
+# ----------------------------------------------------------------------------------------------------------------- help
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every key, read from the YAML files' own comments: those of the default configuration, and those that
-    another choice of a group brings."""
+    """(key, default, meaning) of every key, read from the YAML files' own comments: those of the default configuration,
+    and those that another choice of a group brings."""
     out: dict[str, tuple[str, str, str]] = {}
     config = conf_dir() / "config.yaml"
     defaults = dict(re.findall(r"^  - (?:optional )?(\w+): (\w+)$", config.read_text(), re.M))
@@ -147,12 +150,14 @@ def documented_keys() -> list[tuple[str, str, str]]:
         for choice in [default_choice, *choices(group)] if default_choice != "null" else []:
             for key, default, text in yaml_comments(conf_dir() / group / f"{choice}.yaml"):
                 name = f"{group}.{key}"
-                out.setdefault(name, (name, default, text if choice == default_choice else f"{text} ({group}={choice})"))
+                out.setdefault(name, (name, default,
+                                      text if choice == default_choice else f"{text} ({group}={choice})"))
     return [*out.values(), *yaml_comments(config)]
 
 
 def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
-    """(dotted key, value as written, comment) of each leaf of a YAML file, and of the files its defaults list inherits."""
+    """(dotted key, value as written, comment) of each leaf of a YAML file, and of the files its defaults list
+    inherits."""
     rows: dict[str, tuple[str, str, str]] = {}
     parents: list[tuple[int, str]] = []
     for line in path.read_text().splitlines():

@@ -15,7 +15,8 @@ from dpo_dist.config.rules import resolve_loss, validate
 from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.config.tracking import TRACKERS, TrackingConfig
 
-# Sections that come in variants, each with keys of its own: (the key that names the variant, the variants by that name).
+# Sections that come in variants, each with keys of its own: (the key that names the variant, the variants by that
+# name).
 VARIANTS: dict[Any, tuple[str, Mapping[str, Any]]] = {
     ReferenceConfig: ("engine", ENGINES), ClusterConfig: ("name", CLUSTERS), TrackingConfig: ("name", TRACKERS)}
 ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -61,7 +62,8 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
 
 
 def _decode_one_of(kinds: list[Any], value: Any, key: str) -> Any:
-    """The value as the first of these kinds that it fits. Where it fits none, the last one's error, or one that names them all."""
+    """The value as the first of these kinds that it fits. Where it fits none, the last one's error, or one that names
+    them all."""
     for kind in kinds:
         try:
             return _decode(kind, value, key)
@@ -77,20 +79,24 @@ def _decode_variant(section: Any, value: Any, key: str) -> Any:
     """The section as the variant that its own key names."""
     names, variants = VARIANTS[section]
     if not isinstance(value, Mapping):
-        raise UserError(f"{key}={value!r} must be a mapping; choose one of: {', '.join(f'{key}={name}' for name in variants)}")
+        raise UserError(f"{key}={value!r} must be a mapping; choose one of: "
+                        f"{', '.join(f'{key}={name}' for name in variants)}")
     chosen = str(value.get(names))
     if chosen not in variants:
         raise UserError(f"{key}.{names}={chosen!r} is not allowed: {nearest(chosen, variants)}")
     for name in value:
         known = [other for other, kind in variants.items() if name in {f.name for f in dataclasses.fields(kind)}]
         if known and chosen not in known:
-            raise UserError(f"unknown key '{key}.{name}': it goes with {' or '.join(f'{key}={other}' for other in known)}")
+            raise UserError(f"unknown key '{key}.{name}': it goes with "
+                            f"{' or '.join(f'{key}={other}' for other in known)}")
     try:
         return _decode_dataclass(variants[chosen], value, key)
     except UserError as error:
-        others = [other for other in variants if other != chosen and _refused_alone(variants[chosen], variants[other], value)]
+        others = [other for other in variants if other != chosen and _refused_alone(variants[chosen], variants[other],
+                                                                                    value)]
         if others:
-            raise UserError(f"{error} with {key}={chosen}; it goes with {' or '.join(f'{key}={other}' for other in others)}") from error
+            raise UserError(f"{error} with {key}={chosen}; it goes with "
+                            f"{' or '.join(f'{key}={other}' for other in others)}") from error
         raise
 
 
@@ -105,7 +111,8 @@ def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:
     if kind is DatasetConfig and isinstance(value, str):
         value = {"path": value}
     if not isinstance(value, Mapping):
-        raise UserError(f"{key}={value!r} must be a mapping with keys {', '.join(f.name for f in dataclasses.fields(kind))}")
+        raise UserError(f"{key}={value!r} must be a mapping with keys "
+                        f"{', '.join(f.name for f in dataclasses.fields(kind))}")
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}
     prefix = f"{key}." if key else ""

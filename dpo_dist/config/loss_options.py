@@ -1,4 +1,5 @@
-"""What each loss is, for whoever does not compute it: its options with their defaults, what it needs of the data, what it rewards.
+"""What each loss is, for whoever does not compute it: its options with their defaults, what it needs of the data, what
+it rewards.
 
 Torch-free, so that config errors are instant; the losses themselves are the functions of the same names in losses.py.
 """
@@ -18,17 +19,19 @@ class LossOptions:
     uses_rejected: bool = True
     needs_strength: bool = False               # how much better chosen is than rejected, of every pair
     needs_smoothing: bool = False              # label_smoothing above 0
-    # The implicit reward without a reference: the scale's option, times log policy summed over the completion or a mean of its tokens.
+    # The implicit reward without a reference: the scale's option, times log policy summed over the completion or a mean
+    # of its tokens.
     reward_scale: str | None = None
     reward_of: Literal["sum", "token mean"] = "token mean"
 
 
-# Options of the losses that compare policy and reference on single pairs: ld_alpha shortens the log-probs, wpo weights the pair.
-# In a mixture an option acts on the terms that list it, and on no other.
+# Options of the losses that compare policy and reference on single pairs: ld_alpha shortens the log-probs, wpo weights
+# the pair. In a mixture an option acts on the terms that list it, and on no other.
 _PAIR: dict[str, Any] = {"beta": 0.1, "ld_alpha": None, "wpo": False}
 
-# Under an f-divergence a completion's reward is beta f'(policy / reference) plus a term of the prompt alone. So the divergence is
-# an option of those losses in which that term cancels, those of the difference between completions (TRL draws the same line).
+# Under an f-divergence a completion's reward is beta f'(policy / reference) plus a term of the prompt alone. So the
+# divergence is an option of those losses in which that term cancels, those of the difference between completions (TRL
+# draws the same line).
 _DIFFERENCE: dict[str, Any] = {**_PAIR, "f_divergence": "reverse_kl", "f_alpha": None}
 
 LOSS_OPTIONS: dict[str, LossOptions] = {
@@ -50,6 +53,7 @@ LOSS_OPTIONS: dict[str, LossOptions] = {
     "sft": LossOptions({}, needs_reference=False, uses_rejected=False),
     "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False, reward_scale="beta"),
     "orpo": LossOptions({"orpo_lambda": 0.1}, needs_reference=False, reward_scale="orpo_lambda"),
-    "cpo": LossOptions({"beta": 0.1, "cpo_alpha": 1.0, "label_smoothing": 0.0}, needs_reference=False, reward_scale="beta",
+    "cpo": LossOptions({"beta": 0.1, "cpo_alpha": 1.0, "label_smoothing": 0.0}, needs_reference=False,
+                       reward_scale="beta",
                        reward_of="sum"),
 }

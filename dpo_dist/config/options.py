@@ -1,4 +1,5 @@
-"""How a key of the configuration is declared: its range, and what it decides. Its default and meaning stand in conf/."""
+"""How a key of the configuration is declared: its range, and what it decides. Its default and meaning stand in
+conf/."""
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""The reference's keys that every engine has, and what callers ask an engine. Each engine adds its own: config/engines/."""
+"""The reference's keys that every engine has, and what callers ask an engine. Each engine adds its own:
+config/engines/."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """What an engine is, for callers that do not know which one it is. An engine overrides what is different about it."""
+    """What an engine is, for callers that do not know which one it is. An engine overrides what is different about
+    it."""
 
     path: str | None = option(RUN)
     engine: str = option()
@@ -36,7 +38,8 @@ class ReferenceConfig:
     cache_dir: str = option()
     sync: SyncConfig = option(RUN)
 
-    is_policy: ClassVar[bool] = False              # the reference is the policy itself: no weights, no process of its own
+    # the reference is the policy itself: no weights, no process of its own
+    is_policy: ClassVar[bool] = False
     outside: ClassVar[bool] = False                # not of the training stack: see OutsideConfig
     uses_deepspeed: ClassVar[bool] = False
     gathers_weights: ClassVar[bool] = False        # sharded: a layer is made whole on every rank while it computes
@@ -64,15 +67,18 @@ class ReferenceConfig:
         return 1
 
     def recipe(self, rounds: bool, ranks_of_node: int) -> list[str]:
-        """What else decides a value besides weights, dtype and tokens, in words. rounds: the dtype is narrower than fp32."""
+        """What else decides a value besides weights, dtype and tokens, in words. rounds: the dtype is narrower than
+        fp32."""
         return []
 
     def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
-        """The share of the weights that a rank holds. piece: the largest part that is loaded at once, as a share of all."""
+        """The share of the weights that a rank holds. piece: the largest part that is loaded at once, as a share of
+        all."""
         return 1.0
 
     def check(self, run: RunConfig) -> None:
-        """UserError where this engine's keys contradict others, or each other. What holds for every engine is in rules.py."""
+        """UserError where this engine's keys contradict others, or each other. What holds for every engine is in
+        rules.py."""
 
     @property
     def why_not_ahead(self) -> str | None:
@@ -94,7 +100,8 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class OutsideConfig(ReferenceConfig):
-    """An engine outside the training stack: its values have a cache key of their own, and are audited before one is believed."""
+    """An engine outside the training stack: its values have a cache key of their own, and are audited before one is
+    believed."""
 
     audit: AuditConfig = option()
 
@@ -104,7 +111,8 @@ class OutsideConfig(ReferenceConfig):
         """The engine of the training stack that this one's values are held against."""
         from dpo_dist.config.engines import ENGINES
 
-        return ENGINES[self.audit.oracle](self.path, self.audit.oracle, self.mode, self.procs, self.cache_dir, self.sync)
+        return ENGINES[self.audit.oracle](self.path, self.audit.oracle, self.mode, self.procs, self.cache_dir,
+                                          self.sync)
 
 
 def does_nothing(key: str, value: Any, why: str) -> UserError:

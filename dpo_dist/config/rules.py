@@ -1,4 +1,5 @@
-"""What a RunConfig must obey besides types and ranges: a loss's own defaults, and keys that contradict each other. No torch here.
+"""What a RunConfig must obey besides types and ranges: a loss's own defaults, and keys that contradict each other. No
+torch here.
 
 Rules of a single variant stand beside its keys: an engine's in engines/, a cluster's in cluster.py.
 """
@@ -18,8 +19,8 @@ PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
 def resolve_loss(loss: LossConfig) -> LossConfig:
     """The loss with its own defaults filled in. An option that none of its terms uses is an error, never ignored."""
     if (loss.name == MIXTURE) != bool(loss.terms):
-        raise UserError(f"loss.name={loss.name} with loss.terms={loss.terms}: a weighted sum takes loss.name={MIXTURE} and "
-                        "loss.terms={sigmoid: 1.0, sft: 0.5}; a single loss takes no terms")
+        raise UserError(f"loss.name={loss.name} with loss.terms={loss.terms}: a weighted sum takes loss.name={MIXTURE} "
+                        "and loss.terms={sigmoid: 1.0, sft: 0.5}; a single loss takes no terms")
     for name in loss.weights:
         if name not in LOSS_OPTIONS:
             raise UserError(f"loss '{name}' is unknown: {nearest(name, [*LOSS_OPTIONS, MIXTURE])}")
@@ -39,7 +40,8 @@ def resolve_loss(loss: LossConfig) -> LossConfig:
         filled["f_alpha"] = 0.5
     resolved = dataclasses.replace(loss, **filled)
     if resolved.needs_whole_step and filled["ld_alpha"] is not None:
-        raise UserError(f"loss.ld_alpha={filled['ld_alpha']} does not go with a loss that sorts over the step; remove it")
+        raise UserError(f"loss.ld_alpha={filled['ld_alpha']} does not go with a loss that sorts over the step; remove "
+                        "it")
     return resolved
 
 
@@ -90,12 +92,14 @@ def _validate_model(c: RunConfig) -> None:
             raise UserError(f"optim.betas={list(c.optim.betas)} must each be at least 0 and less than 1")
     lora, again = c.model.lora, c.model.gradient_checkpointing
     if again != "auto" and again < 0:
-        raise UserError(f"model.gradient_checkpointing={again} must be auto, true, false, or a number of layers, 0 or more")
+        raise UserError(f"model.gradient_checkpointing={again} must be auto, true, false, or a number of layers, 0 or "
+                        "more")
     if lora.rank < 0:
         raise UserError(f"model.lora.rank={lora.rank} must be 0 (no adapters) or greater")
     for key, default in (("alpha", None), ("target_modules", "all-linear")):
         if lora.rank == 0 and getattr(lora, key) != default:
-            raise UserError(f"model.lora.{key}={getattr(lora, key)} does nothing while model.lora.rank=0; set model.lora.rank=16")
+            raise UserError(f"model.lora.{key}={getattr(lora, key)} does nothing while model.lora.rank=0; set "
+                            "model.lora.rank=16")
 
 
 def _validate_reference(c: RunConfig) -> None:
@@ -104,8 +108,8 @@ def _validate_reference(c: RunConfig) -> None:
     if r.mode == "ahead" and r.why_not_ahead:
         raise UserError(f"reference.mode=ahead scores beside training, but {r.why_not_ahead}")
     if r.procs is not None and r.mode != "ahead":
-        raise UserError(f"reference.procs={r.procs} would do nothing: with reference.mode={r.mode} the training processes "
-                        "score; remove it, or set reference.mode=ahead")
+        raise UserError(f"reference.procs={r.procs} would do nothing: with reference.mode={r.mode} the training "
+                        "processes score; remove it, or set reference.mode=ahead")
     _validate_sync(c)
     if not c.loss.needs_reference:
         for key, default in (("path", None), ("engine", "hf"), ("mode", "cached")):
@@ -119,8 +123,8 @@ def _validate_sync(c: RunConfig) -> None:
         if value is not None and sync.mode not in modes:
             raise does_nothing(f"reference.sync.{key}", value, f"reference.sync.mode={sync.mode}")
         if value is None and sync.mode in modes:
-            raise UserError(f"reference.sync.{key} is not set; set reference.sync.{key}={0.6 if key == 'alpha' else 512}, or "
-                            "another value")
+            raise UserError(f"reference.sync.{key} is not set; set "
+                            f"reference.sync.{key}={0.6 if key == 'alpha' else 512}, or another value")
     if sync.alpha is not None and not 0 < sync.alpha <= 1:
         raise UserError(f"reference.sync.alpha={sync.alpha} must be greater than 0 and at most 1")
     if sync.mode == "none":
@@ -128,35 +132,40 @@ def _validate_sync(c: RunConfig) -> None:
     if not c.loss.needs_reference:
         raise does_nothing("reference.sync.mode", sync.mode, f"loss.name={c.loss.name} uses no reference")
     if c.reference.mode != "live":
-        raise UserError(f"reference.sync.mode={sync.mode} moves the reference while training runs, so its log-probs cannot be scored "
-                        f"beforehand (reference.mode={c.reference.mode}); set reference.mode=live")
+        raise UserError(f"reference.sync.mode={sync.mode} moves the reference while training runs, so its log-probs "
+                        f"cannot be scored beforehand (reference.mode={c.reference.mode}); set reference.mode=live")
     if not c.reference.may_follow:
         raise UserError(f"reference.sync.mode={sync.mode} moves the reference's own weights, which "
-                        f"reference.engine={c.reference.engine} does not have at hand; set reference=hf or reference=zero")
+                        f"reference.engine={c.reference.engine} does not have at hand; set reference=hf or "
+                        "reference=zero")
     if c.model.lora.rank:
-        raise UserError(f"reference.sync.mode={sync.mode} needs a policy that trains whole weights; set model.lora.rank=0")
+        raise UserError(f"reference.sync.mode={sync.mode} needs a policy that trains whole weights; set "
+                        "model.lora.rank=0")
 
 
 def _validate_zero(c: RunConfig) -> None:
-    zero, stage = c.zero, c.zero.stage                   # "auto" becomes the stage that fits, which then obeys these as well
+    # "auto" becomes the stage that fits, which then obeys these as well
+    zero, stage = c.zero, c.zero.stage
     if stage not in (3, "auto"):
         if zero.offload_parameters != "none":
             raise UserError(f"zero.offload_parameters={zero.offload_parameters} needs zero.stage=3, not {stage}")
         for key, default in (("persistence_threshold", PERSISTENCE_THRESHOLD), ("secondary_partition", None)):
             if getattr(zero, key) != default:
-                raise UserError(f"zero.{key}={getattr(zero, key)} does nothing with zero.stage={stage}, which keeps every parameter "
-                                "whole; remove it, or set zero=zero3")
+                raise UserError(f"zero.{key}={getattr(zero, key)} does nothing with zero.stage={stage}, which keeps "
+                                "every parameter whole; remove it, or set zero=zero3")
     _validate_secondary_partition(c)
     if stage is None and zero.reduce_dtype != "auto":
-        raise UserError(f"zero.reduce_dtype={zero.reduce_dtype} does nothing with zero.stage=null, which has no other ranks; remove it")
+        raise UserError(f"zero.reduce_dtype={zero.reduce_dtype} does nothing with zero.stage=null, which has no other "
+                        "ranks; remove it")
     if stage in (None, 0) and zero.offload_optimizer != "none":
         raise UserError(f"zero.offload_optimizer={zero.offload_optimizer} needs zero.stage=1, 2 or 3, not {stage}")
     if stage is None and (c.cluster.procs_per_node or 1) > 1:
-        raise UserError(f"zero.stage=null is plain torch in one process, but cluster.procs_per_node={c.cluster.procs_per_node}; "
-                        "set zero=zero3 or cluster.procs_per_node=1")
+        raise UserError("zero.stage=null is plain torch in one process, but "
+                        f"cluster.procs_per_node={c.cluster.procs_per_node}; set zero=zero3 or "
+                        "cluster.procs_per_node=1")
     if stage == 0 and c.model.dtype == "bf16":
-        raise UserError("model.dtype=bf16 needs fp32 master weights, which DeepSpeed's zero.stage=0 has not; set zero=zero1 (or "
-                        "higher), or zero=none in one process, or model.dtype=fp32")
+        raise UserError("model.dtype=bf16 needs fp32 master weights, which DeepSpeed's zero.stage=0 has not; set "
+                        "zero=zero1 (or higher), or zero=none in one process, or model.dtype=fp32")
 
 
 def _validate_secondary_partition(c: RunConfig) -> None:
@@ -164,7 +173,9 @@ def _validate_secondary_partition(c: RunConfig) -> None:
     if ranks is None:
         return
     if ranks < 2:
-        raise UserError(f"zero.secondary_partition={ranks} must be a number of ranks, 2 or more; as many as a node has GPUs")
+        raise UserError(f"zero.secondary_partition={ranks} must be a number of ranks, 2 or more; as many as a node has "
+                        "GPUs")
     if c.cluster.procs_per_node is not None and (c.cluster.nodes * c.cluster.procs_per_node) % ranks:
-        raise UserError(f"zero.secondary_partition={ranks} does not divide the {c.cluster.nodes * c.cluster.procs_per_node} ranks; "
-                        f"set it to cluster.procs_per_node={c.cluster.procs_per_node}")
+        raise UserError(f"zero.secondary_partition={ranks} does not divide the "
+                        f"{c.cluster.nodes * c.cluster.procs_per_node} ranks; set it to "
+                        f"cluster.procs_per_node={c.cluster.procs_per_node}")

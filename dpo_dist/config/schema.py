@@ -1,8 +1,8 @@
 """RunConfig: everything a run is told, as one frozen tree. No torch here, so that help and errors are instant.
 
-A key's type, range and what it decides are declared here, or in the file of the variant that owns it (engines/, cluster.py, tracking.py);
-its default and meaning stand in conf/*.yaml, one commented line a key. decode.py makes the tree from a plain mapping; rules.py holds the
-rules between keys.
+A key's type, range and what it decides are declared here, or in the file of the variant that owns it (engines/,
+cluster.py, tracking.py); its default and meaning stand in conf/*.yaml, one commented line a key. decode.py makes the
+tree from a plain mapping; rules.py holds the rules between keys.
 """
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DatasetConfig:
     path: str = option(RUN, TOKENS)
-    format: Literal["auto", "preference", "messages", "sharegpt", "hh", "ratings", "token_ids"] = option(RUN, TOKENS, default="auto")
+    format: Literal["auto", "preference", "messages", "sharegpt", "hh", "ratings",
+                    "token_ids"] = option(RUN, TOKENS, default="auto")
     weight: float = option(RUN, TOKENS, above=0, default=1.0)
     name: str | None = option(RUN, TOKENS, default=None)
     split: str = option(RUN, TOKENS, default="train")
@@ -59,13 +60,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Options are None where the loss does not use them; what a loss uses, and its defaults, stand in loss_options.py."""
+    """Options are None where the loss does not use them; what a loss uses, and its defaults, stand in
+    loss_options.py."""
 
     name: str = option(RUN)
     terms: dict[str, float] | None = option(RUN, default=None)
     beta: float | None = option(RUN, above=0, default=None)
     label_smoothing: float | None = option(RUN, between=(0, 0.5), default=None)
-    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = option(RUN, default=None)
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence",
+                          "alpha_divergence"] | None = option(RUN, default=None)
     f_alpha: float | None = option(RUN, default=None)
     ld_alpha: float | None = option(RUN, between=(0, 1), default=None)
     wpo: bool | None = option(RUN, default=None)
@@ -172,7 +175,8 @@ class RunConfig:
 
     @property
     def run_dir(self) -> str:
-        """Where the run lives. By default a function of what is trained, so that the same command finds its own run again."""
+        """Where the run lives. By default a function of what is trained, so that the same command finds its own run
+        again."""
         if self.run.dir:
             return self.run.dir
         model = self.model.path.rstrip("/").rsplit("/", 1)[-1]
@@ -180,7 +184,8 @@ class RunConfig:
 
     @property
     def scorer_dir(self) -> str:
-        """Where the scoring processes of reference.mode=ahead live: their logs, markers and lock, apart from the trainer's."""
+        """Where the scoring processes of reference.mode=ahead live: their logs, markers and lock, apart from the
+        trainer's."""
         return f"{self.run_dir}/scoring"
 
     def identity(self) -> str:

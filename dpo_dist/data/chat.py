@@ -1,10 +1,11 @@
 """Messages → the text of the prompt and of each completion, through a chat template.
 
-The prompt is rendered as at generation time (`add_generation_prompt`), the whole conversation as the template renders it, and the
-completion is what the whole has beyond the prompt: an empty think block that a template puts before an answer is part of the
-completion, since the model would have to generate it. The one difference that is bridged is white space at the end of the
-generation prompt (a template that trims): the completion then begins where the template puts the first character of an answer.
-Anything else (a generation prompt that opens <think>, where rendered answers have none) has no right boundary and is an error.
+The prompt is rendered as at generation time (`add_generation_prompt`), the whole conversation as the template renders
+it, and the completion is what the whole has beyond the prompt: an empty think block that a template puts before an
+answer is part of the completion, since the model would have to generate it. The one difference that is bridged is white
+space at the end of the generation prompt (a template that trims): the completion then begins where the template puts
+the first character of an answer. Anything else (a generation prompt that opens <think>, where rendered answers have
+none) has no right boundary and is an error.
 """
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
 ANSWER = "dpo-dist-answer"                   # stands for an answer where we look for what a template puts around one
-TODAY = datetime(2024, 7, 26)                # the date, for templates that ask for it: tokens must not depend on the day
-# transformers lets no function through to a template, so this one is Jinja; its trim_blocks eats the line break at the end.
+# the date, for templates that ask for it: tokens must not depend on the day
+TODAY = datetime(2024, 7, 26)
+# transformers lets no function through to a template, so this one is Jinja; its trim_blocks eats the line break at the
+# end.
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in (*"aAbBcdHIjmMpSxXyY", "-d", "-m")) + " }}{% endmacro %}\n"
+    f" | replace('%{code}', '{TODAY.strftime('%' + code)}')"
+    for code in (*"aAbBcdHIjmMpSxXyY", "-d", "-m")) + " }}{% endmacro %}\n"
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
@@ -43,8 +47,8 @@ def template_text(tokenizer: Any, setting: str | None) -> str | None:
         return setting
     if Path(setting).is_file():
         return Path(setting).read_text()
-    raise UserError(f"data.chat_template={setting!r} is neither an existing file nor Jinja text; give one of them, null for the "
-                    f"tokenizer's own template, or {PLAIN} for plain text")
+    raise UserError(f"data.chat_template={setting!r} is neither an existing file nor Jinja text; give one of them, "
+                    f"null for the tokenizer's own template, or {PLAIN} for plain text")
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class ChatTemplate:
     tokenizer: Any
     text: str                                # Jinja
     special: tuple[str, ...] = ()            # the tokens that can end a turn
-    end_of_turn: tuple[str, ...] = ()        # what ends an answer: nearly always one token; () where the template has none
+    # what ends an answer: nearly always one token; () where the template has none
+    end_of_turn: tuple[str, ...] = ()
     blank_tail: str = ""                     # the white space that the template puts after an answer
 
     def render(self, turns: Turns, tools: tuple[dict[str, Any], ...] = (), generation: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(
-            list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation, tokenize=False))
+            list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation,
+            tokenize=False))
 
     def split(self, row: PreferenceRow) -> tuple[str, str, str]:
         """(prompt, chosen, rejected) texts; completions end with the end-of-turn token, where the template has one.
@@ -70,7 +76,8 @@ class ChatTemplate:
         self._check_tools(row.tools, prompt + chosen + rejected)
         try:
             text = self.render(prompt, row.tools, generation=True)
-            return text, self._completion(text, prompt, chosen, row.tools), self._completion(text, prompt, rejected, row.tools)
+            return text, self._completion(text, prompt, chosen, row.tools), self._completion(text, prompt, rejected,
+                                                                                             row.tools)
         except TemplateMisfit:
             raise
         except RENDER_ERRORS as error:
@@ -91,11 +98,12 @@ class ChatTemplate:
         if header.rstrip() == prompt_text.rstrip() and whole.startswith(header):
             return self._until_end_of_turn(whole[len(header):])
         n = next((i for i, (a, b) in enumerate(zip(whole, prompt_text, strict=False)) if a != b), len(prompt_text))
-        raise TemplateMisfit(f"the chat template renders the prompt otherwise once an answer follows: {whole[n:n + 30]!r} where "
-                             f"generation has {prompt_text[n:n + 30]!r}")
+        raise TemplateMisfit("the chat template renders the prompt otherwise once an answer follows: "
+                             f"{whole[n:n + 30]!r} where generation has {prompt_text[n:n + 30]!r}")
 
     def _until_end_of_turn(self, text: str) -> str:
-        """The text cut after its end of turn, the first among the special tokens that it closes with: data may bring its own."""
+        """The text cut after its end of turn, the first among the special tokens that it closes with: data may bring
+        its own."""
         closing: list[tuple[str, int]] = []
         end = text.rstrip()
         while end.endswith(self.special):
@@ -126,13 +134,15 @@ def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
     prompt = template.render(trial, generation=True)
     hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})" if "enable_thinking" in text else ""
     if not found or not (header.startswith(prompt) or header.rstrip() == prompt.rstrip()):
-        raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for generation ends "
-                        f"{prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set data.chat_template to a Jinja file "
-                        "that renders conversations as its generation prompts begin them" + hint)
+        raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for "
+                        f"generation ends {prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set "
+                        "data.chat_template to a Jinja file that renders conversations as its generation prompts begin "
+                        "them" + hint)
     added = tokenizer.added_tokens_decoder.values()
     special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
     if not any(token in tail for token in special):
-        special |= {str(token) for token in added if str(token) in tail}     # some models' end of turn is not marked as special
+        # some models' end of turn is not marked as special
+        special |= {str(token) for token in added if str(token) in tail}
     end_of_turn = _end_of_turn(tail, _tail_within(template, trial), special - {""})
     return ChatTemplate(tokenizer, text, tuple(sorted(special - {""})), end_of_turn, tail[len(tail.rstrip()):])
 
@@ -148,7 +158,8 @@ def _tail_within(template: ChatTemplate, trial: Turns) -> str:
 def _end_of_turn(tail: str, tail_within: str, special: set[str]) -> tuple[str, ...]:
     """The special tokens that follow every answer; those that follow only the last one where there are no others.
 
-    A last answer may be followed by more, which ends the text and not the turn: Phi's "<|end|>" and then "<|endoftext|>".
+    A last answer may be followed by more, which ends the text and not the turn: Phi's "<|end|>" and then
+    "<|endoftext|>".
     """
     last, within = _first_special(tail, special), _first_special(tail_within, special)
     n = next((i for i, (a, b) in enumerate(zip(last, within, strict=False)) if a != b), min(len(last), len(within)))

@@ -130,7 +130,8 @@ def sharegpt_turn(turn: Any, key: str) -> Message:
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise Unfit(f"{key} has a turn without 'from' and 'value'", repr(turn)[:60])
     if turn["from"] not in SHAREGPT_ROLES:
-        raise Unfit(f"{key} has a turn from an unknown speaker", f"{turn['from']!r}, known: {', '.join(SHAREGPT_ROLES)}")
+        raise Unfit(f"{key} has a turn from an unknown speaker",
+                    f"{turn['from']!r}, known: {', '.join(SHAREGPT_ROLES)}")
     text = sound_text(turn["value"], f"{key}'s value")
     if turn["from"] != "function_call":
         return {"role": SHAREGPT_ROLES[turn["from"]], "content": text}
@@ -143,7 +144,8 @@ def ids_of(fields: Fields, key: str) -> tuple[int, ...]:
     if not isinstance(ids, list):
         raise Unfit(f"{key} is missing or not a list", f"fields: {', '.join(fields)}")
     if not set(map(type, ids)) <= {int}:     # exactly int: true and 1.0 are no token ids
-        raise Unfit(f"{key} has an entry that is not a whole number", repr(next(i for i in ids if type(i) is not int))[:40])
+        raise Unfit(f"{key} has an entry that is not a whole number",
+                    repr(next(i for i in ids if type(i) is not int))[:40])
     if ids and not (min(ids) >= 0 and max(ids) < 2**31):
         raise Unfit(f"{key} has an id out of range", f"from {min(ids)} to {max(ids)}")
     return tuple(ids)

@@ -1,8 +1,8 @@
 """Files, folders and hub data sets → raw records, each with the place it came from, one at a time.
 
-JSON and CSV are read with the standard library: the `datasets` readers guess one schema for a whole file (rows whose fields differ
-are a crash, "NA" becomes null, "007" becomes 7) and cannot say on which line a broken row stands. Parquet (streamed) and the hub go
-through `datasets`.
+JSON and CSV are read with the standard library: the `datasets` readers guess one schema for a whole file (rows whose
+fields differ are a crash, "NA" becomes null, "007" becomes 7) and cannot say on which line a broken row stands. Parquet
+(streamed) and the hub go through `datasets`.
 """
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")   # what `datasets` leaves beside its data
+# what `datasets` leaves beside its data
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
 CHUNK_CHARS = 1 << 20
 
@@ -58,16 +59,19 @@ def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
 
 
 def data_files(dataset: DatasetConfig) -> tuple[Path, ...] | None:
-    """The local files of a data set, sorted; None where `path` is a hub name. Raises UserError where there is nothing to read."""
+    """The local files of a data set, sorted; None where `path` is a hub name. Raises UserError where there is nothing
+    to read."""
     path = Path(dataset.path).expanduser()
     if path.is_dir():
         return _files_of_folder(path, dataset.split)
     if not path.exists():
         if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset.path) and not dataset.path.endswith(SUFFIXES):
             return None
-        raise UserError(f"data path '{dataset.path}' does not exist (looked in {Path.cwd()}); give a file, a folder or a hub name")
+        raise UserError(f"data path '{dataset.path}' does not exist (looked in {Path.cwd()}); give a file, a folder or "
+                        "a hub name")
     if not path.name.endswith(SUFFIXES):
-        raise UserError(f"data path '{dataset.path}' is not a kind of file that can be read; known: {', '.join(SUFFIXES)}")
+        raise UserError(f"data path '{dataset.path}' is not a kind of file that can be read; known: "
+                        f"{', '.join(SUFFIXES)}")
     if dataset.split != "train":
         raise UserError(f"split='{dataset.split}' would do nothing for the single file '{dataset.path}'; remove it")
     return (path,)
@@ -93,19 +97,23 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
                    and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not found:
         raise UserError(f"data path '{folder}' is a folder without data files; known: {', '.join(SUFFIXES)}")
-    # Where files are named after splits (train-00000.parquet, test/…), only those of the asked split are read: never test as train.
+    # Where files are named after splits (train-00000.parquet, test/…), only those of the asked split are read: never
+    # test as train.
     splits = {p: SPLITS.findall(str(p.relative_to(folder)).lower()) for p in found}
     if not any(splits.values()):
         if split != "train":
-            raise UserError(f"split='{split}' would do nothing: no file of '{folder}' is named after a split; remove it")
+            raise UserError(f"split='{split}' would do nothing: no file of '{folder}' is named after a split; remove "
+                            "it")
         return tuple(found)
     unnamed = [p for p in found if not splits[p]]
     if unnamed:
-        raise UserError(f"'{unnamed[0]}' is named after no split while other files of '{folder}' are; list the files one by one")
+        raise UserError(f"'{unnamed[0]}' is named after no split while other files of '{folder}' are; list the files "
+                        "one by one")
     chosen = tuple(p for p in found if split in splits[p])
     if not chosen:
         names = sorted({name for inner in splits.values() for name in inner})
-        raise UserError(f"split='{split}' matches no file of '{folder}'; set split in its data entry to one of: {', '.join(names)}")
+        raise UserError(f"split='{split}' matches no file of '{folder}'; set split in its data entry to one of: "
+                        f"{', '.join(names)}")
     return chosen
 
 
@@ -122,7 +130,7 @@ def _read_file(path: Path) -> Iterator[Record | BadRow]:
             yield from _read_json_lines(path, stream)
 
 
-# ------------------------------------------------------------------------------------------------------------------ JSON
+# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 def _first_character(stream: IO[bytes]) -> bytes:
@@ -145,7 +153,8 @@ def _read_json_lines(path: Path, stream: Iterable[bytes]) -> Iterator[Record | B
 
 
 def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
-    """The entries of one big list, decoded one by one from a sliding window, so that the file is never in memory whole."""
+    """The entries of one big list, decoded one by one from a sliding window, so that the file is never in memory
+    whole."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     window = stream.read(CHUNK_CHARS)
     at, row, lines_before, at_end = window.index("[") + 1, 0, 0, False
@@ -175,8 +184,8 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
             at = end + (separator == ",")
         elif at_end:
             line = lines_before + window.count("\n", 0, end) + 1
-            raise UserError(f"{path}:{line}: broken JSON after row {row}: {failure}; mend the file, or write one object a line "
-                            "(.jsonl), where a broken row can be skipped")
+            raise UserError(f"{path}:{line}: broken JSON after row {row}: {failure}; mend the file, or write one "
+                            "object a line (.jsonl), where a broken row can be skipped")
         else:                                # the window doubles: a long row is decoded anew each time, linear overall
             more = stream.read(max(CHUNK_CHARS, len(window)))
             at_end = not more
@@ -184,7 +193,7 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
             window, at = window[start:] + more, 0
 
 
-# ------------------------------------------------------------------------------------------------------- CSV, parquet, hub
+# ---------------------------------------------------------------------------------------------------- CSV, parquet, hub
 
 
 def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
@@ -198,7 +207,8 @@ def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
                 yield BadRow(where, "more cells than the header has")
                 continue
             fields: dict[str, Any] = {key: text for key, text in cells.items() if text is not None}
-            for key in ("weight", "strength", "margin"):             # a CSV has only text: these three are numbers, or absent
+            # a CSV has only text: these three are numbers, or absent
+            for key in ("weight", "strength", "margin"):
                 text = fields.pop(key, "")
                 if text:
                     fields[key] = _number_or_text(text)
@@ -248,5 +258,5 @@ def _load_from_hub(dataset: DatasetConfig) -> Any:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         why = "the network is off (HF_HUB_OFFLINE) and it is not in the local hub cache" if offline else str(error).splitlines()[0]
         remedy = "set run.offline=false to download it, or give" if offline else "check the name and split, or give"
-        raise UserError(f"data path '{dataset.path}' (split '{dataset.split}') is no file or folder in {Path.cwd()}, and "
-                        f"cannot be loaded as a hub data set: {why}; {remedy} a file") from error
+        raise UserError(f"data path '{dataset.path}' (split '{dataset.split}') is no file or folder in {Path.cwd()}, "
+                        f"and cannot be loaded as a hub data set: {why}; {remedy} a file") from error

@@ -23,7 +23,8 @@ def pack_pairs(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], weights:
                share_completions: bool = True) -> PackedBatch:
     """One PackedBatch of these pairs: a prompt that several share is computed once, and so is a completion.
 
-    share_completions=False keeps a sequence for each pair's completions, for losses in which a token's part depends on the pair.
+    share_completions=False keeps a sequence for each pair's completions, for losses in which a token's part depends on
+    the pair.
     """
     trees: dict[Ids, list[Ids]] = {}
     slots: list[tuple[Ids, int, int]] = []
@@ -87,7 +88,10 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return PackedBatch(
-        input_ids=whole(ids)[None], position_ids=whole(positions)[None], trees=tuple(spans), predict_at=whole(predict_at),
-        targets=whole(targets), sequence=whole(sequence), offset=whole(offset), lengths=torch.tensor(lengths, dtype=torch.int64),
-        chosen=torch.tensor(chosen, dtype=torch.int64), rejected=torch.tensor(rejected, dtype=torch.int64), pair_ids=tuple(pair_ids),
+        input_ids=whole(ids)[None], position_ids=whole(positions)[None], trees=tuple(spans),
+        predict_at=whole(predict_at),
+        targets=whole(targets), sequence=whole(sequence), offset=whole(offset),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        chosen=torch.tensor(chosen, dtype=torch.int64), rejected=torch.tensor(rejected, dtype=torch.int64),
+        pair_ids=tuple(pair_ids),
         weight=torch.tensor(weights, dtype=torch.float32), strength=torch.tensor(strength, dtype=torch.float32))

@@ -1,8 +1,9 @@
-"""Which rank forwards which pairs at which micro-step: decided from lengths and contents alone, identically on every rank.
+"""Which rank forwards which pairs at which micro-step: decided from lengths and contents alone, identically on every
+rank.
 
-Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is computed once. Packs
-keep to a token budget (of padded rows: rows times the longest), are equally many on every rank (law 5), and those of one micro-step
-cost nearly the same.
+Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is
+computed once. Packs keep to a token budget (of padded rows: rows times the longest), are equally many on every rank
+(law 5), and those of one micro-step cost nearly the same.
 """
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from dpo_dist.sizing.flops import Flops
 
 Indexes = NDArray[np.int64]
 
-GOOD_BALANCE = 1.02               # what the slowest ranks may take over the mean before other ways to cut the step are tried
+# what the slowest ranks may take over the mean before other ways to cut the step are tried
+GOOD_BALANCE = 1.02
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class PairShapes:
 class StepPlan:
     """packs[micro_step][rank] = the positions (in the step's list of pairs) that this rank forwards then.
 
-    A pack that would be empty repeats one pair as a filler: `is_filler[micro_step][rank]`; its loss counts 0, and the ranks' forwards
-    stay equal in number (law 5). costs[micro_step][rank]: FLOPs of the pack's forward, padding aside. tokens: all that is forwarded,
-    padding too.
+    A pack that would be empty repeats one pair as a filler: `is_filler[micro_step][rank]`; its loss counts 0, and the
+    ranks' forwards stay equal in number (law 5). costs[micro_step][rank]: FLOPs of the pack's forward, padding aside.
+    tokens: all that is forwarded, padding too.
     """
 
     packs: tuple[tuple[tuple[int, ...], ...], ...]
@@ -63,7 +65,8 @@ class StepPlan:
 
 
 class _Size(NamedTuple):
-    """What a forward computes: rows, padded to the longest. Tokens laid end to end are rows of one token, which pad nothing."""
+    """What a forward computes: rows, padded to the longest. Tokens laid end to end are rows of one token, which pad
+    nothing."""
 
     rows: int
     longest: int
@@ -103,29 +106,34 @@ class _Prompt(NamedTuple):
     pairs: list[_Pair]
 
 
-def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_microbatch: int, share_completions: bool = True) -> StepPlan:
-    """Spreads a step's pairs over ranks and micro-steps: as few micro-steps as the token budget allows, packs of near-equal cost.
+def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_microbatch: int,
+              share_completions: bool = True) -> StepPlan:
+    """Spreads a step's pairs over ranks and micro-steps: as few micro-steps as the token budget allows, packs of
+    near-equal cost.
 
-    Largest first into the cheapest pack with room (Graham 1969). Where that balances badly, filling one micro-step after the other,
-    one micro-step more, and prompts cut smaller are tried, and what ends sooner is taken: a prompt computed twice may cost less than
-    ranks that wait. Padded rows go with those of like length instead.
+    Largest first into the cheapest pack with room (Graham 1969). Where that balances badly, filling one micro-step
+    after the other, one micro-step more, and prompts cut smaller are tried, and what ends sooner is taken: a prompt
+    computed twice may cost less than ranks that wait. Padded rows go with those of like length instead.
     """
     prompts = _prompts(shapes, flops)
     filler = _filler(prompts, tokens_per_microbatch, share_completions)
     whole = _cut(prompts, tokens_per_microbatch, math.inf, share_completions)
     mean = sum(u.cost for u in whole) / world_size
     if flops.padded:
-        cuts = (_cut(prompts, tokens_per_microbatch, part, share_completions) for part in (math.inf, mean, mean / 2, mean / 4))
+        cuts = (_cut(prompts, tokens_per_microbatch, part, share_completions)
+                for part in (math.inf, mean, mean / 2, mean / 4))
         plans = (_assign(_rows_alike(units, world_size, tokens_per_microbatch), filler, world_size) for units in cuts)
         return min(plans, key=lambda plan: plan.makespan)
     best = _spread(whole, filler, world_size, tokens_per_microbatch)
     pack = mean / len(best.packs)
-    for part, more_micro_steps, in_turn in ((math.inf, 0, True), (math.inf, 1, True), (math.inf, 1, False), (math.inf, 2, False),
+    for part, more_micro_steps, in_turn in ((math.inf, 0, True), (math.inf, 1, True), (math.inf, 1, False),
+                                            (math.inf, 2, False),
                                             (pack, 0, False), (pack / 2, 0, False), (pack / 4, 0, False)):
         if best.makespan <= GOOD_BALANCE * mean:
             break
         units = whole if part == math.inf else _cut(prompts, tokens_per_microbatch, part, share_completions)
-        best = min(best, _spread(units, filler, world_size, tokens_per_microbatch, more_micro_steps, in_turn), key=lambda plan: plan.makespan)
+        best = min(best, _spread(units, filler, world_size, tokens_per_microbatch, more_micro_steps, in_turn),
+                   key=lambda plan: plan.makespan)
     return best
 
 
@@ -143,11 +151,13 @@ def _prompts(shapes: PairShapes, flops: Flops) -> list[_Prompt]:
     """The pairs by prompt."""
     prompt_cost, completion_cost = flops.of_pairs(shapes.lengths)
     found: dict[int, _Prompt] = {}
-    rows = zip(shapes.content.tolist(), shapes.lengths.tolist(), prompt_cost.tolist(), completion_cost.tolist(), strict=True)
+    rows = zip(shapes.content.tolist(), shapes.lengths.tolist(), prompt_cost.tolist(), completion_cost.tolist(),
+               strict=True)
     for at, ((prompt, chosen, rejected), (p, c, r), cost, (chosen_cost, rejected_cost)) in enumerate(rows):
         if flops.padded:
             once = _Prompt(NOTHING, 0.0, [])
-            pair = _Pair(at, (chosen, _Size(1, p + c), cost + chosen_cost), (rejected, _Size(1, p + r), cost + rejected_cost))
+            pair = _Pair(at, (chosen, _Size(1, p + c), cost + chosen_cost),
+                         (rejected, _Size(1, p + r), cost + rejected_cost))
         else:
             once = _Prompt(_Size(p, 1), cost, [])
             pair = _Pair(at, (chosen, _Size(c, 1), chosen_cost), (rejected, _Size(r, 1), rejected_cost))
@@ -157,14 +167,15 @@ def _prompts(shapes: PairShapes, flops: Flops) -> list[_Prompt]:
 
 def _filler(prompts: Iterable[_Prompt], budget: int, share: bool) -> _Unit:
     """The cheapest pair: what a rank with nothing to do forwards."""
-    alone = ((prompt.cost + _added(pair, set(), share)[1], pair.at, prompt, pair) for prompt in prompts for pair in prompt.pairs)
+    alone = ((prompt.cost + _added(pair, set(), share)[1], pair.at, prompt, pair) for prompt in prompts
+             for pair in prompt.pairs)
     _, _, prompt, pair = min(alone)
     return _pieces(prompt._replace(pairs=[pair]), budget, math.inf, share)[0]
 
 
 def _cut(prompts: Iterable[_Prompt], budget: int, part: float, share: bool) -> list[_Unit]:
-    """Each prompt's pairs whole, or where they cost more than `part`, in so many pieces as that goes into it, as equal as they can be.
-    More pieces only where the token budget wants them."""
+    """Each prompt's pairs whole, or where they cost more than `part`, in so many pieces as that goes into it, as equal
+    as they can be. More pieces only where the token budget wants them."""
     units = []
     for prompt in prompts:
         pieces = _pieces(prompt, budget, math.inf, share)
@@ -222,7 +233,8 @@ def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int,
 
 
 def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan:
-    """Packs, world_size for each micro-step: a micro-step's are neighbours in cost, and the busiest rank gets the cheapest."""
+    """Packs, world_size for each micro-step: a micro-step's are neighbours in cost, and the busiest rank gets the
+    cheapest."""
     bins.sort(key=lambda units: (-sum(u.cost for u in units), units))
     load = [0.0] * world_size
     packs, fillers, costs, tokens = [], [], [], 0
@@ -241,7 +253,8 @@ def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan
 
 
 def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[list[_Unit]]:
-    """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding, and none much larger than another."""
+    """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding, and none much
+    larger than another."""
     order = sorted(units, key=lambda u: (-u.size.longest, u.members))
     packs = _in_order(order, budget)
     n_packs = -(-len(packs) // world_size) * world_size
@@ -263,8 +276,9 @@ def _in_order(order: Sequence[_Unit], cap: float) -> list[list[_Unit]]:
 
 
 def filled_in_turn(rows: Indexes, longest: Indexes, cap: float) -> Indexes:
-    """(packs + 1,) boundaries of packs that are filled with n things as they come, while rows times the longest row keep to `cap`; a thing
-    that is larger alone is a pack of its own. rows, longest: (n,) of each; tokens laid end to end are rows of one token, which pad nothing.
+    """(packs + 1,) boundaries of packs that are filled with n things as they come, while rows times the longest row
+    keep to `cap`; a thing that is larger alone is a pack of its own. rows, longest: (n,) of each; tokens laid end to
+    end are rows of one token, which pad nothing.
     """
     if not (longest > 1).any():                            # nothing is padded: sums alone, found by bisection
         until, bounds = np.cumsum(rows), [0]
@@ -288,8 +302,8 @@ def _fill(order: Iterable[_Unit], micro_steps: int, world_size: int, budget: int
 
 
 def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
-    """One micro-step after the other, each as costly as its largest unit demands: the packs of a micro-step are alike, those of two
-    need not be."""
+    """One micro-step after the other, each as costly as its largest unit demands: the packs of a micro-step are alike,
+    those of two need not be."""
     packs: list[list[_Unit]] = []
     left = list(order)
     for more in range(micro_steps, 0, -1):
@@ -300,8 +314,10 @@ def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, bud
     return None if left else packs
 
 
-def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]], list[_Unit]]:
-    """(packs, units that found no room): each unit, as they come, into the cheapest pack that it fits, in tokens and under `cap` of cost."""
+def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]],
+                                                                                           list[_Unit]]:
+    """(packs, units that found no room): each unit, as they come, into the cheapest pack that it fits, in tokens and
+    under `cap` of cost."""
     packs: list[list[_Unit]] = [[] for _ in range(n_packs)]
     used = [0] * n_packs
     heap = [(0.0, b) for b in range(n_packs)]
@@ -322,12 +338,15 @@ def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float
     return packs, left
 
 
-def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int, padded: bool = False) -> None:
-    """Raises UserError where a pair alone is longer than a pack may be: as padded rows, each with the prompt, or laid end to end."""
+def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int,
+                 padded: bool = False) -> None:
+    """Raises UserError where a pair alone is longer than a pack may be: as padded rows, each with the prompt, or laid
+    end to end."""
     tokens = 2 * (lengths[:, 0] + lengths[:, 1:].max(1)) if padded else lengths.sum(1)
     worst = int(tokens.argmax())
     if tokens[worst] > tokens_per_microbatch:
         name = f" ({where[worst]})" if where is not None else ""
         how = ", as two padded rows" if padded else ""
-        raise UserError(f"train.tokens_per_microbatch={tokens_per_microbatch} is less than the {tokens[worst]} tokens of one pair{name}{how}; "
-                        f"set train.tokens_per_microbatch={tokens[worst]} or more, or lower data.max_length")
+        raise UserError(f"train.tokens_per_microbatch={tokens_per_microbatch} is less than the {tokens[worst]} tokens "
+                        f"of one pair{name}{how}; set train.tokens_per_microbatch={tokens[worst]} or more, or lower "
+                        "data.max_length")

@@ -1,5 +1,5 @@
-"""Rows → tokens: the pipeline that fills a store, found in data.cache_dir by the content of all that it was made from, or built there
-under a temporary name and renamed once complete."""
+"""Rows → tokens: the pipeline that fills a store, found in data.cache_dir by the content of all that it was made from,
+or built there under a temporary name and renamed once complete."""
 from __future__ import annotations
 
 import dataclasses
@@ -27,14 +27,15 @@ from dpo_dist.data.writer import PairWriter, Source, hash64
 
 FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
-ASKED = "asked.json"                     # what decides the tokens, for whoever looks for a store without reading the data
+# what decides the tokens, for whoever looks for a store without reading the data
+ASKED = "asked.json"
 
 
 def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> tuple[PairStore, PairStore]:
     """(training pairs, held-out pairs); the second is empty where none are asked for.
 
-    Any number of processes may call this at once: the first to finish gives the folder its name, the others take that one.
-    Raises UserError for what a person can mend.
+    Any number of processes may call this at once: the first to finish gives the folder its name, the others take that
+    one. Raises UserError for what a person can mend.
     """
     folder = Path(config.cache_dir) / fingerprint(config, tokenizer, tokenizer_digest)[:32]
     if not folder.is_dir():
@@ -44,10 +45,12 @@ def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | N
 
 def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> str:
     """sha256 of all that decides the stores' content: files, tokenizer, template and the values of DataConfig."""
-    values = {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"}      # whose text is looked at below
+    # whose text is looked at below
+    values = {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"}
     contents = [content_digest(dataset) for dataset in (*config.train, *config.eval)]
     template = template_text(tokenizer, config.chat_template)
-    whole = {"version": FORMAT_VERSION, "values": values, "contents": contents, "tokenizer": tokenizer_digest, "template": template}
+    whole = {"version": FORMAT_VERSION, "values": values, "contents": contents, "tokenizer": tokenizer_digest,
+             "template": template}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -90,7 +93,8 @@ def _fill(dataset: DatasetConfig, source: int, config: DataConfig, encoder: Pair
           held_out: PairWriter | None = None) -> dict[str, Any]:
     """Reads, tokenizes, truncates and writes one data set; returns its report.
 
-    With `held_out`, the pairs of data.eval_fraction of the prompts go there: which ones, the content of the whole prompt decides.
+    With `held_out`, the pairs of data.eval_fraction of the prompts go there: which ones, the content of the whole
+    prompt decides.
     """
     rows, read = read_rows(dataset, config.on_bad_row)
     cut = TruncationReport()
@@ -120,7 +124,8 @@ def _why_none(reports: list[dict[str, Any]]) -> str:
         for counts in (report["read"]["bad"]["counts"], report["tokens"]["dropped"]["counts"]):
             for reason, count in counts.items():
                 reasons[reason] = reasons.get(reason, 0) + count
-    return f"{read} row(s) read; " + ("; ".join(f"{reason}: {n}" for reason, n in reasons.items()) or "all of them ties")
+    return f"{read} row(s) read; " + ("; ".join(f"{reason}: {n}" for reason, n in reasons.items())
+                                      or "all of them ties")
 
 
 def _chunks(rows: Iterator[DataRow]) -> Iterator[list[DataRow]]:

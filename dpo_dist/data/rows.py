@@ -1,7 +1,8 @@
 """Records → PreferenceRows: one function a data format, and the table FORMATS.
 
-Every format may also carry `weight` (> 0, the pair's weight in the loss), `strength` or `margin` (how much better chosen is, in the
-data's own unit) and `tags` ({name: value}). What does not fit is a bad row, with file, line and reason: an error or counted.
+Every format may also carry `weight` (> 0, the pair's weight in the loss), `strength` or `margin` (how much better
+chosen is, in the data's own unit) and `tags` ({name: value}). What does not fit is a bad row, with file, line and
+reason: an error or counted.
 """
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ class ReadReport:
 def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> tuple[Iterator[DataRow], ReadReport]:
     """The rows of a data set, streamed, and a report that fills up as they are consumed.
 
-    Raises UserError (from the iterator) for files that cannot be read, for a format that cannot be told, and, once all rows have
-    been looked at, for bad rows unless `on_bad_row` is skip.
+    Raises UserError (from the iterator) for files that cannot be read, for a format that cannot be told, and, once all
+    rows have been looked at, for bad rows unless `on_bad_row` is skip.
     """
     report = ReadReport(source=dataset.name or dataset.path, format=dataset.format)
     return _read(dataset, on_bad_row, report), report
@@ -89,7 +90,8 @@ def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterat
         raise UserError(f"data path '{dataset.path}' has no rows; give a file with rows, or remove it")
     if on_bad_row == "error" and report.bad.counts:
         shown = "".join(f"\n  {text}" for texts in report.bad.examples.values() for text in texts)
-        raise UserError(f"{report.bad.total} bad row(s) of {report.rows} in '{dataset.path}' (format {report.format}):{shown}\n"
+        raise UserError(f"{report.bad.total} bad row(s) of {report.rows} in '{dataset.path}' (format "
+                        f"{report.format}):{shown}\n"
                         "mend them, or set data.on_bad_row=skip to leave them out and count them")
 
 
@@ -120,8 +122,9 @@ def detect_format(fields: Fields, where: str) -> str:
         return fitting[0]
     known = "".join(f"\n  {name}: {entry.needs}" for name, entry in FORMATS.items())
     found = f"several formats ({', '.join(fitting)}) fit" if fitting else "no format fits"
-    raise UserError(f"{where}: {found} the fields {', '.join(fields) or '(none)'}; set `format` in its data entry, as in "
-                    f"data.train=[{{path: ..., format: {(fitting or ['preference'])[0]}}}]. The formats and what they need:{known}")
+    raise UserError(f"{where}: {found} the fields {', '.join(fields) or '(none)'}; set `format` in its data entry, as "
+                    f"in data.train=[{{path: ..., format: {(fitting or ['preference'])[0]}}}]. The formats and what "
+                    f"they need:{known}")
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -133,7 +136,8 @@ def _checked(row: DataRow) -> DataRow:
     else:
         parts = (row.prompt, row.chosen, row.rejected)
     for name, part in zip(("prompt", "chosen", "rejected"), parts, strict=True):
-        if _is_empty(part) or (isinstance(part, tuple) and name != "prompt" and _is_empty(part[-1:])):   # ends in an empty answer
+        # ends in an empty answer
+        if _is_empty(part) or (isinstance(part, tuple) and name != "prompt" and _is_empty(part[-1:])):
             raise Unfit(f"{name} is empty")
     if parts[1] == parts[2]:
         raise Unfit("chosen and rejected are identical")
@@ -143,7 +147,8 @@ def _checked(row: DataRow) -> DataRow:
         for name, turns in (("chosen", row.chosen), ("rejected", row.rejected)):
             assert not isinstance(turns, str), "messages and text do not mix in one row"
             if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
-                raise Unfit(f"{name} does not begin and end with an assistant turn", f"roles {', '.join(m['role'] for m in turns)}")
+                raise Unfit(f"{name} does not begin and end with an assistant turn",
+                            f"roles {', '.join(m['role'] for m in turns)}")
     return row
 
 
@@ -180,7 +185,8 @@ def preference(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
         yield PreferenceRow(prompt, chosen, rejected, where, source, **judgment_of(fields))
         return
     turns = with_system(fields, turns_of(prompt, "prompt", "user"))
-    yield PreferenceRow(turns, turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant"), where, source,
+    yield PreferenceRow(turns, turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant"),
+                        where, source,
                         **judgment_of(fields))
 
 
@@ -202,20 +208,23 @@ def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
 
 
 def sharegpt(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
-    """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one such turn or a list of them."""
+    """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one such turn or a list of
+    them."""
     for key in ("conversations", "chosen", "rejected"):
         if key not in fields:
             raise Unfit(f"{key} is missing", f"fields: {', '.join(fields)}")
     prompt = turns_of(fields["conversations"], "conversations", "user", sharegpt_turn)
     chosen, rejected = (turns_of(fields[key], key, "assistant", sharegpt_turn) for key in ("chosen", "rejected"))
-    yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, tools=tools_of(fields), **judgment_of(fields))
+    yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, tools=tools_of(fields),
+                        **judgment_of(fields))
 
 
 def hh(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """Two transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..." that share all but the last answer.
 
-    Where they part earlier, at an answer, the prompt is the shared turns and the completions hold several turns; at a human turn
-    the row is bad. Turns of one speaker in a row (8 of hh-rlhf's 2,312) are one turn, since no chat template takes them otherwise.
+    Where they part earlier, at an answer, the prompt is the shared turns and the completions hold several turns; at a
+    human turn the row is bad. Turns of one speaker in a row (8 of hh-rlhf's 2,312) are one turn, since no chat template
+    takes them otherwise.
     """
     chosen, rejected = (_transcript(text_of(fields, key), key) for key in ("chosen", "rejected"))
     yield _diverge(chosen, rejected, where, source, fields, **judgment_of(fields))
@@ -236,7 +245,8 @@ def _transcript(text: str, key: str) -> Turns:
 
 
 def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]:
-    """A prompt and rated responses: a row for each pair of different ratings, strength = their difference; None for a tie.
+    """A prompt and rated responses: a row for each pair of different ratings, strength = their difference; None for a
+    tie.
 
     `responses` (texts or messages) with `ratings` or `scores` beside it, or a list of {"response" | "content" | "text",
     "rating" | "score"}; UltraFeedback's `instruction` and `completions` with `overall_score` as well.
@@ -246,15 +256,18 @@ def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]
         raise Unfit("prompt is missing", f"fields: {', '.join(fields)}")
     rated = _rated(fields)
     judgment = {**judgment_of(fields), "tools": tools_of(fields)}
-    as_text = isinstance(fields[key], str) and all(isinstance(answer, str) for answer, _ in rated) and "system" not in fields
+    as_text = isinstance(fields[key], str) and all(isinstance(answer, str) for answer,
+                                                   _ in rated) and "system" not in fields
     prompt = sound_text(fields[key], key) if as_text else with_system(fields, turns_of(fields[key], key, "user"))
-    answers = [(sound_text(a, "response") if as_text else turns_of(a, "response", "assistant"), rating) for a, rating in rated]
+    answers = [(sound_text(a, "response") if as_text else turns_of(a, "response", "assistant"), rating) for a,
+               rating in rated]
     for (a, rating_a), (b, rating_b) in combinations(answers, 2):
         if rating_a == rating_b:
             yield None
         else:
             chosen, rejected = (a, b) if rating_a > rating_b else (b, a)
-            yield PreferenceRow(prompt, chosen, rejected, where, source, **{**judgment, "strength": abs(rating_a - rating_b)})
+            yield PreferenceRow(prompt, chosen, rejected, where, source,
+                                **{**judgment, "strength": abs(rating_a - rating_b)})
 
 
 def _rated(fields: Fields) -> list[tuple[Any, float]]:
@@ -268,7 +281,8 @@ def _rated(fields: Fields) -> list[tuple[Any, float]]:
         return [(answer, number(rating, "rating")) for answer, rating in zip(responses, beside, strict=True)]
     out = []
     for response in responses:
-        answer = next((response[k] for k in ("response", "content", "text") if k in response), None) if isinstance(response, dict) else None
+        answer = next((response[k] for k in ("response", "content", "text") if k in response),
+                      None) if isinstance(response, dict) else None
         if answer is None:
             raise Unfit("a response has no text, or there are no ratings beside the responses", repr(response)[:60])
         rating = next((response[k] for k in ("rating", "score", "overall_score") if k in response), None)
@@ -294,13 +308,15 @@ FORMATS: dict[str, Format] = {
     "preference": Format(preference, "prompt, chosen, rejected (texts)",
                          lambda f: all(isinstance(f.get(k), str) for k in ("prompt", "chosen", "rejected"))),
     "messages": Format(messages, "chosen, rejected (lists of {role, content}), and prompt unless they begin with it",
-                       lambda f: "conversations" not in f and "rejected" in f and isinstance(f.get("chosen"), list | dict)),
+                       lambda f: "conversations" not in f and "rejected" in f
+                       and isinstance(f.get("chosen"), list | dict)),
     "sharegpt": Format(sharegpt, "conversations, chosen, rejected ({from, value})",
                        lambda f: all(k in f for k in ("conversations", "chosen", "rejected"))),
     "hh": Format(hh, "chosen, rejected (transcripts 'Human: ... Assistant: ...')",
                  lambda f: "prompt" not in f and all(isinstance(f.get(k), str) and f[k].lstrip().startswith("Human:")
                                                      for k in ("chosen", "rejected"))),
-    "ratings": Format(ratings, "prompt, responses, ratings (or responses of {text, rating}; or instruction, completions)",
+    "ratings": Format(ratings, "prompt, responses, ratings (or responses of {text, rating}; or instruction, "
+                               "completions)",
                       lambda f: isinstance(f.get("responses", f.get("completions")), list)),
     "token_ids": Format(token_ids, "prompt_ids, chosen_ids, rejected_ids (lists of whole numbers)",
                         lambda f: all(k in f for k in ("prompt_ids", "chosen_ids", "rejected_ids"))),

@@ -61,7 +61,8 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class PairSampler:
-    """The endless sequence of shuffled epochs, cut into steps of `pairs_per_step`; a step may span two epochs, the last may be short."""
+    """The endless sequence of shuffled epochs, cut into steps of `pairs_per_step`; a step may span two epochs, the last
+    may be short."""
 
     shuffle: Shuffle
     pairs_per_step: int
@@ -85,8 +86,8 @@ class PairSampler:
 class PromptSampler:
     """Shuffled epochs of whole prompts: all pairs of a prompt lie in one step, where what they share is computed once.
 
-    A step takes the next prompts while their pairs fit into `pairs_per_step`, and never spans two epochs, so it may be smaller; a
-    prompt with more pairs than that is cut into steps.
+    A step takes the next prompts while their pairs fit into `pairs_per_step`, and never spans two epochs, so it may be
+    smaller; a prompt with more pairs than that is cut into steps.
     """
 
     shuffle: Shuffle
@@ -137,7 +138,8 @@ def make_sampler(pairs: PairStore, train: TrainConfig, group_by_prompt: bool) ->
 
 
 def _whole_prompts(starts: Indexes, pairs_per_step: int) -> Indexes:
-    """Bounds of steps of at most `pairs_per_step` pairs that cut only where a prompt starts, but for prompts that are larger themselves."""
+    """Bounds of steps of at most `pairs_per_step` pairs that cut only where a prompt starts, but for prompts that are
+    larger themselves."""
     bounds = [0]
     while bounds[-1] < starts[-1]:
         end = int(starts[np.searchsorted(starts, bounds[-1] + pairs_per_step, side="right") - 1])

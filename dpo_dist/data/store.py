@@ -1,7 +1,8 @@
-"""PairStore: tokenized pairs on disk, memory-mapped, so that ranks and runs share one copy and a million pairs cost no memory.
+"""PairStore: tokenized pairs on disk, memory-mapped, so that ranks and runs share one copy and a million pairs cost no
+memory.
 
-A folder of flat arrays (n pairs, T tokens in all) and meta.json, found in data.cache_dir by the content of all that it was made
-from, or built there under a temporary name and renamed once complete.
+A folder of flat arrays (n pairs, T tokens in all) and meta.json, found in data.cache_dir by the content of all that it
+was made from, or built there under a temporary name and renamed once complete.
 """
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class PairStore:
         meta = json.loads((path / "meta.json").read_text())
         mapped: Literal["r"] | None = "r" if meta["pairs"] else None         # an empty file cannot be mapped
         # As plain arrays over the maps: a slice of numpy's own memmap class costs ten times as much.
-        return PairStore(path, meta, **{name: np.load(path / f"{name}.npy", mmap_mode=mapped).view(np.ndarray) for name in ARRAYS})
+        return PairStore(path, meta, **{name: np.load(path / f"{name}.npy", mmap_mode=mapped).view(np.ndarray)
+                                        for name in ARRAYS})
 
     def __len__(self) -> int:
         return int(self.meta["pairs"])
@@ -129,4 +131,5 @@ class PairStores(Generic[P]):
 
     def lengths(self) -> NDArray[np.int32]:
         """(n, 3) int32: tokens of prompt, chosen and rejected."""
-        return self._stores[0].lengths() if len(self._stores) == 1 else np.concatenate([store.lengths() for store in self._stores])
+        return self._stores[0].lengths() if len(self._stores) == 1 else np.concatenate([store.lengths()
+                                                                                        for store in self._stores])

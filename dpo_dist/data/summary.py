@@ -9,7 +9,8 @@ from dpo_dist.data.store import PairStore
 
 
 def summary_lines(store: PairStore, title: str) -> list[str]:
-    """Rows read, left out and cut, and the lengths of the pairs that remain, line by line. `title` names the pairs: train, eval."""
+    """Rows read, left out and cut, and the lengths of the pairs that remain, line by line. `title` names the pairs:
+    train, eval."""
     report = store.report
     lines = [f"{title}: {len(store):,} pairs, {store.meta['tokens']:,} tokens"]
     for source in report["sources"]:
@@ -18,16 +19,19 @@ def summary_lines(store: PairStore, title: str) -> list[str]:
         lines += _length_lines(store)
         lines.append(f"  repeated: {report['duplicate_pairs']:,} pairs (kept), {report['duplicate_prompts']:,} prompts")
     if report["pairs_with_training_prompts"]:
-        lines.append(f"  WARNING: {report['pairs_with_training_prompts']:,} of these pairs have a prompt that is trained on")
+        lines.append(f"  WARNING: {report['pairs_with_training_prompts']:,} of these pairs have a prompt that is "
+                     "trained on")
     if report["template_asks_for_date"] and len(store):
-        lines.append("  the chat template asks for today's date and always gets 26 July 2024: tokens must not depend on the day")
+        lines.append("  the chat template asks for today's date and always gets 26 July 2024: tokens must not depend "
+                     "on the day")
     return lines
 
 
 def _source_lines(read: dict[str, Any], tokens: dict[str, Any]) -> list[str]:
     ties = f", {read['ties']:,} ties" if read["ties"] else ""
     cut = f" ({tokens['truncated']:,} truncated)" if tokens["truncated"] else ""
-    lines = [f"  {read['source']} ({read['format']}): {read['rows']:,} rows read, {tokens['kept']:,} pairs kept{cut}{ties}"]
+    lines = [f"  {read['source']} ({read['format']}): {read['rows']:,} rows read, {tokens['kept']:,} pairs "
+             f"kept{cut}{ties}"]
     for verb, tally in (("bad", read["bad"]), ("dropped", tokens["dropped"])):
         for reason, count in sorted(tally["counts"].items(), key=lambda item: -item[1]):
             lines.append(f"    {verb}: {count:,} × {reason}, e.g. {tally['examples'][reason][0]}")
@@ -39,4 +43,5 @@ def _length_lines(store: PairStore) -> list[str]:
     cells = [f"{name} {int(np.median(column)):,} / {int(np.percentile(column, 95)):,} / {int(column.max()):,}"
              for name, column in zip(("prompt", "chosen", "rejected"), lengths.T, strict=True)]
     longer = float((lengths[:, 1] > lengths[:, 2]).mean())
-    return [f"  tokens (median / p95 / max): {', '.join(cells)}", f"  chosen is longer than rejected in {longer:.0%} of the pairs"]
+    return [f"  tokens (median / p95 / max): {', '.join(cells)}", f"  chosen is longer than rejected in {longer:.0%} "
+                                                                  "of the pairs"]

@@ -1,7 +1,8 @@
 """PreferenceRow → TokenizedPair, and truncation.
 
-Prompt and completion are tokenized apart, so the boundary between them is exact and the same as at generation time. A completion
-ends with its end-of-turn token: the chat template's, or the tokenizer's eos where there is no template or it has none.
+Prompt and completion are tokenized apart, so the boundary between them is exact and the same as at generation time. A
+completion ends with its end-of-turn token: the chat template's, or the tokenizer's eos where there is no template or it
+has none.
 """
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class TruncationReport:
 
 
 def make_tokenize(tokenizer: Any | None, config: DataConfig) -> Callable[[DataRow], TokenizedPair | Dropped]:
-    """A function from a row to its pair of at most data.max_length tokens. `tokenizer` may be None where all rows are token ids."""
+    """A function from a row to its pair of at most data.max_length tokens. `tokenizer` may be None where all rows are
+    token ids."""
     encoder = PairTokenizer.of(tokenizer, config)
 
     def tokenize(row: DataRow) -> TokenizedPair | Dropped:
@@ -68,8 +70,8 @@ class PairTokenizer:
         if tokenizer is None:
             return PairTokenizer(None, None, skip)
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no eos token, so the end of an answer cannot be marked; set eos_token in its "
-                            "tokenizer_config.json")
+            raise UserError("the tokenizer has no eos token, so the end of an answer cannot be marked; set eos_token "
+                            "in its tokenizer_config.json")
         template = chat_template(tokenizer, config.chat_template)
         first = "".join(tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"]))
         begun = tokenizer("a")["input_ids"][:1]
@@ -87,30 +89,34 @@ class PairTokenizer:
                 split.append((at, row, texts))
         prompts = self._encode_prompts([texts[0] for _, _, texts in split])
         completions = self.encode_completions([text for _, _, texts in split for text in texts[1:]])
-        for (at, row, _), prompt, chosen, rejected in zip(split, prompts, completions[::2], completions[1::2], strict=True):
+        for (at, row, _), prompt, chosen, rejected in zip(split, prompts, completions[::2], completions[1::2],
+                                                          strict=True):
             out[at] = TokenizedPair(prompt, chosen, rejected, row.where, row.source, row.strength, row.weight)
         return [pair for pair in out if pair is not None]
 
     def _split(self, row: PreferenceRow) -> tuple[str, str, str] | Dropped:
         if self.tokenizer is None:
-            raise UserError(f"{row.where}: text needs a tokenizer, and there is none; give a model with one, or token_ids rows")
+            raise UserError(f"{row.where}: text needs a tokenizer, and there is none; give a model with one, or "
+                            "token_ids rows")
         if self.template is not None:
             try:
                 return self.template.split(row)
             except TemplateMisfit as misfit:
                 if self.skip_misfits:
                     return Dropped(row.where, "does not fit the chat template", str(misfit))
-                raise UserError(f"{row.where}: {misfit}; mend the row or data.chat_template, or set data.on_bad_row=skip to leave "
-                                "such rows out and count them") from misfit
+                raise UserError(f"{row.where}: {misfit}; mend the row or data.chat_template, or set "
+                                "data.on_bad_row=skip to leave such rows out and count them") from misfit
         if isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str):
             return row.prompt, row.chosen, row.rejected
-        raise UserError(f"{row.where}: messages need a chat template; the tokenizer has none, or data.chat_template={PLAIN} "
-                        "switched it off; set data.chat_template to a Jinja file, or give rows of format preference")
+        raise UserError(f"{row.where}: messages need a chat template; the tokenizer has none, or "
+                        f"data.chat_template={PLAIN} switched it off; set data.chat_template to a Jinja file, or give "
+                        "rows of format preference")
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts or self.tokenizer is None:
             return []
-        return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
+                                   verbose=False)["input_ids"])
 
     def _encode_prompts(self, texts: list[str]) -> list[tuple[int, ...]]:
         bos = self.bos if self.template is None else ()      # a template writes its own
@@ -119,15 +125,16 @@ class PairTokenizer:
     def encode_completions(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Token ids of texts that continue a prompt, closed by an end-of-turn token.
 
-        A tokenizer that puts a space before any text (SentencePiece's dummy prefix) would put one into the middle of the
-        conversation: there, the text is tokenized after a line break, whose tokens are then taken off.
+        A tokenizer that puts a space before any text (SentencePiece's dummy prefix) would put one into the middle of
+        the conversation: there, the text is tokenized after a line break, whose tokens are then taken off.
         """
         encoded = self._ids([ANCHOR + text for text in texts] if self.anchored else texts)
         if self.anchored:
             anchor = self._ids([ANCHOR])[0]
             encoded = [ids[len(anchor):] if ids[:len(anchor)] == anchor else self._ids([text])[0]
                        for ids, text in zip(encoded, texts, strict=True)]
-        return [tuple(ids) if self._is_closed(text, ids) else (*ids, self._eos) for text, ids in zip(texts, encoded, strict=True)]
+        return [tuple(ids) if self._is_closed(text, ids) else (*ids, self._eos) for text,
+                ids in zip(texts, encoded, strict=True)]
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
         if self.template is not None and self.template.end_of_turn and text.endswith(self.template.special):
@@ -158,7 +165,8 @@ def truncate(pair: TokenizedPair | Dropped, config: DataConfig) -> TokenizedPair
             return Dropped(pair.where, "longer than data.max_length", f"{length} tokens")
         if config.truncation == "keep_start":
             room = max(0, limit - len(prompt))
-            cut = replace(pair, prompt_ids=prompt[:limit], chosen_ids=pair.chosen_ids[:room], rejected_ids=pair.rejected_ids[:room])
+            cut = replace(pair, prompt_ids=prompt[:limit], chosen_ids=pair.chosen_ids[:room],
+                          rejected_ids=pair.rejected_ids[:room])
         else:                                # both completions keep the very same prompt
             cut = replace(pair, prompt_ids=prompt[length - limit:])
     if not cut.prompt_ids:

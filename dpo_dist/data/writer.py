@@ -23,9 +23,11 @@ ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns
     "strength": ("<f4", 0),                  # (n,) NaN = unknown
     "source": ("<u2", 0),                    # (n,) index into meta's sources
     "content": ("<u8", 3),                   # (n, 3) hash of prompt, chosen and rejected: equal tokens, equal number
-    "where": ("<i8", 2),                     # (n, 2) index into meta's places, and the line or row number there (-1 = none)
+    # (n, 2) index into meta's places, and the line or row number there (-1 = none)
+    "where": ("<i8", 2),
 }
-IN_DIGEST = ("ids", "spans", "weight", "strength", "source")         # what training sees; where a row came from is no part of it
+# what training sees; where a row came from is no part of it
+IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128
 
@@ -41,7 +43,8 @@ class Source:
 
 
 class PairWriter:
-    """Appends pairs to a new store. Holds a few thousand of them, and 16 bytes for each that went by (to find repetitions)."""
+    """Appends pairs to a new store. Holds a few thousand of them, and 16 bytes for each that went by (to find
+    repetitions)."""
 
     def __init__(self, path: Path, sources: Sequence[Source]):
         path.mkdir(parents=True)
@@ -63,7 +66,8 @@ class PairWriter:
         rejected = chosen + len(pair.chosen_ids)
         span = (self.tokens, chosen, rejected, self.tokens + len(ids))
         strength = float("nan") if pair.strength is None else pair.strength
-        for name, value in zip(ARRAYS, (ids, span, pair.weight, strength, source, content, self._place(pair.where)), strict=True):
+        for name, value in zip(ARRAYS, (ids, span, pair.weight, strength, source, content, self._place(pair.where)),
+                               strict=True):
             self.waiting[name].append(value)
         self.prompt_hashes.append(prompt_hash)
         self.pair_hashes.append(hash64(ids.tobytes() + np.diff(span).tobytes()))
@@ -92,7 +96,8 @@ class PairWriter:
         repeats = {"duplicate_pairs": self.pairs - len(np.unique(np.array(self.pair_hashes))),
                    "duplicate_prompts": self.pairs - len(np.unique(np.array(self.prompt_hashes)))}
         meta = {"pairs": self.pairs, "tokens": self.tokens, "largest_id": self.largest_id, "digest": digest,
-                "sources": [vars(source) for source in self.sources], "places": list(self.places), "report": {**report, **repeats}}
+                "sources": [vars(source) for source in self.sources], "places": list(self.places),
+                "report": {**report, **repeats}}
         with open(self.path / "meta.json", "w") as stream:
             json.dump(meta, stream, indent=1)
             sync_file(stream)

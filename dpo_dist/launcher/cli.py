@@ -1,4 +1,5 @@
-"""The command `dpo-dist VERB [key=value ...]`. No torch here: help and errors answer at once, so a verb imports what it alone needs."""
+"""The command `dpo-dist VERB [key=value ...]`. No torch here: help and errors answer at once, so a verb imports what it
+alone needs."""
 from __future__ import annotations
 
 import os
@@ -28,7 +29,8 @@ STAGE_VERBS = {
 }
 VERBS = {
     **STAGE_VERBS,
-    "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does not fit",
+    "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
+            "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
@@ -68,8 +70,8 @@ def _main(words: list[str]) -> int:
         rest.remove("-m")
     for word in rest:
         if word.startswith("-"):
-            raise UserError(f"unknown option '{word}': the options are --help, --cfg job, --dry-run, and -m for run alone; everything else "
-                            "is key=value")
+            raise UserError(f"unknown option '{word}': the options are --help, --cfg job, --dry-run, and -m for run "
+                            "alone; everything else is key=value")
         if word.startswith("sweep=") and not sweeps:
             raise UserError(f"{word} names the runs of a sweep; write dpo-dist run -m {word} ...")
     if sweeps:
@@ -82,9 +84,11 @@ def _main(words: list[str]) -> int:
         return doctor(compose(with_model(rest)))
     config = compose(rest)
     if config.cluster.jobs_at_once not in (None, 1):
-        raise UserError(f"cluster.jobs_at_once={config.cluster.jobs_at_once} does nothing without a sweep; remove it, or sweep with run -m")
+        raise UserError(f"cluster.jobs_at_once={config.cluster.jobs_at_once} does nothing without a sweep; remove it, "
+                        "or sweep with run -m")
     if show:
-        print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)), end="\n" if show == "run_dir" else "")
+        print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)),
+              end="\n" if show == "run_dir" else "")
         return 0
     launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
@@ -126,17 +130,20 @@ def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
     for stage in launch.stages:
         when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""
         lines += ["", stage.name + when,
-                  f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, each on a {device}",
-                  *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"] if stage.server_nodes else []),
+                  f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, "
+                  f"each on a {device}",
+                  *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"]
+                    if stage.server_nodes else []),
                   f"  {'submits' if config.cluster.submits else 'by hand'} {shlex.join(commands[stage.name])}"]
     return "\n".join(lines)
 
 
 def _usage() -> str:
     verbs = "\n".join(f"  {name:<8}{text}" for name, text in VERBS.items())
-    return (f"usage: dpo-dist VERB [key=value ...]\n\n{verbs}\n\ndpo-dist VERB --help lists the keys; --cfg job prints the resolved config; "
-            "--dry-run prints what cluster=slurm would submit.\n"
-            "dpo-dist run -m loss.beta=0.05,0.1,0.3 optim.lr=5e-7,1e-6 ... runs every combination; or -m sweep=beta_lr, or -m sweep=optuna.")
+    return (f"usage: dpo-dist VERB [key=value ...]\n\n{verbs}\n\ndpo-dist VERB --help lists the keys; --cfg job prints "
+            "the resolved config; --dry-run prints what cluster=slurm would submit.\n"
+            "dpo-dist run -m loss.beta=0.05,0.1,0.3 optim.lr=5e-7,1e-6 ... runs every combination; or -m "
+            "sweep=beta_lr, or -m sweep=optuna.")
 
 
 def _verb_help(verb: str) -> str:

@@ -23,7 +23,8 @@ def device_count(cluster: ClusterConfig) -> int:
 
 
 def devices(cluster: ClusterConfig) -> list[str]:
-    """The GPUs that the processes would see, as CUDA_VISIBLE_DEVICES names them; empty where the work is done on the CPU."""
+    """The GPUs that the processes would see, as CUDA_VISIBLE_DEVICES names them; empty where the work is done on the
+    CPU."""
     if cluster.device == "cpu":
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -43,7 +44,8 @@ def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
 
 
 def run_stages(plan: LaunchPlan) -> int:
-    """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is done.
+    """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is
+    done.
 
     A signal to end starts no further stage.
     """
@@ -76,13 +78,15 @@ def _work(stage: Stage, run_dir: str, procs_on_machine: int, quiet: bool) -> Wor
     environment = rank_environment(procs_on_machine)
     if stage.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(stage.devices))
-    return Work(stage.name, stage.module, stage.overrides, folder, folder.launcher_log, Place(stage.procs_per_node, master_port=free_port()),
+    return Work(stage.name, stage.module, stage.overrides, folder, folder.launcher_log,
+                Place(stage.procs_per_node, master_port=free_port()),
                 environment, quiet)
 
 
 def rank_environment(procs_on_machine: int) -> dict[str, str]:
     """This process's environment, with an equal share of the processors for each rank unless a person has set one."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs_on_machine)), **os.environ, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs_on_machine)), **os.environ,
+            "PYTHONUNBUFFERED": "1"}
 
 
 def _visible(numbers: Sequence[int]) -> list[str]:

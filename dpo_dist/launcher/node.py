@@ -1,4 +1,5 @@
-"""This node's ranks of a run on several: python -m dpo_dist.launcher.node [key=value ...]. Every node is given the same overrides.
+"""This node's ranks of a run on several: python -m dpo_dist.launcher.node [key=value ...]. Every node is given the same
+overrides.
 
     NNODES  NODE_RANK  MASTER_ADDR   how many nodes, which of them this is (from 0), and the name or address of node 0
     MASTER_PORT                      a port that is free on node 0 (29500)
@@ -6,8 +7,8 @@
     MODULE                           what runs: dpo_dist.train, dpo_dist.score, ... (dpo_dist.train)
     RUN_DIR                          where logs go (what the overrides say)
 
-Inside a Slurm job the first four are Slurm's where they are not set. launch/node.sh starts this; so do launch/hosts.sh, a Slurm job and
-the container.
+Inside a Slurm job the first four are Slurm's where they are not set. launch/node.sh starts this; so do launch/hosts.sh,
+a Slurm job and the container.
 """
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequ
     finally:
         pid.unlink(missing_ok=True)
     if code and run_dir.preempted_by() is None:
-        print(f"error: node {place.node} ({socket.gethostname()}) ended with code {code}; its log is {log}", file=sys.stderr)
+        print(f"error: node {place.node} ({socket.gethostname()}) ended with code {code}; its log is {log}",
+              file=sys.stderr)
     return code
 
 
@@ -60,14 +62,16 @@ def place_of(environment: Mapping[str, str]) -> Place:
     nodes = read("NNODES", "SLURM_JOB_NUM_NODES", default=1)
     master = environment.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_of_slurm(environment))
     port = read("MASTER_PORT", default=20000 + read("SLURM_JOB_ID", default=9500) % 10000)
-    return Place(read("PROCS_PER_NODE", default=max(1, len(glob.glob("/dev/nvidia[0-9]*")))), read("NODE_RANK", "SLURM_NODEID", default=0),
+    return Place(read("PROCS_PER_NODE", default=max(1, len(glob.glob("/dev/nvidia[0-9]*")))),
+                 read("NODE_RANK", "SLURM_NODEID", default=0),
                  nodes, master, port)
 
 
 def _first_of_slurm(environment: Mapping[str, str]) -> str:
     if not environment.get("SLURM_JOB_NODELIST"):
         raise UserError("MASTER_ADDR is not set; set it to the name or address of node 0")
-    shown = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+    shown = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True,
+                           text=True, check=True)
     return shown.stdout.split()[0]
 
 

@@ -1,4 +1,5 @@
-"""What a node can tell about itself before the work: python -m dpo_dist.launcher.node_check [overrides]. No torch, so it takes a second."""
+"""What a node can tell about itself before the work: python -m dpo_dist.launcher.node_check [overrides]. No torch, so
+it takes a second."""
 from __future__ import annotations
 
 import importlib.util

@@ -1,4 +1,5 @@
-"""RunConfig → the stages of a command: which entry point runs, on how many nodes, in how many processes, after what. Pure."""
+"""RunConfig → the stages of a command: which entry point runs, on how many nodes, in how many processes, after what.
+Pure."""
 from __future__ import annotations
 
 import re
@@ -11,7 +12,8 @@ from dpo_dist.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry point, started as `nodes` times `procs_per_node` processes with these overrides, once the stages of `after` have succeeded.
+    """One entry point, started as `nodes` times `procs_per_node` processes with these overrides, once the stages of
+    `after` have succeeded.
 
     beside: the stage that this one serves: both start together, and this one ends with it at the latest.
     """
@@ -47,7 +49,8 @@ class _Kind:
     after: tuple[str, ...] = ()
 
 
-# `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the policy is in memory.
+# `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the
+# policy is in memory.
 STAGES = {
     "score": _Kind("dpo_dist.score", lambda config: config.scores_apart),
     "train": _Kind("dpo_dist.train", lambda config: True, after=("score",)),
@@ -57,14 +60,16 @@ STAGES = {
 
 
 def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices: int = 1) -> LaunchPlan:
-    """The stages of a verb: of `run` all that the config needs, of any other itself. `devices`: processes a node where the config says none."""
+    """The stages of a verb: of `run` all that the config needs, of any other itself. `devices`: processes a node where
+    the config says none."""
     if config.reference.mode == "ahead" and verb in ("run", "train", "score"):
         scoring, training = _side_by_side(config, tuple(overrides), devices)
         return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
     names = [name for name, kind in STAGES.items() if kind.needed(config)] if verb == "run" else [verb]
     procs = config.cluster.procs_per_node or devices
     stages = [Stage(name, STAGES[name].module, config.cluster.nodes, procs, tuple(overrides),
-                    tuple(before for before in STAGES[name].after if before in names), server_nodes=_server_nodes(name, config))
+                    tuple(before for before in STAGES[name].after if before in names),
+                    server_nodes=_server_nodes(name, config))
               for name in names]
     return LaunchPlan(config.run_dir, tuple(stages))
 
@@ -82,14 +87,17 @@ def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -
     # jobs get devices of their own from Slurm; a CPU, or a single GPU, is shared
     shared = config.cluster.submits or devices == 1
     if not shared and trainers + scorers > devices:
-        raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's {devices} devices; "
-                        f"set cluster.procs_per_node={max(1, devices - scorers)}")
-    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+", config.scorer_dir) else "'" + config.scorer_dir.replace("'", "\\'") + "'"
+        raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's "
+                        f"{devices} devices; set cluster.procs_per_node={max(1, devices - scorers)}")
+    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+",
+                                               config.scorer_dir) else "'" + config.scorer_dir.replace("'", "\\'") + "'"
     own = [f"run.dir={folder}", "cluster.nodes=1", f"cluster.procs_per_node={scorers}"]
     if config.zero.stage is None:
         own.append("zero.stage=0")                        # plain torch is for one process; scoring does not look at it
-    scoring = Stage("score", STAGES["score"].module, 1, scorers, (*overrides, *own), beside="train", run_dir=config.scorer_dir,
-                    devices=None if shared else tuple(range(trainers, trainers + scorers)), server_nodes=_server_nodes("score", config))
+    scoring = Stage("score", STAGES["score"].module, 1, scorers, (*overrides, *own), beside="train",
+                    run_dir=config.scorer_dir,
+                    devices=None if shared else tuple(range(trainers, trainers + scorers)),
+                    server_nodes=_server_nodes("score", config))
     training = Stage("train", STAGES["train"].module, config.cluster.nodes, trainers, overrides,
                      devices=None if shared else tuple(range(trainers)))
     return scoring, training

@@ -1,4 +1,5 @@
-"""cluster=slurm: stages as batch jobs that depend on each other, rendered from slurm/train.sbatch, which also works by hand."""
+"""cluster=slurm: stages as batch jobs that depend on each other, rendered from slurm/train.sbatch, which also works by
+hand."""
 from __future__ import annotations
 
 import json
@@ -20,7 +21,8 @@ from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.run_dir import RunDir
 
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
-ALIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED", "SIGNALING")
+ALIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED",
+                "SIGNALING")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class BatchJob:
     served_by: tuple[str, ...] = ()    # names of the jobs that must have begun before
 
 
-# -------------------------------------------------------------------------------------------------------- a run's own stages
+# --------------------------------------------------------------------------------------------------- a run's own stages
 
 
 def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
@@ -55,7 +57,8 @@ def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
 def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     """The stages as jobs, in order. Writes nothing."""
     folder = RunDir(Path(launch.run_dir)).slurm
-    return [BatchJob(stage.name, render(stage, config, job_name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
+    return [BatchJob(stage.name, render(stage, config, job_name(launch.run_dir, stage.name),
+                                        folder / f"{stage.name}-%j.out",
                                    run_dir=stage.run_dir or launch.run_dir),
                 folder / f"{stage.name}.sbatch", stage.overrides, stage.after,
                 tuple(other.name for other in launch.stages if other.beside == stage.name)) for stage in launch.stages]
@@ -66,15 +69,16 @@ def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
     jobs = jobs_of(launch, config)
     busy = [job for job in recorded_jobs(Path(launch.run_dir)).values() if is_alive(job)]
     if busy:
-        raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them with scancel")
+        raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
+                        "with scancel")
     ids = submit_jobs(jobs)
     record(Path(launch.run_dir), ids)
     return ids
 
 
 def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
-    """Submits jobs in order, each after those it names; {name: Slurm's id}. All or none: UserError with what Slurm said of the first that it
-    refused, the others cancelled."""
+    """Submits jobs in order, each after those it names; {name: Slurm's id}. All or none: UserError with what Slurm said
+    of the first that it refused, the others cancelled."""
     ids: dict[str, str] = {}
     for job in jobs:
         job.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,8 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
 
 
 def sbatch_command(job: BatchJob, ids: Mapping[str, str]) -> list[str]:
-    """The command that submits the job, given the ids of those before it. A job whose condition can no longer come true is cancelled."""
+    """The command that submits the job, given the ids of those before it. A job whose condition can no longer come true
+    is cancelled."""
     wanted = [f"{how}:{':'.join(ids.get(name, f'<{name}>') for name in names)}"
               for how, names in (("afterok", job.after), ("after", job.served_by)) if names]
     before = [f"--dependency={','.join(wanted)}", "--kill-on-invalid-dep=yes"] if wanted else []
@@ -98,21 +103,23 @@ def sbatch_command(job: BatchJob, ids: Mapping[str, str]) -> list[str]:
 
 def describe(jobs: Sequence[BatchJob]) -> str:
     """The batch scripts and sbatch commands, as --dry-run prints them."""
-    return "\n".join(f"# ---- {job.path}\n{job.script}\n# ---- submitted with\n{shlex.join(sbatch_command(job, {}))}\n" for job in jobs)
+    return "\n".join(f"# ---- {job.path}\n{job.script}\n# ---- submitted with\n{shlex.join(sbatch_command(job, {}))}\n"
+                     for job in jobs)
 
 
 def _sbatch(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError("cluster=slurm, but there is no sbatch on this machine; run it on a login node, or set cluster=local") from error
+        raise UserError("cluster=slurm, but there is no sbatch on this machine; run it on a login node, or set "
+                        "cluster=local") from error
     if done.returncode:
-        raise UserError(f"Slurm refused the job: {' '.join(done.stderr.split())}; see cluster.slurm in `--cfg job`, and set "
-                        "cluster.device=cpu where the nodes have no GPUs")
+        raise UserError(f"Slurm refused the job: {' '.join(done.stderr.split())}; see cluster.slurm in `--cfg job`, "
+                        "and set cluster.device=cpu where the nodes have no GPUs")
     return done.stdout.strip().split(";")[0]
 
 
-# --------------------------------------------------------------------------------------------------------------- rendering
+# ------------------------------------------------------------------------------------------------------------ rendering
 
 
 def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: str = "", tasks: Path | None = None,
@@ -126,22 +133,27 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
     if stage.server_nodes:
         options += ["hetjob", *_server_options(stage, config, slurm)]
     options = [f"#SBATCH {option}" for option in options]
-    return "\n".join([before + BEGIN + "\n".join(options), *_variables(stage, config, slurm, run_dir, tasks), END + after])
+    return "\n".join([before + BEGIN + "\n".join(options), *_variables(stage, config, slurm, run_dir, tasks),
+                      END + after])
 
 
-def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, output: Path, array: str | None) -> list[str]:
-    return [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []), f"--signal=B:USR1@{slurm.signal_seconds}",
+def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, output: Path,
+             array: str | None) -> list[str]:
+    return [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
+            f"--signal=B:USR1@{slurm.signal_seconds}",
             *_machines(stage.nodes, stage.procs_per_node, config, slurm)]
 
 
 def _server_options(stage: Stage, config: RunConfig, slurm: SlurmConfig) -> list[str]:
     """The second part of a heterogeneous job: nodes for the reference's servers."""
-    return ["--ntasks-per-node=1", "--requeue", *_machines(stage.server_nodes, config.reference.server_gpus, config, slurm),
+    return ["--ntasks-per-node=1", "--requeue", *_machines(stage.server_nodes, config.reference.server_gpus, config,
+                                                           slurm),
             *slurm.server_extra]
 
 
 def _machines(nodes: int, gpus: int, config: RunConfig, slurm: SlurmConfig) -> list[str]:
-    optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit, "exclude": slurm.exclude}
+    optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit,
+                "exclude": slurm.exclude}
     return [f"--nodes={nodes}", *([] if config.cluster.device == "cpu" else [f"--gpus-per-node={gpus}"]),
             *(f"--{key}={value}" for key, value in optional.items() if value is not None), *slurm.extra]
 
@@ -150,10 +162,13 @@ def _variables(stage: Stage, config: RunConfig, slurm: SlurmConfig, run_dir: str
     own_python = bool(slurm.setup) or slurm.container_image is not None
     container = []
     if slurm.container_image is not None:
-        mounts = [f"{path}:{path}" for path in dict.fromkeys([os.getcwd(), *([str(Path(run_dir).resolve())] if run_dir else [])])]
-        container = [f"--container-image={slurm.container_image}", f"--container-mounts={','.join([*mounts, *slurm.container_mounts])}",
+        mounts = [f"{path}:{path}" for path in dict.fromkeys([os.getcwd(),
+                                                              *([str(Path(run_dir).resolve())] if run_dir else [])])]
+        container = [f"--container-image={slurm.container_image}",
+                     f"--container-mounts={','.join([*mounts, *slurm.container_mounts])}",
                      f"--container-workdir={os.getcwd()}"]
-    values = {"PYTHON": "python" if own_python else sys.executable, "LAUNCH": str(shipped("launch")), "MODULE": stage.module,
+    values = {"PYTHON": "python" if own_python else sys.executable, "LAUNCH": str(shipped("launch")),
+              "MODULE": stage.module,
               "PROCS_PER_NODE": str(stage.procs_per_node), "RUN_DIR": run_dir, "TASKS": str(tasks or ""),
               "PREFLIGHT": "yes" if slurm.preflight else "no", "MAX_REQUEUES": str(slurm.max_requeues)}
     return [*(f"{key}={shlex.quote(value)}" for key, value in values.items()), f"CONTAINER=({shlex.join(container)})",
@@ -172,12 +187,12 @@ def shipped(name: str) -> Path:
     return inside if inside.exists() else package.parent / name
 
 
-# ------------------------------------------------------------------------------------------------------------ jobs under way
+# ------------------------------------------------------------------------------------------------------- jobs under way
 
 
 def wait_for(job_ids: Sequence[str], seconds_between: float = 10.0) -> None:
-    """Returns when none of these jobs (arrays: with all their tasks) is pending or running any more, however each ended. A controller that
-    does not answer for a while is waited for, too."""
+    """Returns when none of these jobs (arrays: with all their tasks) is pending or running any more, however each
+    ended. A controller that does not answer for a while is waited for, too."""
     for job in job_ids:
         while _may_be_alive(job):
             time.sleep(seconds_between)
@@ -191,8 +206,8 @@ def _may_be_alive(job: str) -> bool:
 
 
 def job_states(job: str) -> list[str]:
-    """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here. UserError where Slurm
-    does not answer, which says nothing of the job."""
+    """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here.
+    UserError where Slurm does not answer, which says nothing of the job."""
     try:
         done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
     except FileNotFoundError:
@@ -202,7 +217,8 @@ def job_states(job: str) -> list[str]:
     answer = " ".join((done.stdout + done.stderr).split())
     if "Invalid job id" in answer:
         return []
-    raise UserError(f"Slurm does not say how job {job} is: {answer}; try again when `scontrol ping` says that the controller is up")
+    raise UserError(f"Slurm does not say how job {job} is: {answer}; try again when `scontrol ping` says that the "
+                    "controller is up")
 
 
 def is_alive(job: str) -> bool:

@@ -1,7 +1,8 @@
-"""Starts the ranks of one machine, passes signals on to them, and tells which one failed. Torch is started, never imported.
+"""Starts the ranks of one machine, passes signals on to them, and tells which one failed. Torch is started, never
+imported.
 
-Ranks are this process's own children, one a rank, so it sees itself which of them ended first and by what. A rank leads a session of
-its own: a Ctrl-C in the terminal comes to this process alone, which passes it on.
+Ranks are this process's own children, one a rank, so it sees itself which of them ended first and by what. A rank leads
+a session of its own: a Ctrl-C in the terminal comes to this process alone, which passes it on.
 """
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Place:
         """What a rank reads of its place; nothing for a process that is alone."""
         if self.nodes * self.procs == 1:
             return {}
-        return {"RANK": str(self.node * self.procs + local_rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(self.node),
+        return {"RANK": str(self.node * self.procs + local_rank), "LOCAL_RANK": str(local_rank),
+                "GROUP_RANK": str(self.node),
                 "WORLD_SIZE": str(self.nodes * self.procs), "LOCAL_WORLD_SIZE": str(self.procs),
                 "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
 
@@ -75,7 +77,8 @@ class Ranks:
         with work.log.open("ab") as log:
             self._log_begins = log.tell()
             self._processes = [
-                subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.rank", work.module, *work.overrides], start_new_session=True,
+                subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.rank", work.module, *work.overrides],
+                                 start_new_session=True,
                                  stdout=log if work.quiet else None, stderr=log if captured else None,
                                  env={**work.environment, **work.place.environment(local_rank)})
                 for local_rank in range(work.place.procs)]
@@ -121,7 +124,8 @@ class Ranks:
 
     @property
     def code(self) -> int:
-        """Of the first rank that failed, as subprocess has it: negative where a signal ended it. 0 where none failed."""
+        """Of the first rank that failed, as subprocess has it: negative where a signal ended it. 0 where none
+        failed."""
         return 0 if self._first is None else self._first[1]
 
     @property
@@ -135,7 +139,8 @@ class Ranks:
 
 
 def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
-    """(local rank, exit code). Of ranks that are found ended in one look, one that a signal ended comes before those that saw it go."""
+    """(local rank, exit code). Of ranks that are found ended in one look, one that a signal ended comes before those
+    that saw it go."""
     failed = [(rank, code) for rank, code in enumerate(codes) if code]
     killed = [(rank, code) for rank, code in failed if code < 0 and -code not in CONSEQUENCES]
     return next(iter(killed or failed), None)
@@ -145,10 +150,11 @@ def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
 
 
 def run(work: Work, received: Sequence[int], companions: Sequence[Work] = ()) -> int:
-    """Starts the ranks, beside companions that serve them, and waits; the exit code. What the ranks tell a person passes through.
+    """Starts the ranks, beside companions that serve them, and waits; the exit code. What the ranks tell a person
+    passes through.
 
-    received: see `receiving`. A signal goes to all ranks, which save first (runtime/preemption.py); a second Ctrl-C kills them.
-    128 and the signal's number where one ended the work in good order.
+    received: see `receiving`. A signal goes to all ranks, which save first (runtime/preemption.py); a second Ctrl-C
+    kills them. 128 and the signal's number where one ended the work in good order.
     """
     run_dir, beside = work.run_dir, list[Ranks]()
     try:
@@ -170,8 +176,8 @@ def run(work: Work, received: Sequence[int], companions: Sequence[Work] = ()) ->
 
 
 def _wait(ranks: Ranks, companions: Sequence[Ranks], received: Sequence[int]) -> None:
-    """Until the ranks have ended. A companion that ends before its work is done is marked FAILED, which the ranks will see: they go as
-    far as they can."""
+    """Until the ranks have ended. A companion that ends before its work is done is marked FAILED, which the ranks will
+    see: they go as far as they can."""
     serving, passed = list(companions), 0
     while not ranks.look():
         time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -203,13 +209,14 @@ def _passed(number: int) -> int:
 def _mark_ended(companion: Ranks) -> None:
     run_dir = companion.work.run_dir
     if not run_dir.is_done and run_dir.failure() is None:
-        run_dir.mark_failed(Failure(f"the {companion.work.name} stage ended with code {companion.code}; its logs are in "
-                                    f"{run_dir.logs}", 1))
+        run_dir.mark_failed(Failure(f"the {companion.work.name} stage ended with code {companion.code}; its logs are "
+                                    f"in {run_dir.logs}", 1))
 
 
 def _ended_by(received: Sequence[int], ranks: Ranks) -> bool:
     """Whether a signal that was passed on ended the ranks, which were not listening yet or have nothing to save."""
-    passed = {_passed(number) for number in received} | ({signal.SIGKILL} if received.count(signal.SIGINT) > 1 else set())
+    passed = {_passed(number) for number in received} | ({signal.SIGKILL} if received.count(signal.SIGINT) > 1
+                                                         else set())
     return -ranks.code in passed if ranks.code < 0 else ranks.work.run_dir.failure() is None
 
 
@@ -217,7 +224,8 @@ def ended_early(received: Sequence[int], where: str, place: Place | None = None)
     """Tells the person that a signal ended the work; the exit code."""
     number = signal.Signals(received[0])
     if place is not None and place.nodes > 1:
-        print(f"node {place.node}: ended by {number.name.removeprefix('SIG')} before its ranks had begun to work", file=sys.stderr)
+        print(f"node {place.node}: ended by {number.name.removeprefix('SIG')} before its ranks had begun to work",
+              file=sys.stderr)
     else:
         print(f"ended by {number.name} {where}; the same command goes on from there", file=sys.stderr)
     return 128 + number
@@ -225,8 +233,8 @@ def ended_early(received: Sequence[int], where: str, place: Place | None = None)
 
 @contextmanager
 def receiving(*numbers: signal.Signals) -> Iterator[list[int]]:
-    """Those of these signals that came meanwhile, in order; one that is ignored (nohup) stays so. Noted, not raised: an exception in the
-    middle of a start would lose the process."""
+    """Those of these signals that came meanwhile, in order; one that is ignored (nohup) stays so. Noted, not raised: an
+    exception in the middle of a start would lose the process."""
     received: list[int] = []
     former = {number: signal.getsignal(number) for number in numbers}
     heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]
@@ -247,7 +255,8 @@ def report_failure(ranks: Ranks) -> int:
     """Tells the person which rank failed, why, and where to read on; the exit code."""
     run_dir, place = ranks.work.run_dir, ranks.work.place
     rank_log = run_dir.rank_log(ranks.failed_rank)
-    if ranks.code < 0:                                           # it could not speak; what the others say is only that it is gone
+    # it could not speak; what the others say is only that it is gone
+    if ranks.code < 0:
         number = signal.Signals(-ranks.code)
         why = " (by the system, where memory ran out)" if number == signal.SIGKILL else ""
         message = f"rank {ranks.failed_rank} was ended by {number.name}{why}"
@@ -261,12 +270,13 @@ def report_failure(ranks: Ranks) -> int:
         print(f"error: {failure.message}", file=sys.stderr)
         return failure.exit_code
     lines = ranks.stderr().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]      # before there was a folder to leave a marker in
+    # before there was a folder to leave a marker in
+    errors = [line for line in lines if line.startswith("error: ")]
     if errors:
         print(errors[-1], file=sys.stderr)
         return 2
-    print("\n".join([*lines[-TAIL_LINES:], f"error: the {ranks.work.name} stage ended with code {ranks.code}; its logs are in "
-                                           f"{run_dir.logs}"]), file=sys.stderr)
+    print("\n".join([*lines[-TAIL_LINES:], f"error: the {ranks.work.name} stage ended with code {ranks.code}; its logs "
+                                           f"are in {run_dir.logs}"]), file=sys.stderr)
     return ranks.code if ranks.code < 256 else 1
 
 

@@ -1,8 +1,10 @@
-"""Branch attention: every prompt of a pack attends to itself, every completion to its prompt and itself, and to nothing else.
+"""Branch attention: every prompt of a pack attends to itself, every completion to its prompt and itself, and to nothing
+else.
 
-No mask over the pack exists; the cost grows with the branches, not with the square of the pack. It is registered under the name
-"branch" in transformers' table of attention functions and receives the pack's structure as the keyword `forest`. On a GPU in low
-precision it is one call of a variable-length kernel (varlen.py); elsewhere one scaled_dot_product_attention a branch.
+No mask over the pack exists; the cost grows with the branches, not with the square of the pack. It is registered under
+the name "branch" in transformers' table of attention functions and receives the pack's structure as the keyword
+`forest`. On a GPU in low precision it is one call of a variable-length kernel (varlen.py); elsewhere one
+scaled_dot_product_attention a branch.
 """
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Forest:
     def keys_of_each(self, key: Tensor, dim: int) -> list[list[Tensor]]:
         """For each prompt and branch, in the pack's order, the pieces of `key` that it sees.
 
-        Cut by one split: its backward is one concatenation, where each slice's own would fill a tensor of the whole pack.
+        Cut by one split: its backward is one concatenation, where each slice's own would fill a tensor of the whole
+        pack.
         """
         pieces, out = iter(key.split(self.lengths, dim)), []
         for branches in self.branches:
@@ -52,10 +55,12 @@ class Forest:
         return out
 
     def starts(self, device: torch.device) -> Tensor:
-        """(2, prompts and branches + 1) int32: where the queries, and the keys, of each begin, and the last one's end."""
+        """(2, prompts and branches + 1) int32: where the queries, and the keys, of each begin, and the last one's
+        end."""
         if device not in self._starts:
             starts = torch.tensor([[0, *accumulate(self.lengths)], [0, *accumulate(self.seen)]], dtype=torch.int32)
-            self._starts[device] = starts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else starts.to(device)
+            self._starts[device] = starts.pin_memory().to(device,
+                                                          non_blocking=True) if device.type == "cuda" else starts.to(device)
         return self._starts[device]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -70,9 +75,11 @@ class Forest:
 def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
                      sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
-    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal rows."""
+    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal
+    rows."""
     if forest is None:
-        return _attend(Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+        return _attend(Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1,
+                                                                                                  2).contiguous(), None
     kernel = _kernel(query, key, softcap)
     if kernel is not None:
         return packed_attention(query, key, value, forest, scaling, sliding_window, kernel.attend), None
@@ -99,20 +106,24 @@ def describe_attention(config: PretrainedConfig, dtype: torch.dtype, device: tor
     return str(choose_kernel(device, dtype, heads, getattr(config, "num_key_value_heads", None) or heads, head_dim))
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None, window: int | None,
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None,
+                     window: int | None,
                      attend: Attend) -> Tensor:
-    """(1, T, H, D), as branch_attention: one call in which every prompt and branch is a sequence, with its prompt's keys before its own.
+    """(1, T, H, D), as branch_attention: one call in which every prompt and branch is a sequence, with its prompt's
+    keys before its own.
 
-    A prompt's keys are copied once a branch, in the key heads that the model has: about 0.5 % of a layer's time, and simpler than two
-    calls (branches against themselves, and against their prompts) whose joining moves as many bytes.
+    A prompt's keys are copied once a branch, in the key heads that the model has: about 0.5 % of a layer's time, and
+    simpler than two calls (branches against themselves, and against their prompts) whose joining moves as many bytes.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                       # (T, H, D)
     keys, values = (torch.cat([piece for pieces in forest.keys_of_each(x, 0) for piece in pieces]) for x in (k, v))
     of_queries, of_keys = forest.starts(q.device)
-    return attend(q.contiguous(), keys, values, of_queries, of_keys, max(forest.lengths), max(forest.seen), scaling, window)[None]
+    return attend(q.contiguous(), keys, values, of_queries, of_keys, max(forest.lengths), max(forest.seen), scaling,
+                  window)[None]
 
 
-def _attend(forest: Forest, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _attend(forest: Forest, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None,
+            softcap: float | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     window = window if window is not None and window < keys else None
     if softcap is not None:
@@ -136,37 +147,43 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Te
 ALL_ATTENTION_FUNCTIONS.register("branch", branch_attention)
 
 
-# ------------------------------------------------------------------------------------------- which models branch attention fits
+# ----------------------------------------------------------------------------------- which models branch attention fits
 
-_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+          "vocab_size": 64,
           "n_embd": 32, "n_head": 4, "n_inner": 48, "sliding_window": 6, "query_pre_attn_scalar": 8, "pad_token_id": 0,
           "bos_token_id": 1, "eos_token_id": 2}
-_WITH_HEADS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head", "n_inner")
+_WITH_HEADS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head",
+               "n_inner")
 
 
 def branch_misfit(config: PretrainedConfig) -> str | None:
     """None where branch attention is exact for this architecture, else why not.
 
-    Found out, not looked up: a tiny random model of the same architecture computes two branches packed, and its twin with the
-    architecture's own attention computes each row alone. What the own attention knows and ours does not (sinks, chunks) shows here.
+    Found out, not looked up: a tiny random model of the same architecture computes two branches packed, and its twin
+    with the architecture's own attention computes each row alone. What the own attention knows and ours does not
+    (sinks, chunks) shows here.
     """
     try:
         small = shrink(config)
         model = AutoModelForCausalLM.from_config(small, attn_implementation="branch", dtype=torch.float32).eval()
-        twin = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager", dtype=torch.float32).eval()
+        twin = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager",
+                                                dtype=torch.float32).eval()
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.2)
             twin.load_state_dict(model.state_dict())
             error = _packed_error(model, twin)
-    except Exception as problem:                                # any failure of a foreign architecture means: it does not fit
+    # any failure of a foreign architecture means: it does not fit
+    except Exception as problem:
         return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
     return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
 
 
 def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
-    """The same architecture with 4 · scale heads of 8 (2 · scale key-value heads where they are fewer), and a layer of each kind."""
+    """The same architecture with 4 · scale heads of 8 (2 · scale key-value heads where they are fewer), and a layer of
+    each kind."""
     small = copy.deepcopy(config)
     wider = {key: scale * _SMALL[key] for key in _WITH_HEADS}
     for key, value in {**_SMALL, **wider}.items():
@@ -189,7 +206,9 @@ def _packed_error(model: Any, twin: Any) -> float:
     prompt, left, right = ids[:10], ids[10:18], ids[18:]
     tree = Tree(Span(0, 10), (Span(10, 18), Span(18, 24)))
     positions = torch.cat([torch.arange(10), torch.arange(10, 18), torch.arange(10, 16)])
-    packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, forest=Forest([tree])).last_hidden_state[0]
-    rows = [twin.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0] for c in (left, right)]
+    packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
+                              forest=Forest([tree])).last_hidden_state[0]
+    rows = [twin.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0]
+            for c in (left, right)]
     wanted = torch.cat([rows[0], rows[1][10:]])
     return ((packed - wanted).abs().max() / wanted.abs().max()).item()

@@ -1,8 +1,8 @@
 """Recomputing in backward what forward did not keep: whole decoder layers, or only their cheap parts.
 
-Between keeping everything and recomputing whole layers (a third more arithmetic) lies recomputing norms, rotary embeddings and
-activations alone: they take many bytes to keep and next to nothing to do again, while products and attention are the reverse
-("Reducing activation recomputation in large transformer models", arXiv 2205.05198).
+Between keeping everything and recomputing whole layers (a third more arithmetic) lies recomputing norms, rotary
+embeddings and activations alone: they take many bytes to keep and next to nothing to do again, while products and
+attention are the reverse ("Reducing activation recomputation in large transformer models", arXiv 2205.05198).
 """
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_dist.config.errors import UserError
 
 aten = torch.ops.aten
-# Written-out attention (bmm) is not among them: its scores grow with the square of the length, so they are computed again.
+# Written-out attention (bmm) is not among them: its scores grow with the square of the length, so they are computed
+# again.
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten._grouped_mm.default}
-_ATTENTION = ("_attention", "_attn", "flash_attn")                  # in names of operators: aten's, torch_attn's, flash_attn's
+# in names of operators: aten's, torch_attn's, flash_attn's
+_ATTENTION = ("_attention", "_attn", "flash_attn")
 _MUCH_WIDER = 8                                                     # columns of a product over what it sums: LoRA's B
 
 
@@ -34,20 +36,23 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
-    """False: backward finds all it needs kept. True: it recomputes every layer. N: the first N layers, and of the others the cheap parts.
+    """False: backward finds all it needs kept. True: it recomputes every layer. N: the first N layers, and of the
+    others the cheap parts.
 
-    Layers must not draw random numbers: the generators' states are not kept (load_causal_lm sees to it). UserError where the model's
-    layers cannot be recomputed, or are fewer than N.
+    Layers must not draw random numbers: the generators' states are not kept (load_causal_lm sees to it). UserError
+    where the model's layers cannot be recomputed, or are fewer than N.
     """
     if how is False:
         return
     layers = decoder_layers(model)
     if not layers:
-        raise UserError(f"model.gradient_checkpointing={str(how).lower()}: the layers of this model cannot be recomputed by transformers "
-                        "(they are no GradientCheckpointingLayer); set model.gradient_checkpointing=false")
+        raise UserError(f"model.gradient_checkpointing={str(how).lower()}: the layers of this model cannot be "
+                        "recomputed by transformers (they are no GradientCheckpointingLayer); set "
+                        "model.gradient_checkpointing=false")
     whole = len(layers) if how is True else int(how)
     if whole > len(layers):
-        raise UserError(f"model.gradient_checkpointing={whole}, but the model has {len(layers)} layers; give at most {len(layers)}")
+        raise UserError(f"model.gradient_checkpointing={whole}, but the model has {len(layers)} layers; give at most "
+                        f"{len(layers)}")
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = True
@@ -58,19 +63,21 @@ def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
 
 
 def _flat_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x W^T + b over rows of tokens: one operator with any F.linear. DeepSpeed's (ZeRO-3) adds the bias to a product of three dimensions in
-    place, which a kept product must not suffer: computed again, it would get its bias twice."""
+    """x W^T + b over rows of tokens: one operator with any F.linear. DeepSpeed's (ZeRO-3) adds the bias to a product of
+    three dimensions in place, which a kept product must not suffer: computed again, it would get its bias twice."""
     return F.linear(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias).view(*x.shape[:-1], -1)
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around a layer in forward, where outputs of products and attention are kept, and around it when it is computed again."""
+    """Around a layer in forward, where outputs of products and attention are kept, and around it when it is computed
+    again."""
     forward, again = create_selective_checkpoint_contexts(_policy)
     return _both(_NoneInPlace(), forward), again
 
 
 def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    """Of the operator and its shapes alone: torch before 2.13 asks once more when it computes again, and must hear the same."""
+    """Of the operator and its shapes alone: torch before 2.13 asks once more when it computes again, and must hear the
+    same."""
     return CheckpointPolicy.MUST_SAVE if _is_dear(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -81,8 +88,8 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
 
 
 class _NoneInPlace(TorchDispatchMode):
-    """Sees to it that no kept output is changed in place: kept as it is afterwards, it would be changed once more when computed again.
-    torch's own check does not see changes inside an autograd function."""
+    """Sees to it that no kept output is changed in place: kept as it is afterwards, it would be changed once more when
+    computed again. torch's own check does not see changes inside an autograd function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,8 +97,8 @@ class _NoneInPlace(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator._schema.is_mutable and any(_storage(x) in self._kept for x in _written(operator, args)):
-            raise UserError(f"model.gradient_checkpointing keeps the outputs of products, but this model changes one in place ({operator}); "
-                            "set model.gradient_checkpointing=true or false")
+            raise UserError("model.gradient_checkpointing keeps the outputs of products, but this model changes one "
+                            f"in place ({operator}); set model.gradient_checkpointing=true or false")
         out = operator(*args, **(kwargs or {}))
         if _is_dear(operator, args):
             self._kept.add(_storage(out[0] if isinstance(out, tuple) else out))
@@ -111,7 +118,8 @@ def _written(operator: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def _is_dear(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True for what takes longer to compute than to read: products and attention, but not LoRA's B, which sums a few numbers."""
+    """True for what takes longer to compute than to read: products and attention, but not LoRA's B, which sums a few
+    numbers."""
     if operator in _PRODUCTS:
         matrix = args[2 if operator is aten.addmm.default else 1]
         return matrix.shape[-1] < _MUCH_WIDER * matrix.shape[-2]

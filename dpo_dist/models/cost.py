@@ -1,4 +1,5 @@
-"""A model's Flops, from its config alone: the model is laid out on torch's meta device, where weights have shapes and no bytes."""
+"""A model's Flops, from its config alone: the model is laid out on torch's meta device, where weights have shapes and
+no bytes."""
 from __future__ import annotations
 
 import copy
@@ -13,7 +14,8 @@ from dpo_dist.sizing.flops import Flops
 
 
 def forward_flops(config: PretrainedConfig) -> Flops:
-    """Flops of the architecture that `config` describes. Of mixtures of experts, the experts that a token visits count."""
+    """Flops of the architecture that `config` describes. Of mixtures of experts, the experts that a token visits
+    count."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -25,7 +27,8 @@ def forward_flops(config: PretrainedConfig) -> Flops:
 
 def _visited(config: Any) -> float:
     """The share of the experts that a token visits; their weights are stacked in one parameter of three dimensions."""
-    experts = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))), 1)
+    experts = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts")
+                    if (n := getattr(config, key, None))), 1)
     return float((getattr(config, "num_experts_per_tok", None) or experts) / experts)
 
 
@@ -35,7 +38,8 @@ def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     counts = Counter(window if kind == "sliding_attention" else None for kind in kinds)
-    return tuple((4.0 * width * n, window) for window, n in counts.items())          # q k^T, and the probabilities' product with v
+    # q k^T, and the probabilities' product with v
+    return tuple((4.0 * width * n, window) for window, n in counts.items())
 
 
 def layer_elements(model: nn.Module, layers: int) -> int:

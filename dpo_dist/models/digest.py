@@ -1,4 +1,5 @@
-"""What a model is, by content: a digest of its weights' bytes that does not depend on file names, sharding or the folder."""
+"""What a model is, by content: a digest of its weights' bytes that does not depend on file names, sharding or the
+folder."""
 from __future__ import annotations
 
 import hashlib
@@ -9,7 +10,8 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 
 # Keys of config.json that do not change what the weights compute.
-_VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation"}
+_VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures",
+             "_attn_implementation"}
 
 
 def model_digest(folder: Path) -> str:
@@ -29,7 +31,8 @@ def model_digest(folder: Path) -> str:
 
 
 def _tensor_digests(file: Path) -> list[tuple[str, str, str]]:
-    """(name, "dtype shape", digest of the bytes) of each tensor. safetensors: u64 header size, JSON header, then the data."""
+    """(name, "dtype shape", digest of the bytes) of each tensor. safetensors: u64 header size, JSON header, then the
+    data."""
     out = []
     with file.open("rb") as f:
         header_size = int.from_bytes(f.read(8), "little")
@@ -54,7 +57,8 @@ def _tensor_digests(file: Path) -> list[tuple[str, str, str]]:
 def tokenizer_digest(folder: Path) -> str:
     """Hex digest of the files that decide how text becomes ids."""
     digest = hashlib.blake2b(digest_size=16)
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+             "merges.txt",
              "added_tokens.json", "chat_template.jinja")
     for name in names:
         if (folder / name).is_file():

@@ -1,9 +1,11 @@
-"""Norms, SwiGLU and rotary embedding by one kernel each way in place of the model's five to ten, on GPUs; each keeps its inputs alone.
+"""Norms, SwiGLU and rotary embedding by one kernel each way in place of the model's five to ten, on GPUs; each keeps
+its inputs alone.
 
-A module's own forward is replaced where its arithmetic is that of Llama's, which is found out by computing, not by its name. Modules
-keep their parameters and names, so checkpoints, adapters and ZeRO's hooks see the model that they know.
+A module's own forward is replaced where its arithmetic is that of Llama's, which is found out by computing, not by its
+name. Modules keep their parameters and names, so checkpoints, adapters and ZeRO's hooks see the model that they know.
 
-In bf16 the numbers differ a little from the model's own: it rounds after each operation, a kernel once at the end, nearer to the truth.
+In bf16 the numbers differ a little from the model's own: it rounds after each operation, a kernel once at the end,
+nearer to the truth.
 """
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"            # what transformers' attenti
 
 @dataclass(frozen=True)
 class Kernels:
-    """What fused_kernels.py holds; tests put plain twins in its place. `norm` is None where torch has no fused one (before 2.10)."""
+    """What fused_kernels.py holds; tests put plain twins in its place. `norm` is None where torch has no fused one
+    (before 2.10)."""
 
     norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] | None
     norm_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -84,11 +87,12 @@ class Rotary(Function):
         return ctx.kernels.rotate(grad, *ctx.saved_tensors, True), None, None, None
 
 
-# --------------------------------------------------------------------------------------------------------------- replacing
+# ------------------------------------------------------------------------------------------------------------ replacing
 
 
 def fuse(model: nn.Module, kernels: Kernels | None = None) -> list[str]:
-    """Replaces the forwards of those modules of this model that compute as Llama's do; returns which kinds there were."""
+    """Replaces the forwards of those modules of this model that compute as Llama's do; returns which kinds there
+    were."""
     kernels = kernels or gpu_kernels()
     found: dict[str, None] = {}
     rotating: dict[Any, Any] = {}
@@ -101,10 +105,12 @@ def fuse(model: nn.Module, kernels: Kernels | None = None) -> list[str]:
 
 
 def _replacements(module: nn.Module, kernels: Kernels, rotating: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """(kind, forward) for the module, where it computes as Llama's. `rotating` keeps one copy of each attention class's forward."""
+    """(kind, forward) for the module, where it computes as Llama's. `rotating` keeps one copy of each attention class's
+    forward."""
     if kernels.norm is not None and type(module).__name__.endswith("RMSNorm") and _computes_llamas_norm(module):
         yield NORM, _norm_forward(type(module).forward, kernels)
-    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")) and _computes_swiglu(module):
+    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj",
+                                              "act_fn")) and _computes_swiglu(module):
         yield SWIGLU, _mlp_forward(kernels)
     own = type(module).forward
     if isinstance(own, FunctionType) and ROTARY_FUNCTION in own.__code__.co_names and ROTARY_FUNCTION in own.__globals__:
@@ -135,7 +141,8 @@ def _mlp_forward(kernels: Kernels) -> Any:
 
 
 def _attention_forward(own: FunctionType, kernels: Kernels) -> FunctionType | None:
-    """The attention class's forward, with our rotary function where it names the library's; None where that one computes otherwise.
+    """The attention class's forward, with our rotary function where it names the library's; None where that one
+    computes otherwise.
 
     A copy with globals of its own: the library's module stays as it is, and with it every other model of this process.
     """
@@ -148,16 +155,18 @@ def _attention_forward(own: FunctionType, kernels: Kernels) -> FunctionType | No
             return theirs(q, k, cos, sin, unsqueeze_dim)
         return Rotary.apply(q, cos, sin, kernels), Rotary.apply(k, cos, sin, kernels)
 
-    forward = FunctionType(own.__code__, {**own.__globals__, ROTARY_FUNCTION: rotary}, own.__name__, own.__defaults__, own.__closure__)
+    forward = FunctionType(own.__code__, {**own.__globals__, ROTARY_FUNCTION: rotary}, own.__name__, own.__defaults__,
+                           own.__closure__)
     forward.__kwdefaults__ = own.__kwdefaults__
     return forward
 
 
-# ---------------------------------------------------------------------------------------------- found out on small tensors
+# ------------------------------------------------------------------------------------------- found out on small tensors
 
 
 def _twin(module: nn.Module, **parts: nn.Module | nn.Parameter) -> nn.Module:
-    """A small module of the same class and settings, with some of its parts replaced; its own may be sharded, or large."""
+    """A small module of the same class and settings, with some of its parts replaced; its own may be sharded, or
+    large."""
     twin = type(module).__new__(type(module))
     nn.Module.__init__(twin)
     for name, value in vars(module).items():
@@ -171,13 +180,15 @@ def _twin(module: nn.Module, **parts: nn.Module | nn.Parameter) -> nn.Module:
 def _agrees(compute: Callable[[], Tensor], wanted: Tensor) -> bool:
     try:
         got = compute()
-    except Exception:                                   # any failure of a foreign module on our small input means: it is another one
+    # any failure of a foreign module on our small input means: it is another one
+    except Exception:
         return False
     return got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def _computes_llamas_norm(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "weight", None), nn.Parameter) or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+    if not isinstance(getattr(module, "weight", None),
+                      nn.Parameter) or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return False
     x, weight = torch.randn(3, 8), nn.Parameter(torch.randn(8))
     twin = _twin(module, weight=weight)
@@ -201,26 +212,29 @@ def _computes_llamas_rotary(function: Any) -> bool:
     return all(_agrees(lambda i=i: function(q, k, cos, sin)[i], wanted(x)) for i, x in enumerate((q, k)))  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------------------------- choosing
+# ------------------------------------------------------------------------------------------------------------- choosing
 
 
-def choose_kernels(kernels: str, model: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> tuple[bool, str | None]:
-    """(whether to fuse, why not although a GPU is there) for a value of model.kernels and a model's config. UserError where fused kernels
-    were asked for and cannot be had. Called before any sharded load: it makes small models.
+def choose_kernels(kernels: str, model: PretrainedConfig, dtype: torch.dtype,
+                   device: torch.device) -> tuple[bool, str | None]:
+    """(whether to fuse, why not although a GPU is there) for a value of model.kernels and a model's config. UserError
+    where fused kernels were asked for and cannot be had. Called before any sharded load: it makes small models.
     """
     if kernels == "eager" or (kernels == "auto" and device.type != "cuda"):
         return False, None
     misfit = fused_misfit(model, dtype, device)
     if misfit and kernels == "fused":
-        raise UserError(f"model.kernels=fused does not fit this {model.model_type} model here ({misfit}); set model.kernels=auto or eager")
+        raise UserError(f"model.kernels=fused does not fit this {model.model_type} model here ({misfit}); set "
+                        "model.kernels=auto or eager")
     return misfit is None, misfit
 
 
-def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None) -> str | None:
+def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
+                 kernels: Kernels | None = None) -> str | None:
     """None where the kernels give this architecture's numbers on this device, else why not; seconds.
 
-    A tiny random model computes hidden states and gradients with and without them: the same to 1e-5 in fp32; in bf16 no further from fp32
-    than 1.5 times the model's own.
+    A tiny random model computes hidden states and gradients with and without them: the same to 1e-5 in fp32; in bf16 no
+    further from fp32 than 1.5 times the model's own.
     """
     try:
         if kernels is None:
@@ -246,23 +260,29 @@ def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
     return None
 
 
-def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels | None) -> list[Tensor] | None:
-    """Hidden states, and each parameter's gradient, of the same random model every time; None where nothing can be fused."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32).train()
+def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
+                          kernels: Kernels | None) -> list[Tensor] | None:
+    """Hidden states, and each parameter's gradient, of the same random model every time; None where nothing can be
+    fused."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager",
+                                             dtype=torch.float32).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():                    # values that bf16 holds, so that all dtypes compute the same model
+        # values that bf16 holds, so that all dtypes compute the same model
+        for parameter in model.parameters():
             parameter.copy_((0.2 * torch.randn(parameter.shape, generator=generator)).bfloat16())
     model = model.to(device, dtype)
     if kernels is not None and not fuse(model, kernels):
         return None
-    states = model.base_model(input_ids=torch.arange(3, 51, device=device).reshape(2, 24), use_cache=False).last_hidden_state
+    states = model.base_model(input_ids=torch.arange(3, 51, device=device).reshape(2, 24),
+                              use_cache=False).last_hidden_state
     upstream = torch.randn(states.shape, generator=generator).to(device, states.dtype)
     (states * upstream).sum().backward()
     return [states.detach().float(), *(p.grad.float() for p in model.base_model.parameters() if p.grad is not None)]
 
 
 def _error(ours: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest distance of a tensor from the truth over its norm; small gradients among large ones count as a thousandth of these."""
+    """The largest distance of a tensor from the truth over its norm; small gradients among large ones count as a
+    thousandth of these."""
     floor = 1e-3 * max(t.norm().item() for t in truth[1:])
     return max(((a - b).norm() / max(b.norm().item(), floor)).item() for a, b in zip(ours, truth, strict=True))

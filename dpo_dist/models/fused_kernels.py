@@ -1,7 +1,8 @@
-"""Triton kernels for SwiGLU and rotary embedding, one pass each way, and torch's own fused RMSNorm. Imported on GPUs alone.
+"""Triton kernels for SwiGLU and rotary embedding, one pass each way, and torch's own fused RMSNorm. Imported on GPUs
+alone.
 
-Nothing is written in place: a product that selective recomputing keeps must stay as it was. Arithmetic is in fp32 (fp64 for fp64) and
-rounded once at the end.
+Nothing is written in place: a product that selective recomputing keeps must stay as it was. Arithmetic is in fp32 (fp64
+for fp64) and rounded once at the end.
 """
 from __future__ import annotations
 
@@ -37,8 +38,10 @@ def _swiglu_backward(grad, gate, up, grad_gate, grad_up, n, WIDE: tl.constexpr, 
 
 @triton.jit
 def _rotate(x, cos, sin, out, tokens, heads, half, x_row, x_head, x_token, x_dim, out_row, out_head, out_token, out_dim,
-            angle_row, angle_token, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """One token's HEADS heads: of each, (a, b) = the halves become (a cos - b sin, b cos + a sin), or by the transposed rotation."""
+            angle_row, angle_token, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+            HALF: tl.constexpr):
+    """One token's HEADS heads: of each, (a, b) = the halves become (a cos - b sin, b cos + a sin), or by the transposed
+    rotation."""
     row = tl.program_id(0).to(tl.int64) // tokens
     token = tl.program_id(0).to(tl.int64) % tokens
     head = (tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -81,20 +84,23 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if n := gate.numel():
-        _swiglu_backward[(triton.cdiv(n, ELEMENTS),)](grad, gate, up, grad_gate, grad_up, n, WIDE=_wide(gate.dtype), BLOCK=ELEMENTS,
+        _swiglu_backward[(triton.cdiv(n, ELEMENTS),)](grad, gate, up, grad_gate, grad_up, n, WIDE=_wide(gate.dtype),
+                                                      BLOCK=ELEMENTS,
                                                       num_warps=8)
     return grad_gate, grad_up
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    """x (B, H, T, D) rotated by cos, sin (B or 1, T, D), or back. The result lies in memory as x does: a view of (B, T, H, D) stays one."""
+    """x (B, H, T, D) rotated by cos, sin (B or 1, T, D), or back. The result lies in memory as x does: a view of (B, T,
+    H, D) stays one."""
     rows, heads, tokens, width = x.shape
     out, half = torch.empty_like(x), width // 2
     cos, sin = cos.contiguous(), sin.contiguous()
     if x.numel():
         at_once = min(triton.next_power_of_2(heads), max(1, ELEMENTS // triton.next_power_of_2(half)))
         _rotate[(rows * tokens, triton.cdiv(heads, at_once))](
-            x, cos, sin, out, tokens, heads, half, *x.stride(), *out.stride(), cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+            x, cos, sin, out, tokens, heads, half, *x.stride(), *out.stride(), cos.stride(0) if cos.shape[0] > 1 else 0,
+            cos.stride(1),
             TRANSPOSED=transposed, WIDE=_wide(x.dtype), HEADS=at_once, HALF=triton.next_power_of_2(half), num_warps=4)
     return out
 
@@ -104,6 +110,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._fused_rms_norm(x.contiguous(), [x.shape[-1]], weight, eps)
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor,
+                  wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of weight; `scale` as `norm` gave it. torch's kernel reads contiguous rows."""
-    return torch.ops.aten._fused_rms_norm_backward(grad.contiguous(), x.contiguous(), [x.shape[-1]], scale, weight, list(wanted))
+    return torch.ops.aten._fused_rms_norm_backward(grad.contiguous(), x.contiguous(), [x.shape[-1]], scale, weight,
+                                                   list(wanted))

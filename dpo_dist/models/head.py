@@ -1,4 +1,5 @@
-"""The one definition of a log-prob: from the last hidden states to log p of given tokens. Policy and every reference engine use it."""
+"""The one definition of a log-prob: from the last hidden states to log p of given tokens. Policy and every reference
+engine use it."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,8 +17,9 @@ TRIAL_ERROR = 0.01                         # bf16 rounds to about 0.003
 class LogpHead(nn.Module):
     """Stands in a causal LM's `lm_head`, owning the same parameters (so names and checkpoints do not change).
 
-    Called with targets it returns (logps, log_collision), each (N,), without ever holding [N, V] logits where they are large;
-    log_collision is empty unless asked for. Called without targets, plain logits. Tensors in and out: ZeRO-3's hooks see nothing else.
+    Called with targets it returns (logps, log_collision), each (N,), without ever holding [N, V] logits where they are
+    large; log_collision is empty unless asked for. Called without targets, plain logits. Tensors in and out: ZeRO-3's
+    hooks see nothing else.
     """
 
     def __init__(self, lm_head: nn.Module, scale: float = 1.0, softcap: float | None = None):
@@ -29,9 +31,11 @@ class LogpHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None, collision: bool = False) -> Any:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        blocks = plan_blocks(len(hidden), len(self.weight), self.weight.element_size(), "cuda" if hidden.is_cuda else "cpu")
+        blocks = plan_blocks(len(hidden), len(self.weight), self.weight.element_size(),
+                             "cuda" if hidden.is_cuda else "cpu")
         keep = torch.is_grad_enabled()                   # always off inside the function, so asked here
-        return BlockwiseLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep, blocks,
+        return BlockwiseLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep,
+                                    blocks,
                                     passes_for(hidden))
 
 
@@ -43,21 +47,23 @@ class Passes(NamedTuple):
 
 
 class BlockwiseLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] per row, over blocks of the vocabulary. Backward computes the logits of a block again, but for
-    those that forward kept.
+    """log softmax(head(hidden))[target] per row, over blocks of the vocabulary. Backward computes the logits of a block
+    again, but for those that forward kept.
 
-    The parameters themselves are kept on ctx, not through save_for_backward: ZeRO-3 frees them after forward and gathers the
-    same objects again before backward. One function call a pack means one gather a direction.
+    The parameters themselves are kept on ctx, not through save_for_backward: ZeRO-3 frees them after forward and
+    gathers the same objects again before backward. One function call a pack means one gather a direction.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None,
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
+                softcap: float | None,
                 collision: bool, keep: bool, blocks: Blocks, passes: Passes) -> tuple[Tensor, Tensor]:
         ctx.weight, ctx.bias, ctx.scale, ctx.softcap, ctx.blocks, ctx.passes = weight, bias, scale, softcap, blocks, passes
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         target_logit = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         normalizer = torch.full_like(target_logit, -torch.inf)
-        twice = torch.full_like(target_logit, -torch.inf) if collision else None         # log of the sum of exp(2 logit)
+        # log of the sum of exp(2 logit)
+        twice = torch.full_like(target_logit, -torch.inf) if collision else None
         kept: dict[int, Tensor] = {}
         logits = None
         for i, (first, end) in enumerate(blocks.spans):
@@ -112,8 +118,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a narrow product to an fp32 sum in place, without rounding it first. Tried out: the operation is young."""
-    narrow = torch.full((16, 16), 1 + 2.0**-7, dtype=dtype, device=device)      # its product, 16.25 + 2**-10, has more digits than bf16
+    """Whether this torch adds a narrow product to an fp32 sum in place, without rounding it first. Tried out: the
+    operation is young."""
+    # its product, 16.25 + 2**-10, has more digits than bf16
+    narrow = torch.full((16, 16), 1 + 2.0**-7, dtype=dtype, device=device)
     total = torch.full((16, 16), 2.0**-12, device=device)
     try:
         torch.addmm(total, narrow, narrow, out_dtype=torch.float32, out=total)
@@ -122,7 +130,7 @@ def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 16.25 + 2.0**-10 + 2.0**-12).all())
 
 
-# ------------------------------------------------------------------------------------------------- the two passes over a block
+# ------------------------------------------------------------------------------------------ the two passes over a block
 
 
 def passes_for(hidden: Tensor) -> Passes:
@@ -141,34 +149,41 @@ def triton_passes() -> Passes:
 
 @cache
 def kernels_misfit(device: torch.device) -> str | None:
-    """Why the head on this GPU has to do without Triton's kernels, or None. They are tried out: Triton may be there, but no C compiler."""
+    """Why the head on this GPU has to do without Triton's kernels, or None. They are tried out: Triton may be there,
+    but no C compiler."""
     try:
         error = trial(triton_passes(), device, torch.bfloat16)
-    except Exception as problem:                         # whatever Triton raises: torch's operations give the same numbers, slower
+    # whatever Triton raises: torch's operations give the same numbers, slower
+    except Exception as problem:
         return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
     return None if error < TRIAL_ERROR else f"their numbers differ by {error:.2g}"
 
 
 def trial(passes: Passes, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative difference of log-probs and gradients between these passes and torch's operations, on a small head."""
+    """The largest relative difference of log-probs and gradients between these passes and torch's operations, on a
+    small head."""
     made = torch.Generator().manual_seed(0)
     rows, size, vocabulary = 9, 64, 5003
-    hidden, weight = (torch.randn(n, size, generator=made).to(device, dtype).requires_grad_() for n in (rows, vocabulary))
-    targets, upstream = torch.randint(vocabulary, (rows,), generator=made).to(device), torch.randn(rows, generator=made).to(device)
+    hidden, weight = (torch.randn(n, size, generator=made).to(device, dtype).requires_grad_()
+                      for n in (rows, vocabulary))
+    targets, upstream = torch.randint(vocabulary, (rows,), generator=made).to(device), torch.randn(rows,
+                                                                                                   generator=made).to(device)
 
     def run(passes: Passes) -> list[Tensor]:
         with torch.enable_grad():
-            values, _ = BlockwiseLogps.apply(hidden, weight, None, targets, 0.3, None, False, True, Blocks(vocabulary, 2304, 2), passes)
+            values, _ = BlockwiseLogps.apply(hidden, weight, None, targets, 0.3, None, False, True,
+                                             Blocks(vocabulary, 2304, 2), passes)
             return [values.detach(), *torch.autograd.grad(values, (hidden, weight), upstream)]
 
     pairs = zip(run(passes), run(PLAIN), strict=True)
     return max(((found.float() - wanted.float()).norm() / wanted.float().norm()).item() for found, wanted in pairs)
 
 
-def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None, scale: float,
+def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None,
+           scale: float,
            softcap: float | None) -> None:
-    """Adds a block (N, W) of raw logits, columns `first` on, to what earlier blocks gave, all (N,): the log of the sum of exp(logit) and
-    of exp(2 logit), and the logit of each row's target once its block comes."""
+    """Adds a block (N, W) of raw logits, columns `first` on, to what earlier blocks gave, all (N,): the log of the sum
+    of exp(logit) and of exp(2 logit), and the logit of each row's target once its block comes."""
     bounded, _ = _bounded(logits, scale, softcap)
     normalizer.copy_(torch.logaddexp(normalizer, bounded.logsumexp(-1)))
     column, inside = _within(first, logits.shape[1], targets)

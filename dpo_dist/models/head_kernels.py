@@ -1,4 +1,5 @@
-"""Two Triton kernels of the head: each reads a block of logits once, where torch's own operations would pass over it ten times.
+"""Two Triton kernels of the head: each reads a block of logits once, where torch's own operations would pass over it
+ten times.
 
 Imported on GPUs alone. What they compute is what head.py's plain functions compute, which tests hold them against.
 """
@@ -72,14 +73,16 @@ def _differentiate(logits, row_stride, columns, first, targets, normalizer, grad
     tl.store(where, (d * slope).to(logits.dtype.element_ty), mask=inside)
 
 
-def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None, scale: float,
+def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None,
+           scale: float,
            softcap: float | None) -> None:
     """As head.absorb. logits (N, W) with contiguous rows; the others (N,), fp32 and int64."""
     rows, columns = logits.shape
     if rows:
         _absorb[(rows,)](logits, logits.stride(0), columns, first, targets, target_logit, normalizer,
                          normalizer if twice is None else twice, scale, 1.0 if softcap is None else softcap,
-                         HAS_CAP=softcap is not None, COLLISION=twice is not None, BLOCK=_block(columns), num_warps=WARPS)
+                         HAS_CAP=softcap is not None, COLLISION=twice is not None, BLOCK=_block(columns),
+                         num_warps=WARPS)
 
 
 def differentiate(logits: Tensor, first: int, targets: Tensor, normalizer: Tensor, grad: Tensor, scale: float,
@@ -89,7 +92,8 @@ def differentiate(logits: Tensor, first: int, targets: Tensor, normalizer: Tenso
     block = _block(columns)
     if rows:
         _differentiate[(rows, triton.cdiv(columns, block))](
-            logits, logits.stride(0), columns, first, targets, normalizer, grad, scale, 1.0 if softcap is None else softcap,
+            logits, logits.stride(0), columns, first, targets, normalizer, grad, scale,
+            1.0 if softcap is None else softcap,
             HAS_CAP=softcap is not None, BLOCK=block, num_warps=WARPS)
     return logits
 

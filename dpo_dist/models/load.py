@@ -1,4 +1,5 @@
-"""Models and tokenizers from disk (or the hub cache), and ScoredModel: a causal LM that answers with log-probs of a pack."""
+"""Models and tokenizers from disk (or the hub cache), and ScoredModel: a causal LM that answers with log-probs of a
+pack."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,7 +19,8 @@ from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class ScoredModel(nn.Module):
-    """A causal LM whose forward takes a PackedBatch and returns (logps (N,), log_collision (N,) or empty): what engines wrap."""
+    """A causal LM whose forward takes a PackedBatch and returns (logps (N,), log_collision (N,) or empty): what engines
+    wrap."""
 
     def __init__(self, lm: nn.Module, attention: str):
         super().__init__()
@@ -27,7 +29,8 @@ class ScoredModel(nn.Module):
         causal = self.causal
         head_name, head = _head(causal)
         if hasattr(head, "base_layer"):
-            raise UserError(f"model.lora.target_modules names the output head '{head_name}', which cannot have adapters here; leave it out")
+            raise UserError(f"model.lora.target_modules names the output head '{head_name}', which cannot have "
+                            "adapters here; leave it out")
         setattr(causal, head_name, LogpHead(head, *_head_numerics(causal.config)))
         self.head_name = head_name
 
@@ -47,13 +50,16 @@ class ScoredModel(nn.Module):
         return self._branch_hidden(batch) if self.attention == "branch" else self._padded_hidden(batch)
 
     def _branch_hidden(self, batch: PackedBatch) -> Tensor:
-        out = self.causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, forest=Forest(batch.trees))
+        out = self.causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+                                     forest=Forest(batch.trees))
         return out.last_hidden_state[0][batch.predict_at]
 
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
-        """Each sequence in a row of its own, padded on the right, where causal attention never looks. The plan bounds rows times longest."""
+        """Each sequence in a row of its own, padded on the right, where causal attention never looks. The plan bounds
+        rows times longest."""
         rows = [torch.cat(sequence) for sequence in batch.sequences()]
-        prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches], device=batch.offset.device)
+        prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches],
+                               device=batch.offset.device)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         hidden = self.causal.base_model(input_ids=padded, use_cache=False).last_hidden_state
         return hidden[batch.sequence, prompts[batch.sequence] - 1 + batch.offset]
@@ -70,7 +76,8 @@ def _head(causal: Any) -> tuple[str, nn.Module]:
     for name, child in causal.named_children():
         if child is head:
             return name, child
-    raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal language model")
+    raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal language "
+                    "model")
 
 
 def _head_numerics(config: Any) -> tuple[float, float | None]:
@@ -79,7 +86,7 @@ def _head_numerics(config: Any) -> tuple[float, float | None]:
     return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
-# --------------------------------------------------------------------------------------------------------------- from disk
+# ------------------------------------------------------------------------------------------------------------ from disk
 
 
 def resolve(path: str, key: str, offline: bool) -> Path:
@@ -116,7 +123,8 @@ def read_config(folder: Path) -> Any:
 
 
 def quantization(config: Any) -> str | None:
-    """How a model's weights are quantized ("bitsandbytes, 4 bits"), or None; from the quantization_config of its config.json."""
+    """How a model's weights are quantized ("bitsandbytes, 4 bits"), or None; from the quantization_config of its
+    config.json."""
     how = getattr(config, "quantization_config", None)
     if how is None:
         return None
@@ -132,7 +140,8 @@ def check_quantized(config: Any, key: str) -> None:
     try:
         AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True).validate_environment()
     except (ImportError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key} is quantized ({quantization(config)}) and cannot be computed here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key} is quantized ({quantization(config)}) and cannot be computed here: "
+                        f"{str(error).splitlines()[0]}") from error
 
 
 def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None]:
@@ -141,12 +150,14 @@ def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None
         return "padded", None
     misfit = branch_misfit(read_config(folder))
     if misfit and config.attention == "branch":
-        raise UserError(f"model.attention=branch does not fit {config.path} ({misfit}); set model.attention=auto or padded")
+        raise UserError(f"model.attention=branch does not fit {config.path} ({misfit}); set model.attention=auto or "
+                        "padded")
     return ("padded", misfit) if misfit else ("branch", None)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most of the weights in a model's files. Loaded in it, weights stay in the files, mapped into memory page by page."""
+    """The dtype of most of the weights in a model's files. Loaded in it, weights stay in the files, mapped into memory
+    page by page."""
     bytes_of: dict[torch.dtype, int] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as f:
@@ -157,12 +168,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool = False) -> PreTrainedModel:
-    """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive. fused: with one kernel
-    each for norms, rotary embedding and SwiGLU (fused.choose_kernels)."""
+    """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive.
+    fused: with one kernel each for norms, rotary embedding and SwiGLU (fused.choose_kernels)."""
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
     def load(implementation: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, use_safetensors=True,
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation,
+                                                    use_safetensors=True,
                                                     local_files_only=True)
 
     if attention == "branch":
@@ -180,8 +192,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
 
 
 def _without_dropout(model: PreTrainedModel) -> None:
-    """Log-probs of one model are one set of numbers: no dropout, whatever its config says: not in layers, nor as rates that forwards read;
-    and no noise on what routers of experts see."""
+    """Log-probs of one model are one set of numbers: no dropout, whatever its config says: not in layers, nor as rates
+    that forwards read; and no noise on what routers of experts see."""
     for owner in (*model.modules(), model.config):
         if isinstance(owner, nn.Dropout):
             owner.p = 0.0
@@ -198,17 +210,21 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
     torch.manual_seed(seed)                              # the same adapters on every rank
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+            r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, task_type="CAUSAL_LM"),
+                                      autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
     for name, module in adapted.named_modules():
-        if (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")) or getattr(module, "lora_embedding_A", None):
-            raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear layer; name linear layers")
+        if (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")) or getattr(module,
+                                                                                                   "lora_embedding_A", None):
+            raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear "
+                            "layer; name linear layers")
     return adapted
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's folder, or None where there is none (token_ids data needs none)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                                                      "vocab.json")):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

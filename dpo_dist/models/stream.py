@@ -1,4 +1,5 @@
-"""Models larger than memory: the weights stay in their files, and each layer is brought to the device for its forward alone."""
+"""Models larger than memory: the weights stay in their files, and each layer is brought to the device for its forward
+alone."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,16 +14,20 @@ from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
 
 
 def load_streamed(folder: Path, dtype: torch.dtype, attention: str, device: torch.device) -> ScoredModel:
-    """A frozen ScoredModel on `device` that holds one layer there at a time, in `dtype`, with the numbers of a whole one.
+    """A frozen ScoredModel on `device` that holds one layer there at a time, in `dtype`, with the numbers of a whole
+    one.
 
-    Loaded in the files' own dtype, parameters are views of the mapped files: pages that the system reads when they are touched and
-    drops when memory is wanted. UserError where transformers must rewrite weights while it loads them (stacked experts).
+    Loaded in the files' own dtype, parameters are views of the mapped files: pages that the system reads when they are
+    touched and drops when memory is wanted. UserError where transformers must rewrite weights while it loads them
+    (stacked experts).
     """
     model = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention), attention).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if parameter.untyped_storage().resizable():              # memory of torch's own: a copy, not a view of a mapped file
-            raise UserError(f"reference.offload=disk cannot read {name} of {folder} in place, as transformers makes it from several tensors "
-                            "of the files; set reference=zero with reference.offload=cpu, or reference=tensor_parallel")
+        # memory of torch's own: a copy, not a view of a mapped file
+        if parameter.untyped_storage().resizable():
+            raise UserError(f"reference.offload=disk cannot read {name} of {folder} in place, as transformers makes it "
+                            "from several tensors of the files; set reference=zero with reference.offload=cpu, or "
+                            "reference=tensor_parallel")
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     for module in _units(model):

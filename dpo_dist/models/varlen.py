@@ -1,4 +1,5 @@
-"""Variable-length attention kernels of a GPU: which of them computes the packs, found out on the device, and why not a faster one."""
+"""Variable-length attention kernels of a GPU: which of them computes the packs, found out on the device, and why not a
+faster one."""
 from __future__ import annotations
 
 import inspect
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (q (T, H, D), k, v (K, Hkv, D), starts of queries and of keys (S + 1,) int32, most queries, most keys, scale, window) -> (T, H, D).
-# Causal, aligned at the lower right where keys outnumber queries; a query sees at most `window` keys, itself included.
+# (q (T, H, D), k, v (K, Hkv, D), starts of queries and of keys (S + 1,) int32, most queries, most keys, scale, window)
+# -> (T, H, D). Causal, aligned at the lower right where keys outnumber queries; a query sees at most `window` keys,
+# itself included.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float | None, int | None], Tensor]
 
-TRIAL_ERROR = 0.02                         # of o, dq, dk, dv relative to fp32, in bf16: a wrong mask or a wrong head gives more than 0.1
+# of o, dq, dk, dv relative to fp32, in bf16: a wrong mask or a wrong head gives more than 0.1
+TRIAL_ERROR = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,28 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, key_head
 
 
 def trial(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> float:
-    """The worst relative error of output and gradients against fp32: sequences with as many keys as queries, with more, and of one token."""
+    """The worst relative error of output and gradients against fp32: sequences with as many keys as queries, with more,
+    and of one token."""
     queries, keys = [37, 130, 1, 64], [37, 300, 1, 65]
     made = torch.Generator(device="cpu").manual_seed(0)
     shapes = [(sum(queries), heads), (sum(keys), key_heads), (sum(keys), key_heads), (sum(queries), heads)]
     q, k, v, grad = (torch.randn(*shape, head_dim, generator=made).to(device, dtype) for shape in shapes)
-    starts = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32, device=device) for n in (queries, keys)]
+    starts = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32, device=device)
+              for n in (queries, keys)]
 
     def run(attend: Attend, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = attend(inputs[0], inputs[1], inputs[2], starts[0], starts[1], max(queries), max(keys), head_dim**-0.5, None)
+            out = attend(inputs[0], inputs[1], inputs[2], starts[0], starts[1], max(queries), max(keys), head_dim**-0.5,
+                         None)
             return [x.float() for x in (out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype)))]
 
     pairs = zip(run(attend, dtype), run(plain, torch.float32), strict=True)
     return max(((found - wanted).norm() / wanted.norm()).item() for found, wanted in pairs)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int, scale: float | None,
+def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
+          scale: float | None,
           window: int | None) -> Tensor:
     """What the kernels compute, written out: each sequence by itself."""
     out = []
@@ -91,16 +98,19 @@ def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, m
     return torch.cat(out)
 
 
-# -------------------------------------------------------------------------------------------------------------- the candidates
+# ------------------------------------------------------------------------------------------------------- the candidates
 
 
 def _flash_attention(module: str, device: torch.device) -> Attend:
-    """FlashAttention's own package: version 4 (flash_attn.cute) or 3 (flash_attn_interface), whose calls differ in nothing used here."""
+    """FlashAttention's own package: version 4 (flash_attn.cute) or 3 (flash_attn_interface), whose calls differ in
+    nothing used here."""
     call = import_module(module).flash_attn_varlen_func
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int, scale: float | None,
+    def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
+               scale: float | None,
                window: int | None) -> Tensor:
-        options: dict[str, Any] = {"cu_seqlens_q": q_starts, "cu_seqlens_k": k_starts, "softmax_scale": scale, "causal": True}
+        options: dict[str, Any] = {"cu_seqlens_q": q_starts, "cu_seqlens_k": k_starts, "softmax_scale": scale,
+                                   "causal": True}
         if "max_seqlen_q" in inspect.signature(call).parameters:
             options |= {"max_seqlen_q": max_q, "max_seqlen_k": max_k}
         if window is not None:
@@ -112,13 +122,14 @@ def _flash_attention(module: str, device: torch.device) -> Attend:
 
 
 def _torch(repeated: bool, device: torch.device) -> Attend:
-    """torch.nn.attention.varlen, FlashAttention 2 in torch. It takes fewer key heads than query heads, in some releases only if told so;
-    where one refuses, the keys are repeated to all heads, which costs memory and time."""
+    """torch.nn.attention.varlen, FlashAttention 2 in torch. It takes fewer key heads than query heads, in some releases
+    only if told so; where one refuses, the keys are repeated to all heads, which costs memory and time."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int, scale: float | None,
+    def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
+               scale: float | None,
                window: int | None) -> Tensor:
         options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
         if repeated:

@@ -18,9 +18,11 @@ SHARD_BYTES = 5_000_000_000
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
-def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nullcontext(), keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name as in the transformers model, whole CPU tensor) of each weight, LoRA merged in fp32; `gathered` makes sharded parameters
-    whole, on all ranks at once. Where not `keep`, tensors are empty: that rank only takes part in the gathering."""
+def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nullcontext(),
+                   keep: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name as in the transformers model, whole CPU tensor) of each weight, LoRA merged in fp32; `gathered` makes
+    sharded parameters whole, on all ranks at once. Where not `keep`, tensors are empty: that rank only takes part in
+    the gathering."""
     modules = dict(model.causal.named_modules())
     for name, parameter in model.causal.named_parameters():
         if ".lora_" in name:
@@ -36,7 +38,8 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
                 weight = merged.to(weight.dtype)
             whole = weight.cpu().clone().contiguous() if keep else torch.empty(0)
         yield name.replace(".base_layer", ""), whole
-    persistent = set(model.causal.state_dict(keep_vars=True)) - {n for n, _ in model.causal.named_parameters(remove_duplicate=False)}
+    persistent = set(model.causal.state_dict(keep_vars=True)) - {n for n,
+                                                                 _ in model.causal.named_parameters(remove_duplicate=False)}
     for name, buffer in model.causal.named_buffers():
         if name in persistent:
             yield name, buffer.detach().cpu().clone() if keep else torch.empty(0)
@@ -48,7 +51,8 @@ def _adapters(layer: Any) -> list[nn.Parameter]:
 
 
 def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: bool) -> None:
-    """Writes model.safetensors, or numbered shards with their index where the model is larger than one. `write`: on one rank only."""
+    """Writes model.safetensors, or numbered shards with their index where the model is larger than one. `write`: on one
+    rank only."""
     shards: list[dict[str, Tensor]] = [{}]
     files: list[Path] = []
     index: dict[str, int] = {}
@@ -74,7 +78,8 @@ def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: boo
     for file, name in zip(files, names, strict=True):
         file.rename(folder / name)
     weight_map = {name: names[i] for name, i in index.items()}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total},
+                                                                     "weight_map": weight_map}, indent=2))
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Path:

@@ -1,4 +1,5 @@
-"""The policy: what the training loop needs of a model that learns. zero.py (DeepSpeed, any number of ranks), single.py (plain torch)."""
+"""The policy: what the training loop needs of a model that learns. zero.py (DeepSpeed, any number of ranks), single.py
+(plain torch)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,11 +22,13 @@ class Policy(Protocol):
         """Log-probs of the pack's completion tokens, with gradient outside `evaluating`."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Adds the gradient of this rank's share of the step's loss. The step's gradient is the SUM over ranks and calls."""
+        """Adds the gradient of this rank's share of the step's loss. The step's gradient is the SUM over ranks and
+        calls."""
 
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
-        """Clips, updates the weights, clears the gradients; the gradients' global norm before clipping, a scalar on any device, negative
-        or not finite where they are not. skip: a float32 scalar on the device, 1 where no weight is to change, else 0: nobody waits for it.
+        """Clips, updates the weights, clears the gradients; the gradients' global norm before clipping, a scalar on any
+        device, negative or not finite where they are not. skip: a float32 scalar on the device, 1 where no weight is to
+        change, else 0: nobody waits for it.
         """
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -44,4 +47,5 @@ class Policy(Protocol):
         """The state that `save` wrote; at another number of ranks too."""
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name as from_pretrained expects it, whole tensor on the CPU), adapters merged, one at a time; empty tensors off rank 0."""
+        """(name as from_pretrained expects it, whole tensor on the CPU), adapters merged, one at a time; empty tensors
+        off rank 0."""

@@ -22,15 +22,18 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World, f
         lm = load_causal_lm(folder, dtype, attention, fused)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
         assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (sizing/automatic.py)"
-        checkpoint_layers(wrapped, config.model.gradient_checkpointing)      # last: peft gives embeddings gradients where it sees it
+        # last: peft gives embeddings gradients where it sees it
+        checkpoint_layers(wrapped, config.model.gradient_checkpointing)
         return ScoredModel(wrapped, attention)
 
     if config.zero.stage == 0 and dtype == torch.bfloat16:
-        raise UserError(f"model.dtype={config.model.dtype} is bf16 here, which needs fp32 master weights, which DeepSpeed's zero.stage=0 has "
-                        "not; set zero=zero1 (or higher), or zero=none in one process, or model.dtype=fp32")
+        raise UserError(f"model.dtype={config.model.dtype} is bf16 here, which needs fp32 master weights, which "
+                        "DeepSpeed's zero.stage=0 has not; set zero=zero1 (or higher), or zero=none in one process, or "
+                        "model.dtype=fp32")
     if config.zero.stage is None:
         if world.size > 1:
-            raise UserError(f"zero.stage=null is plain torch in one process, but {world.size} were started; set zero=zero3")
+            raise UserError(f"zero.stage=null is plain torch in one process, but {world.size} were started; set "
+                            "zero=zero3")
         return SinglePolicy(load_model(), config.optim, world.device)
     from dpo_dist.policy.zero import ZeroPolicy  # deepspeed is imported only where it is used
 

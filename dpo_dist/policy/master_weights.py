@@ -1,7 +1,7 @@
 """fp32 master weights beside bf16 weights, for one process without DeepSpeed: small updates must not be rounded away.
 
-The same recipe as DeepSpeed's: forward and backward in bf16, gradients added up in fp32 over the micro-steps, AdamW in fp32, and the
-weights rounded once a step (mixed precision training, arXiv 1710.03740, section 3.1).
+The same recipe as DeepSpeed's: forward and backward in bf16, gradients added up in fp32 over the micro-steps, AdamW in
+fp32, and the weights rounded once a step (mixed precision training, arXiv 1710.03740, section 3.1).
 """
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class MasterWeights:
                 torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [(weight, master) for weight, master in zip(self._weights, self.parameters, strict=True) if weight is not master]
+        return [(weight, master) for weight, master in zip(self._weights, self.parameters,
+                                                           strict=True) if weight is not master]
 
 
 def _is_narrow(parameter: nn.Parameter) -> bool:

@@ -1,4 +1,5 @@
-"""The policy in one process with plain torch: no DeepSpeed. What tests and small experiments run, and what zero.py must equal."""
+"""The policy in one process with plain torch: no DeepSpeed. What tests and small experiments run, and what zero.py must
+equal."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ class SinglePolicy:
         self._device, self._clip = device, optim.max_grad_norm
         self._trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._masters = MasterWeights(self._trained.values())
-        self._optimizer = torch.optim.AdamW(self._masters.parameters, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+        self._optimizer = torch.optim.AdamW(self._masters.parameters, lr=0.0, betas=optim.betas, eps=optim.eps,
+                                            weight_decay=optim.weight_decay,
                                             fused=True)
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:

@@ -29,20 +29,24 @@ STATE = "state"                     # the tag under which DeepSpeed keeps its fi
 
 
 class ZeroPolicy:
-    def __init__(self, load_model: Callable[[], ScoredModel], zero: ZeroConfig, optim: OptimConfig, dtype: torch.dtype, world: World):
+    def __init__(self, load_model: Callable[[], ScoredModel], zero: ZeroConfig, optim: OptimConfig, dtype: torch.dtype,
+                 world: World):
         prepare_deepspeed(world.device)
         self._world, self._stage = world, zero.stage
         bf16, on_gpu = dtype == torch.bfloat16, world.device.type == "cuda"
         config = deepspeed_config(zero, optim, bf16, on_gpu)
-        sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model
+        # alive while from_pretrained runs: no rank ever holds the whole model
+        sharded_load = HfDeepSpeedConfig(config)
         self.model = load_model().train()
         unset_hf_deepspeed_config()
         del sharded_load
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps,
+                                      weight_decay=optim.weight_decay, fused=True)
         layers = decoder_layers(self.model)
         if zero.stage == 3 and layers and len(trained) == len(list(self.model.parameters())):
-            # a layer's weights are gathered together, by one hook instead of thirteen. Not with adapters: DeepSpeed fails on frozen weights
+            # a layer's weights are gathered together, by one hook instead of thirteen. Not with adapters: DeepSpeed
+            # fails on frozen weights
             deepspeed.utils.set_z3_leaf_modules(self.model, [type(layers[0])])
         layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
         config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
@@ -54,7 +58,8 @@ class ZeroPolicy:
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self._world.size)   # DeepSpeed averages over ranks; the step's loss is a sum over them
+        # DeepSpeed averages over ranks; the step's loss is a sum over them
+        self._engine.backward(loss * self._world.size)
         if not is_last:
             self._engine.step()                          # tells the engine that a micro-step is over; changes no weight
 
@@ -69,7 +74,8 @@ class ZeroPolicy:
         return torch.as_tensor(self._engine.get_global_grad_norm() if own is None else own)
 
     def _grad_norm(self) -> Tensor:
-        """Stage 0 in fp32 has no DeepSpeed optimizer that would tell; every rank holds the whole, averaged gradients."""
+        """Stage 0 in fp32 has no DeepSpeed optimizer that would tell; every rank holds the whole, averaged
+        gradients."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @contextmanager
@@ -111,7 +117,8 @@ class ZeroPolicy:
             self._engine._config.load_universal_checkpoint = False
         for state in self._engine.optimizer.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()    # DeepSpeed gives all of them one tensor, which each would then advance
+                # DeepSpeed gives all of them one tensor, which each would then advance
+                state["step"] = state["step"].clone()
         return loaded
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -129,6 +136,7 @@ def _convert(saved: Path, universal: Path) -> None:
 
     partial = universal.with_name("universal.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1, num_merge_workers=1,
+    ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1,
+                              num_merge_workers=1,
                               keep_temp_folder=False, strict=True, inject_missing_state=False))
     partial.rename(universal)

@@ -10,10 +10,12 @@ from dpo_dist.sizing.estimate import bucket_elements
 def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: bool, layer: int = 0) -> dict[str, Any]:
     """The loop scales losses and marks the last micro-step itself, so micro-batch and accumulation are 1 here.
 
-    `layer`: elements of a decoder layer, from which the sizes of buckets follow; 0 where it is not known yet (while the model loads).
+    `layer`: elements of a decoder layer, from which the sizes of buckets follow; 0 where it is not known yet (while the
+    model loads).
     """
     bucket = bucket_elements(layer)
-    stage: dict[str, Any] = {"stage": zero.stage, "overlap_comm": on_gpu, "contiguous_gradients": True, "reduce_bucket_size": bucket}
+    stage: dict[str, Any] = {"stage": zero.stage, "overlap_comm": on_gpu, "contiguous_gradients": True,
+                             "reduce_bucket_size": bucket}
     if zero.offload_optimizer == "cpu":
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if zero.stage == 3:
@@ -29,10 +31,13 @@ def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: b
         "gradient_clipping": optim.max_grad_norm or 0.0,          # unset, DeepSpeed clips at 1.0
         "zero_allow_untested_optimizer": True,                    # torch's AdamW: nothing to compile
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # the loop looks at loss and norm itself, without a pause in each step
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),        # many micro-steps add up to one gradient
+        # the loop looks at loss and norm itself, without a pause in each step
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        # many micro-steps add up to one gradient
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
         **({"communication_data_type": "fp32"} if zero.reduce_dtype == "fp32" else {}),
         "zero_optimization": stage,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},             # it waits for the device at every forward and step; perf.py has a clock
+        # it waits for the device at every forward and step; perf.py has a clock
+        "timers": {"throughput": {"enabled": False}},
     }

@@ -1,4 +1,5 @@
-"""The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one YAML."""
+"""The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one
+YAML."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,19 +14,20 @@ from dpo_dist.types import PackedBatch
 class ReferenceEngine(Protocol):
     """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (law 1).
 
-    Engines inherit from this: what a frozen model with its values at hand has no need of stands here. All ranks call every method.
+    Engines inherit from this: what a frozen model with its values at hand has no need of stands here. All ranks call
+    every method.
     """
 
     packs_at_once: int = 1                   # that are worth having under way: several where servers compute
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where the engine
-        is sharded, all ranks call it the same number of times."""
+        """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where
+        the engine is sharded, all ranks call it the same number of times."""
         ...
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
-        """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or waited for; else None.
-        Called by the thread that packs the next step."""
+        """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
+        waited for; else None. Called by the thread that packs the next step."""
         return None
 
     def close(self) -> None:
@@ -33,8 +35,8 @@ class ReferenceEngine(Protocol):
         return None
 
     def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
-        """Returns once this rank's packs can be answered for, on every rank; called before the packs of a step are forwarded.
-        `before_waiting` is called, on all ranks alike, where that takes a while."""
+        """Returns once this rank's packs can be answered for, on every rank; called before the packs of a step are
+        forwarded. `before_waiting` is called, on all ranks alike, where that takes a while."""
         return None
 
     def after_step(self, step: int) -> None:

@@ -1,4 +1,5 @@
-"""reference.mode=ahead: processes of their own score into the cache while training runs; here, training waits for what is missing."""
+"""reference.mode=ahead: processes of their own score into the cache while training runs; here, training waits for what
+is missing."""
 from __future__ import annotations
 
 import time
@@ -31,13 +32,14 @@ class Scorer:
         self._last_answer = time.monotonic()
 
     def is_alive(self) -> bool:
-        """False where it has ended. It may also be still to come, or to come back: then True, and UserError once patience is at an end."""
+        """False where it has ended. It may also be still to come, or to come back: then True, and UserError once
+        patience is at an end."""
         alive = is_held(self._folder)
         silent = time.monotonic() - self._last_answer
         if silent > self._patience:
-            raise UserError(f"no reference log-prob has come for {silent:.0f} s; the scoring processes in {self._folder} are "
-                            f"{'there, but stuck' if alive else 'not there: start `dpo-dist score` with the same overrides beside this'}. "
-                            "cluster.timeout_seconds is the limit")
+            raise UserError(f"no reference log-prob has come for {silent:.0f} s; the scoring processes in "
+                            f"{self._folder} are "
+                            f"{'there, but stuck' if alive else 'not there: start `dpo-dist score` with the same overrides beside this'}. cluster.timeout_seconds is the limit")
         return alive or not (self._run_dir.is_done or self._run_dir.failure() is not None)
 
     def last_words(self) -> str:
@@ -46,7 +48,8 @@ class Scorer:
 
 
 class AheadReference(CachedReference):
-    """The cache while it is being filled. Ranks wait together, in short turns, so that none is missed by the others' collectives."""
+    """The cache while it is being filled. Ranks wait together, in short turns, so that none is missed by the others'
+    collectives."""
 
     def __init__(self, cache: LogpCache, world: World, scorer: Scorer, say: Callable[[str], None]):
         super().__init__(cache)
@@ -54,7 +57,8 @@ class AheadReference(CachedReference):
         self._waited_seconds = 0.0
 
     def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
-        """Raises, on all ranks alike, UserError where the values cannot come any more, and Stopped where a rank was asked to end."""
+        """Raises, on all ranks alike, UserError where the values cannot come any more, and Stopped where a rank was
+        asked to end."""
         began = time.perf_counter()
         self._scorer.answered()                          # while training computed, nobody asked
         wanted = [key for batch in batches for key in self.keys(batch)]
@@ -65,14 +69,16 @@ class AheadReference(CachedReference):
             waiting = True
             if signal := self._world.max(preemption.received()):
                 raise preemption.Stopped(signal, "training was waiting for the reference")
-            alive = self._world.on_main(self._scorer.is_alive)             # asked before the look, so that a last word is not missed
+            # asked before the look, so that a last word is not missed
+            alive = self._world.on_main(self._scorer.is_alive)
             if self._cache.add_new_shards(self._world):
                 self._scorer.answered()
             elif alive:
                 time.sleep(POLL_SECONDS)
             else:
-                raise UserError(f"the scoring processes have ended before all was scored: {self._world.on_main(self._scorer.last_words)}. "
-                                "What they scored and what was trained is kept: the same command goes on from there")
+                raise UserError("the scoring processes have ended before all was scored: "
+                                f"{self._world.on_main(self._scorer.last_words)}. What they scored and what was "
+                                "trained is kept: the same command goes on from there")
         self._waited_seconds += time.perf_counter() - began
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:

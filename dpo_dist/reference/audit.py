@@ -1,7 +1,8 @@
-"""The parity audit: before any value of an engine outside the training stack is believed, a sample is rescored with the training stack.
+"""The parity audit: before any value of an engine outside the training stack is believed, a sample is rescored with the
+training stack.
 
-The sample goes through every server twice, in another order and in other company: values that depend on where a sequence stands, or on
-what was asked before it, are off in one of the two.
+The sample goes through every server twice, in another order and in other company: values that depend on where a
+sequence stands, or on what was asked before it, are off in one of the two.
 """
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 from dpo_dist.types import TokenizedPair
 
-# fp32: three times the worst that vLLM 0.32 showed on tiny models whose own fp32 forward is as far from their fp64 one (8e-5 a token).
-# bf16: both engines round; 0.02 a token and up to 0.8 a completion is what bf16 is from fp32 in either.
+# fp32: three times the worst that vLLM 0.32 showed on tiny models whose own fp32 forward is as far from their fp64 one
+# (8e-5 a token). bf16: both engines round; 0.02 a token and up to 0.8 a completion is what bf16 is from fp32 in either.
 BOUNDS = {
     torch.float32: {"token_mean": 2e-5, "token_max": 2e-4, "sequence_max": 2e-3, "margin_max": 1e-3},
     torch.bfloat16: {"token_mean": 0.05, "token_max": 1.0, "sequence_max": 2.5, "margin_max": 0.5},
@@ -68,9 +69,11 @@ class Parity:
 
 
 def audit(config: RunConfig, key: ReferenceKey, dtype: torch.dtype, engines: Sequence[ReferenceEngine],
-          open_oracle: Callable[[], ReferenceEngine], data_sets: Sequence[PairStore], world: World, terminal: Terminal) -> None:
-    """Holds each engine against the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be sharded over
-    them, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's values."""
+          open_oracle: Callable[[], ReferenceEngine], data_sets: Sequence[PairStore], world: World,
+          terminal: Terminal) -> None:
+    """Holds each engine against the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be
+    sharded over them, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's
+    values."""
     settings = _settings(config)
     sample = sample_pairs(data_sets, settings.pairs)
     oracle = open_oracle()
@@ -90,14 +93,17 @@ def believe_earlier_audit(config: RunConfig, key: ReferenceKey, dtype: torch.dty
     """For values that are all in the cache: the audit that preceded them must be within this run's bounds too."""
     kept = _beside_values(config, key)
     if not kept.exists():
-        raise UserError(f"reference.cache_dir={config.reference.cache_dir} holds values of '{key.recipe}' without the audit that preceded them "
-                        f"({kept} is missing); remove {kept.parent}, and they are scored again")
+        raise UserError(f"reference.cache_dir={config.reference.cache_dir} holds values of '{key.recipe}' without the "
+                        f"audit that preceded them ({kept} is missing); remove {kept.parent}, and they are scored "
+                        "again")
     raw = json.loads(kept.read_text())
-    _report(Parity(**{**raw, "worst": tuple(PairError(**entry) for entry in raw["worst"])}), config, key, dtype, terminal)
+    _report(Parity(**{**raw, "worst": tuple(PairError(**entry) for entry in raw["worst"])}), config, key, dtype,
+            terminal)
 
 
 def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
-    """n pairs, chosen by content alone: the longest, up to n/2 that share their prompt with another, and the rest by their hash."""
+    """n pairs, chosen by content alone: the longest, up to n/2 that share their prompt with another, and the rest by
+    their hash."""
     content = np.concatenate([pairs.content for pairs in data_sets if len(pairs)])
     lengths = np.concatenate([pairs.lengths() for pairs in data_sets if len(pairs)])
     mixed = content[:, 0] ^ content[:, 1] ^ (content[:, 2] << np.uint64(1))
@@ -120,10 +126,12 @@ def by_prompt(pairs: Sequence[TokenizedPair]) -> list[Sequences]:
 
 def one_by_one(pairs: Sequence[TokenizedPair]) -> list[Sequences]:
     """The same sequences backwards, each after a prompt of its own."""
-    return [Sequences(tree.prompt, (completion,)) for tree in reversed(by_prompt(pairs)) for completion in reversed(tree.completions)]
+    return [Sequences(tree.prompt, (completion,)) for tree in reversed(by_prompt(pairs))
+            for completion in reversed(tree.completions)]
 
 
-def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps], engine: str, oracle: str, servers: int) -> Parity:
+def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps], engine: str, oracle: str,
+            servers: int) -> Parity:
     """The Parity of several scorings of the pairs with the oracle's."""
     tokens, sequences, margins, errors = [], [], [], []
     for pair in pairs:
@@ -134,37 +142,48 @@ def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps
             sequences += [abs(chosen.sum()), abs(rejected.sum())]
             margins.append(abs(chosen.sum() - rejected.sum()))
         runs = len(found)
-        errors.append(PairError(pair.where, float(max(entry.max() for entry in tokens[-2 * runs:])), float(max(sequences[-2 * runs:])),
+        errors.append(PairError(pair.where, float(max(entry.max() for entry in tokens[-2 * runs:])),
+                                float(max(sequences[-2 * runs:])),
                                 float(max(margins[-runs:]))))
     token = np.concatenate(tokens)
     worst = sorted(errors, key=lambda e: -e.token)[:WORST_SHOWN]
-    return Parity(engine, oracle, servers, len(pairs), sum(map(len, wanted.values())), float(token.mean()), float(token.max()),
-                  float(np.mean(sequences)), float(max(sequences)), float(np.mean(margins)), float(max(margins)), tuple(worst))
+    return Parity(engine, oracle, servers, len(pairs), sum(map(len, wanted.values())), float(token.mean()),
+                  float(token.max()),
+                  float(np.mean(sequences)), float(max(sequences)), float(np.mean(margins)), float(max(margins)),
+                  tuple(worst))
 
 
 def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.dtype, terminal: Terminal) -> None:
-    """Shows and keeps the figures. UserError where one is over its bound: then nothing is kept beside the cache's values."""
+    """Shows and keeps the figures. UserError where one is over its bound: then nothing is kept beside the cache's
+    values."""
     beta = config.loss.beta or 1.0
     measured = {**asdict(parity), "margin_mean": beta * parity.margin_mean, "margin_max": beta * parity.margin_max}
     bounds = _bounds(_settings(config), dtype)
-    rows = [[name, f"{measured[f'{kind}_mean']:.2e}", f"{measured[f'{kind}_max']:.2e}", _shown(bounds, kind)] for kind, name in
+    rows = [[name, f"{measured[f'{kind}_mean']:.2e}", f"{measured[f'{kind}_max']:.2e}", _shown(bounds, kind)] for kind,
+            name in
             (("token", "a token"), ("sequence", "a completion"), ("margin", f"a margin, times {beta:g}"))]
-    terminal.table(f"parity of {parity.engine} with {parity.oracle}: {parity.pairs} pairs, {parity.tokens} tokens, scored twice "
-                   f"by {parity.servers} server(s); |error| in nats", ["of", "mean", "worst", "bound"], rows)
+    terminal.table(f"parity of {parity.engine} with {parity.oracle}: {parity.pairs} pairs, {parity.tokens} tokens, "
+                   f"scored twice by {parity.servers} server(s); |error| in nats", ["of", "mean", "worst", "bound"],
+                   rows)
     over = [f"{name} {measured[name]:.3g} is over reference.audit.{name}={bound:g}" for name, bound in bounds.items()
             if not measured[name] <= bound]
-    write_json(RunDir(Path(config.run_dir)).parity_json, {**measured, "beta": beta, "bounds": bounds, "passed": not over})
+    write_json(RunDir(Path(config.run_dir)).parity_json, {**measured, "beta": beta, "bounds": bounds,
+                                                          "passed": not over})
     if over:
-        worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, {beta * e.margin:.3g} a margin"
+        worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, {beta * e.margin:.3g} a "
+                          "margin"
                           for e in parity.worst)
-        raise UserError(f"the audit stopped the run before a value was used: {parity.engine} does not agree with {parity.oracle} "
-                        f"({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must hold the weights of reference.path="
-                        f"{config.reference_path} in {key.dtype}, without prefix caching and quantization; or raise the bound")
+        raise UserError(f"the audit stopped the run before a value was used: {parity.engine} does not agree with "
+                        f"{parity.oracle} ({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must "
+                        "hold the weights of reference.path="
+                        f"{config.reference_path} in {key.dtype}, without prefix caching and quantization; or raise "
+                        "the bound")
     write_json(_beside_values(config, key), asdict(parity))
 
 
 def _shown(bounds: dict[str, float], kind: str) -> str:
-    return ", ".join(f"{name.removeprefix(kind + '_')} {bound:g}" for name, bound in bounds.items() if name.startswith(kind))
+    return ", ".join(f"{name.removeprefix(kind + '_')} {bound:g}" for name,
+                     bound in bounds.items() if name.startswith(kind))
 
 
 def _settings(config: RunConfig) -> AuditConfig:
@@ -173,7 +192,8 @@ def _settings(config: RunConfig) -> AuditConfig:
 
 
 def _bounds(settings: AuditConfig, dtype: torch.dtype) -> dict[str, float]:
-    return {name: default if getattr(settings, name) is None else getattr(settings, name) for name, default in BOUNDS[dtype].items()}
+    return {name: default if getattr(settings, name) is None else getattr(settings, name) for name,
+            default in BOUNDS[dtype].items()}
 
 
 def _scored(engine: ReferenceEngine, trees: Sequence[Sequences], tokens_per_pack: int) -> Logps:
@@ -181,7 +201,8 @@ def _scored(engine: ReferenceEngine, trees: Sequence[Sequences], tokens_per_pack
     found: Logps = {}
     for start, end in pairwise(filled_in_turn(sizes, np.ones_like(sizes), tokens_per_pack).tolist()):
         pack = pack_sequences(trees[start:end])
-        for (prompt, completion), values in zip(pack.sequences(), pack.split(engine.token_logps(pack).cpu()), strict=True):
+        for (prompt, completion), values in zip(pack.sequences(), pack.split(engine.token_logps(pack).cpu()),
+                                                strict=True):
             found[tuple(prompt.tolist()), tuple(completion.tolist())] = values.numpy()
     return found
 

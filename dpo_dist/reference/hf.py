@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def open_engine(config: HfConfig, setup: Setup) -> HfReference:
-    return HfReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload, setup.fused_for(config))
+    return HfReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload,
+                       setup.fused_for(config))
 
 
 class HfReference(ReferenceEngine):

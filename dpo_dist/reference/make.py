@@ -1,4 +1,5 @@
-"""RunConfig → the ReferenceEngine that it asks for. An engine's own module, which may be slow to import, is imported here alone."""
+"""RunConfig → the ReferenceEngine that it asks for. An engine's own module, which may be slow to import, is imported
+here alone."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Setup:
     world: World
     policy: HasAdapters | None = None      # for an engine that is the policy
     fused: bool = False                    # as in load_causal_lm
-    run: RunConfig | None = None           # for an engine outside the training stack: what it serves, and under which key
+    # for an engine outside the training stack: what it serves, and under which key
+    run: RunConfig | None = None
     key: ReferenceKey | None = None
 
     def fused_for(self, config: ReferenceConfig) -> bool:
@@ -39,8 +41,9 @@ def make_reference(config: ReferenceConfig, setup: Setup) -> ReferenceEngine:
 
 
 def reference_key(config: ReferenceConfig, weights: str, setup: Setup, quantized: str | None) -> ReferenceKey:
-    """What the cache's values are found by. The engines of the training stack give the same values, so they share a key, unless quantized
-    weights or rounded partial sums make other numbers; what an engine outside of it answers is its own."""
+    """What the cache's values are found by. The engines of the training stack give the same values, so they share a
+    key, unless quantized weights or rounded partial sums make other numbers; what an engine outside of it answers is
+    its own."""
     dtype, rounds = str(setup.dtype).removeprefix("torch."), setup.dtype != torch.float32
     if config.outside:
         return _module(config).reference_key(config, weights, dtype)

@@ -1,4 +1,5 @@
-"""The reference split inside each node by DeepSpeed's inference engine (AutoTP): every rank of a team holds a slice of each layer."""
+"""The reference split inside each node by DeepSpeed's inference engine (AutoTP): every rank of a team holds a slice of
+each layer."""
 from __future__ import annotations
 
 import copy
@@ -28,22 +29,26 @@ def open_engine(config: TensorParallelConfig, setup: Setup) -> TensorParallelRef
 
 
 class TensorParallelReference(ReferenceEngine):
-    """Teams of ranks forward the packs of all their members in turn, each pack split over the team; each then keeps its own values.
+    """Teams of ranks forward the packs of all their members in turn, each pack split over the team; each then keeps its
+    own values.
 
-    Callers see a data-parallel engine: a pack for each rank. The output head is whole on every rank, which applies it to its own pack
-    alone: the head's work is divided without being sharded.
+    Callers see a data-parallel engine: a pack for each rank. The output head is whole on every rank, which applies it
+    to its own pack alone: the head's work is divided without being sharded.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, world: World, size: int | None):
         prepare_deepspeed(world.device)
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)      # takes over the processes that World joined
+        # takes over the processes that World joined
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         config = read_config(folder)
         size = _team_size(size, world, config)
         self._team = world.team(size)
         if size > 1:
             _check_split(config, self._team, world.device, attention)
-        # In the files' own dtype the weights are mapped, not read: a rank reads its slices only, and no node holds whole copies.
-        self._model: ScoredModel | None = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention), attention).eval()
+        # In the files' own dtype the weights are mapped, not read: a rank reads its slices only, and no node holds
+        # whole copies.
+        self._model: ScoredModel | None = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention),
+                                                      attention).eval()
         self._model.requires_grad_(False)
         _split(self._model.lm, self._team, world.device)
         for parameter in self._model.parameters():
@@ -72,11 +77,12 @@ def _team_size(size: int | None, world: World, config: Any) -> int:
     size = size or world.local_size
     smallest = min(world.gather(world.local_size))
     if smallest % size:
-        raise UserError(f"reference.tensor_parallel_size={size} does not divide the {smallest} processes of a node; set a divisor of it")
+        raise UserError(f"reference.tensor_parallel_size={size} does not divide the {smallest} processes of a node; "
+                        "set a divisor of it")
     for key in ("num_attention_heads", "num_key_value_heads"):
         if (number := getattr(config, key, None)) and number % size:
-            raise UserError(f"reference.tensor_parallel_size={size} does not divide the reference's {number} {key}; set a divisor of "
-                            f"{number}, or reference=zero")
+            raise UserError(f"reference.tensor_parallel_size={size} does not divide the reference's {number} {key}; "
+                            f"set a divisor of {number}, or reference=zero")
     return size
 
 
@@ -91,13 +97,16 @@ class _Mpu:
 
 
 def _split(lm: nn.Module, team: Team, device: torch.device) -> None:
-    """Replaces, in place, the linear layers of the decoder by this rank's slices of them. The head, a LogpHead, stays whole."""
+    """Replaces, in place, the linear layers of the decoder by this rank's slices of them. The head, a LogpHead, stays
+    whole."""
     if team.size > 1:
         exact = {name: buffer.clone() for name, buffer in lm.named_buffers()}
         dtype = next(lm.parameters()).dtype
-        teams = {"tp_size": team.size, "tp_group": team.group, "mpu": _Mpu(team)}        # without tp_group nothing is split, silently
+        # without tp_group nothing is split, silently
+        teams = {"tp_size": team.size, "tp_group": team.group, "mpu": _Mpu(team)}
         deepspeed.init_inference(lm, dtype=dtype, replace_with_kernel_inject=False, tensor_parallel=teams)
-        for name, buffer in lm.named_buffers():              # DeepSpeed casts them too, and RoPE's frequencies would be rounded
+        # DeepSpeed casts them too, and RoPE's frequencies would be rounded
+        for name, buffer in lm.named_buffers():
             buffer.data = exact[name].to(buffer.device)
     lm.to(device)
 
@@ -111,7 +120,8 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         whole = AutoModelForCausalLM.from_config(shrink(config, team.size), dtype=torch.float32,
-                                                 attn_implementation="branch" if attention == "branch" else "eager").eval()
+                                                 attn_implementation="branch" if attention == "branch"
+                                                 else "eager").eval()
         for parameter in whole.parameters():
             parameter.normal_(0.0, 0.2)
         split = ScoredModel(copy.deepcopy(whole), attention).lm
@@ -119,14 +129,16 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
         wanted = whole.to(device).base_model(input_ids=ids, use_cache=False).last_hidden_state
         try:
             _split(split, team, device)
-            error = (split.base_model(input_ids=ids, use_cache=False).last_hidden_state - wanted).abs().max() / wanted.abs().max()
+            error = (split.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                     - wanted).abs().max() / wanted.abs().max()
         except (AssertionError, ValueError, RuntimeError) as problem:
             raise UserError(f"{refused}DeepSpeed cannot split it ({problem}); set reference=zero") from problem
     if not error < 1e-3:
         raise UserError(f"{refused}split by DeepSpeed it computes something else (by {error:.2g}); set reference=zero")
     share = max(team.gather(_matrices(split) / _matrices(whole)))
     if share > (1 + 1 / team.size) / 2:
-        raise UserError(f"{refused}DeepSpeed leaves {share:.0%} of its layers' weights on every rank; set reference=zero")
+        raise UserError(f"{refused}DeepSpeed leaves {share:.0%} of its layers' weights on every rank; set "
+                        "reference=zero")
 
 
 def _matrices(lm: Any) -> int:

@@ -1,4 +1,5 @@
-"""reference.sync: a reference that follows the policy (TR-DPO, arXiv 2404.09656): softly, a share of the way, or hard, all of it."""
+"""reference.sync: a reference that follows the policy (TR-DPO, arXiv 2404.09656): softly, a share of the way, or hard,
+all of it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ class Leader(Protocol):
 
 
 class TrDpoReference(ReferenceEngine):
-    """An engine whose weights go, every few steps, `alpha` of the way to the policy's: reference ← alpha · policy + (1 - alpha) · reference.
+    """An engine whose weights go, every few steps, `alpha` of the way to the policy's: reference ← alpha · policy + (1
+    - alpha) · reference.
 
     Each rank moves the part of a weight that it holds. Computed in fp32, kept in the model's dtype.
     """
@@ -49,9 +51,10 @@ class TrDpoReference(ReferenceEngine):
         self._engine, self._policy, self._world = engine, policy, world
         self._alpha, self._every = sync.share, sync.every_steps
         self._weights = dict(engine.model.named_parameters())
-        if {n: _shape(p) for n, p in self._weights.items()} != {n: _shape(p) for n, p in policy.model.named_parameters()}:
-            raise UserError(f"reference.sync.mode={sync.mode} moves the reference to the policy's weights, but reference.path is a model of "
-                            "another shape than model.path; set reference.sync.mode=none")
+        if {n: _shape(p) for n, p in self._weights.items()} != {n: _shape(p) for n,
+                                                                p in policy.model.named_parameters()}:
+            raise UserError(f"reference.sync.mode={sync.mode} moves the reference to the policy's weights, but "
+                            "reference.path is a model of another shape than model.path; set reference.sync.mode=none")
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         return self._engine.token_logps(batch)
@@ -66,7 +69,8 @@ class TrDpoReference(ReferenceEngine):
 
     def _move(self, weight: nn.Parameter, leading: nn.Parameter) -> None:
         part, start = self._own_part(weight)
-        if _is_sharded(leading) and _is_sharded(weight):                  # by the same ranks in the same way: nothing to gather
+        # by the same ranks in the same way: nothing to gather
+        if _is_sharded(leading) and _is_sharded(weight):
             part.copy_(torch.lerp(part.float(), self._own_part(leading)[0].to(part.device).float(), self._alpha))
         else:
             with self._policy.gathered([leading]):
@@ -82,10 +86,11 @@ class TrDpoReference(ReferenceEngine):
         start = self._world.rank * held.ds_tensor.numel()
         return held.ds_tensor.detach()[:max(0, held.ds_numel - start)], start
 
-    # ------------------------------------------------------------------------------------------------------------ on disk
+    # ---------------------------------------------------------------------------------------------------------- on disk
 
     def save(self, folder: Path) -> None:
-        """reference-RANK.safetensors: each rank's parts, flat; of an engine that is whole on each rank, rank 0's alone."""
+        """reference-RANK.safetensors: each rank's parts, flat; of an engine that is whole on each rank, rank 0's
+        alone."""
         if self._world.is_main or any(_is_sharded(weight) for weight in self._weights.values()):
             parts = {name: self._own_part(weight)[0].cpu().contiguous() for name, weight in self._weights.items()}
             safetensors.torch.save_file(parts, folder / f"reference-{self._world.rank:05d}.safetensors")

@@ -1,4 +1,5 @@
-"""The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer, optionally with its shards in CPU memory."""
+"""The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer, optionally with its shards in CPU
+memory."""
 from __future__ import annotations
 
 import gc
@@ -22,20 +23,24 @@ if TYPE_CHECKING:
 
 
 def open_engine(config: ZeroReferenceConfig, setup: Setup) -> ZeroReference:
-    return ZeroReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload, setup.fused_for(config))
+    return ZeroReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload,
+                         setup.fused_for(config))
 
 
 class ZeroReference(ReferenceEngine):
-    """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of packs."""
+    """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of
+    packs."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str, fused: bool = False):
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str,
+                 fused: bool = False):
         prepare_deepspeed(device)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})},
         }
-        sharded_load = HfDeepSpeedConfig(config)         # alive while from_pretrained runs: no rank ever holds the whole model
+        # alive while from_pretrained runs: no rank ever holds the whole model
+        sharded_load = HfDeepSpeedConfig(config)
         model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).eval()
         unset_hf_deepspeed_config()
         del sharded_load

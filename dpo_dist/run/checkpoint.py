@@ -16,7 +16,8 @@ from dpo_dist.runtime.world import World
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is. The order of pairs, the learning rate and the packs are functions of the step, so nothing else is needed."""
+    """Where a run is. The order of pairs, the learning rate and the packs are functions of the step, so nothing else is
+    needed."""
 
     step: int                    # optimizer steps done
     zero_stage: int | None       # the layout of the policy's own files
@@ -64,11 +65,11 @@ def resume_point(run_dir: RunDir, zero_stage: int | None, ranks: int) -> tuple[P
         return None
     state = read_state(folder)
     if state.zero_stage != zero_stage:
-        raise UserError(f"{folder.name} was written with zero.stage={state.zero_stage}, not {zero_stage}; go on with the same zero.stage, "
-                        "or start a new run from the exported model")
+        raise UserError(f"{folder.name} was written with zero.stage={state.zero_stage}, not {zero_stage}; go on with "
+                        "the same zero.stage, or start a new run from the exported model")
     if zero_stage == 0 and state.ranks != ranks:
-        raise UserError(f"{folder.name} was written by {state.ranks} ranks under ZeRO-0, which cannot go on with {ranks}; start as many, "
-                        "or train with zero=zero1 or higher")
+        raise UserError(f"{folder.name} was written by {state.ranks} ranks under ZeRO-0, which cannot go on with "
+                        f"{ranks}; start as many, or train with zero=zero1 or higher")
     return folder, state
 
 

@@ -21,7 +21,15 @@ from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.digest import model_digest, tokenizer_digest
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
-from dpo_dist.models.load import check_quantized, choose_attention, load_tokenizer, quantization, read_config, resolve, torch_dtype
+from dpo_dist.models.load import (
+    check_quantized,
+    choose_attention,
+    load_tokenizer,
+    quantization,
+    read_config,
+    resolve,
+    torch_dtype,
+)
 from dpo_dist.reference.adapter_off import HasAdapters
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
@@ -55,11 +63,13 @@ class Inputs:
         pairs = self.train if len(self.train) else self.eval
         tokens = pairs.lengths()
         prompt, chosen, rejected = tokens.mean(0).tolist()
-        return Lengths(prompt, chosen, rejected, len(pairs), f"mean of {len(pairs):,} tokenized pairs"), int(tokens.sum(1).max())
+        return Lengths(prompt, chosen, rejected, len(pairs),
+                       f"mean of {len(pairs):,} tokenized pairs"), int(tokens.sum(1).max())
 
     def reference_setup(self, world: World, policy: HasAdapters | None = None, run: RunConfig | None = None) -> Setup:
         """What the reference's engine is opened with."""
-        return Setup(self.reference_folder, self.dtype, self.reference_attention, world, policy, self.reference_fused, run,
+        return Setup(self.reference_folder, self.dtype, self.reference_attention, world, policy, self.reference_fused,
+                     run,
                      self.reference_key)
 
     @property
@@ -72,52 +82,61 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
     check_shared(config, world)
     policy_folder = resolve(config.model.path, "model.path", config.run.offline)
-    reference_folder = resolve(config.reference_path, "reference.path", config.run.offline) if config.loss.needs_reference else policy_folder
+    reference_folder = resolve(config.reference_path, "reference.path",
+                               config.run.offline) if config.loss.needs_reference else policy_folder
     _check_quantization(config, policy_folder, reference_folder)
     policy_digest = world.on_main(lambda: model_digest(policy_folder))
     reference_digest = policy_digest if reference_folder == policy_folder else world.on_main(lambda: model_digest(reference_folder))
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
-    reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model, reference_folder)[0]
+    reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model,
+                                                                                               reference_folder)[0]
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
     model = read_config(policy_folder)
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
-    reference_fused = fused and (reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype, world.device) is None)
+    reference_fused = fused and (reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype,
+                                                                                   world.device) is None)
     setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused)
-    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, quantization(read_config(reference_folder))))
+    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup,
+                                              quantization(read_config(reference_folder))))
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
             _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention, reference_attention, fused,
+    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention,
+                  reference_attention, fused,
                   reference_fused, key, replace(forward_flops(model), padded=padded), train, held_out)
 
 
-def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World, terminal: Terminal) -> bool:
-    """Tells which kernels compute on a GPU, and why not faster ones; whether norms, rotary embedding and SwiGLU are fused."""
+def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World,
+                  terminal: Terminal) -> bool:
+    """Tells which kernels compute on a GPU, and why not faster ones; whether norms, rotary embedding and SwiGLU are
+    fused."""
     fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
     if why_not:
         terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")
     if attention == "branch" and (how := describe_attention(model, dtype, world.device)):
         terminal.say(f"attention: {how}")
     if world.device.type == "cuda" and (misfit := kernels_misfit(world.device)):
-        terminal.say(f"head: torch's own operations compute the log-probs, which takes longer (Triton's kernels: {misfit})")
+        terminal.say("head: torch's own operations compute the log-probs, which takes longer (Triton's kernels: "
+                     f"{misfit})")
     return fused
 
 
 def _check_quantization(config: RunConfig, policy: Path, reference: Path) -> None:
-    """UserError for a quantized policy, and for a quantized reference that the engine or this machine cannot compute."""
+    """UserError for a quantized policy, and for a quantized reference that the engine or this machine cannot
+    compute."""
     if how := quantization(read_config(policy)):
-        raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full weights, and the quantized "
-                        "ones as reference.path")
+        raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full "
+                        "weights, and the quantized ones as reference.path")
     if how := quantization(read_config(reference)):
         if not config.reference.computes_quantized:
-            raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which {_named(config.reference)} cannot "
-                            "compute; set reference=hf reference.offload=none")
+            raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which "
+                            f"{_named(config.reference)} cannot compute; set reference=hf reference.offload=none")
         if not config.reference.outside:
             check_quantized(read_config(reference), f"reference.path={config.reference_path}")
 
@@ -141,7 +160,8 @@ def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Termina
 
 
 def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal) -> None:
-    """Tells what became of the rows, and keeps it in the run's folder; a stage that finds it told says no more than where."""
+    """Tells what became of the rows, and keeps it in the run's folder; a stage that finds it told says no more than
+    where."""
     summary = "\n".join(summary_lines(train, "train") + summary_lines(held_out, "held out"))
     if file.exists() and file.read_text() == summary:
         terminal.say(f"data: {len(train):,} pairs to train on, {len(held_out):,} held out, as told in {file}")
@@ -152,7 +172,8 @@ def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal)
 
 def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
     if config.loss.needs_whole_step and np.ptp(pairs.weight) > 0:
-        raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; remove them from the data")
+        raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; "
+                        "remove them from the data")
     if config.loss.needs_strength:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
     check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch, padded)
@@ -166,10 +187,12 @@ def _check_fits(pairs: PairStore, model: Any, key: str) -> None:
         raise UserError(f"data holds a sequence of {longest} tokens, but {key} has {positions} positions; "
                         f"set data.max_length={positions}")
     rope = getattr(model, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(model, "original_max_position_embeddings", None) or positions
+    original = rope.get("original_max_position_embeddings") or getattr(model, "original_max_position_embeddings",
+                                                                       None) or positions
     if rope.get("rope_type") in ("dynamic", "longrope") and original is not None and longest > original:
-        raise UserError(f"data holds a sequence of {longest} tokens; beyond {original}, {key} changes its position embedding with the longest "
-                        f"sequence of a forward, so log-probs would depend on packing; set data.max_length={original}")
+        raise UserError(f"data holds a sequence of {longest} tokens; beyond {original}, {key} changes its position "
+                        "embedding with the longest sequence of a forward, so log-probs would depend on packing; set "
+                        f"data.max_length={original}")
     vocabulary = getattr(model, "vocab_size", None)
     largest = pairs.largest_id()
     if vocabulary is not None and largest >= vocabulary:

@@ -1,4 +1,5 @@
-"""Local sums → global means: what a step or an evaluation measured, added up on each rank and reduced once a logged row."""
+"""Local sums → global means: what a step or an evaluation measured, added up on each rank and reduced once a logged
+row."""
 from __future__ import annotations
 
 import torch
@@ -9,7 +10,8 @@ from dpo_dist.losses import rewards
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PairLogps
 
-MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+         "logps/rejected",
          "reference/kl_per_token", "reference/chosen_drift_per_token")
 
 
@@ -30,8 +32,10 @@ class MetricSums:
             chosen, rejected = found if found is not None else (zero, zero)
             margin = chosen - rejected
             accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()     # a tie is half right
-            kl, drift = (zero if value is None else value for value in (pairs.kl_per_token, pairs.chosen_drift_per_token))
-            rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen, pairs.policy_rejected, kl, drift])
+            kl, drift = (zero if value is None else value
+                         for value in (pairs.kl_per_token, pairs.chosen_drift_per_token))
+            rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen,
+                                pairs.policy_rejected, kl, drift])
             total = (rows.double() * weight).sum(1)
             self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
 
@@ -45,8 +49,8 @@ class MetricSums:
         return world.sum(self._sums).tolist()
 
     def means(self, world: World, mine: Tensor | None = None) -> dict[str, float]:
-        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it. mine: this rank's sums, where they
-        are on the CPU already."""
+        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it. mine: this
+        rank's sums, where they are on the CPU already."""
         *sums, weight = world.sum(self._sums if mine is None else mine).tolist()
         named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
         if not self._has_rewards:

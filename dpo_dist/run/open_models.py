@@ -32,8 +32,10 @@ from dpo_dist.sizing import estimate
 from dpo_dist.sizing.automatic import choose, is_automatic, without_sizes
 from dpo_dist.sizing.shape import read_shape
 
-USABLE = 0.9                         # share of a GPU's memory that predictions may fill: they err, and allocators leave holes
-SECONDS_BEFORE_SHARED = 30.0         # what is scored ahead of training reaches it within this time, and within a second at the beginning
+# share of a GPU's memory that predictions may fill: they err, and allocators leave holes
+USABLE = 0.9
+# what is scored ahead of training reaches it within this time, and within a second at the beginning
+SECONDS_BEFORE_SHARED = 30.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Scored:
 
 
 def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal) -> RunConfig:
-    """The config with zero.stage and model.gradient_checkpointing chosen where they are `auto`, the same on every rank. A run that goes on
-    keeps the stage of its checkpoint. All ranks call it."""
+    """The config with zero.stage and model.gradient_checkpointing chosen where they are `auto`, the same on every rank.
+    A run that goes on keeps the stage of its checkpoint. All ranks call it."""
     if not is_automatic(config):
         return config
     on_gpu, tells = world.device.type == "cuda", world.device.type == "cuda" or config.zero.stage == "auto"
@@ -100,19 +102,22 @@ def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore
         open_cache(cache, world)
         scorer = Scorer(Path(config.scorer_dir), config.cluster.timeout_seconds)
         return policy(), AheadReference(cache, world, scorer, terminal.say)
-    scored = fill_cache(config, inputs, data_sets, world, terminal)      # the reference is freed before the policy is loaded
+    # the reference is freed before the policy is loaded
+    scored = fill_cache(config, inputs, data_sets, world, terminal)
     return policy(), CachedReference(scored.cache)
 
 
 def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
-               policy: Policy | None = None, windows: Indexes | None = None, progress: Callable[[], None] = lambda: None) -> Scored:
+               policy: Policy | None = None, windows: Indexes | None = None,
+               progress: Callable[[], None] = lambda: None) -> Scored:
     """Scores what the cache does not hold of these pairs. The model is loaded only where something is missing.
 
-    windows: training waits for these values, in this order (see scoring_order.py), so they reach the disk soon. `progress` is called at
-    every pack.
+    windows: training waits for these values, in this order (see scoring_order.py), so they reach the disk soon.
+    `progress` is called at every pack.
     """
     cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
-    padded = inputs.reference_attention == "padded" and not config.reference.outside     # servers lay out rows themselves
+    # servers lay out rows themselves
+    padded = inputs.reference_attention == "padded" and not config.reference.outside
     scoring, damaged = plan_fill(cache, data_sets, world, config.train.tokens_per_microbatch, windows, padded)
     n_missing = len(scoring.sequences)
     if damaged:
@@ -142,6 +147,7 @@ def _open_reference(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairS
         return engine
     assert isinstance(engine, OutsideEngine)
     terminal.say(f"reference: {inputs.reference_key.recipe}, from {', '.join(engine.urls)}")
-    audit(config, inputs.reference_key, inputs.dtype, list(engine.one_each()), lambda: make_reference(reference.oracle(), setup),
+    audit(config, inputs.reference_key, inputs.dtype, list(engine.one_each()),
+          lambda: make_reference(reference.oracle(), setup),
           data_sets, world, terminal)
     return engine

@@ -1,4 +1,5 @@
-"""How fast and how large: what a step's time was spent on, how much was computed, and the share of the device's peak that it reached."""
+"""How fast and how large: what a step's time was spent on, how much was computed, and the share of the device's peak
+that it reached."""
 from __future__ import annotations
 
 import re
@@ -15,21 +16,28 @@ import torch
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.flops import StepWork
 
-PARTS = ("data", "forward", "backward", "wait", "step")      # waiting for packs; ...; for the slowest rank; clipping and the update
-DENSE_BF16_TFLOPS = {                                        # by the device's name, ORNAMENTS aside; vendors' data sheets
-    "B300": 2250, "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIE": 756, "H100 NVL": 835,
-    "H800": 989, "H20": 148, "A100": 312, "A100 PCIE": 312, "A800": 312, "A800 PCIE": 312, "L40S": 362, "L4": 121, "A40": 150, "A10": 125,
+# waiting for packs; ...; for the slowest rank; clipping and the update
+PARTS = ("data", "forward", "backward", "wait", "step")
+# by the device's name, ORNAMENTS aside; vendors' data sheets
+DENSE_BF16_TFLOPS = {
+    "B300": 2250, "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989,
+    "H100 PCIE": 756, "H100 NVL": 835,
+    "H800": 989, "H20": 148, "A100": 312, "A100 PCIE": 312, "A800": 312, "A800 PCIE": 312, "L40S": 362, "L4": 121,
+    "A40": 150, "A10": 125,
     "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
 }
-ORNAMENTS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|SXM\d*|AC|HBM3E?|\d+GB?")     # words that leave the peak as it is
+# words that leave the peak as it is
+ORNAMENTS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|SXM\d*|AC|HBM3E?|\d+GB?")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Some steps of training, as a Clock saw them on this rank. On a GPU its times are events, which may still be to come."""
+    """Some steps of training, as a Clock saw them on this rank. On a GPU its times are events, which may still be to
+    come."""
 
     seconds: Mapping[str, float]                             # by part, on a CPU
-    events: Sequence[tuple[str | None, Any]]                 # (part, the event at its end); the first one is the beginning
+    # (part, the event at its end); the first one is the beginning
+    events: Sequence[tuple[str | None, Any]]
     steps: int
     work: StepWork
     peak_tflops: float | None
@@ -39,8 +47,8 @@ class Interval:
         mine = self._seconds_by_part()
         means = (world.sum(torch.tensor(mine)) / world.size).tolist()
         seconds = world.max(sum(mine))
-        # Forward alone: the gradients' reduction lies inside backward, where a rank that is done waits for the others. Under ZeRO-3 ranks
-        # also wait inside forward, for the weights, so there it shows a part of the unevenness only.
+        # Forward alone: the gradients' reduction lies inside backward, where a rank that is done waits for the others.
+        # Under ZeRO-3 ranks also wait inside forward, for the weights, so there it shows a part of the unevenness only.
         forward = PARTS.index("forward")
         busiest, mean = world.max(mine[forward]), means[forward]
         row = {"perf/pairs_per_second": self.work.pairs / seconds, "perf/tokens_per_second": self.work.tokens / seconds,
@@ -110,13 +118,15 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def known_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's dense matrix peak as its data sheet states it; None where it is not known here (a CPU, another dtype)."""
+    """The device's dense matrix peak as its data sheet states it; None where it is not known here (a CPU, another
+    dtype)."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return sheet_tflops(torch.cuda.get_device_name(device))
 
 
 def sheet_tflops(name: str) -> float | None:
-    """The dense bf16 peak of the device of this name. None where any word of it is unknown: a part of a device, or a smaller kin."""
+    """The dense bf16 peak of the device of this name. None where any word of it is unknown: a part of a device, or a
+    smaller kin."""
     words = re.split(r"[\s-]+", name.upper())
     return DENSE_BF16_TFLOPS.get(" ".join(word for word in words if not ORNAMENTS.fullmatch(word)))

@@ -42,7 +42,8 @@ def _sync(config: RunConfig) -> str:
     return "none: frozen" if sync.mode == "none" else f"{sync.mode}: {share}every {sync.every_steps} steps (TR-DPO)"
 
 
-SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")          # what a run cannot change on its way
+# what a run cannot change on its way
+SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")
 
 
 def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> None:
@@ -53,12 +54,14 @@ def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) 
     changed = _differences(before["identity_of"], config.identity_dict())
     changed += _differences({k: before["passport"][k] for k in SAME_RUN}, {k: lineage[k] for k in SAME_RUN})
     if changed:
-        raise UserError(f"run.dir={run_dir.path} holds another run ({'; '.join(changed[:5])}); choose another run.dir, or remove that one")
+        raise UserError(f"run.dir={run_dir.path} holds another run ({'; '.join(changed[:5])}); choose another run.dir, "
+                        "or remove that one")
 
 
 def write_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> None:
     """Writes run.json."""
-    write_json(run_dir.run_json, {"config": to_dict(config), "passport": lineage, "identity_of": config.identity_dict()})
+    write_json(run_dir.run_json, {"config": to_dict(config), "passport": lineage,
+                                  "identity_of": config.identity_dict()})
 
 
 def _version(package: str) -> str:

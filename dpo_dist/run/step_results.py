@@ -30,21 +30,26 @@ class StepResults:
 
     step: int
     lr: float
-    soundness: Later             # float64 (2,): 1 where the loss was not finite on some rank, else 0; the gradients' norm
+    # float64 (2,): 1 where the loss was not finite on some rank, else 0; the gradients' norm
+    soundness: Later
     logged: Logged | None        # where the step ends a row
 
     @classmethod
-    def of(cls, step: int, lr: float, bad_loss: Tensor, grad_norm: Tensor, logged: tuple[MetricSums, Interval] | None) -> StepResults:
+    def of(cls, step: int, lr: float, bad_loss: Tensor, grad_norm: Tensor,
+           logged: tuple[MetricSums, Interval] | None) -> StepResults:
         soundness = Later(torch.stack([bad_loss.double(), grad_norm.to(bad_loss.device, torch.float64)]))
-        return cls(step, lr, soundness, None if logged is None else Logged(logged[0], Later(logged[0].tensor), logged[1]))
+        return cls(step, lr, soundness, None if logged is None else Logged(logged[0], Later(logged[0].tensor),
+                                                                           logged[1]))
 
     def check(self) -> float:
         """The gradients' norm. FloatingPointError, on all ranks alike, where the step was not sound."""
         bad_loss, grad_norm = self.soundness.values.tolist()
         if bad_loss:
-            raise FloatingPointError(f"the loss of step {self.step} is not finite; no weight was changed. Lower optim.lr, or look at the data")
+            raise FloatingPointError(f"the loss of step {self.step} is not finite; no weight was changed. Lower "
+                                     "optim.lr, or look at the data")
         if not math.isfinite(grad_norm) or grad_norm < 0:          # DeepSpeed gives -1 for a norm that is not finite
-            raise FloatingPointError(f"the gradient of step {self.step} is not finite; the last checkpoint is from before. Lower optim.lr")
+            raise FloatingPointError(f"the gradient of step {self.step} is not finite; the last checkpoint is from "
+                                     "before. Lower optim.lr")
         return grad_norm
 
     def row(self, world: World) -> MetricsRow | None:
@@ -53,18 +58,21 @@ class StepResults:
         if self.logged is None:
             return None
         means = self.logged.sums.means(world, self.logged.total.values)
-        return {"step": self.step, "split": "train", **means, "grad_norm": grad_norm, "lr": self.lr, **self.logged.interval.rates(world)}
+        return {"step": self.step, "split": "train", **means, "grad_norm": grad_norm, "lr": self.lr,
+                **self.logged.interval.rates(world)}
 
 
 class StepLog:
-    """Reads the results of each step once the next one is queued, and writes the rows of metrics. All ranks call its methods."""
+    """Reads the results of each step once the next one is queued, and writes the rows of metrics. All ranks call its
+    methods."""
 
     def __init__(self, tracker: Tracker, bar: Progress, world: World):
         self._tracker, self._bar, self._world = tracker, bar, world
         self._waiting: StepResults | None = None
 
     def add(self, results: StepResults) -> None:
-        """Results of the step that was just queued; those of the step before are read. Raises as StepResults.check does."""
+        """Results of the step that was just queued; those of the step before are read. Raises as StepResults.check
+        does."""
         self.catch_up()
         self._waiting = results
 

@@ -1,4 +1,5 @@
-"""A process that ends when this one does, however this one ends: a watcher between the two holds a pipe, and the pipe's end is the sign.
+"""A process that ends when this one does, however this one ends: a watcher between the two holds a pipe, and the pipe's
+end is the sign.
 
 Neither `atexit` nor `finally` runs in a process that is killed, and a forgotten server keeps its GPU.
 """
@@ -16,9 +17,11 @@ GRACE_SECONDS = 10.0                     # between asking a process to end and k
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """The watcher of a process that runs `command`, with both outputs appended to `log`. Its exit code is the process's own."""
+    """The watcher of a process that runs `command`, with both outputs appended to `log`. Its exit code is the process's
+    own."""
     with log.open("ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.child_process", *command], stdin=subprocess.PIPE, stdout=out,
+        return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.child_process", *command],
+                                stdin=subprocess.PIPE, stdout=out,
                                 stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True)
 
 
@@ -37,8 +40,10 @@ def main(command: Sequence[str]) -> int:
         return 127
 
     def end_with_the_pipe() -> None:
-        while os.read(0, 1024):                          # nothing is left to read when nobody holds the other end any more;
-            pass                                         # not sys.stdin, whose lock a thread that waits would keep at the process's end
+        # nothing is left to read when nobody holds the other end any more;
+        while os.read(0, 1024):
+            # not sys.stdin, whose lock a thread that waits would keep at the process's end
+            pass
         _end(process)
 
     # in a thread: this one is inside wait(), which holds a lock that _end() needs

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: what is written here survives a kill and a power cut, or leaves what was there before."""
+"""Files that are whole or not there: what is written here survives a kill and a power cut, or leaves what was there
+before."""
 from __future__ import annotations
 
 import json
@@ -11,7 +12,8 @@ from typing import IO, Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes the file under a temporary name, puts it on disk, and renames it. Several processes may write the same path at once."""
+    """Writes the file under a temporary name, puts it on disk, and renames it. Several processes may write the same
+    path at once."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as file:
         file.write(data)
@@ -38,13 +40,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_file(file: IO[Any]) -> None:
-    """Returns when the file's content is on disk: a rename may otherwise outlive, after a power cut, what was written before it."""
+    """Returns when the file's content is on disk: a rename may otherwise outlive, after a power cut, what was written
+    before it."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the folder's names are on disk. Not every network file system can do that for a folder; then nothing is done."""
+    """Returns when the folder's names are on disk. Not every network file system can do that for a folder; then nothing
+    is done."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

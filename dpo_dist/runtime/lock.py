@@ -1,4 +1,5 @@
-"""A folder's lock: held while the work that the folder belongs to is alive, and let go by the system however that ends."""
+"""A folder's lock: held while the work that the folder belongs to is alive, and let go by the system however that
+ends."""
 from __future__ import annotations
 
 import fcntl

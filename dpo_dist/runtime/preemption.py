@@ -1,7 +1,8 @@
-"""Ending early in good order. A signal is only a wish; all ranks grant it together, where nothing is lost: at a step's end.
+"""Ending early in good order. A signal is only a wish; all ranks grant it together, where nothing is lost: at a step's
+end.
 
-USR1 (a scheduler, ahead of its time limit), TERM (a preemption; Slurm sends it twice) and Ctrl-C are heard. The ranks agree by the
-largest of their `received()`, in a collective that runs anyway, save, and raise `Stopped`.
+USR1 (a scheduler, ahead of its time limit), TERM (a preemption; Slurm sends it twice) and Ctrl-C are heard. The ranks
+agree by the largest of their `received()`, in a collective that runs anyway, save, and raise `Stopped`.
 """
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _received = 0
 
 
 class Stopped(Exception):
-    """The work ended where it was asked to; the same command goes on from there. `number`: the signal's number, as the ranks agreed."""
+    """The work ended where it was asked to; the same command goes on from there. `number`: the signal's number, as the
+    ranks agreed."""
 
     def __init__(self, number: float, kept: str):
         self.signal = signal.Signals(int(number))
@@ -39,7 +41,8 @@ def receive(number: signal.Signals) -> None:
 
 
 def received() -> float:
-    """0, or the number of the signal that this rank was sent. Ranks agree by the largest, so a scheduler's outranks Ctrl-C."""
+    """0, or the number of the signal that this rank was sent. Ranks agree by the largest, so a scheduler's outranks
+    Ctrl-C."""
     return float(_received)
 
 

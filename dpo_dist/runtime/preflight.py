@@ -1,4 +1,5 @@
-"""All ranks of all nodes meet once before the work: a sum over them, and a look at their clocks. Started by launch/preflight."""
+"""All ranks of all nodes meet once before the work: a sum over them, and a look at their clocks. Started by
+launch/preflight."""
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +19,8 @@ SKEW_SECONDS = 30.0               # beyond it, checkpoints' and logs' times misl
 
 
 def main() -> int:
-    """0 where every rank got the right sum. Leaves $REPORTS/<node>.joined once this node's ranks have met the others."""
+    """0 where every rank got the right sum. Leaves $REPORTS/<node>.joined once this node's ranks have met the
+    others."""
     config = compose(sys.argv[1:])
     reports, node = Path(os.environ["REPORTS"]), os.environ["NODE_NAME"]
     try:
@@ -33,7 +35,8 @@ def main() -> int:
         return 1
     clocks = world.gather((node, time.time()))
     middle = statistics.median(at for _, at in clocks)
-    late = [f"{name} is {at - middle:+.0f} s off" for name, at in sorted(set(clocks)) if abs(at - middle) > SKEW_SECONDS]
+    late = [f"{name} is {at - middle:+.0f} s off" for name,
+            at in sorted(set(clocks)) if abs(at - middle) > SKEW_SECONDS]
     if late and world.is_main:
         print(f"preflight: the clocks differ: {'; '.join(late)}", file=sys.stderr)
     return 0

@@ -1,4 +1,5 @@
-"""How every command's process begins and ends: config, log file, world; then one message and an exit code, never a bare traceback."""
+"""How every command's process begins and ends: config, log file, world; then one message and an exit code, never a bare
+traceback."""
 from __future__ import annotations
 
 import gc
@@ -29,13 +30,16 @@ Work = Callable[[RunConfig, World, Terminal], None]
 
 
 def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
-    """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 for anything else.
+    """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 for anything
+    else.
 
-    The first rank to fail writes <run.dir>/FAILED with the message and the code, and tells the person; of the others, one a node tells what
-    it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to stop leaves <run.dir>/PREEMPTED with the
-    signal. `owns_run`: the work is the run itself: one process group at a time, and its success is <run.dir>/DONE.
+    The first rank to fail writes <run.dir>/FAILED with the message and the code, and tells the person; of the others,
+    one a node tells what it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to
+    stop leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: one process group at a
+    time, and its success is <run.dir>/DONE.
     """
-    gc.freeze()                                                  # what is imported by now stays: no collection need look at it again
+    # what is imported by now stays: no collection need look at it again
+    gc.freeze()
     gc.enable()
     set_defaults()
     try:
@@ -45,7 +49,8 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     except UserError as error:
         return _fail_early(str(error))
     _network(config.run.offline)
-    terminal = Terminal.start(str(run_dir.rank_log(rank_here())), is_main=rank_here() == 0, capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
+    terminal = Terminal.start(str(run_dir.rank_log(rank_here())), is_main=rank_here() == 0,
+                              capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     try:
         return _work(config, work, run_dir, terminal, owns_run)
     except UserError as error:
@@ -91,8 +96,8 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
 
 
 def exit_with(code: int) -> NoReturn:
-    """Ends the process at once. Everything is on disk by now, and gloo's threads abort an ordinary exit now and then ("terminate
-    called without an active exception"), which would turn a finished run into a failed one."""
+    """Ends the process at once. Everything is on disk by now, and gloo's threads abort an ordinary exit now and then
+    ("terminate called without an active exception"), which would turn a finished run into a failed one."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -132,5 +137,6 @@ def _node_has_spoken(run_dir: RunDir, node: int) -> bool:
     for _ in range(20):
         if (failure := run_dir.failure()) is not None:
             return failure.node == node
-        time.sleep(0.05)                                         # the marker is being written, or removed, at this moment
+        # the marker is being written, or removed, at this moment
+        time.sleep(0.05)
     return False

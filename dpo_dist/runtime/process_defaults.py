@@ -1,4 +1,5 @@
-"""What every process of a run sets for itself where a person has not: how a GPU's memory is taken, and how many threads compute."""
+"""What every process of a run sets for itself where a person has not: how a GPU's memory is taken, and how many threads
+compute."""
 from __future__ import annotations
 
 import os
@@ -23,7 +24,8 @@ def set_defaults() -> None:
 
 
 def threads_are_torchruns() -> bool:
-    """Whether OMP_NUM_THREADS=1 is torchrun's own, which it gives its processes where nobody has set it: its own environment lacks it then."""
+    """Whether OMP_NUM_THREADS=1 is torchrun's own, which it gives its processes where nobody has set it: its own
+    environment lacks it then."""
     if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:

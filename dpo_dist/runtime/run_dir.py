@@ -1,4 +1,5 @@
-"""RunDir: every name in a run's folder, and what its markers say. No torch here, so that the launcher can ask as well."""
+"""RunDir: every name in a run's folder, and what its markers say. No torch here, so that the launcher can ask as
+well."""
 from __future__ import annotations
 
 import json
@@ -26,7 +27,7 @@ class Failure:
 class RunDir:
     path: Path
 
-    # ------------------------------------------------------------------------------------------------------------- results
+    # ---------------------------------------------------------------------------------------------------------- results
 
     @property
     def run_json(self) -> Path:
@@ -64,7 +65,7 @@ class RunDir:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    # --------------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
@@ -73,7 +74,7 @@ class RunDir:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
 
-    # ---------------------------------------------------------------------------------------------------------------- logs
+    # ------------------------------------------------------------------------------------------------------------- logs
 
     @property
     def logs(self) -> Path:
@@ -106,7 +107,7 @@ class RunDir:
         """{stage: Slurm's id}."""
         return self.path / "slurm.json"
 
-    # ------------------------------------------------------------------------------------------------------------- markers
+    # ---------------------------------------------------------------------------------------------------------- markers
 
     def clear(self, *markers: str) -> None:
         for marker in markers:

@@ -13,7 +13,8 @@ from dpo_dist.runtime.world import World
 def check_shared(config: RunConfig, world: World) -> None:
     """UserError, on every rank, where a rank finds another folder than rank 0 under a name that all of them must share.
 
-    Looked at before any work is done: checkpoints in which a node's shards are missing would only be noticed when they are needed.
+    Looked at before any work is done: checkpoints in which a node's shards are missing would only be noticed when they
+    are needed.
     """
     if world.size == 1:
         return
@@ -28,12 +29,13 @@ def check_shared(config: RunConfig, world: World) -> None:
     if everywhere:
         key = everywhere[0][0]
         others = ", ".join(sorted({where for k, where in everywhere if k == key}))
-        raise UserError(f"{key}={folders[key]} is not one folder for all ranks: what rank 0 wrote there is not to be seen in {others}; "
-                        f"set {key} to the absolute path of a folder that every node mounts")
+        raise UserError(f"{key}={folders[key]} is not one folder for all ranks: what rank 0 wrote there is not to be "
+                        f"seen in {others}; set {key} to the absolute path of a folder that every node mounts")
 
 
 def _leave_token(folder: Path) -> str | None:
-    """The name of an empty file that did not exist before; None where nothing can be written, so that nothing will be left to read."""
+    """The name of an empty file that did not exist before; None where nothing can be written, so that nothing will be
+    left to read."""
     name = f".seen-by-all-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

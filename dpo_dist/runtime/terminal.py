@@ -1,4 +1,5 @@
-"""Terminal: what a person sees of a run. The libraries' chatter goes to a log file, one a rank; the person reads the rest."""
+"""Terminal: what a person sees of a run. The libraries' chatter goes to a log file, one a rank; the person reads the
+rest."""
 from __future__ import annotations
 
 import io
@@ -41,7 +42,8 @@ class Terminal:
 
     @classmethod
     def start(cls, log_path: str, is_main: bool, capture: bool = True) -> Terminal:
-        """The process's terminal. From here on everything written to fds 1 and 2, by Python or by C, is appended to `log_path`.
+        """The process's terminal. From here on everything written to fds 1 and 2, by Python or by C, is appended to
+        `log_path`.
 
         With capture=False the two stay as they are, and only Python's logging and warnings go to the file.
         """
@@ -127,7 +129,7 @@ class Terminal:
             self.error(f"{kind.__name__}: {error}\nThe traceback is in {self.log_path}")
 
 
-# -------------------------------------------------------------------------------------------------------------- progress
+# ------------------------------------------------------------------------------------------------------------- progress
 
 
 class Progress:
@@ -147,7 +149,8 @@ class Progress:
             f"loss {loss:.4f}" if loss is not None else "",
             f"accuracy {accuracy:.3f}" if accuracy is not None else "",
             f"{pairs_per_second:.1f} pairs/s" if pairs_per_second is not None else "",
-            f"{timedelta(seconds=round((time.monotonic() - self._started) / done * left))} left" if done > 0 and left > 0 else "",
+            f"{timedelta(seconds=round((time.monotonic() - self._started) / done * left))} left" if done > 0
+            and left > 0 else "",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -195,7 +198,8 @@ class _Bars:
     @contextmanager
     def bar(self, total: int, done: int, description: str) -> Iterator[Progress]:
         if self._rich is None:
-            # No thread redraws: the bar moves only when a step is done. Nor does rich take sys.stdout and sys.stderr over.
+            # No thread redraws: the bar moves only when a step is done. Nor does rich take sys.stdout and sys.stderr
+            # over.
             self._rich = RichProgress(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[measures]}", markup=False),
@@ -231,7 +235,8 @@ class _Output(io.TextIOBase):
         try:
             while rest and not self._lost:
                 rest = rest[os.write(self._fd, rest):]
-        except BlockingIOError:                             # the reader is slow and the pipe must not wait: this text is lost
+        # the reader is slow and the pipe must not wait: this text is lost
+        except BlockingIOError:
             pass
         except OSError as error:
             self._lost = True
@@ -250,12 +255,14 @@ class _Output(io.TextIOBase):
 
 class _Console(Console):
     def show_cursor(self, show: bool = True) -> bool:
-        """False: the cursor is never hidden, as torchrun may end this process without giving it the time to show it again."""
+        """False: the cursor is never hidden, as torchrun may end this process without giving it the time to show it
+        again."""
         return False
 
     @property  # type: ignore[misc]                         # rich's has a setter, which nobody uses
     def size(self) -> ConsoleDimensions:
-        """The size of the window behind the kept file descriptor; rich itself would ask fds 0 to 2, which are elsewhere."""
+        """The size of the window behind the kept file descriptor; rich itself would ask fds 0 to 2, which are
+        elsewhere."""
         if not self.is_terminal:
             return ConsoleDimensions(PLAIN_WIDTH, 25)
         try:
@@ -267,7 +274,8 @@ class _Console(Console):
 
 def _console(output: _Output) -> Console:
     is_terminal = output.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
-    return _Console(file=cast(IO[str], output), force_terminal=is_terminal, force_jupyter=False, markup=False, emoji=False,
+    return _Console(file=cast(IO[str], output), force_terminal=is_terminal, force_jupyter=False, markup=False,
+                    emoji=False,
                     highlight=False)
 
 
@@ -282,7 +290,8 @@ def _log_to(path: str) -> logging.FileHandler:
 
 
 def _open_standard_fds() -> None:
-    """A process may be started without stdin, stdout or stderr; the next file opened would then silently take their place."""
+    """A process may be started without stdin, stdout or stderr; the next file opened would then silently take their
+    place."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

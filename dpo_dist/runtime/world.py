@@ -1,4 +1,5 @@
-"""World: who this process is among the others, and how they talk. The only reader of RANK and caller of torch.distributed."""
+"""World: who this process is among the others, and how they talk. The only reader of RANK and caller of
+torch.distributed."""
 from __future__ import annotations
 
 import os
@@ -16,17 +17,22 @@ from dpo_dist.config.errors import UserError
 
 T = TypeVar("T")
 
-NO_ANSWER = ("Timed out waiting", "Application timeout",                                  # gloo: of this collective, or of another one with
-             "Watchdog caught collective operation timeout", "wait timeout after")        # the same rank; NCCL; the store
+# gloo: of this collective, or of another one with
+NO_ANSWER = ("Timed out waiting", "Application timeout",
+             # the same rank; NCCL; the store
+             "Watchdog caught collective operation timeout", "wait timeout after")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer",                     # gloo
              "remote process exited or there was a network error", "ncclRemoteError",     # NCCL, in two spellings
-             "remote process exiting prematurely", "Connection closed by remote peer",    # NCCL's explanation, and its last error
-             "Connection was likely closed")                                              # the store, where rank 0 is gone
+             # NCCL's explanation, and its last error
+             "remote process exiting prematurely", "Connection closed by remote peer",
+             # the store, where rank 0 is gone
+             "Connection was likely closed")
 
 
 @dataclass(frozen=True)
 class Team:
-    """Consecutive ranks that work as one, this one among them; every method must be called by all of them, in the same order."""
+    """Consecutive ranks that work as one, this one among them; every method must be called by all of them, in the same
+    order."""
 
     rank: int                                  # this process's place among `size`
     size: int
@@ -57,13 +63,14 @@ class World:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if cluster.procs_per_node not in (None, local_size):
-            raise UserError(f"cluster.procs_per_node={cluster.procs_per_node}, but {local_size} processes were started on this machine; "
-                            "leave it out under torchrun, or start as many")
+            raise UserError(f"cluster.procs_per_node={cluster.procs_per_node}, but {local_size} processes were started "
+                            "on this machine; leave it out under torchrun, or start as many")
         device = device_of(cluster, local_rank)
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
         if size == 1 and "RANK" not in os.environ:            # DeepSpeed wants a group even for one process
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1",
+                              LOCAL_RANK="0")
         if not dist.is_initialized():
             timeout = timedelta(seconds=cluster.timeout_seconds)
             if device.type == "cuda":
@@ -90,8 +97,8 @@ class World:
         return total.item()
 
     def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
-        """float32 scalar: 1 where the flag, a bool scalar on the device, is true on any rank, else 0. By the way that gradients take: on GPUs
-        no process waits for it."""
+        """float32 scalar: 1 where the flag, a bool scalar on the device, is true on any rank, else 0. By the way that
+        gradients take: on GPUs no process waits for it."""
         highest = flag.float()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return highest
@@ -109,7 +116,8 @@ class World:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on rank 0, on every rank. An exception there is raised on every rank, so that none waits."""
+        """What `work()` returns on rank 0, on every rank. An exception there is raised on every rank, so that none
+        waits."""
         result: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -145,12 +153,12 @@ def node_here() -> tuple[int, int]:
 
 
 def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
-    """What happened, where a collective failed because of another rank; None for any other error. There are no exception types for it,
-    only gloo's, NCCL's and the store's words."""
+    """What happened, where a collective failed because of another rank; None for any other error. There are no
+    exception types for it, only gloo's, NCCL's and the store's words."""
     words = str(error)
     if any(part in words for part in NO_ANSWER):
-        return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its network or a process "
-                "on it is gone or hangs")
+        return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its "
+                "network or a process on it is gone or hangs")
     if any(part in words for part in PEER_GONE):
         return "another rank closed its connection: its process ended"
     if "NCCL communicator was aborted" in words:         # by NCCL's watchdog, which has told why in the log
@@ -162,14 +170,15 @@ def prepare_deepspeed(device: torch.device) -> None:
     """Called before DeepSpeed's first use; spares each process what DeepSpeed would do and nobody here needs."""
     import deepspeed.ops  # only where DeepSpeed is used: the import takes seconds
 
-    if device.type == "cpu":                             # it would compile a shared-memory op; gloo does that work, with the same numbers
+    # it would compile a shared-memory op; gloo does that work, with the same numbers
+    if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_uncompiled()
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer to see that ours is another. Its decorators load torch's compiler, which takes two seconds;
-    nobody here calls what they decorate."""
+    """DeepSpeed imports its Muon optimizer to see that ours is another. Its decorators load torch's compiler, which
+    takes two seconds; nobody here calls what they decorate."""
     compiling = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
@@ -185,9 +194,11 @@ def device_of(cluster: ClusterConfig, local_rank: int) -> torch.device:
     if cluster.device == "cpu" or (cluster.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("cluster.device=cuda, but torch sees no GPU here; set cluster.device=cpu or install a CUDA build of torch")
+        raise UserError("cluster.device=cuda, but torch sees no GPU here; set cluster.device=cpu or install a CUDA "
+                        "build of torch")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"cluster.procs_per_node is more than the {torch.cuda.device_count()} GPUs of this machine; lower it")
+        raise UserError(f"cluster.procs_per_node is more than the {torch.cuda.device_count()} GPUs of this machine; "
+                        "lower it")
     return torch.device("cuda", local_rank)
 
 

@@ -1,4 +1,5 @@
-"""What `auto` becomes: the ZeRO stage and the layers that backward computes again, chosen by predicted memory. No torch here."""
+"""What `auto` becomes: the ZeRO stage and the layers that backward computes again, chosen by predicted memory. No torch
+here."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.sizing.estimate import GIB, Hardware, Lengths, Packs, dtype_bytes, memory, with_zero
 from dpo_dist.sizing.shape import ModelShape
 
-EVERYTHING, CHEAP_PARTS, ALL_LAYERS = False, 0, True     # of model.gradient_checkpointing: what is kept, or computed again
+# of model.gradient_checkpointing: what is kept, or computed again
+EVERYTHING, CHEAP_PARTS, ALL_LAYERS = False, 0, True
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,11 @@ def is_automatic(config: RunConfig) -> bool:
     return config.zero.stage == "auto" or config.model.gradient_checkpointing == "auto"
 
 
-def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware, packs: Packs | None = None) -> Choice:
-    """The lowest ZeRO stage that fits, with all activations kept or only the cheap parts of layers computed again; where none does, the
-    lowest that fits with whole layers computed again, as few as possible; where nothing fits, what takes least.
+def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware,
+           packs: Packs | None = None) -> Choice:
+    """The lowest ZeRO stage that fits, with all activations kept or only the cheap parts of layers computed again;
+    where none does, the lowest that fits with whole layers computed again, as few as possible; where nothing fits, what
+    takes least.
 
     packs: what a rank forwards at once, where it is not that of mean lengths.
     """
@@ -34,7 +38,8 @@ def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     def fits(candidate: RunConfig) -> bool:
         return memory(candidate, shape, lengths, world, packs).fits(world.device)
 
-    chosen = next((c for c in _candidates(config, shape.layers, world.ranks, dtype_bytes(config, world.device)) if fits(c)), None)
+    chosen = next((c for c in _candidates(config, shape.layers, world.ranks, dtype_bytes(config, world.device))
+                   if fits(c)), None)
     config = chosen or _least(config, world.ranks)
     peak = memory(config, shape, lengths, world, packs).peak
     ends = "" if chosen else ", which is more than there is: `dpo-dist plan` names what would fit"
@@ -44,12 +49,14 @@ def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
 
 
 def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choice:
-    """The choice for a model whose sizes cannot be predicted: on a GPU what takes least memory, elsewhere what is fastest."""
+    """The choice for a model whose sizes cannot be predicted: on a GPU what takes least memory, elsewhere what is
+    fastest."""
     if not is_automatic(config):
         return Choice(config, None)
     config = _least(config, ranks) if on_gpu else next(_candidates(config, 1, ranks, 4))
     keys = f"zero.stage={_word(config.zero.stage)}, model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}"
-    return Choice(config, f"memory: {keys}, as sizes are not known here ({why}); set both for more speed where memory allows")
+    return Choice(config, f"memory: {keys}, as sizes are not known here ({why}); set both for more speed where memory "
+                          "allows")
 
 
 def _candidates(config: RunConfig, layers: int, ranks: int, width: int) -> Iterator[RunConfig]:
@@ -68,8 +75,9 @@ def _least(config: RunConfig, ranks: int) -> RunConfig:
 
 
 def stages(config: RunConfig, ranks: int, width: int) -> list[int | None]:
-    """The stages that may be chosen, lowest first; `width`: bytes of a weight. In bf16 DeepSpeed's stage 1 holds the whole gradient in fp32
-    on every rank and reduces it after backward, not during it, so stage 2 is the lowest there."""
+    """The stages that may be chosen, lowest first; `width`: bytes of a weight. In bf16 DeepSpeed's stage 1 holds the
+    whole gradient in fp32 on every rank and reduces it after backward, not during it, so stage 2 is the lowest
+    there."""
     zero = config.zero
     if zero.stage != "auto":
         return [zero.stage]

@@ -1,7 +1,9 @@
-"""Memory a rank, predicted from config and config.json before a job is queued; step_time.py goes on from here. No torch here.
+"""Memory a rank, predicted from config and config.json before a job is queued; step_time.py goes on from here. No torch
+here.
 
 Every figure is a sum of named terms, each written from what the code and DeepSpeed 0.19 allocate; nothing is fitted.
-What a device is assumed to do stands in Device. The CPU's terms were measured (benchmarks/sizing.py), the GPU's were not.
+What a device is assumed to do stands in Device. The CPU's terms were measured (benchmarks/sizing.py), the GPU's were
+not.
 """
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from dpo_dist.sizing.shape import ModelShape
 GIB = 2**30
 LAYERS_IN_A_BUCKET = 2                           # one travels while the next is computed
 SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
-WHOLE_BUCKET = 500_000_000                       # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
+# elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
+WHOLE_BUCKET = 500_000_000
 REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
-LIVE = 1_000_000_000                             # stage3_max_live_parameters: gathered elements that may stay until backward needs them
+# stage3_max_live_parameters: gathered elements that may stay until backward needs them
+LIVE = 1_000_000_000
 
 
 def bucket_elements(layer: int) -> int:
@@ -36,7 +40,8 @@ class Device:
     measured: bool
     memory: float                    # bytes a rank may hold
     host_memory: float               # bytes of the node's CPU memory that a rank may use, for offloading
-    framework: float                 # bytes that libraries take at first use, beside the model: contexts, workspaces, communicators
+    # bytes that libraries take at first use, beside the model: contexts, workspaces, communicators
+    framework: float
     flops: float                     # a second, the matrix units' peak
     efficiency: float                # share of that peak which a step's matrix products reach
     bandwidth: float                 # bytes a second of the rank's memory, for the optimizer's pass over its state
@@ -46,20 +51,26 @@ class Device:
     latency: float                   # seconds a collective takes however little it moves
     overlaps: bool                   # communication behind computation
     whole_buckets: bool              # a buffer costs what is asked for (GPU), not what is touched (CPU)
-    pieces: int                      # copies of attention's output that are kept; 2 where branches are computed in turn and joined
+    # copies of attention's output that are kept; 2 where branches are computed in turn and joined
+    pieces: int
     masks: bool                      # attention over a branch keeps its mask
     flat_copies: int                 # of a bucket in ZeRO-3's reduce-scatter: interleaved by rank, and gloo's own
-    sharded_share: float             # of link, which is an all-reduce's: what ZeRO-3's gathers and scatters reach, copies among them
+    # of link, which is an all-reduce's: what ZeRO-3's gathers and scatters reach, copies among them
+    sharded_share: float
     hook: float                      # seconds of Python that ZeRO-3 adds to a layer's pass, where nothing hides it
 
 
 CPU = Device(
-    "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75, bandwidth=5e9,
-    host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2, masks=True, flat_copies=2,
+    "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75,
+    bandwidth=5e9,
+    host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2,
+    masks=True, flat_copies=2,
     sharded_share=0.25, hook=1e-3)
 GPU_80GB = Device(
-    "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40, bandwidth=2.5e12,
-    host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1, masks=False, flat_copies=1,
+    "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40,
+    bandwidth=2.5e12,
+    host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1,
+    masks=False, flat_copies=1,
     sharded_share=1.0, hook=0.0)
 
 
@@ -102,9 +113,11 @@ class Lengths:
 
 
 def worst_lengths(max_length: int) -> Lengths:
-    """Half of data.max_length for the prompt, the other half for each completion: the most tokens that pairs of even parts have."""
+    """Half of data.max_length for the prompt, the other half for each completion: the most tokens that pairs of even
+    parts have."""
     half = max_length / 2
-    return Lengths(half, half, half, None, f"worst case: every pair as long as data.max_length={max_length} allows, half of it prompt")
+    return Lengths(half, half, half, None, f"worst case: every pair as long as data.max_length={max_length} allows, "
+                                           "half of it prompt")
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,8 @@ class Packs:
     @classmethod
     def of(cls, config: RunConfig, lengths: Lengths, ranks: int) -> Packs:
         a_rank = math.ceil(config.train.pairs_per_step / ranks) * lengths.pair
-        room = max(1, config.train.tokens_per_microbatch // lengths.pair) * lengths.pair      # whole pairs alone fit into a pack
+        # whole pairs alone fit into a pack
+        room = max(1, config.train.tokens_per_microbatch // lengths.pair) * lengths.pair
         steps = max(1, math.ceil(a_rank / room))
         return cls(a_rank / steps, steps, (lengths.chosen + lengths.rejected) / lengths.pair)
 
@@ -141,7 +155,8 @@ class Memory:
     gradients: float                 # held from one micro-step to the next (ZeRO-3: always)
     buckets: float                   # buffers for reductions that stay
     gathered: float                  # ZeRO-3: weights made whole: as many as may stay, at least the largest
-    in_flight: float                 # ZeRO-3: what an all-gather brought, rank by rank, until the last weight of it was asked for
+    # ZeRO-3: what an all-gather brought, rank by rank, until the last weight of it was asked for
+    in_flight: float
     activations: float               # what forward keeps for backward; with checkpointing the layers' inputs alone
     passing: float                   # with checkpointing: what one layer holds while it goes forward
     recomputed: float                # with checkpointing: one layer's activations, made again
@@ -158,7 +173,8 @@ class Memory:
         """{moment: bytes} of the five that may be the peak. Whole weights go when backward is through with them."""
         always = self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets + self.reference
         kept = always + self.gathered + self.activations
-        return {"the last layer goes forward": kept + self.in_flight + self.passing, "the head computes": kept + self.head,
+        return {"the last layer goes forward": kept + self.in_flight + self.passing,
+                "the head computes": kept + self.head,
                 "the last layer goes backward": kept + self.recomputed + self.workspace + self.head_gradient,
                 "gradients are reduced": always + self.reduction, "the optimizer steps": always + self.update}
 
@@ -170,9 +186,10 @@ class Memory:
         return self.peak <= device.memory and self.host <= device.host_memory
 
 
-def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware, packs: Packs | None = None) -> Memory:
-    """The terms of a training rank's memory. The stage and the layers to recompute are chosen already (automatic.py). `packs`: what a rank
-    forwards at once, where it is not that of mean lengths."""
+def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware,
+           packs: Packs | None = None) -> Memory:
+    """The terms of a training rank's memory. The stage and the layers to recompute are chosen already (automatic.py).
+    `packs`: what a rank forwards at once, where it is not that of mean lengths."""
     width, ranks, device = dtype_bytes(config, world.device), world.ranks, world.device
     packs = packs or Packs.of(config, lengths, ranks)
     trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
@@ -180,7 +197,8 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     again = packs.micro_steps > 1
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
     terms |= _model_terms(config, width, everything, trained, ranks, shape, again, device)
-    if config.zero.offload_optimizer == "cpu":                           # the pass over the optimizer's state is done there
+    # the pass over the optimizer's state is done there
+    if config.zero.offload_optimizer == "cpu":
         terms["host"] += terms["master_weights"] + terms["optimizer"] + 4.0 * trained / ranks
         terms |= {"master_weights": 0.0, "optimizer": 0.0, "gradients": 0.0, "update": 0.0}
     if config.zero.offload_parameters == "cpu":
@@ -189,50 +207,66 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     terms |= _pack_terms(config, shape, lengths, packs, width, device)
     if config.loss.needs_reference and config.reference.mode == "live" and not config.reference.is_policy:
         terms["reference"] = reference_weights(config, shape, world)
-    if device is CPU or not math.isfinite(device.memory):                # offloading moves nothing where there is one kind of memory
+    # offloading moves nothing where there is one kind of memory
+    if device is CPU or not math.isfinite(device.memory):
         terms["framework"] += terms["host"]
     return Memory(**{**terms, "framework": terms["framework"] + device.framework})
 
 
-def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape, again: bool,
+def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape,
+                 again: bool,
                  device: Device) -> dict[str, float]:
     """Terms that depend on the parameters alone: one case for each ZeRO stage."""
     stage, part = config.zero.stage, trained / ranks
     size = bucket_elements(shape.layer)
     travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
     bucket = width * (size if device.whole_buckets else min(trained, size))
-    if stage is None and width == 2:                                     # fp32 master weights, whose gradients add up in fp32 as they come
-        return {"weights": 2.0 * everything, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained, "gradients": 4.0 * trained}
+    # fp32 master weights, whose gradients add up in fp32 as they come
+    if stage is None and width == 2:
+        return {"weights": 2.0 * everything, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained,
+                "gradients": 4.0 * trained}
     if stage is None or stage == 0:
         copy = 0.0 if stage is None else width * min(trained, WHOLE_BUCKET)      # all-reduced in a flat copy
         held = 4.0 * trained if again else 0.0
         return {"weights": width * everything, "optimizer": 8.0 * trained, "gradients": held,
                 "reduction": 4.0 * trained - held + copy, "update": 4.0 * trained - held}
-    if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":        # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
-        return {"weights": 2.0 * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * trained,
+    # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
+    if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":
+        return {"weights": 2.0 * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
+                "gradients": 4.0 * trained,
                 "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
     if stage in (1, 2):
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
-        staged = 2 * bucket                  # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
+        # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
+        staged = 2 * bucket
         staged += (travels - width) * (size if device.whole_buckets else min(trained, size))
-        reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))          # what earlier buckets brought, in fp32
+        # what earlier buckets brought, in fp32
+        reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))
         return {"weights": width * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
-                "buckets": staged if device.whole_buckets else 0.0, "reduction": reduced + (0.0 if device.whole_buckets else staged),
+                "buckets": staged if device.whole_buckets else 0.0,
+                "reduction": reduced + (0.0 if device.whole_buckets else staged),
                 "update": 8.0 * part - min(held, 4.0 * part)}
     assert stage == 3, f"zero.stage={stage} is chosen before sizes are predicted"
-    gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0    # one rank's part is the whole
-    nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0        # hpZ's copy
-    return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": 4.0 * part,
-            "buckets": bucket, "gathered": gathered, "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
-            "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}  # a larger tensor goes alone
+    # one rank's part is the whole
+    gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0
+    # hpZ's copy
+    nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0
+    return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
+            "gradients": 4.0 * part,
+            "buckets": bucket, "gathered": gathered,
+            "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
+            # a larger tensor goes alone
+            "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}
 
 
-def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: Packs, width: int, device: Device) -> dict[str, float]:
+def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: Packs, width: int,
+                device: Device) -> dict[str, float]:
     """Terms that depend on the tokens of a pack."""
     scores = lengths.mask(shape.family.eager) if device.masks or shape.family.eager else 0.0
 
     def kept(recompute: bool) -> float:
-        return packs.tokens * shape.saved_bytes_per_token(width, lengths.seen_keys / lengths.pair, scores / lengths.pair, device.pieces,
+        return packs.tokens * shape.saved_bytes_per_token(width, lengths.seen_keys / lengths.pair,
+                                                          scores / lengths.pair, device.pieces,
                                                           fused=fused_kernels(config, device), recompute=recompute)
 
     layer, stream = kept(recompute=False), packs.tokens * width * shape.hidden
@@ -242,7 +276,8 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     head_gradient = 0.0 if config.model.lora.rank else float(width * shape.head)
     logits, at_once = _logits(shape, rows, width, device)
     in_forward = logits + (width if device.whole_buckets else 8.0 + (width if width == 2 else 0)) * at_once
-    in_backward = logits + (width if device.whole_buckets else 4.0 + (width if width == 2 else 0)) * at_once + head_gradient
+    in_backward = logits + (width if device.whole_buckets
+                            else 4.0 + (width if width == 2 else 0)) * at_once + head_gradient
     in_backward += rows * shape.hidden * 4.0
     return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
             "passing": packs.tokens * shape.forward_workspace_bytes_per_token(width) if whole else 0.0,
@@ -252,8 +287,9 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
 
 
 def _logits(shape: ModelShape, rows: float, width: int, device: Device) -> tuple[float, float]:
-    """(bytes of whole logits that live from forward to backward, elements of a block that is computed and goes again): of these one is 0.
-    A GPU's kernels read a block as the product gave it; elsewhere there is a copy in fp32, and in forward its exponentials."""
+    """(bytes of whole logits that live from forward to backward, elements of a block that is computed and goes again):
+    of these one is 0. A GPU's kernels read a block as the product gave it; elsewhere there is a copy in fp32, and in
+    forward its exponentials."""
     blocks = plan_blocks(math.ceil(rows), shape.vocabulary, width, "cuda" if device.whole_buckets else "cpu")
     if device.whole_buckets and blocks.kept == len(blocks.spans):
         return float(rows * shape.vocabulary * width), 0.0
@@ -261,7 +297,8 @@ def _logits(shape: ModelShape, rows: float, width: int, device: Device) -> tuple
 
 
 def recomputed_layers(config: RunConfig, layers: int) -> tuple[int, bool]:
-    """(layers that backward computes again whole, whether the cheap parts of the others are computed again): as in models/checkpointing.py."""
+    """(layers that backward computes again whole, whether the cheap parts of the others are computed again): as in
+    models/checkpointing.py."""
     how = config.model.gradient_checkpointing
     assert how != "auto", "model.gradient_checkpointing is chosen before sizes are predicted"
     if isinstance(how, bool):
@@ -280,15 +317,18 @@ def dtype_bytes(config: RunConfig, device: Device) -> int:
 
 
 def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float:
-    """Bytes of a rank that scores the reference: weights, one layer's work, logits. Those of servers (vllm) are not counted."""
+    """Bytes of a rank that scores the reference: weights, one layer's work, logits. Those of servers (vllm) are not
+    counted."""
     width = dtype_bytes(config, world.device)
     tokens = config.train.tokens_per_microbatch
     gathered = 0.0
     if config.reference.gathers_weights:
-        gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
+        gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters,
+                                                                                   REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
-    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE["cuda" if world.device.whole_buckets else "cpu"]
+    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE["cuda" if world.device.whole_buckets
+                                                                               else "cpu"]
 
 
 def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> float:

@@ -1,4 +1,5 @@
-"""What a forward costs in floating-point operations, from lengths alone: the planner balances by it, and perf.py counts with it."""
+"""What a forward costs in floating-point operations, from lengths alone: the planner balances by it, and perf.py counts
+with it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ Floats = NDArray[np.float64]
 class Flops:
     """Forward FLOPs of a causal language model. A product of (m, k) and (k, n) counts 2 m k n; all else is not counted.
 
-    `attention` holds, for each kind of layer, (FLOPs for each query and key that it sees, the layers' window or None). `padded`: each
-    sequence is a row with its prompt, padded to the longest (see ScoredModel), so that no prompt is shared.
+    `attention` holds, for each kind of layer, (FLOPs for each query and key that it sees, the layers' window or None).
+    `padded`: each sequence is a row with its prompt, padded to the longest (see ScoredModel), so that no prompt is
+    shared.
     """
 
     per_token: float                                     # the layers' matrices
@@ -23,22 +25,26 @@ class Flops:
     padded: bool = False
 
     def of_tokens(self, start: NDArray[np.integer], end: NDArray[np.integer]) -> Floats:
-        """FLOPs of the tokens start to end (exclusive) of sequences, each of which sees all that is before it. Without the head."""
+        """FLOPs of the tokens start to end (exclusive) of sequences, each of which sees all that is before it. Without
+        the head."""
         cost = self.per_token * (end - start).astype(np.float64)
         for per_key, window in self.attention:
             cost += per_key * (_keys_seen(end, window) - _keys_seen(start, window))
         return cost
 
     def of_pairs(self, lengths: NDArray[np.integer]) -> tuple[Floats, Floats]:
-        """(prompts (n,), completions (n, 2)) of pairs of lengths (n, 3) prompt, chosen, rejected; a completion's includes the head."""
+        """(prompts (n,), completions (n, 2)) of pairs of lengths (n, 3) prompt, chosen, rejected; a completion's
+        includes the head."""
         prompt, completions = lengths[:, 0].astype(np.int64), lengths[:, 1:].astype(np.int64)
         after = self.of_tokens(np.broadcast_to(prompt[:, None], completions.shape), prompt[:, None] + completions)
         return self.of_tokens(np.zeros_like(prompt), prompt), after + self.per_completion_token * completions
 
     def training(self, frozen_base: bool) -> Flops:
-        """Forward and backward. A matrix's backward costs two forwards, or one where it gets no gradient of its own (LoRA's base)."""
+        """Forward and backward. A matrix's backward costs two forwards, or one where it gets no gradient of its own
+        (LoRA's base)."""
         linear = 2 if frozen_base else 3
-        return Flops(linear * self.per_token, linear * self.per_completion_token, tuple((3 * per_key, window) for per_key, window in self.attention),
+        return Flops(linear * self.per_token, linear * self.per_completion_token,
+                     tuple((3 * per_key, window) for per_key, window in self.attention),
                      self.padded)
 
 
@@ -53,7 +59,8 @@ def _keys_seen(n: NDArray[np.integer], window: int | None) -> Floats:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What all ranks do in a step: pairs, tokens forwarded (repeats and padding too), and the FLOPs of its distinct tokens, there and back."""
+    """What all ranks do in a step: pairs, tokens forwarded (repeats and padding too), and the FLOPs of its distinct
+    tokens, there and back."""
 
     pairs: int = 0
     tokens: int = 0

@@ -1,11 +1,14 @@
-"""How the logits of a pack are cut into blocks of the vocabulary, and which of them live from forward to backward. Pure; no torch here."""
+"""How the logits of a pack are cut into blocks of the vocabulary, and which of them live from forward to backward.
+Pure; no torch here."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLUMNS = 256                              # widths are multiples of it: product kernels want 16-byte aligned columns, and whole tiles
+# widths are multiples of it: product kernels want 16-byte aligned columns, and whole tiles
+COLUMNS = 256
 AT_ONCE = {"cpu": 2**24, "cuda": 2**27}    # elements of the logits that exist at once, whatever the vocabulary
-KEPT_BYTES = {"cpu": 0, "cuda": 2**32}     # logits of a pack up to this size are kept, so that backward computes no product twice
+# logits of a pack up to this size are kept, so that backward computes no product twice
+KEPT_BYTES = {"cpu": 0, "cuda": 2**32}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What `dpo-dist plan` says of sizes: predicted figures, and where memory runs out, the smallest change that fits. No torch here."""
+"""What `dpo-dist plan` says of sizes: predicted figures, and where memory runs out, the smallest change that fits. No
+torch here."""
 from __future__ import annotations
 
 import json
@@ -58,28 +59,33 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     config = chosen.config
     need, time = memory(config, shape, lengths, world), step_time(config, shape, lengths, world)
     moment, peak = max(need.moments.items(), key=lambda entry: entry[1])
-    shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name in (f.name for f in fields(Memory)) if (value := getattr(need, name))]
+    shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name in (f.name for f in fields(Memory))
+             if (value := getattr(need, name))]
     unproven = "" if world.device.measured else "; never held against a GPU's own figures"
     lines = [
-        f"model     {shape.parameters / 1e9:.2f} B parameters ({shape.model_type}), {world.ranks} ranks on {world.nodes} nodes",
+        f"model     {shape.parameters / 1e9:.2f} B parameters ({shape.model_type}), {world.ranks} ranks on "
+        f"{world.nodes} nodes",
         f"tokens    {lengths.pair:.0f} a pair; {lengths.source}",
         *([f"chosen    {chosen.line}"] if chosen.line else []),
         f"memory    {peak / GIB:.2f} GiB a rank, when {moment}{unproven}",
         f"          GiB: {', '.join(shown)}",
         f"step      {time.seconds:.3g} s: computing {time.compute:.3g}, communication {time.communication:.3g}"
-        + (" (behind it)" if time.overlaps else "") + f", update {time.update:.3g}; {time.sent / GIB:.3g} GiB sent by a rank",
+        + (" (behind it)" if time.overlaps else "") + f", update {time.update:.3g}; {time.sent / GIB:.3g} GiB sent by "
+                                                      "a rank",
         f"assumed   {world.device.name}: {world.device.flops / 1e12:.4g} TFLOP/s at {world.device.efficiency:.0%}, "
         f"{world.link / 1e9:.3g} GB/s between ranks, {world.device.bandwidth / 1e9:.4g} GB/s of memory"]
     seconds, stored = scoring_seconds(config, shape, lengths, world), cache_bytes(lengths)
     if config.loss.needs_reference and config.reference.mode != "live":
         lines.append(f"scoring   {scoring_memory(config, shape, lengths, world) / GIB:.2f} GiB a rank; " + (
-            f"{seconds:.3g} s on all ranks, cache {stored / 2**20:.3g} MiB" if seconds is not None and stored is not None
+            f"{seconds:.3g} s on all ranks, cache {stored / 2**20:.3g} MiB" if seconds is not None
+            and stored is not None
             else "time and cache size need the number of pairs, known once the data is tokenized"))
     if not need.fits(world.device):
         lines += too_large(config, shape, lengths, world, need)
     scores_here = config.loss.needs_reference and config.reference.mode != "live" and not config.reference.outside
     if scores_here and scoring_memory(config, shape, lengths, world) > world.device.memory:
-        lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set {config.reference.needs_less}")
+        lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set "
+                     f"{config.reference.needs_less}")
     return lines
 
 
@@ -98,13 +104,15 @@ def too_large(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
 
 
 def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> Change | None:
-    """The change that fits with the fewest keys, of those the one whose step is predicted to be shortest; more nodes come last."""
+    """The change that fits with the fewest keys, of those the one whose step is predicted to be shortest; more nodes
+    come last."""
     a_node, nodes = world.ranks // world.nodes, world.nodes
     while nodes <= MOST_NODES:
         wider = replace(world, nodes=nodes, ranks=a_node * nodes)
         more = (f"cluster.nodes={nodes}",) if nodes > world.nodes else ()
         for candidates in _changes(config, lengths):
-            fitting = [(words, changed) for words, changed in candidates if memory(changed, shape, lengths, wider).fits(world.device)]
+            fitting = [(words, changed) for words, changed in candidates if memory(changed, shape, lengths,
+                                                                                   wider).fits(world.device)]
             if fitting:
                 words, best = min(fitting, key=lambda entry: step_time(entry[1], shape, lengths, wider).seconds)
                 return Change((*words, *more), best, nodes)
@@ -129,7 +137,8 @@ def _changes(config: RunConfig, lengths: Lengths) -> Iterator[list[tuple[tuple[s
 def _allowed(config: RunConfig) -> bool:
     """What rules.py says of these keys."""
     zero = config.zero
-    return (zero.offload_parameters == "none" or zero.stage == 3) and (zero.offload_optimizer == "none" or zero.stage not in (None, 0))
+    return (zero.offload_parameters == "none" or zero.stage == 3) and (zero.offload_optimizer == "none"
+                                                                       or zero.stage not in (None, 0))
 
 
 def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
@@ -144,7 +153,8 @@ def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Call
         return lambda c: replace(c, model=replace(c.model, gradient_checkpointing=how))
 
     changes: list[tuple[str, Callable[[RunConfig], RunConfig]]] = []
-    changes += [(f"zero.stage={number}", stage(number)) for number in (1, 2, 3) if number > (config.zero.chosen_stage or 0)]
+    changes += [(f"zero.stage={number}", stage(number)) for number in (1, 2, 3)
+                if number > (config.zero.chosen_stage or 0)]
     fewer = config.train.tokens_per_microbatch // 2
     while fewer >= lengths.pair:
         changes.append((f"train.tokens_per_microbatch={fewer}", tokens(fewer)))
@@ -161,7 +171,8 @@ def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Call
 
 
 def token_lengths(config: RunConfig) -> Lengths:
-    """Means over the tokenized pairs that were last made with these keys, where data.cache_dir has any, else the worst case."""
+    """Means over the tokenized pairs that were last made with these keys, where data.cache_dir has any, else the worst
+    case."""
     stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
     for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
         spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")

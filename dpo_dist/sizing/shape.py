@@ -1,4 +1,5 @@
-"""What a model's config.json alone says of its size: parameters, FLOPs, and what a token leaves behind for backward. No torch here.
+"""What a model's config.json alone says of its size: parameters, FLOPs, and what a token leaves behind for backward. No
+torch here.
 
 Counted from the architecture's published definition; tests hold the counts against the real model's parameters, against
 models/cost.py, and against the tensors that autograd really saves.
@@ -37,7 +38,8 @@ FAMILIES = {
     "llama": _Family(), "mistral": _Family(sliding="all"), "mixtral": _Family(sliding="all"),
     "qwen2": _Family(qkv_bias=True, sliding="where used"),
     "qwen3": _Family(head_norms=True, head_dim=128, sliding="where used"),
-    "gemma2": _Family(norms=4, post_norms=2, wide_norm=True, eager=True, tied=True, head_dim=256, sliding="every other"),
+    "gemma2": _Family(norms=4, post_norms=2, wide_norm=True, eager=True, tied=True, head_dim=256,
+                      sliding="every other"),
     "gpt2": _Family(layer_norm=True, gated=False, tied=True),
 }
 
@@ -63,7 +65,8 @@ class ModelShape:
     head: int                            # the output head's, also where it is the embedding
     tied: bool
     largest: int                         # parameters of the largest single tensor
-    linear_sides: tuple[tuple[int, int], ...]        # (in, out) of each linear layer of a block: where LoRA puts its adapters
+    # (in, out) of each linear layer of a block: where LoRA puts its adapters
+    linear_sides: tuple[tuple[int, int], ...]
     flops: Flops                         # of a forward
     final_norm: int
     family: _Family
@@ -76,14 +79,16 @@ class ModelShape:
         """Of adapters on every linear layer: A and B (arXiv 2106.09685)."""
         return self.layers * rank * sum(a + b for a, b in self.linear_sides)
 
-    def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int, fused: bool = False,
+    def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int,
+                              fused: bool = False,
                               recompute: bool = False) -> float:
         """Bytes that one layer keeps for backward, for each token.
 
-        width: bytes of an activation (2 or 4). keys_per_token: keys laid out for attention, over tokens (a prompt's keys stand before
-        each of its completions). scores_per_token: elements of a mask (or of a head's scores), over tokens. pieces: copies of
-        attention's output (2 where it is computed branch by branch and put together). fused: by models/fused.py. recompute: without
-        norms, rotary embedding and activation, which backward computes again; then the other figures do not count.
+        width: bytes of an activation (2 or 4). keys_per_token: keys laid out for attention, over tokens (a prompt's
+        keys stand before each of its completions). scores_per_token: elements of a mask (or of a head's scores), over
+        tokens. pieces: copies of attention's output (2 where it is computed branch by branch and put together). fused:
+        by models/fused.py. recompute: without norms, rotary embedding and activation, which backward computes again;
+        then the other figures do not count.
         """
         if recompute:
             return self._kept_beside_cheap_parts(width)
@@ -93,7 +98,8 @@ class ModelShape:
             norms, fp32 = 2.0 * f.norms * h, 2.0 * f.norms              # input and output; mean and deviation
         elif fused:
             norms, fp32 = 2.0 * f.norms * h, float(f.norms)             # input and output; the root mean square
-        else:                                                           # input in fp32, normalized, output; the root mean square
+        # input in fp32, normalized, output; the root mean square
+        else:
             wide = (2 if f.wide_norm else 1) * h
             norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
             fp32 = f.norms * (wide + 1.0)
@@ -102,7 +108,8 @@ class ModelShape:
         if f.head_norms:
             norms, fp32 = norms + (q + kv), fp32 + (0 if fused else q + kv) + (q + kv) * self.heads / q
         keys = 2.0 * keys_per_token * (q if f.eager else kv)
-        queries = 3.0 * h if not f.gated else q                         # GPT-2's are a view of one product with keys and values
+        # GPT-2's are a view of one product with keys and values
+        queries = 3.0 * h if not f.gated else q
         attention = queries + keys + q * (1 if f.eager else pieces)
         if f.eager:
             attention += 2.0 * self.heads * scores_per_token            # bounded scores, probabilities
@@ -114,24 +121,28 @@ class ModelShape:
 
     def _mlp_saved(self, fused: bool) -> float:
         if not self.family.gated:
-            return 5.0 * self.intermediate                              # GELU written out: x, x/2, tanh, 1 + tanh, product
+            # GELU written out: x, x/2, tanh, 1 + tanh, product
+            return 5.0 * self.intermediate
         if self.experts == 1:
             return (3.0 if fused else 4.0) * self.intermediate          # gate, up, silu(gate) unless fused, product
         return self.visited_experts * (2.0 * self.hidden + 4.0 * self.intermediate)
 
     def _kept_beside_cheap_parts(self, width: int) -> float:
-        """The layer's input and what checkpointing.py keeps: outputs of products, and of attention unless its scores are written out."""
+        """The layer's input and what checkpointing.py keeps: outputs of products, and of attention unless its scores
+        are written out."""
         f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
         mlp = self.visited_experts * ((2.0 if f.gated else 1.0) * self.intermediate + h)
         attention = (0.0 if f.eager else q) + q + 2.0 * kv + h
         return width * (h + attention + mlp) + (0.0 if f.eager else 4.0 * self.heads)
 
     def forward_workspace_bytes_per_token(self, width: int) -> float:
-        """Bytes that exist at once while a layer that keeps nothing goes forward: of the MLP gate, up, silu(gate), product; two streams."""
+        """Bytes that exist at once while a layer that keeps nothing goes forward: of the MLP gate, up, silu(gate),
+        product; two streams."""
         return width * (4.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
     def training_workspace_bytes_per_token(self, width: int) -> float:
-        """Bytes of gradients of activations that exist at once in a layer's backward: of the MLP's product, gate and up, and two streams."""
+        """Bytes of gradients of activations that exist at once in a layer's backward: of the MLP's product, gate and
+        up, and two streams."""
         return width * (3.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
 
@@ -140,22 +151,26 @@ def read_shape(folder: Path) -> ModelShape:
     try:
         return model_shape(json.loads((folder / "config.json").read_text()))
     except OSError as error:
-        raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that has one") from error
+        raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
+                        "has one") from error
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape that a config.json describes. UserError for an architecture whose sizes are not known here."""
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise UserError(f"config.json has model_type={kind}, whose sizes cannot be predicted: {nearest(kind, FAMILIES)}")
+        raise UserError(f"config.json has model_type={kind}, whose sizes cannot be predicted: "
+                        f"{nearest(kind, FAMILIES)}")
     family = FAMILIES[kind]
 
     def get(*names: str, default: Any = None) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), default)
 
-    h, layers, heads = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer"), get("num_attention_heads", "n_head")
+    h, layers, heads = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer"), get("num_attention_heads",
+                                                                                              "n_head")
     head_dim = get("head_dim", default=family.head_dim or h // heads)
-    q, kv = heads * head_dim, get("num_key_value_heads", default=8 if kind in ("mistral", "mixtral") else heads) * head_dim
+    q, kv = heads * head_dim, get("num_key_value_heads",
+                                  default=8 if kind in ("mistral", "mixtral") else heads) * head_dim
     inner = get("intermediate_size", "n_inner", default=4 * h)
     experts = get("num_local_experts", "num_experts", default=1)
     visited = get("num_experts_per_tok", default=experts)
@@ -180,10 +195,13 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     per_token = 2.0 * layers * (attention_matrices + visited_matrices)
     spans = Counter(_windows(config, family, layers))
     return ModelShape(
-        kind, h, layers, heads, vocabulary, q, kv, inner, experts, visited, attention, mlp, attention + mlp + family.norms * norm,
+        kind, h, layers, heads, vocabulary, q, kv, inner, experts, visited, attention, mlp,
+        attention + mlp + family.norms * norm,
         head + positions, head, tied,
-        max(head, experts * (matrices - 1) * h * inner if experts > 1 else h * inner, *(a * b for a, b in qkv), h * q, positions),
-        (*qkv, (q, h), *mlp_sides), Flops(per_token, 2.0 * head, tuple((4.0 * q * n, window) for window, n in spans.items())), norm, family)
+        max(head, experts * (matrices - 1) * h * inner if experts > 1 else h * inner, *(a * b for a, b in qkv), h * q,
+            positions),
+        (*qkv, (q, h), *mlp_sides), Flops(per_token, 2.0 * head,
+                                          tuple((4.0 * q * n, window) for window, n in spans.items())), norm, family)
 
 
 def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> list[int | None]:
@@ -192,7 +210,8 @@ def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> list[in
     kinds = config.get("layer_types")
     if kinds:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    if window is None or family.sliding == "where named" or (family.sliding == "where used" and not config.get("use_sliding_window")):
+    if window is None or family.sliding == "where named" or (family.sliding == "where used"
+                                                             and not config.get("use_sliding_window")):
         return [None] * layers
     if family.sliding == "every other":
         return [None if i % 2 else window for i in range(layers)]

@@ -55,9 +55,11 @@ def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
     if config.zero.stage == 3:
         passes = 2 + (1 if cheap else whole / shape.layers)
         link, hooks = link * device.sharded_share, device.hook * passes * packs.micro_steps * shape.layers
-    touched = 28.0 * trained / (1 if config.zero.stage in (None, 0) else ranks)          # AdamW reads 16 and writes 12 bytes an element
+    # AdamW reads 16 and writes 12 bytes an element
+    touched = 28.0 * trained / (1 if config.zero.stage in (None, 0) else ranks)
     bandwidth = device.host_bandwidth if config.zero.offload_optimizer == "cpu" else device.bandwidth
-    return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency, touched / bandwidth, sent, device.overlaps)
+    return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency, touched / bandwidth,
+                    sent, device.overlaps)
 
 
 def pair_flops(shape: ModelShape, lengths: Lengths, frozen: bool, recomputed: float) -> float:
@@ -69,9 +71,10 @@ def pair_flops(shape: ModelShape, lengths: Lengths, frozen: bool, recomputed: fl
     return total + recomputed * (forward - head)
 
 
-def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: int, trained: float) -> tuple[float, int]:
-    """(bytes that a rank sends in a step, collectives): rings, in which each of w ranks sends (w - 1) / w of what is gathered or
-    scattered, and twice that of what is all-reduced."""
+def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: int,
+            trained: float) -> tuple[float, int]:
+    """(bytes that a rank sends in a step, collectives): rings, in which each of w ranks sends (w - 1) / w of what is
+    gathered or scattered, and twice that of what is all-reduced."""
     stage, width, w = config.zero.stage, dtype_bytes(config, world.device), world.ranks
     around = (w - 1) / w
     if stage is None or w == 1:
@@ -83,19 +86,23 @@ def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: 
         return 2 * gradients, buckets
     if stage == 1:
         return 2 * gradients + weights, 2 * buckets
-    if stage == 2:                                       # DeepSpeed all-reduces each bucket at every micro-step, then gathers the weights
+    # DeepSpeed all-reduces each bucket at every micro-step, then gathers the weights
+    if stage == 2:
         return 2 * micro_steps * gradients + weights, (micro_steps + 1) * buckets
     if shape.parameters <= LIVE:
         gathers = 1                                      # forward's serve backward
-    else:                                                # forward, backward, and where a layer does not stay from one to the other, again
+    # forward, backward, and where a layer does not stay from one to the other, again
+    else:
         again = recomputed_layers(config, shape.layers) != (0, False)
         gathers = 3 if again and 2 * shape.layer > LIVE else 2
     tensors = 9 * shape.layers
-    return micro_steps * (gathers * width * shape.parameters * around + gradients), micro_steps * (gathers * tensors + buckets)
+    return micro_steps * (gathers * width * shape.parameters * around + gradients), micro_steps * (gathers * tensors
+                                                                                                   + buckets)
 
 
 def scoring_seconds(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float | None:
-    """Of the reference's forward over all pairs; None where their number is not known. A sharded reference is gathered once a pack."""
+    """Of the reference's forward over all pairs; None where their number is not known. A sharded reference is gathered
+    once a pack."""
     if lengths.pairs is None:
         return None
     device, w = world.device, world.ranks

@@ -1,4 +1,5 @@
-"""Run by torchrun: every reference engine scores this rank's packs, and rank 0 prints how far each is from the plain forward."""
+"""Run by torchrun: every reference engine scores this rank's packs, and rank 0 prints how far each is from the plain
+forward."""
 from __future__ import annotations
 
 import gc
@@ -21,7 +22,8 @@ PACKS = 3
 
 
 def trees_of(rank: int, pack: int) -> list[Sequences]:
-    """Uneven work: other prompts, branches and lengths on every rank; the last pack is the same everywhere, as a filler is."""
+    """Uneven work: other prompts, branches and lengths on every rank; the last pack is the same everywhere, as a filler
+    is."""
     r = random.Random(0 if pack == PACKS - 1 else 100 * rank + pack + 1)
 
     def ids(longest: int) -> tuple[int, ...]:
@@ -33,13 +35,15 @@ def trees_of(rank: int, pack: int) -> list[Sequences]:
 def plain(folder: Path, trees: list[Sequences]) -> torch.Tensor:
     model = load_causal_lm(folder, torch.float32, "padded").eval()
     with torch.no_grad():
-        return torch.cat([plain_token_logps(model, torch.tensor(t.prompt), torch.tensor(c)) for t in trees for c in t.completions])
+        return torch.cat([plain_token_logps(model, torch.tensor(t.prompt), torch.tensor(c)) for t in trees
+                          for c in t.completions])
 
 
 def main(models: list[str]) -> None:
     cluster = compose(["model.path=unused", "cluster.device=cpu", "cluster.timeout_seconds=60"]).cluster
     world = World.start(cluster)
-    gc.freeze()                                                   # what is imported by now need not be looked through at every close()
+    # what is imported by now need not be looked through at every close()
+    gc.freeze()
     engines = [("hf", "none", None), ("hf", "disk", None), ("zero", "none", None)]
     engines += [("tensor_parallel", "none", size) for size in (1, 2, 4) if world.size % size == 0]
     work = [trees_of(world.rank, pack) for pack in range(PACKS)]
@@ -50,7 +54,8 @@ def main(models: list[str]) -> None:
                 if attention == "padded" and engine == "zero":
                     continue                                     # the same forward as hf's, and slow to set up
                 split = [] if size is None else [f"reference.tensor_parallel_size={size}"]
-                config = compose(["model.path=unused", f"reference={engine}", *([] if offload == "none" else [f"reference.offload={offload}"]),
+                config = compose(["model.path=unused", f"reference={engine}",
+                                  *([] if offload == "none" else [f"reference.offload={offload}"]),
                                   *split]).reference
                 reference = make_reference(config, Setup(folder, torch.float32, attention, world))
                 held = (sum(p.numel() for name, p in reference._model.named_parameters() if ".layers." in name)
@@ -59,7 +64,8 @@ def main(models: list[str]) -> None:
                 reference.close()
                 error = world.max(max((g - w).abs().max().item() for g, w in zip(got, wanted, strict=True)))
                 if world.is_main:
-                    print(json.dumps({"model": folder.name, "engine": engine, "offload": offload, "size": size, "attention": attention,
+                    print(json.dumps({"model": folder.name, "engine": engine, "offload": offload, "size": size,
+                                      "attention": attention,
                                       "held": held, "error": error}), flush=True)
     world.barrier()
 

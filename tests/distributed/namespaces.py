@@ -1,4 +1,5 @@
-"""Two machines on one: network namespaces joined by a cable (a veth pair). They share the file system, as nodes share a mount."""
+"""Two machines on one: network namespaces joined by a cable (a veth pair). They share the file system, as nodes share a
+mount."""
 from __future__ import annotations
 
 import os
@@ -22,9 +23,11 @@ class Node:
     namespace: str
     address: str
 
-    def start(self, command: Sequence[str | Path], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[str]:
+    def start(self, command: Sequence[str | Path], environment: Mapping[str, str],
+              folder: Path) -> subprocess.Popen[str]:
         """The command as a process of this machine, started in `folder`; stdout and stderr go to one pipe."""
-        return subprocess.Popen(["ip", "netns", "exec", self.namespace, *map(str, command)], cwd=folder, text=True, start_new_session=True,
+        return subprocess.Popen(["ip", "netns", "exec", self.namespace, *map(str, command)], cwd=folder, text=True,
+                                start_new_session=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment})
 
     def cut_off(self) -> None:
@@ -66,7 +69,8 @@ def _connect(a: Node, b: Node) -> None:
         ip("-n", node.namespace, "addr", "add", f"{node.address}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
             ip("-n", node.namespace, "link", "set", link, "up")
-        own = Path("/etc/netns", node.namespace)                 # `ip netns exec` puts this file in the place of /etc/hosts
+        # `ip netns exec` puts this file in the place of /etc/hosts
+        own = Path("/etc/netns", node.namespace)
         own.mkdir(parents=True, exist_ok=True)
         (own / "hosts").write_text(hosts)
 

@@ -1,7 +1,8 @@
-"""Run by torchrun: gradients under ZeRO-3 with nothing kept whole, for each way to recompute, against one process that keeps everything.
+"""Run by torchrun: gradients under ZeRO-3 with nothing kept whole, for each way to recompute, against one process that
+keeps everything.
 
-Every weight is sharded and let go of at once (no persistent, live or reused parameters), so that what backward computes again finds
-its weights released, as in a model that is larger than a GPU.
+Every weight is sharded and let go of at once (no persistent, live or reused parameters), so that what backward computes
+again finds its weights released, as in a model that is larger than a GPU.
 """
 from __future__ import annotations
 
@@ -45,13 +46,15 @@ def packs_of(rank: int) -> list[PackedBatch]:
 def release_at_once(*args: Any) -> dict[str, Any]:
     config = deepspeed_config(*args)
     if config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+        config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+                                        "stage3_prefetch_bucket_size": 0,
                                         "stage3_param_persistence_threshold": 0}
     return config
 
 
 def gradients(policy: Any, packs: list[PackedBatch], full: Any) -> dict[str, torch.Tensor]:
-    """Of two steps' micro-steps each; the second step is another one, as DeepSpeed records the order of modules in the first."""
+    """Of two steps' micro-steps each; the second step is another one, as DeepSpeed records the order of modules in the
+    first."""
     for _ in range(2):
         for k, pack in enumerate(packs):
             policy.backward((policy.token_logps(pack).logps.sum() ** 2) * 1e-3, k == len(packs) - 1)
@@ -63,7 +66,8 @@ def gradients(policy: Any, packs: list[PackedBatch], full: Any) -> dict[str, tor
 
 
 def errors(folder: Path, rank: int, fused: bool, optim: OptimConfig, world: World) -> list[tuple[bool | int, float]]:
-    """(how, the largest error of a parameter's gradient over its norm) of each, with LoRA adapters of that rank (0: none)."""
+    """(how, the largest error of a parameter's gradient over its norm) of each, with LoRA adapters of that rank (0:
+    none)."""
     defaults = compose(["model.path=unused", "zero=zero3"])
     lora = replace(defaults.model.lora, rank=rank)
 
@@ -96,7 +100,8 @@ def main(folders: list[str]) -> None:
         for rank, fused in ((0, False), (4, False), (0, True)):
             for how, error in errors(folder, rank, fused, optim, world):
                 if world.is_main:
-                    print(json.dumps({"model": folder.name, "lora": rank, "fused": fused, "how": how, "error": error}), flush=True)
+                    print(json.dumps({"model": folder.name, "lora": rank, "fused": fused, "how": how, "error": error}),
+                          flush=True)
     world.barrier()
 
 

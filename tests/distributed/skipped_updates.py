@@ -1,4 +1,5 @@
-"""An update that is to be skipped changes nothing, in every stage and dtype: torchrun ... skipped_updates.py MODEL ROWS; see test_policy.py."""
+"""An update that is to be skipped changes nothing, in every stage and dtype: torchrun ... skipped_updates.py MODEL
+ROWS; see test_policy.py."""
 from __future__ import annotations
 
 import sys
@@ -26,9 +27,12 @@ def weights(policy: Policy) -> torch.Tensor:
 
 
 def main(model: str, rows: str, cache: str) -> int:
-    for stage, dtype in (("0", "fp32"), ("1", "fp32"), ("2", "fp32"), ("3", "fp32"), ("1", "bf16"), ("2", "bf16"), ("3", "bf16")):
-        config = compose([f"model.path={model}", f"data.train=[{{path: {rows}, format: token_ids}}]", f"zero.stage={stage}", "loss=simpo",
-                          f"model.dtype={dtype}", "cluster.device=cpu", f"data.cache_dir={cache}", "model.gradient_checkpointing=false",
+    for stage, dtype in (("0", "fp32"), ("1", "fp32"), ("2", "fp32"), ("3", "fp32"), ("1", "bf16"), ("2", "bf16"),
+                         ("3", "bf16")):
+        config = compose([f"model.path={model}", f"data.train=[{{path: {rows}, format: token_ids}}]",
+                          f"zero.stage={stage}", "loss=simpo",
+                          f"model.dtype={dtype}", "cluster.device=cpu", f"data.cache_dir={cache}",
+                          "model.gradient_checkpointing=false",
                           *(["zero.persistence_threshold=0"] if stage == "3" else [])])
         world = World.start(config.cluster)
         pairs = world.on_main(lambda config=config: prepare(config.data, None, None)[0])
@@ -44,7 +48,8 @@ def main(model: str, rows: str, cache: str) -> int:
         before, once, skipped, again = weights(policy), step(0.0), step(1.0), step(0.0)
         assert torch.equal(skipped, once), f"stage {stage}, {dtype}: a skipped update changed a weight"
         if world.is_main:
-            assert not torch.equal(once, before) and not torch.equal(again, once), f"stage {stage}, {dtype}: the others changed nothing"
+            assert not torch.equal(once, before) and not torch.equal(again,
+                                                                     once), f"stage {stage}, {dtype}: the others changed nothing"
             print(f"stage {stage} {dtype} ok", flush=True)
     return 0
 

@@ -29,13 +29,17 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     write_rows(tmp_path / "rows.jsonl", 200, longest=100)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
-    return ["run", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "held_out.jsonl"),
-            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "loss.beta=0.5", "train.tokens_per_microbatch=600"]
+    return ["run", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
+            eval_on(tmp_path / "held_out.jsonl"),
+            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "loss.beta=0.5",
+            "train.tokens_per_microbatch=600"]
 
 
 def start(words: list[str], run_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO,
+                            text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def model_digest(run_dir: Path) -> str:
@@ -43,7 +47,8 @@ def model_digest(run_dir: Path) -> str:
 
 
 def entries(cache_dir: Path) -> list[bytes]:
-    return [key.tobytes() for shard in cache_dir.rglob("*.safetensors") for key in safetensors.numpy.load_file(shard)["keys"]]
+    return [key.tobytes() for shard in cache_dir.rglob("*.safetensors")
+            for key in safetensors.numpy.load_file(shard)["keys"]]
 
 
 def trained(run: Path) -> int:
@@ -64,7 +69,8 @@ def trainable(words: list[str], cache: Path) -> int:
 
 
 def stopped_midway(words: list[str], run: Path, cache: Path) -> list[int]:
-    """The scorer's processes, stopped where the values of the first step and of the held-out pairs are there and the last step's are not."""
+    """The scorer's processes, stopped where the values of the first step and of the held-out pairs are there and the
+    last step's are not."""
     wait_until(lambda: len(entries(cache)) >= 2 * (24 + 10), "the first step's values")
     scorer = processes_on(run / "scoring")
     assert scorer, "there was something to stop"
@@ -83,7 +89,8 @@ def wait_until(condition, what: str, seconds: float = 120) -> None:
 
 
 @pytest.mark.parametrize(("zero", "world", "procs"), [("none", 1, 2), ("zero3", 2, 1)])
-def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: str, world: int, procs: int, tmp_path: Path, words: list[str]):
+def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: str, world: int, procs: int,
+                                                                          tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
     dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
     ahead = [*words, "reference.mode=ahead", f"reference.procs={procs}", f"reference.cache_dir={tmp_path / 'other'}"]
@@ -91,7 +98,8 @@ def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: 
     assert "reference: scored while training ran, which waited " in said
     assert model_digest(tmp_path / "ahead") == model_digest(tmp_path / "cached")
     scored = entries(tmp_path / "other")
-    assert len(scored) == len(set(scored)) == 2 * (STEPS * 24 + 10), "what training asks for, each sequence once, and no more"
+    assert len(scored) == len(set(scored)) == 2 * (STEPS * 24
+                                                   + 10), "what training asks for, each sequence once, and no more"
     assert processes_on(tmp_path / "ahead") == []
 
 
@@ -124,7 +132,8 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
 
 
 def test_training_alone_waits_no_longer_than_it_was_told_and_says_what_to_start(tmp_path: Path, words: list[str]):
-    alone = [sys.executable, "-m", "dpo_dist.train", *words[1:], "zero=none", "reference.mode=ahead", "cluster.timeout_seconds=3",
+    alone = [sys.executable, "-m", "dpo_dist.train", *words[1:], "zero=none", "reference.mode=ahead",
+             "cluster.timeout_seconds=3",
              f"run.dir={tmp_path / 'alone'}"]
     done = subprocess.run(alone, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

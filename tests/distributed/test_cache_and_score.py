@@ -1,4 +1,5 @@
-"""The reference is scored once: whatever the run, the order or the world; and again only where something it depends on changed."""
+"""The reference is scored once: whatever the run, the order or the world; and again only where something it depends on
+changed."""
 from __future__ import annotations
 
 import json
@@ -28,7 +29,8 @@ def score(tmp_path: Path, base: list[str], *more: str) -> tuple[int, int]:
 
 def entries(cache_dir: Path) -> list[tuple[str, bytes]]:
     """(folder, key) of every entry of every shard."""
-    shards = [(shard.parent.name, safetensors.numpy.load_file(shard)["keys"]) for shard in cache_dir.rglob("*.safetensors")]
+    shards = [(shard.parent.name, safetensors.numpy.load_file(shard)["keys"])
+              for shard in cache_dir.rglob("*.safetensors")]
     return [(folder, key.tobytes()) for folder, keys in shards for key in keys]
 
 
@@ -37,7 +39,8 @@ def test_only_what_is_new_is_scored_and_nothing_that_does_not_matter_counts_as_n
     rows = write_rows(tmp_path / "rows.jsonl", 40)
     assert score(tmp_path, base, train_on(tmp_path / "rows.jsonl")) == (80, 0)
 
-    same = ["loss.beta=0.7", "optim.lr=1e-3", "train.seed=5", "cluster.procs_per_node=2", "train.tokens_per_microbatch=100", "zero=zero2",
+    same = ["loss.beta=0.7", "optim.lr=1e-3", "train.seed=5", "cluster.procs_per_node=2",
+            "train.tokens_per_microbatch=100", "zero=zero2",
             f"run.dir={tmp_path / 'elsewhere'}", "loss=ipo"]
     assert score(tmp_path, base, train_on(tmp_path / "rows.jsonl"), *same) == (0, 80)
 
@@ -46,7 +49,8 @@ def test_only_what_is_new_is_scored_and_nothing_that_does_not_matter_counts_as_n
     assert score(tmp_path, base, train_on(backwards)) == (0, 80)
 
     more = tmp_path / "more.jsonl"
-    more.write_text((tmp_path / "rows.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in write_rows(tmp_path / "x", 10, seed=9)))
+    more.write_text((tmp_path / "rows.jsonl").read_text()
+                    + "".join(json.dumps(row) + "\n" for row in write_rows(tmp_path / "x", 10, seed=9)))
     assert score(tmp_path, base, train_on(more)) == (20, 80)
 
     rows[0]["chosen_ids"][0] = rows[0]["chosen_ids"][0] % 60 + 3
@@ -55,7 +59,8 @@ def test_only_what_is_new_is_scored_and_nothing_that_does_not_matter_counts_as_n
     assert score(tmp_path, base, train_on(one)) == (1, 79)
 
 
-def test_one_changed_weight_is_a_miss_for_every_pair_and_sharded_models_never_share_an_entry(tmp_path: Path, base: list[str]):
+def test_one_changed_weight_is_a_miss_for_every_pair_and_sharded_models_never_share_an_entry(tmp_path: Path,
+                                                                                             base: list[str]):
     from safetensors.torch import load_file, save_file
 
     write_tiny_llama(tmp_path / "m")
@@ -82,7 +87,8 @@ def test_the_sharded_engine_and_the_whole_one_agree_with_the_plain_forward(tmp_p
     for engine, world in (("hf", 1), ("zero", 2), ("zero", 4)):
         where = tmp_path / f"{engine}{world}"
         more = [f"reference={engine}", f"cluster.procs_per_node={world}", f"reference.cache_dir={where}"]
-        score(tmp_path, base, train_on(tmp_path / "rows.jsonl"), *more, *(["reference.offload=cpu"] if world == 4 else []))
+        score(tmp_path, base, train_on(tmp_path / "rows.jsonl"), *more,
+              *(["reference.offload=cpu"] if world == 4 else []))
         (folder,) = where.iterdir()
         cache = LogpCache(str(where), ReferenceKey(**json.loads((folder / "key.json").read_text())))
         cache.open_shards(cache.verified_shards()[0])
@@ -96,10 +102,13 @@ def test_the_sharded_engine_and_the_whole_one_agree_with_the_plain_forward(tmp_p
 def test_a_scoring_job_killed_midway_is_finished_by_another_number_of_processes_and_nothing_is_scored_twice(tmp_path: Path, base: list[str]):
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     write_rows(tmp_path / "rows.jsonl", 400, longest=100)
-    words = ["score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}", train_on(tmp_path / "rows.jsonl"),
+    words = ["score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}",
+             train_on(tmp_path / "rows.jsonl"),
              "cluster.procs_per_node=2", "train.tokens_per_microbatch=320"]
-    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words], cwd=REPO, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words], cwd=REPO,
+                               start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while len(entries(tmp_path / "reference")) < 0.3 * 800 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
@@ -118,6 +127,7 @@ def test_a_damaged_shard_is_scored_again_and_the_person_is_told(tmp_path: Path, 
     assert score(tmp_path, base, train_on(tmp_path / "rows.jsonl")) == (20, 0)
     shard = next((tmp_path / "reference").rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-8] + b"\0" * 8)
-    done = dpo_dist("score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}", train_on(tmp_path / "rows.jsonl"))
+    done = dpo_dist("score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}",
+                    train_on(tmp_path / "rows.jsonl"))
     assert "1 damaged shards set aside" in done.stdout
     assert done.stdout.strip().endswith("scored 20, cached 0")

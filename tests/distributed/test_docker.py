@@ -1,5 +1,5 @@
-"""The image's entrypoint and the compose file's two nodes, run as they stand, without a container engine: network namespaces are the
-machines, a folder is the volume, and a folder holds what the image would."""
+"""The image's entrypoint and the compose file's two nodes, run as they stand, without a container engine: network
+namespaces are the machines, a folder is the volume, and a folder holds what the image would."""
 from __future__ import annotations
 
 import json
@@ -45,7 +45,8 @@ def inside(image: Path, **more: str) -> dict[str, str]:
     commands.mkdir(exist_ok=True)
     (commands / "dpo-dist").write_text(f'#!/bin/sh\nexec {sys.executable} -m dpo_dist.launcher.cli "$@"\n')
     (commands / "dpo-dist").chmod(0o755)
-    return {**os.environ, "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(image), **more}
+    return {**os.environ, "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(image), **more}
 
 
 def entrypoint(image: Path) -> Path:
@@ -63,13 +64,15 @@ def test_every_file_that_the_dockerfile_copies_is_let_through(image: Path):
 
 def test_a_container_runs_the_doctor_or_a_verb_or_with_overrides_alone_this_nodes_share_of_a_training(image: Path, tmp_path: Path):
     def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([entrypoint(image), *words], cwd=tmp_path, env=inside(image, **environment), capture_output=True, text=True,
+        return subprocess.run([entrypoint(image), *words], cwd=tmp_path, env=inside(image, **environment),
+                              capture_output=True, text=True,
                               timeout=120)
 
     default = json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.M)[1])
     assert "torch" in run(*default).stdout
     assert "reference.cache_dir" in run("score", "--help").stdout
-    shown = run("model.path=x", "loss.beta=0.3", PYTHON="echo", RUN_DIR=str(tmp_path / "run"), NODE_RANK="1", MASTER_ADDR="node-0").stdout
+    shown = run("model.path=x", "loss.beta=0.3", PYTHON="echo", RUN_DIR=str(tmp_path / "run"), NODE_RANK="1",
+                MASTER_ADDR="node-0").stdout
     assert shown.split() == ["-m", "dpo_dist.launcher.node", "model.path=x", "loss.beta=0.3"]
 
 
@@ -79,9 +82,11 @@ def test_the_compose_file_trains_across_its_two_nodes(image: Path, tmp_path: Pat
     services: dict[str, dict[str, Any]] = COMPOSE["services"]
     data = services.pop("data")
     subprocess.run(data["entrypoint"], cwd=volume, env=inside(image), check=True, timeout=120)
-    assert list(services) == ["node-0", "node-1"] == ["node-" + s["environment"]["NODE_RANK"] for s in services.values()]
+    assert list(services) == ["node-0",
+                              "node-1"] == ["node-" + s["environment"]["NODE_RANK"] for s in services.values()]
     with two_nodes() as machines:
-        jobs = [machine.start([entrypoint(image), *service["command"], "train.max_steps=3"], inside(image, **service["environment"]), volume)
+        jobs = [machine.start([entrypoint(image), *service["command"], "train.max_steps=3"],
+                              inside(image, **service["environment"]), volume)
                 for machine, service in zip(machines, services.values(), strict=True)]
         for code, said in finish(jobs):
             assert code == 0, said
@@ -93,7 +98,9 @@ def test_the_compose_file_trains_across_its_two_nodes(image: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("command", [
     ["hadolint", "docker/Dockerfile"],
-    ["shellcheck", "--severity=warning", "docker/entrypoint.sh", "slurm/train.sbatch", *map(str, sorted((REPO / "launch").iterdir()))]])
+    ["shellcheck", "--severity=warning", "docker/entrypoint.sh", "slurm/train.sbatch",
+     *map(str, sorted((REPO / "launch").iterdir()))]])
 def test_the_linters_find_nothing(command: list[str]):
-    done = subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], cwd=REPO, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout

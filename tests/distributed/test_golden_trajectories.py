@@ -1,4 +1,5 @@
-"""Five AdamW steps through the real command match the golden trajectories: one process or several, whatever the packing."""
+"""Five AdamW steps through the real command match the golden trajectories: one process or several, whatever the
+packing."""
 from __future__ import annotations
 
 import json
@@ -11,7 +12,8 @@ pytestmark = pytest.mark.distributed
 
 TRAJECTORIES = json.loads((GOLDEN / "golden.json").read_text())["train"]
 LOSSES = {"bs8": [], "bs8_ipo": ["loss=ipo"], "bs8_sft_mpo": ["loss=rpo", "loss.beta=0.1"]}
-SHARDED = ["zero.persistence_threshold=0"]       # models as small as these have no parameter that would be sharded otherwise
+# models as small as these have no parameter that would be sharded otherwise
+SHARDED = ["zero.persistence_threshold=0"]
 WORLDS = {
     "plain torch": ["zero=none"],
     "1 process, ZeRO-3": ["cluster.procs_per_node=1", *SHARDED],
@@ -19,19 +21,25 @@ WORLDS = {
     "2 processes, ZeRO-3, small packs": ["cluster.procs_per_node=2", "train.tokens_per_microbatch=170", *SHARDED],
     "3 processes, ZeRO-2, a pair a pack": ["cluster.procs_per_node=3", "zero=zero2", "train.tokens_per_microbatch=164"],
     "2 processes, ZeRO-1, live reference": ["cluster.procs_per_node=2", "zero=zero1", "reference.mode=live"],
-    "2 processes, ZeRO-3, live sharded reference": ["cluster.procs_per_node=2", "reference=zero", "reference.mode=live", *SHARDED],
+    "2 processes, ZeRO-3, live sharded reference": ["cluster.procs_per_node=2", "reference=zero", "reference.mode=live",
+                                                    *SHARDED],
     "2 processes, ZeRO-0, padded rows": ["cluster.procs_per_node=2", "zero=zero0", "model.attention=padded"],
-    "2 processes, ZeRO-3, gradient checkpointing": ["cluster.procs_per_node=2", "model.gradient_checkpointing=true", *SHARDED],
-    "2 processes, ZeRO-3, cheap parts recomputed": ["cluster.procs_per_node=2", "model.gradient_checkpointing=0", *SHARDED],
-    "2 processes, ZeRO-3, all in CPU memory": ["cluster.procs_per_node=2", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu",
+    "2 processes, ZeRO-3, gradient checkpointing": ["cluster.procs_per_node=2", "model.gradient_checkpointing=true",
+                                                    *SHARDED],
+    "2 processes, ZeRO-3, cheap parts recomputed": ["cluster.procs_per_node=2", "model.gradient_checkpointing=0",
+                                                    *SHARDED],
+    "2 processes, ZeRO-3, all in CPU memory": ["cluster.procs_per_node=2", "zero.offload_optimizer=cpu",
+                                               "zero.offload_parameters=cpu",
                                                *SHARDED],
 }
 
 
 def run(name: str, world: list[str], run_dir: Path, base: list[str]) -> list[dict[str, float]]:
     models = [f"model.path={GOLDEN / 'policy'}", f"reference.path={GOLDEN / 'ref'}"]
-    dpo_dist("train", *models, train_on(GOLDEN / "rows.json"), *base, *LOSSES[name], *world, "train.pairs_per_step=8", "train.max_steps=5",
-             "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.max_grad_norm=null", f"run.dir={run_dir}")
+    dpo_dist("train", *models, train_on(GOLDEN / "rows.json"), *base, *LOSSES[name], *world, "train.pairs_per_step=8",
+             "train.max_steps=5",
+             "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.max_grad_norm=null",
+             f"run.dir={run_dir}")
     return metrics(run_dir)
 
 
@@ -52,5 +60,6 @@ def test_the_dpo_trajectory_is_the_golden_one(world: str, tmp_path: Path, base: 
 
 
 @pytest.mark.parametrize("name", ["bs8_ipo", "bs8_sft_mpo"])
-def test_other_losses_follow_their_golden_trajectory_on_two_ranks_with_small_packs(name: str, tmp_path: Path, base: list[str]):
+def test_other_losses_follow_their_golden_trajectory_on_two_ranks_with_small_packs(name: str, tmp_path: Path,
+                                                                                   base: list[str]):
     check(name, run(name, WORLDS["2 processes, ZeRO-3, small packs"], tmp_path / "run", base))

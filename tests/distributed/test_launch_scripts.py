@@ -1,4 +1,5 @@
-"""launch/ by hand: torchrun.sh on one box, hosts.sh on several, here two that are this one; a remote shell that is a local one."""
+"""launch/ by hand: torchrun.sh on one box, hosts.sh on several, here two that are this one; a remote shell that is a
+local one."""
 from __future__ import annotations
 
 import os
@@ -19,14 +20,19 @@ pytestmark = pytest.mark.distributed
 def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 500, longest=80)
-    return [f"model.path={tmp_path / 'm'}", *(word for word in base if not word.startswith("cluster.procs")), train_on(tmp_path / "rows.jsonl"),
-            "train.pairs_per_step=12", "train.max_steps=200", "train.epochs=100", "optim.lr=1e-3", f"run.dir={tmp_path / 'a run'}"]
+    return [f"model.path={tmp_path / 'm'}", *(word for word in base if not word.startswith("cluster.procs")),
+            train_on(tmp_path / "rows.jsonl"),
+            "train.pairs_per_step=12", "train.max_steps=200", "train.epochs=100", "optim.lr=1e-3",
+            f"run.dir={tmp_path / 'a run'}"]
 
 
 def start(script: str, *words: str, **environment: str) -> subprocess.Popen[str]:
-    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so have its children."""
-    return subprocess.Popen([str(REPO / "launch" / script), *words], cwd=REPO, start_new_session=True, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so
+    have its children."""
+    return subprocess.Popen([str(REPO / "launch" / script), *words], cwd=REPO, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys.executable,
+                                                           "OMP_NUM_THREADS": "1", **environment},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -49,13 +55,15 @@ def test_torchrun_sh_trains_on_one_box_and_ctrl_c_saves(tmp_path: Path, words: l
 
 
 def test_hosts_sh_starts_a_node_on_every_host_and_ctrl_c_saves_on_all(tmp_path: Path, words: list[str]):
-    """Each node hears it once: a second Ctrl-C would have killed it, step and all, and this one's steps are longer than a call."""
+    """Each node hears it once: a second Ctrl-C would have killed it, step and all, and this one's steps are longer than
+    a call."""
     words = [*words, "train.pairs_per_step=400", "train.tokens_per_microbatch=400"]
     (tmp_path / "hosts").write_text("127.0.0.1  # node 0\n\n127.0.0.1\n")
     remote = tmp_path / "remote"
     remote.write_text('#!/bin/bash\nexec setsid --wait env --default-signal=INT bash -c "$2"\n')
     remote.chmod(0o755)
-    process = start("hosts.sh", str(tmp_path / "hosts"), *words, PROCS_PER_NODE="1", MASTER_PORT=str(free_port()), REMOTE=str(remote))
+    process = start("hosts.sh", str(tmp_path / "hosts"), *words, PROCS_PER_NODE="1", MASTER_PORT=str(free_port()),
+                    REMOTE=str(remote))
     told = interrupt_after_a_step(process, tmp_path / "a run")
     assert "stopped by SIGINT: step" in told and process.returncode != 0
     assert {p.name for p in (tmp_path / "a run" / "logs").glob("node-*.log")} == {"node-0.log", "node-1.log"}
@@ -69,8 +77,10 @@ def test_a_node_that_knows_no_master_says_so(words: list[str]):
 
 def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: Path):
     """Nobody else would end them: the other node is never started, and they wait for it."""
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'dpo_dist.train' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
-    process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'dpo_dist.train' in sys.orig_argv: "
+                                               "os.kill(os.getppid(), 15)\n")
+    process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(free_port()),
                     RUN_DIR=str(tmp_path / "run"), PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     told = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in told
@@ -79,7 +89,8 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
 
 @pytest.mark.parametrize("code", [1, 127, 137, 255])
 def test_hosts_sh_fails_when_a_host_does_whatever_its_code(code: int, tmp_path: Path):
-    """ssh ends with 255 where it cannot connect, with 127 where there is no such command, and with 137 where that was killed."""
+    """ssh ends with 255 where it cannot connect, with 127 where there is no such command, and with 137 where that was
+    killed."""
     (tmp_path / "hosts").write_text("first\nsecond\nthird\n")
     remote = tmp_path / "remote"
     remote.write_text(f"#!/bin/bash\n[ $1 != second ] || exit {code}\n")

@@ -32,7 +32,8 @@ numpy.save(into, torch.cat([engine.token_logps(pack) for _ in range(2)]).numpy()
 @pytest.fixture
 def half_its_size(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """(a model's folder, a memory cgroup that may hold half of the model's weights)."""
-    model = write_tiny_llama(tmp_path / "m", dtype="bfloat16", vocab_size=2048, hidden_size=1024, intermediate_size=2816,
+    model = write_tiny_llama(tmp_path / "m", dtype="bfloat16", vocab_size=2048, hidden_size=1024,
+                             intermediate_size=2816,
                              num_hidden_layers=6, num_attention_heads=8, initializer_range=0.02)
     fp32_bytes = 2 * (model / "model.safetensors").stat().st_size
     top = Path("/sys/fs/cgroup")
@@ -41,7 +42,8 @@ def half_its_size(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     try:
         group.mkdir()
         (group / ("memory.max" if second else "memory.limit_in_bytes")).write_text(str(fp32_bytes // 2))
-        swap = group / ("memory.swap.max" if second else "memory.memsw.limit_in_bytes")      # the first's counts memory and swap together
+        # the first's counts memory and swap together
+        swap = group / ("memory.swap.max" if second else "memory.memsw.limit_in_bytes")
         if swap.exists():
             swap.write_text("0" if second else str(fp32_bytes // 2))
     except OSError as error:
@@ -54,10 +56,12 @@ def half_its_size(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 def score(model: Path, offload: str, into: Path, group: str = "") -> int:
     return subprocess.run([sys.executable, "-c", SCORES, str(model), offload, str(into), group], cwd=REPO,
-                          env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, timeout=120, capture_output=True).returncode
+                          env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, timeout=120,
+                          capture_output=True).returncode
 
 
-def test_a_reference_of_twice_the_size_that_a_process_may_hold_is_scored_from_disk(half_its_size: tuple[Path, str], tmp_path: Path):
+def test_a_reference_of_twice_the_size_that_a_process_may_hold_is_scored_from_disk(half_its_size: tuple[Path, str],
+                                                                                   tmp_path: Path):
     import numpy as np
 
     model, group = half_its_size

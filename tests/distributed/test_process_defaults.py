@@ -1,4 +1,5 @@
-"""Threads and allocator of a process of a run, under real torchrun: sensible where nobody has said, and as a person says otherwise."""
+"""Threads and allocator of a process of a run, under real torchrun: sensible where nobody has said, and as a person
+says otherwise."""
 from __future__ import annotations
 
 import os
@@ -26,7 +27,8 @@ def told(folder: Path, **environment: str) -> set[str]:
     (folder / "program.py").write_text(PROGRAM)
     ours = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     clean = {name: value for name, value in os.environ.items() if name not in ours}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", folder / "program.py"],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           folder / "program.py"],
                           capture_output=True, text=True, env={**clean, "PYTHONPATH": str(REPO), **environment})
     assert done.returncode == 0, done.stderr
     lines = [line.removeprefix("told: ") for line in done.stdout.splitlines() if line.startswith("told: ")]

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Llama and Qwen2 with grouped heads, embeddings tied and not, with four key-value heads so that four ranks can split them, and a
-    vocabulary that makes embeddings and head large enough for ZeRO-3 to shard them."""
+    """Llama and Qwen2 with grouped heads, embeddings tied and not, with four key-value heads so that four ranks can
+    split them, and a vocabulary that makes embeddings and head large enough for ZeRO-3 to shard them."""
     folder = tmp_path_factory.mktemp("models")
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3, "vocab_size": 4096}
     return [write(folder / f"{name}-{'tied' if tied else 'untied'}", tie_word_embeddings=tied, **heads)
@@ -26,9 +26,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_engine_agrees_with_the_plain_forward(models: list[Path], processes: int):
     used = models if processes == 2 else [models[0], models[3]]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run([*torchrun, "--nproc-per-node", str(processes), "tests/distributed/engines_side_by_side.py", *map(str, used)],
-                          cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=240)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                "localhost:0"]
+    done = subprocess.run([*torchrun, "--nproc-per-node", str(processes), "tests/distributed/engines_side_by_side.py",
+                           *map(str, used)],
+                          cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     sizes = {1: 1, 2: 2, 4: 3}[processes]
@@ -47,14 +50,17 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
 
 
 def test_a_split_reference_scores_live_beside_a_sharded_policy(tmp_path: Path, words: list[str]):
-    """Another model as reference, so that the margins of the first step are not 0; the whole reference in one process says what they are."""
+    """Another model as reference, so that the margins of the first step are not 0; the whole reference in one process
+    says what they are."""
     write_tiny_llama(tmp_path / "ref", seed=5)
-    live = ["train", *words, f"reference.path={tmp_path / 'ref'}", "reference.mode=live", "train.pairs_per_step=8", "train.max_steps=3",
+    live = ["train", *words, f"reference.path={tmp_path / 'ref'}", "reference.mode=live", "train.pairs_per_step=8",
+            "train.max_steps=3",
             "optim.lr=1e-3", "train.tokens_per_microbatch=100"]
     dpo_dist(*live, "zero=none", f"run.dir={tmp_path / 'whole'}")
     dpo_dist(*live, "reference=tensor_parallel", "cluster.procs_per_node=2", f"run.dir={tmp_path / 'split'}")
     for name in ("loss", "rewards/margins", "rewards/chosen", "grad_norm"):
-        assert [row[name] for row in metrics(tmp_path / "split")] == pytest.approx([row[name] for row in metrics(tmp_path / "whole")],
+        assert [row[name] for row in metrics(tmp_path / "split")] == pytest.approx([row[name]
+                                                                                    for row in metrics(tmp_path / "whole")],
                                                                                     rel=2e-5, abs=2e-5)
 
 
@@ -65,7 +71,8 @@ def test_a_split_reference_fills_the_cache_that_the_whole_one_reads(tmp_path: Pa
     assert dpo_dist(*score).stdout.strip().endswith("scored 0, cached 32")
     dpo_dist(*score, "reference=tensor_parallel", "cluster.procs_per_node=2", "model.dtype=bf16")
     recipes = {json.loads(file.read_text())["recipe"] for file in (tmp_path / "reference").rglob("key.json")}
-    assert recipes == {"torch, softmax in fp32, v1", "torch, softmax in fp32, v1, layers split over 2 ranks"}, "bf16 sums round otherwise"
+    assert recipes == {"torch, softmax in fp32, v1",
+                       "torch, softmax in fp32, v1, layers split over 2 ranks"}, "bf16 sums round otherwise"
 
 
 def test_what_a_team_of_ranks_cannot_divide_is_refused_by_name(tmp_path: Path, words: list[str]):
@@ -81,9 +88,11 @@ def test_an_architecture_that_deepspeed_splits_wrongly_is_refused(tmp_path: Path
     """OLMo 2 norms its queries over all heads, which a slice of them cannot do alone."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    Olmo2ForCausalLM(Olmo2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    Olmo2ForCausalLM(Olmo2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                 num_attention_heads=4,
                                  pad_token_id=0, bos_token_id=2, eos_token_id=1)).save_pretrained(tmp_path / "ref")
-    done = dpo_dist("score", *words, f"run.dir={tmp_path / 'score'}", "reference=tensor_parallel", "cluster.procs_per_node=2",
+    done = dpo_dist("score", *words, f"run.dir={tmp_path / 'score'}", "reference=tensor_parallel",
+                    "cluster.procs_per_node=2",
                     f"reference.path={tmp_path / 'ref'}", code=2)
     assert "does not fit this reference, a olmo2" in done.stderr and "reference=zero" in done.stderr
 
@@ -95,7 +104,8 @@ def test_a_quantized_reference_has_a_key_of_its_own_and_a_quantized_policy_is_re
 
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     write_tiny_llama(tmp_path / "big", hidden_size=128, intermediate_size=256)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "big", quantization_config=how, device_map={"": "cpu"}).save_pretrained(tmp_path / "ref")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "big", quantization_config=how,
+                                         device_map={"": "cpu"}).save_pretrained(tmp_path / "ref")
     score = ["score", *words, f"run.dir={tmp_path / 'score'}"]
     assert dpo_dist(*score, f"reference.path={tmp_path / 'ref'}").stdout.strip().endswith("scored 32, cached 0")
     keys = [json.loads(file.read_text())["recipe"] for file in (tmp_path / "reference").rglob("key.json")]
@@ -109,5 +119,7 @@ def test_a_quantized_reference_is_refused_where_its_library_is_missing(tmp_path:
     config["quantization_config"] = {"quant_method": "aqlm", "nbits_per_codebook": 16}
     (tmp_path / "ref" / "config.json").write_text(json.dumps(config))
     score = ["score", *words, f"run.dir={tmp_path / 'score'}", f"reference.path={tmp_path / 'ref'}"]
-    assert "is quantized (aqlm" in (said := dpo_dist(*score, code=2).stderr) and "aqlm" in said.split("cannot be computed here")[1]
+    assert "is quantized (aqlm" in (said := dpo_dist(*score,
+                                                     code=2).stderr) and "aqlm" in said.split("cannot be computed "
+                                                                                              "here")[1]
     assert "set reference=hf" in dpo_dist(*score, "reference=zero", code=2).stderr

@@ -24,13 +24,16 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
-    return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "held_out.jsonl"),
-            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "train.save_every_steps=1", "optim.lr=1e-3", "loss.beta=0.5",
+    return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
+            eval_on(tmp_path / "held_out.jsonl"),
+            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "train.save_every_steps=1", "optim.lr=1e-3",
+            "loss.beta=0.5",
             "optim.weight_decay=0.1", "train.tokens_per_microbatch=600"]
 
 
 def killed_after(step: int, words: list[str], run_dir: Path) -> None:
-    """Starts the command and kills all of it, without warning, once the checkpoint of this step or a later one is whole."""
+    """Starts the command and kills all of it, without warning, once the checkpoint of this step or a later one is
+    whole."""
     process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO,
                                start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -53,9 +56,11 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in rows}
 
 
-@pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"), ("none", 1, "bf16"),
+@pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"),
+                                                      ("none", 1, "bf16"),
                                                       ("zero1", 2, "bf16")])
-def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, dtype: str, tmp_path: Path, words: list[str]):
+def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, dtype: str,
+                                                                       tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", f"model.dtype={dtype}",
              *(["zero.persistence_threshold=0"] if zero == "zero3" else [])]
     dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
@@ -98,12 +103,14 @@ def test_the_same_command_after_the_end_trains_nothing_more(tmp_path: Path, word
     assert (tmp_path / "run" / "DONE").exists()
 
 
-def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_differs(tmp_path: Path, words: list[str]):
+def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_differs(tmp_path: Path,
+                                                                                       words: list[str]):
     words = [*words, "zero=none", f"run.dir={tmp_path / 'run'}"]
     dpo_dist(*words)
     said = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
     assert "holds another run (loss.beta was 0.5, is now 0.25)" in said and "choose another run.dir" in said
-    assert "written with zero.stage=None, not 3; go on with the same zero.stage" in dpo_dist(*words, "zero=zero3", code=2).stderr
+    assert "written with zero.stage=None, not 3; go on with the same zero.stage" in dpo_dist(*words, "zero=zero3",
+                                                                                             code=2).stderr
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
     write_tiny_llama(tmp_path / "m", seed=1, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     assert "holds another run (policy_weights was" in dpo_dist(*words, code=2).stderr
@@ -120,7 +127,8 @@ def test_a_run_that_is_being_trained_is_not_trained_by_a_second_process(tmp_path
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_and_evaluated(tmp_path: Path, words: list[str]):
+def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_and_evaluated(tmp_path: Path,
+                                                                                              words: list[str]):
     words = [*words, "cluster.procs_per_node=2", "model.lora.rank=4", "tracking=tensorboard"]
     dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
     killed_after(3, words, tmp_path / "killed")
@@ -133,7 +141,8 @@ def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_
     card = (tmp_path / "straight" / "model" / "README.md").read_text()
     assert "beta=0.5" in card and str(tmp_path / "rows.jsonl") in card and "rewards/accuracies" in card
 
-    dpo_dist("eval", *words[2:], f"model.path={tmp_path / 'straight' / 'model'}", f"reference.path={tmp_path / 'm'}", "model.lora.rank=0",
+    dpo_dist("eval", *words[2:], f"model.path={tmp_path / 'straight' / 'model'}", f"reference.path={tmp_path / 'm'}",
+             "model.lora.rank=0",
              f"run.dir={tmp_path / 'eval'}")
     again = json.loads((tmp_path / "eval" / "eval.json").read_text())
     last = metrics(tmp_path / "straight", "eval")[-1]
@@ -147,7 +156,8 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_when_the_run_goes_on(tmp_path
     dpo_dist(*words)
     rows, before = (run_dir / "metrics.jsonl").read_text().splitlines(), metrics(run_dir, "eval")
     assert [row["step"] for row in before] == [0, 2] and json.loads(rows[-1])["split"] == "eval"
-    (run_dir / "metrics.jsonl").write_text("\n".join(rows[:-1]) + "\n")         # killed between saving step 2 and evaluating
+    # killed between saving step 2 and evaluating
+    (run_dir / "metrics.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     (run_dir / "DONE").unlink()
     shutil.rmtree(run_dir / "model")
     out = dpo_dist(*words).stdout
@@ -160,4 +170,5 @@ def test_logged_means_go_on_over_a_kill(tmp_path: Path, words: list[str]):
     killed_after(3, words, tmp_path / "killed")
     dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
     (straight,), (killed,) = metrics(tmp_path / "straight"), metrics(tmp_path / "killed")
-    assert {k: v for k, v in straight.items() if not k.startswith("perf/")} == {k: v for k, v in killed.items() if not k.startswith("perf/")}
+    assert {k: v for k, v in straight.items() if not k.startswith("perf/")} == {k: v for k,
+                                                                                v in killed.items() if not k.startswith("perf/")}

@@ -1,4 +1,5 @@
-"""A reference in servers of its own, through the real command: audited before it is believed, never mixed, and borne with when it fails."""
+"""A reference in servers of its own, through the real command: audited before it is believed, never mixed, and borne
+with when it fails."""
 from __future__ import annotations
 
 import json
@@ -31,13 +32,15 @@ MIDWAY = str(2 * 16 + 150)            # answered sequences: the audit's, and som
 def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 40)
-    return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"run.dir={tmp_path / 'run'}", "reference=vllm",
+    return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"run.dir={tmp_path / 'run'}",
+            "reference=vllm",
             "reference.requests.wait_seconds=20", "reference.audit.pairs=8"]
 
 
 def kept(cache_dir: Path) -> Counter[bytes]:
     """How often each sequence stands in the cache."""
-    return Counter(key.tobytes() for shard in cache_dir.rglob("*.safetensors") for key in safetensors.numpy.load_file(shard)["keys"])
+    return Counter(key.tobytes() for shard in cache_dir.rglob("*.safetensors")
+                   for key in safetensors.numpy.load_file(shard)["keys"])
 
 
 def told(tmp_path: Path) -> dict[str, Any]:
@@ -45,17 +48,20 @@ def told(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("processes", "auditor"), [(1, "hf"), (2, "zero")])
-def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(tmp_path: Path, words: list[str], processes: int, auditor: str):
+def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(tmp_path: Path, words: list[str],
+                                                                               processes: int, auditor: str):
     from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 
     with LogProbServer(tmp_path / "m") as a, LogProbServer(tmp_path / "m") as b:
-        more = [f"reference.urls=[{a.url}/v1, {b.url}]", f"cluster.procs_per_node={processes}", "train.tokens_per_microbatch=100",
+        more = [f"reference.urls=[{a.url}/v1, {b.url}]", f"cluster.procs_per_node={processes}",
+                "train.tokens_per_microbatch=100",
                 f"reference.audit.oracle={auditor}"]
         out = dpo_dist("score", *words, *more).stdout
         assert out.strip().endswith("scored 80, cached 0") and "parity of vllm 0.0.test" in out
         assert a.answered and b.answered
     plain = [word for word in words if not word.startswith("reference")]
-    assert dpo_dist("score", *plain, f"reference.cache_dir={tmp_path / 'oracle'}").stdout.strip().endswith("scored 80, cached 0")
+    assert dpo_dist("score", *plain,
+                    f"reference.cache_dir={tmp_path / 'oracle'}").stdout.strip().endswith("scored 80, cached 0")
     caches = []
     for where in (tmp_path / "reference", tmp_path / "oracle"):
         (folder,) = where.iterdir()
@@ -72,20 +78,24 @@ def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(t
 
 def test_servers_ahead_of_training_are_audited_before_it_begins(tmp_path: Path, words: list[str]):
     with LogProbServer(tmp_path / "m") as server:
-        out = dpo_dist("run", *words, f"reference.urls=[{server.url}]", "reference.mode=ahead", "zero=zero2", "train.pairs_per_step=8").stdout
+        out = dpo_dist("run", *words, f"reference.urls=[{server.url}]", "reference.mode=ahead", "zero=zero2",
+                       "train.pairs_per_step=8").stdout
         assert "parity of vllm 0.0.test" in out and len(server.answered) == 80 + 2 * 16, "all once, the audit's sample twice more"
     passport = json.loads((tmp_path / "run" / "run.json").read_text())["passport"]
-    assert passport["parity"]["passed"] and passport["parity"] == json.loads((tmp_path / "run" / "scoring" / "parity.json").read_text())
+    assert passport["parity"]["passed"] and passport["parity"] == json.loads((tmp_path / "run" / "scoring"
+                                                                              / "parity.json").read_text())
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_values_in_the_cache_need_no_server_but_their_audit_must_be_within_this_runs_bounds(tmp_path: Path, words: list[str]):
+def test_values_in_the_cache_need_no_server_but_their_audit_must_be_within_this_runs_bounds(tmp_path: Path,
+                                                                                            words: list[str]):
     with LogProbServer(tmp_path / "m") as server:
         dpo_dist("score", *words, f"reference.urls=[{server.url}]")
     words += ["reference.urls=[http://127.0.0.1:1]", f"run.dir={tmp_path / 'again'}"]
     again = dpo_dist("score", *words).stdout
     assert again.strip().endswith("scored 0, cached 80") and "parity of vllm 0.0.test" in again
-    assert "is over reference.audit.token_max=1e-12" in dpo_dist("score", *words, "reference.audit.token_max=1e-12", code=2).stderr
+    assert "is over reference.audit.token_max=1e-12" in dpo_dist("score", *words, "reference.audit.token_max=1e-12",
+                                                                 code=2).stderr
     next((tmp_path / "reference").rglob("parity.json")).unlink()
     assert "without the audit that preceded them" in dpo_dist("score", *words, code=2).stderr
 
@@ -112,7 +122,8 @@ def by_place(server: LogProbServer) -> None:
 
 
 def stale(server: LogProbServer) -> None:
-    """What stands after a prefix that was seen before, in whole blocks of four tokens, comes from a cache that holds something else."""
+    """What stands after a prefix that was seen before, in whole blocks of four tokens, comes from a cache that holds
+    something else."""
     seen: set[tuple[int, ...]] = set()
     honest = server.prompt_logprobs
 
@@ -121,7 +132,8 @@ def stale(server: LogProbServer) -> None:
         while tuple(prompt[:cached + 4]) in seen and cached + 4 <= len(prompt):
             cached += 4
         seen.update(tuple(prompt[:end]) for end in range(4, len(prompt) + 1, 4))
-        return [None, *({key: {**entry, "logprob": -1.0} if at < cached else entry for key, entry in (found or {}).items()}
+        return [None, *({key: {**entry, "logprob": -1.0} if at < cached else entry for key,
+                         entry in (found or {}).items()}
                         for at, found in enumerate(honest(prompt)[1:], 1))]
 
     server.prompt_logprobs = prompt_logprobs  # type: ignore[method-assign]
@@ -135,11 +147,13 @@ def other_weights(server: LogProbServer) -> None:
 
 
 @pytest.mark.parametrize("plant", [noisy, by_place, stale, other_weights])
-def test_a_planted_fault_is_caught_before_a_value_is_kept_and_the_worst_pairs_are_named(tmp_path: Path, words: list[str], plant):
+def test_a_planted_fault_is_caught_before_a_value_is_kept_and_the_worst_pairs_are_named(tmp_path: Path,
+                                                                                        words: list[str], plant):
     with LogProbServer(tmp_path / "m") as honest, LogProbServer(tmp_path / "m") as planted:
         plant(planted)
         said = dpo_dist("score", *words, f"reference.urls=[{honest.url}, {planted.url}]", code=2).stderr
-    assert "the audit stopped the run before a value was used" in said and re.search(r"Worst pairs, in nats: \S+rows.jsonl:\d+", said), said
+    assert "the audit stopped the run before a value was used" in said and re.search(r"Worst pairs, in nats: "
+                                                                                     r"\S+rows.jsonl:\d+", said), said
     assert not kept(tmp_path / "reference")
     assert told(tmp_path)["passed"] is False
 
@@ -155,7 +169,8 @@ def test_a_planted_stale_prefix_is_right_the_first_time_so_that_one_pass_over_th
 
 def test_live_values_are_audited_too_and_train_as_cached_ones_do(tmp_path: Path, words: list[str]):
     with LogProbServer(tmp_path / "m") as server:
-        more = [f"reference.urls=[{server.url}]", "train.pairs_per_step=10", "train.max_steps=3", "zero=none", "optim.lr=1e-3"]
+        more = [f"reference.urls=[{server.url}]", "train.pairs_per_step=10", "train.max_steps=3", "zero=none",
+                "optim.lr=1e-3"]
         dpo_dist("run", *words, *more)
         dpo_dist("train", *words, *more, "reference.mode=live", f"run.dir={tmp_path / 'live'}")
     cached, live = metrics(tmp_path / "run"), metrics(tmp_path / "live")
@@ -163,11 +178,12 @@ def test_live_values_are_audited_too_and_train_as_cached_ones_do(tmp_path: Path,
     for where in ("run", "live"):
         lineage = json.loads((tmp_path / where / "run.json").read_text())["passport"]
         assert lineage["parity"]["passed"] and lineage["parity"]["engine"].startswith("vllm 0.0.test")
-    plain = [word for word in words if not word.startswith("reference")] + [word for word in more if not word.startswith("reference")]
+    plain = [word for word in words if not word.startswith("reference")] + [word for word in more
+                                                                            if not word.startswith("reference")]
     assert "reference_key was" in dpo_dist("train", *plain, code=2).stderr, "a run's values are of one engine"
 
 
-# --------------------------------------------------------------------------------------------------- servers that come and go
+# --------------------------------------------------------------------------------------------- servers that come and go
 
 
 def free_port() -> int:
@@ -178,8 +194,10 @@ def free_port() -> int:
 
 @contextmanager
 def server_process(folder: Path, port: int, answered: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, str(SERVER), "--model", str(folder), "--port", str(port), "--seconds-a-request", "0.05",
-                                "--answered", str(answered), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(SERVER), "--model", str(folder), "--port", str(port),
+                                "--seconds-a-request", "0.05",
+                                "--answered", str(answered), *more], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -199,15 +217,18 @@ def wait_until(true: Callable[[], object], seconds: float = 90) -> None:
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", "score", *words], cwd=REPO, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", "score", *words], cwd=REPO, text=True,
+                            stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
-def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_none_scored_twice(tmp_path: Path, words: list[str]):
+def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_none_scored_twice(tmp_path: Path,
+                                                                                                 words: list[str]):
     write_rows(tmp_path / "rows.jsonl", 300)
     port, log = free_port(), tmp_path / "answered"
-    words += [f"reference.urls=[http://127.0.0.1:{port}]", "cluster.procs_per_node=2", "train.tokens_per_microbatch=200",
+    words += [f"reference.urls=[http://127.0.0.1:{port}]", "cluster.procs_per_node=2",
+              "train.tokens_per_microbatch=200",
               "reference.requests.sequences=4", "reference.requests.wait_seconds=50"]
     scoring = start(words)                                # before there is a server: it may be starting
     with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
@@ -226,7 +247,8 @@ def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_n
 def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_what_was_scored_is_kept(tmp_path: Path, words: list[str]):
     write_rows(tmp_path / "rows.jsonl", 300)
     port, log = free_port(), tmp_path / "answered"
-    words += [f"reference.urls=[http://127.0.0.1:{port}]", "train.tokens_per_microbatch=200", "reference.requests.sequences=4"]
+    words += [f"reference.urls=[http://127.0.0.1:{port}]", "train.tokens_per_microbatch=200",
+              "reference.requests.sequences=4"]
     with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
         scoring = start([*words, "reference.requests.wait_seconds=15"])
         assert server.wait(timeout=90) == -signal.SIGKILL
@@ -246,7 +268,8 @@ def own_server(*more: str) -> str:
 
 
 def test_a_server_that_the_run_starts_is_stopped_with_it_and_leaves_its_log(tmp_path: Path, words: list[str]):
-    done = dpo_dist("run", *words, own_server(), "reference.version=0.0.test", "train.pairs_per_step=10", "train.max_steps=2",
+    done = dpo_dist("run", *words, own_server(), "reference.version=0.0.test", "train.pairs_per_step=10",
+                    "train.max_steps=2",
                     "cluster.procs_per_node=2")
     assert "reference: vllm 0.0.test, quantization none" in done.stdout
     assert (tmp_path / "run" / "DONE").exists() and (tmp_path / "run" / "logs" / "reference-server-0.log").exists()
@@ -255,14 +278,16 @@ def test_a_server_that_the_run_starts_is_stopped_with_it_and_leaves_its_log(tmp_
 
 def test_a_server_started_from_a_rank_of_torchrun_makes_a_process_group_of_its_own(tmp_path: Path, words: list[str]):
     """As vLLM does. With torchrun's variables it would wait for torchrun's store instead of being its own master."""
-    dpo_dist("score", *words, own_server(f"--joins-a-group {free_port()}"), "reference.version=0.0.test", "cluster.procs_per_node=2")
+    dpo_dist("score", *words, own_server(f"--joins-a-group {free_port()}"), "reference.version=0.0.test",
+             "cluster.procs_per_node=2")
     assert max(kept(tmp_path / "reference").values()) == 1
 
 
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path, words: list[str]):
     broken = tmp_path / "broken.py"
     broken.write_text("print(1 / 0)\n")
-    said = dpo_dist("score", *words, f"reference.server='{sys.executable} {broken} {{port}}'", "reference.version=1", code=2).stderr
+    said = dpo_dist("score", *words, f"reference.server='{sys.executable} {broken} {{port}}'", "reference.version=1",
+                    code=2).stderr
     assert "ended with code 1 before it answered" in said and "ZeroDivisionError" in said
     assert "has no vLLM" in dpo_dist("score", *words, f"reference.server={sys.executable}", code=2).stderr
     assert "has values to score, but no servers" in dpo_dist("score", *words, "reference.version=1", code=2).stderr
@@ -280,7 +305,8 @@ def test_a_server_ends_even_where_the_run_is_killed(tmp_path: Path, words: list[
 
 def servers_of(folder: Path) -> list[int]:
     """Processes that serve the model of this folder, and their watchers."""
-    return [pid for pid, line in command_lines() if os.fsencode(SERVER) in line.split(b"\0") and os.fsencode(folder) in line.split(b"\0")]
+    return [pid for pid, line in command_lines() if os.fsencode(SERVER) in line.split(b"\0")
+            and os.fsencode(folder) in line.split(b"\0")]
 
 
 def command_lines() -> Iterator[tuple[int, bytes]]:

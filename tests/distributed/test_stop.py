@@ -1,4 +1,5 @@
-"""A run that is told to end saves, says so, and goes on later as if nothing had happened; a rank that dies ends the job at once."""
+"""A run that is told to end saves, says so, and goes on later as if nothing had happened; a rank that dies ends the job
+at once."""
 from __future__ import annotations
 
 import hashlib
@@ -26,13 +27,16 @@ STEPS = 40
 def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
-    return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "cluster.procs_per_node=2", "train.pairs_per_step=24",
+    return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "cluster.procs_per_node=2",
+            "train.pairs_per_step=24",
             f"train.max_steps={STEPS}", "optim.lr=1e-3", "train.tokens_per_microbatch=600"]
 
 
 def start(*words: object) -> subprocess.Popen[str]:
-    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so have its children."""
-    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *map(str, words)], cwd=REPO, start_new_session=True, text=True,
+    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so
+    have its children."""
+    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *map(str, words)], cwd=REPO,
+                            start_new_session=True, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
@@ -50,7 +54,8 @@ def steps_logged(run_dir: Path) -> int:
 
 def rank(n: int, run_dir: Path) -> int:
     """The process id of a rank."""
-    return next(pid for pid in processes_on(run_dir) if f"\0RANK={n}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
+    return next(pid for pid in processes_on(run_dir)
+                if f"\0RANK={n}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
 
 
 def model_digest(run_dir: Path) -> str:
@@ -58,7 +63,8 @@ def model_digest(run_dir: Path) -> str:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])
-def test_a_run_that_is_told_to_end_saves_first_and_goes_on_to_the_very_bits(sent: signal.Signals, tmp_path: Path, words: list[str]):
+def test_a_run_that_is_told_to_end_saves_first_and_goes_on_to_the_very_bits(sent: signal.Signals, tmp_path: Path,
+                                                                            words: list[str]):
     process = start("run", *words, f"run.dir={tmp_path / 'run'}")
     wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process)
     os.killpg(process.pid, sent)                          # as a terminal does it: to the whole foreground group
@@ -93,7 +99,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: list[str]):
         time.sleep(0.05)
 
 
-def test_scoring_that_is_told_to_end_keeps_what_is_scored_and_the_training_does_not_start(tmp_path: Path, words: list[str]):
+def test_scoring_that_is_told_to_end_keeps_what_is_scored_and_the_training_does_not_start(tmp_path: Path,
+                                                                                          words: list[str]):
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     write_rows(tmp_path / "rows.jsonl", 2000, longest=100)
     process = start("run", *words, f"run.dir={tmp_path / 'run'}", "train.tokens_per_microbatch=320")
@@ -102,11 +109,13 @@ def test_scoring_that_is_told_to_end_keeps_what_is_scored_and_the_training_does_
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     kept = int(re.search(r"(\d+) sequences are scored", out)[1])
-    assert 0 < kept < 4000 and (tmp_path / "run" / "PREEMPTED").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert 0 < kept < 4000 and (tmp_path / "run" / "PREEMPTED").exists() and not (tmp_path / "run"
+                                                                                  / "metrics.jsonl").exists()
     assert f"scored {4000 - kept}, cached {kept}" in dpo_dist("score", *words, f"run.dir={tmp_path / 'run'}").stdout
 
 
-def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are_shown(tmp_path: Path, words: list[str]):
+def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are_shown(tmp_path: Path,
+                                                                                       words: list[str]):
     process = start("train", *words, f"run.dir={tmp_path / 'run'}")
     wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process)
     with (tmp_path / "run" / "logs" / "rank-1.log").open("a") as log:
@@ -120,11 +129,12 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are
     assert not processes_on(tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------- signals at awkward moments, of stages in short
+# ----------------------------------------------------------------------- signals at awkward moments, of stages in short
 
 
 def run_stages(folder: Path, *stages: Stage) -> subprocess.CompletedProcess[str]:
-    """`run_stages` of these in a process of its own. Their modules, and a sitecustomize for all processes, are looked for in `folder`."""
+    """`run_stages` of these in a process of its own. Their modules, and a sitecustomize for all processes, are looked
+    for in `folder`."""
     script = f"""import sys
 from dpo_dist.launcher.local import run_stages
 from dpo_dist.launcher.plan import LaunchPlan, Stage
@@ -149,7 +159,8 @@ os._exit(1)
 
 
 def test_a_signal_that_a_stage_no_longer_heeds_starts_no_further_stage(tmp_path: Path):
-    (tmp_path / "over.py").write_text("import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.kill(os.getppid(), 15)\n")
+    (tmp_path / "over.py").write_text("import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.kill(os.getppid(), "
+                                      "15)\n")
     (tmp_path / "further.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w')\n")
     done = run_stages(tmp_path, Stage("score", "over", 1, 1, ()), Stage("train", "further", 1, 1, (), after=("score",)))
     assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM before the train stage" in done.stderr, done.stderr
@@ -157,7 +168,8 @@ def test_a_signal_that_a_stage_no_longer_heeds_starts_no_further_stage(tmp_path:
 
 
 def test_a_signal_while_ranks_begin_ends_them(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'forever' in sys.orig_argv: os.kill(os.getppid(), 15)\n")
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'forever' in sys.orig_argv: os.kill(os.getppid(), "
+                                               "15)\n")
     (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
     done = run_stages(tmp_path, Stage("train", "forever", 1, 2, (f"run.dir={tmp_path / 'run'}",)))
     assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM in the train stage" in done.stderr, done.stderr
@@ -167,7 +179,8 @@ def test_a_signal_while_ranks_begin_ends_them(tmp_path: Path):
 def test_what_was_started_beside_a_stage_that_cannot_be_started_is_ended(tmp_path: Path):
     (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
     (tmp_path / "run").write_text("a file where a folder should be")
-    beside = Stage("score", "forever", 1, 1, (f"run.dir={tmp_path / 'beside'}",), beside="train", run_dir=str(tmp_path / "beside"))
+    beside = Stage("score", "forever", 1, 1, (f"run.dir={tmp_path / 'beside'}",), beside="train",
+                   run_dir=str(tmp_path / "beside"))
     done = run_stages(tmp_path, beside, Stage("train", "forever", 1, 1, ()))
     assert done.returncode == 1 and "UserError: run.dir=" in done.stderr, done.stderr
     assert (tmp_path / "beside" / "logs" / "launcher.log").exists() and not processes_on(tmp_path / "beside")

@@ -1,4 +1,5 @@
-"""A sweep pays for the reference once, a failed run does not stop the others, and the same sweep again runs only what is missing."""
+"""A sweep pays for the reference once, a failed run does not stop the others, and the same sweep again runs only what
+is missing."""
 from __future__ import annotations
 
 import importlib.util
@@ -26,7 +27,8 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", PAIRS)
     write_rows(tmp_path / "eval.jsonl", HELD_OUT, seed=5)
-    return ["run", "-m", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "eval.jsonl"),
+    return ["run", "-m", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
+            eval_on(tmp_path / "eval.jsonl"),
             "zero=none", "train.pairs_per_step=8", f"run.dir={tmp_path / 'sweep'}"]
 
 
@@ -36,7 +38,8 @@ def summary(tmp_path: Path) -> dict[str, Any]:
 
 def scorings(tmp_path: Path) -> Counter[tuple[str, bytes]]:
     """How often each sequence stands in the reference's cache."""
-    shards = [(shard.parent.name, safetensors.numpy.load_file(shard)["keys"]) for shard in (tmp_path / "reference").rglob("*.safetensors")]
+    shards = [(shard.parent.name, safetensors.numpy.load_file(shard)["keys"])
+              for shard in (tmp_path / "reference").rglob("*.safetensors")]
     return Counter((folder, key.tobytes()) for folder, keys in shards for key in keys)
 
 
@@ -45,14 +48,16 @@ def written(tmp_path: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/metrics.jsonl")}
 
 
-def test_a_3_by_2_sweep_scores_each_sequence_once_and_the_second_invocation_trains_nothing(tmp_path: Path, words: list[str]):
+def test_a_3_by_2_sweep_scores_each_sequence_once_and_the_second_invocation_trains_nothing(tmp_path: Path,
+                                                                                           words: list[str]):
     sweep = [*words, "loss.beta=0.05,0.1,0.3", "optim.lr=1e-3,2e-3"]
     first = dpo_dist(*sweep, "cluster.jobs_at_once=2", timeout=600)
     assert first.stdout.count(f"scored {2 * (PAIRS + HELD_OUT)}, cached 0") == 1
     assert len(scorings(tmp_path)) == 2 * (PAIRS + HELD_OUT) and set(scorings(tmp_path).values()) == {1}
     jobs = summary(tmp_path)["jobs"]
     assert len(jobs) == 6 and all(each["done"] and (Path(each["run_dir"]) / "DONE").exists() for each in jobs)
-    assert [each["swept"] for each in jobs] == [{"loss.beta": b, "optim.lr": lr} for b in (0.05, 0.1, 0.3) for lr in (1e-3, 2e-3)]
+    assert [each["swept"] for each in jobs] == [{"loss.beta": b, "optim.lr": lr} for b in (0.05, 0.1, 0.3)
+                                                for lr in (1e-3, 2e-3)]
     for each in jobs:
         last = metrics(Path(each["run_dir"]), "eval")[-1]
         assert each["metrics"] == {name: value for name, value in last.items() if name not in ("step", "split")}
@@ -89,7 +94,8 @@ def test_a_failed_run_stops_no_other_and_the_same_sweep_again_runs_what_is_missi
 
 def test_runs_whose_references_differ_are_scored_apart_and_a_failed_scoring_fails_its_own_runs_alone(tmp_path: Path, words: list[str]):
     write_tiny_llama(tmp_path / "r", seed=1)
-    done = dpo_dist(*words, f"reference.path={tmp_path / 'm'},{tmp_path / 'r'},{tmp_path / 'missing'}", "optim.lr=1e-3", code=1)
+    done = dpo_dist(*words, f"reference.path={tmp_path / 'm'},{tmp_path / 'r'},{tmp_path / 'missing'}", "optim.lr=1e-3",
+                    code=1)
     assert done.stdout.count(f"scored {2 * (PAIRS + HELD_OUT)}, cached 0") == 2
     assert [each["done"] for each in summary(tmp_path)["jobs"]] == [True, True, False]
     assert "its reference could not be scored" in done.stdout
@@ -98,7 +104,8 @@ def test_runs_whose_references_differ_are_scored_apart_and_a_failed_scoring_fail
 
 def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Path, words: list[str]):
     sweep = [*words, "optim.lr=1e-3,2e-3"]
-    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *sweep], cwd=REPO, stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *sweep], cwd=REPO,
+                               stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -113,9 +120,11 @@ def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Pat
     assert "1 are done, 1 to run" in dpo_dist(*sweep).stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None,
+                    reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_optuna_searches_by_the_held_out_metric_and_survives_a_failed_run(tmp_path: Path, words: list[str]):
-    done = dpo_dist(*words, "sweep=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "cluster.jobs_at_once=2",
+    done = dpo_dist(*words, "sweep=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2",
+                    "cluster.jobs_at_once=2",
                     "optim.lr=choice(1e-3,1e30)", code=1, timeout=600)
     told = summary(tmp_path)
     assert {each["done"] for each in told["jobs"]} == {True, False}

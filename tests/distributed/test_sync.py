@@ -1,4 +1,5 @@
-"""reference.sync: the moving reference of TR-DPO, held against a loop written out in plain torch; and it is resumed with the run."""
+"""reference.sync: the moving reference of TR-DPO, held against a loop written out in plain torch; and it is resumed
+with the run."""
 from __future__ import annotations
 
 import json
@@ -20,7 +21,8 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", PAIRS)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "reference.mode=live",
-            f"loss.beta={BETA}", f"optim.lr={LR}", f"optim.eps={EPS}", "optim.weight_decay=0.1", "optim.schedule=constant",
+            f"loss.beta={BETA}", f"optim.lr={LR}", f"optim.eps={EPS}", "optim.weight_decay=0.1",
+            "optim.schedule=constant",
             "optim.warmup_ratio=0", "train.tokens_per_microbatch=300"]
 
 
@@ -42,7 +44,8 @@ def plain_tr_dpo(tmp_path: Path, alpha: float) -> tuple[list[float], dict[str, t
     for step in range(1, MOVES + 1):
         with torch.no_grad():
             fixed = torch.stack([margin(reference, row) for row in rows])
-        loss = -torch.nn.functional.logsigmoid(BETA * (torch.stack([margin(policy, row) for row in rows]) - fixed)).mean()
+        loss = -torch.nn.functional.logsigmoid(BETA
+                                               * (torch.stack([margin(policy, row) for row in rows]) - fixed)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -64,19 +67,22 @@ def test_a_moving_reference_gives_what_a_plain_loop_gives(zero: str, engine: str
     wanted, weights = plain_tr_dpo(tmp_path, ALPHA if mode == "soft" else 1.0)
     sync = [f"reference.sync.mode={mode}", f"reference.sync.every_steps={EVERY}"]
     sync += [f"reference.sync.alpha={ALPHA}"] if mode == "soft" else []
-    dpo_dist(*words, *sync, f"zero={zero}", f"reference={engine}", f"cluster.procs_per_node={world}", f"train.pairs_per_step={PAIRS}",
+    dpo_dist(*words, *sync, f"zero={zero}", f"reference={engine}", f"cluster.procs_per_node={world}",
+             f"train.pairs_per_step={PAIRS}",
              f"train.max_steps={MOVES}", f"run.dir={tmp_path / 'run'}")
     assert [row["loss"] for row in metrics(tmp_path / "run")] == pytest.approx(wanted, abs=1e-6 if world == 1 else 5e-6)
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert max((trained[name] - weights[name]).abs().max().item() for name in trained) < (1e-6 if world == 1 else 1e-5)
     passport = json.loads((tmp_path / "run" / "run.json").read_text())["passport"]
-    assert passport["reference_sync"] == {"soft": "soft: alpha 0.6, every 2 steps (TR-DPO)", "hard": "hard: every 2 steps (TR-DPO)"}[mode]
+    assert passport["reference_sync"] == {"soft": "soft: alpha 0.6, every 2 steps (TR-DPO)",
+                                          "hard": "hard: every 2 steps (TR-DPO)"}[mode]
 
 
 def test_a_killed_run_goes_on_with_the_reference_where_it_was(tmp_path: Path, words: list[str]):
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
-    words = [*words, "reference=zero", "reference.sync.mode=soft", "reference.sync.alpha=0.5", "reference.sync.every_steps=2", "optim.lr=1e-3",
+    words = [*words, "reference=zero", "reference.sync.mode=soft", "reference.sync.alpha=0.5",
+             "reference.sync.every_steps=2", "optim.lr=1e-3",
              "train.pairs_per_step=24", f"train.max_steps={STEPS}", "train.save_every_steps=1"]
     dpo_dist(*words, "cluster.procs_per_node=2", f"run.dir={tmp_path / 'straight'}")
     killed_after(3, [*words, "cluster.procs_per_node=2"], tmp_path / "killed")
@@ -84,5 +90,6 @@ def test_a_killed_run_goes_on_with_the_reference_where_it_was(tmp_path: Path, wo
     assert "resumed from step-" in dpo_dist(*words, "cluster.procs_per_node=2", f"run.dir={tmp_path / 'killed'}").stdout
     assert model_digest(tmp_path / "killed") == model_digest(tmp_path / "straight")
     dpo_dist(*words, "cluster.procs_per_node=1", "reference=hf", f"run.dir={tmp_path / 'other'}")
-    assert [row["loss"] for row in metrics(tmp_path / "other")] == pytest.approx([row["loss"] for row in metrics(tmp_path / "straight")],
+    assert [row["loss"] for row in metrics(tmp_path / "other")] == pytest.approx([row["loss"]
+                                                                                  for row in metrics(tmp_path / "straight")],
                                                                                rel=1e-4, abs=1e-5)

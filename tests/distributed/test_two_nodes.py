@@ -1,4 +1,5 @@
-"""One run on two machines (network namespaces): the same numbers as on one, and no endless wait when a machine is lost."""
+"""One run on two machines (network namespaces): the same numbers as on one, and no endless wait when a machine is
+lost."""
 from __future__ import annotations
 
 import json
@@ -36,13 +37,16 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
 
 
 def environment(rank: int, processes: int) -> dict[str, str]:
-    return {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-            "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "node-0", "MASTER_PORT": "29500", "PROCS_PER_NODE": str(processes),
+    return {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
+            "PROCS_PER_NODE": str(processes),
             "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 def run_on(nodes: tuple[Node, Node], words: list[str], folder: Path, processes: int) -> list[subprocess.Popen[str]]:
-    return [node.start([REPO / "launch" / "node.sh", *words], environment(rank, processes), folder) for rank, node in enumerate(nodes)]
+    return [node.start([REPO / "launch" / "node.sh", *words], environment(rank, processes), folder) for rank,
+            node in enumerate(nodes)]
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
@@ -53,7 +57,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(processes: int, nodes: tuple[Node, Node], tmp_path: Path,
+def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(processes: int, nodes: tuple[Node, Node],
+                                                                      tmp_path: Path,
                                                                      words: list[str]):
     words = [*words, "train.max_steps=4"]
     for code, said in finish(run_on(nodes, [*words, f"run.dir={tmp_path / 'two'}"], tmp_path, processes)):
@@ -62,17 +67,20 @@ def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(processes:
     assert json.loads((tmp_path / "two" / "run.json").read_text())["passport"]["ranks"] == 2 * processes
     for split in ("train", "eval"):
         two, one = metrics(tmp_path / "two", split), metrics(tmp_path / "one", split)
-        assert [row["step"] for row in two] == [row["step"] for row in one] == {"train": [1, 2, 3, 4], "eval": [0, 4]}[split]
+        assert [row["step"] for row in two] == [row["step"] for row in one] == {"train": [1, 2, 3, 4],
+                                                                                "eval": [0, 4]}[split]
         for a, b in zip(two, one, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
             assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-6)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(lost: int, nodes: tuple[Node, Node], tmp_path: Path,
+def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(lost: int, nodes: tuple[Node, Node],
+                                                                            tmp_path: Path,
                                                                            words: list[str]):
     run_dir = tmp_path / "run"
-    jobs = run_on(nodes, [*words, f"cluster.timeout_seconds={TIMEOUT_SECONDS}", "train.epochs=500", f"run.dir={run_dir}"], tmp_path, 1)
+    jobs = run_on(nodes, [*words, f"cluster.timeout_seconds={TIMEOUT_SECONDS}", "train.epochs=500",
+                          f"run.dir={run_dir}"], tmp_path, 1)
     wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) >= 2, jobs)
     nodes[lost].cut_off()
     began = time.monotonic()
@@ -85,15 +93,19 @@ def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(lost
 
 
 @pytest.mark.parametrize("key", ["data.cache_dir", "reference.cache_dir", "run.dir"])
-def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(key: str, tmp_path: Path, words: list[str]):
+def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(key: str, tmp_path: Path,
+                                                                               words: list[str]):
     shared = [word for word in [*words, f"run.dir={tmp_path / 'run'}"] if not word.startswith(key)]
     port = str(free_port())
     jobs = []
-    for rank in range(2):                                        # a relative path, and nodes that stand in different folders
+    # a relative path, and nodes that stand in different folders
+    for rank in range(2):
         (tmp_path / f"node-{rank}").mkdir()
         jobs.append(subprocess.Popen(
-            [REPO / "launch" / "node.sh", *shared, f"{key}=relative"], cwd=tmp_path / f"node-{rank}", text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**os.environ, **environment(rank, 1), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            [REPO / "launch" / "node.sh", *shared, f"{key}=relative"], cwd=tmp_path / f"node-{rank}", text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, **environment(rank, 1), "MASTER_ADDR": "127.0.0.1",
+                                           "MASTER_PORT": port,
                                            "GLOO_SOCKET_IFNAME": "lo"}))
     for code, said in finish(jobs):
         assert code != 0

@@ -1,4 +1,5 @@
-"""ZeRO's options change where things are and how they travel, not what is trained. Each test is the real command, truly sharded."""
+"""ZeRO's options change where things are and how they travel, not what is trained. Each test is the real command, truly
+sharded."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +16,8 @@ TWO, SHARDED = "cluster.procs_per_node=2", "zero.persistence_threshold=0"
 def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 30)
-    return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "train.pairs_per_step=10",
+    return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
+            "train.pairs_per_step=10",
             "train.max_steps=4", "optim.lr=1e-3", "loss.beta=0.5", "train.tokens_per_microbatch=200"]
 
 
@@ -44,7 +46,8 @@ def test_gradients_that_travel_in_fp32_are_not_rounded_on_the_way(tmp_path: Path
     for stage in ("zero2", "zero3"):
         norms = {}
         for dtype in ("auto", "fp32"):
-            losses([*words, "model.dtype=bf16"], tmp_path / f"{stage}-{dtype}", TWO, f"zero={stage}", f"zero.reduce_dtype={dtype}")
+            losses([*words, "model.dtype=bf16"], tmp_path / f"{stage}-{dtype}", TWO, f"zero={stage}",
+                   f"zero.reduce_dtype={dtype}")
             norms[dtype] = [row["grad_norm"] for row in metrics(tmp_path / f"{stage}-{dtype}")]
         assert norms["fp32"] == pytest.approx(norms["auto"], rel=0.02)
         assert norms["fp32"] != norms["auto"], stage

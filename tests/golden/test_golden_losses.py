@@ -1,4 +1,5 @@
-"""Log-probs, losses, gradients and rewards equal those of TRL 1.16's DPO trainer on a real model (see README.md here)."""
+"""Log-probs, losses, gradients and rewards equal those of TRL 1.16's DPO trainer on a real model (see README.md
+here)."""
 from __future__ import annotations
 
 import json
@@ -98,7 +99,8 @@ def loss_config(case: str, args: dict[str, Any]) -> LossConfig:
         terms=None if len(names) == 1 else dict(zip(names, args["loss_weights"], strict=True)),
         beta=args["beta"] if uses_beta else None,
         label_smoothing=smoothing or None,                  # 0.0 is TRL's way of saying none
-        f_divergence=args.get("f_divergence_type"), f_alpha=args.get("f_alpha_divergence_coef"), ld_alpha=args.get("ld_alpha"),
+        f_divergence=args.get("f_divergence_type"), f_alpha=args.get("f_alpha_divergence_coef"),
+        ld_alpha=args.get("ld_alpha"),
         wpo=True if case.startswith("wpo_") else None))
 
 
@@ -135,7 +137,8 @@ def test_loss_and_gradients_equal_trl(case: str, precision: str) -> None:
     assert value.item() == pytest.approx(golden["loss"], rel=2e-5)
 
     parameters = dict(scored(precision).policy.named_parameters())
-    gradients = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values()), retain_graph=True), strict=True))
+    gradients = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values()), retain_graph=True),
+                         strict=True))
     norms = {key: gradients[name].double().norm().item() for key, name in NAMED_PARAMETERS.items()}
     norms["grad_norm"] = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
     assert norms == pytest.approx({key: golden[key] for key in norms}, rel=1e-4)
@@ -150,7 +153,8 @@ def test_rewards_equal_trl_under_every_loss_and_mixture(case: str) -> None:
     assert not chosen.requires_grad and not rejected.requires_grad
     metrics = golden["metrics"]
     ours = {"rewards/chosen": chosen.mean().item(), "rewards/rejected": rejected.mean().item(),
-            "rewards/margins": (chosen - rejected).mean().item(), "rewards/accuracies": (chosen > rejected).double().mean().item(),
+            "rewards/margins": (chosen - rejected).mean().item(),
+            "rewards/accuracies": (chosen > rejected).double().mean().item(),
             "logps/chosen": pairs.policy_chosen.mean().item(), "logps/rejected": pairs.policy_rejected.mean().item()}
     assert ours == pytest.approx({key: metrics[key] for key in ours}, abs=5e-5, rel=0)
 

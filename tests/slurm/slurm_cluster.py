@@ -23,7 +23,8 @@ class Slurm:
 
     def call(self, *words: object, code: int | None = 0) -> str:
         """What a command prints. With code=None it may fail."""
-        done = subprocess.run([str(word) for word in words], env=self.environment, cwd=REPO, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([str(word) for word in words], env=self.environment, cwd=REPO, capture_output=True,
+                              text=True, timeout=120)
         assert code is None or done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
@@ -50,8 +51,8 @@ class Slurm:
             time.sleep(0.3)
 
     def until_state(self, job: str, *states: str, seconds: float = 240, start_now: bool = False) -> None:
-        """Waits for one of these states. `start_now`: a requeued job does not wait the two minutes that Slurm gives it, only the seconds
-        within which a second start would be refused ("job credential revoked")."""
+        """Waits for one of these states. `start_now`: a requeued job does not wait the two minutes that Slurm gives it,
+        only the seconds within which a second start would be refused ("job credential revoked")."""
         pending_since: float | None = None
 
         def there() -> bool:
@@ -68,8 +69,10 @@ class Slurm:
     def start(cls, state: Path) -> Slurm:
         """Brings the test bed up; its files are in `state`. Several may run beside each other."""
         number = os.getpid() % 200
-        cluster = cls({**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "STATE": str(state), "TAG": f"d{number}",
-                       "NET": f"10.77.{number}", "PORT": str(16000 + number), "SLURM_CONF": str(state / "slurm.conf"), "OMP_NUM_THREADS": "1"})
+        cluster = cls({**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "STATE": str(state),
+                       "TAG": f"d{number}",
+                       "NET": f"10.77.{number}", "PORT": str(16000 + number), "SLURM_CONF": str(state / "slurm.conf"),
+                       "OMP_NUM_THREADS": "1"})
         up = subprocess.run(["bash", str(TESTBED), "up", "3"], env=cluster.environment, stdin=subprocess.DEVNULL,
                             capture_output=True, text=True)
         if up.returncode:

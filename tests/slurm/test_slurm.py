@@ -1,4 +1,5 @@
-"""On a real Slurm of three nodes: what is interrupted goes on to the very bits, what is cancelled stays so, bad nodes are left out."""
+"""On a real Slurm of three nodes: what is interrupted goes on to the very bits, what is cancelled stays so, bad nodes
+are left out."""
 from __future__ import annotations
 
 import hashlib
@@ -30,7 +31,8 @@ WHOLE_NODES = "cluster.slurm.extra=['--cpus-per-task=4']"
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     if os.geteuid() != 0 or missing:
-        pytest.skip(f"needs Debian's slurm-wlm, munge and iproute2 (no {', '.join(missing)})" if missing else "needs root")
+        pytest.skip(f"needs Debian's slurm-wlm, munge and iproute2 (no {', '.join(missing)})" if missing
+                    else "needs root")
     cluster = Slurm.start(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.stop()
@@ -47,10 +49,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(folder: Path) -> list[str]:
     """Two nodes with two processes each, ZeRO-3, in fp32 on the CPU."""
-    return [f"model.path={folder / 'm'}", train_on(folder / "rows.jsonl"), "cluster=slurm", "cluster.device=cpu", "cluster.nodes=2",
-            "cluster.procs_per_node=2", "cluster.timeout_seconds=60", "cluster.slurm.preflight=false", WHOLE_NODES, "model.dtype=fp32",
+    return [f"model.path={folder / 'm'}", train_on(folder / "rows.jsonl"), "cluster=slurm", "cluster.device=cpu",
+            "cluster.nodes=2",
+            "cluster.procs_per_node=2", "cluster.timeout_seconds=60", "cluster.slurm.preflight=false", WHOLE_NODES,
+            "model.dtype=fp32",
             f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}", "data.max_length=256",
-            "train.pairs_per_step=8", f"train.max_steps={STEPS}", "train.epochs=10", "train.save_every_steps=10", "optim.lr=1e-3"]
+            "train.pairs_per_step=8", f"train.max_steps={STEPS}", "train.epochs=10", "train.save_every_steps=10",
+            "optim.lr=1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,8 @@ def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(slu
     assert "state     done" in told and f"step      {STEPS} of {STEPS}" in told and "COMPLETED" in told
 
 
-def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str], straight: Path):
+def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str],
+                                                                      straight: Path):
     job = under_way(slurm, words, folder / "usr1")
     slurm.call("scancel", "--batch", "--signal=USR1", job)          # what Slurm itself sends ahead of the time limit
     slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
@@ -112,19 +118,24 @@ def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(slurm: Slu
     assert not (folder / "usr1" / "PREEMPTED").exists()
 
 
-def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str], straight: Path):
+def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str],
+                                                                        straight: Path):
     job = under_way(slurm, words, folder / "preempted")
-    urgent = slurm.call("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1").strip()
+    urgent = slurm.call("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null",
+                        "--wrap=sleep 1").strip()
     slurm.until_state(urgent, "RUNNING", "COMPLETED")
     assert slurm.show(job, "Restarts") == "1" and "SIGTERM" in (folder / "preempted" / "PREEMPTED").read_text()
     assert_went_on_to_the_same_bits(slurm, job, folder / "preempted", straight)
 
 
-def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(slurm: Slurm, folder: Path, words: list[str]):
+def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(slurm: Slurm, folder: Path,
+                                                                                words: list[str]):
     run_dir = folder / "cancelled"
     own = [*(word for word in words if not word.startswith("cluster")), "cluster.device=cpu", f"run.dir={run_dir}"]
-    job = slurm.call("env", f"PYTHON={sys.executable}", "PROCS_PER_NODE=2", "PREFLIGHT=no", "sbatch", "--parsable", "--nodes=2",
-                     "--cpus-per-task=4", f"--output={folder}/by-hand.out", REPO / "slurm" / "train.sbatch", *own).strip()
+    job = slurm.call("env", f"PYTHON={sys.executable}", "PROCS_PER_NODE=2", "PREFLIGHT=no", "sbatch", "--parsable",
+                     "--nodes=2",
+                     "--cpus-per-task=4", f"--output={folder}/by-hand.out", REPO / "slurm" / "train.sbatch",
+                     *own).strip()
     until_first_step(slurm, run_dir)
     slurm.call("scancel", job)
     slurm.until_state(job, "CANCELLED")
@@ -134,7 +145,8 @@ def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(
     assert "stopped early" in slurm.dpo_dist("status", run_dir)
 
 
-def test_a_power_cut_of_one_node_costs_only_the_steps_since_the_last_checkpoint(slurm: Slurm, folder: Path, words: list[str], straight: Path):
+def test_a_power_cut_of_one_node_costs_only_the_steps_since_the_last_checkpoint(slurm: Slurm, folder: Path,
+                                                                                words: list[str], straight: Path):
     job = under_way(slurm, words, folder / "power")
     slurm.until("a checkpoint", lambda: any((folder / "power" / "checkpoints").glob("*/COMPLETE")))
     slurm.testbed("kill", 2)
@@ -159,15 +171,18 @@ def in_its_environment(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_refused_job_takes_those_submitted_with_it_away(slurm: Slurm, folder: Path, monkeypatch: pytest.MonkeyPatch):
     in_its_environment(slurm, monkeypatch)
-    jobs = [BatchJob(name, f"#!/bin/bash\n#SBATCH --output=/dev/null --partition={partition}\nsleep 600\n", folder / f"{name}.sbatch", ())
+    jobs = [BatchJob(name, f"#!/bin/bash\n#SBATCH --output=/dev/null --partition={partition}\nsleep 600\n",
+                     folder / f"{name}.sbatch", ())
             for name, partition in (("accepted", "main"), ("refused", "nowhere"))]
     with pytest.raises(UserError, match="invalid partition"):
         submit_jobs(jobs)
-    slurm.until("its end", lambda: slurm.call("squeue", "--noheader", "--states=all", "--name=accepted.sbatch", "--format=%T").strip()
+    slurm.until("its end", lambda: slurm.call("squeue", "--noheader", "--states=all", "--name=accepted.sbatch",
+                                              "--format=%T").strip()
                 == "CANCELLED")
 
 
-def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: Slurm, monkeypatch: pytest.MonkeyPatch,
+                                                                        tmp_path: Path):
     nobody = tmp_path / "slurm.conf"                     # a controller's port where nothing listens
     nobody.write_text(re.sub("SlurmctldPort=.*", "SlurmctldPort=1", Path(slurm.environment["SLURM_CONF"]).read_text()))
     in_its_environment(slurm, monkeypatch)
@@ -180,17 +195,20 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: S
     assert "unknown: Slurm does not say" in Slurm(dict(os.environ)).dpo_dist("status", tmp_path)
 
 
-def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(slurm: Slurm, folder: Path, words: list[str]):
+def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(slurm: Slurm, folder: Path,
+                                                                                          words: list[str]):
     run_dir = folder / "bad_node"
     broken = f"cluster.slurm.setup=['export PYTHON=$([ $(hostname) = node2 ] && echo /nowhere/python || echo {sys.executable})']"
-    job = slurm.submit("train", [*words, "cluster.slurm.preflight=true", broken, "train.max_steps=2", f"run.dir={run_dir}"])["train"]
+    job = slurm.submit("train", [*words, "cluster.slurm.preflight=true", broken, "train.max_steps=2",
+                                 f"run.dir={run_dir}"])["train"]
     slurm.until_state(job, "COMPLETED", "FAILED", start_now=True)
     assert slurm.show(job, "JobState") == "COMPLETED", output(run_dir)
     assert "preflight failed: node2: " in output(run_dir) and "/nowhere/python" in output(run_dir)
     assert slurm.show(job, "ExcNodeList") == "node2" and "node1 node3: dpo_dist.train" in output(run_dir)
 
 
-def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(slurm: Slurm, folder: Path, words: list[str]):
+def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(slurm: Slurm, folder: Path,
+                                                                               words: list[str]):
     ids = slurm.submit("run", [*words[1:], f"model.path={folder / 'nothing'}", f"run.dir={folder / 'unscored'}"])
     slurm.until_state(ids["score"], "FAILED")
     slurm.until_state(ids["train"], "CANCELLED", seconds=120)
@@ -200,12 +218,15 @@ def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(s
 def served(*command: object) -> list[str]:
     """A reference whose servers are this command, on two nodes; the ranks are on one."""
     return ["cluster.nodes=1", "train.max_steps=2", "reference=vllm", "reference.nodes=2", "reference.audit.pairs=8",
-            "cluster.timeout_seconds=600", "reference.requests.wait_seconds=500", f"reference.server='{' '.join(map(str, command))}'"]
+            "cluster.timeout_seconds=600", "reference.requests.wait_seconds=500",
+            f"reference.server='{' '.join(map(str, command))}'"]
 
 
 def test_the_reference_is_served_from_nodes_of_its_own(slurm: Slurm, folder: Path, words: list[str]):
     run_dir, server = folder / "served", REPO / "tests" / "log_prob_server.py"
-    ids = slurm.submit("run", [*words, *served(sys.executable, server, "--model {model} --name {name} --host {host} --port {port}"),
+    ids = slurm.submit("run", [*words,
+                               *served(sys.executable, server,
+                                       "--model {model} --name {name} --host {host} --port {port}"),
                                f"reference.cache_dir={folder / 'served_reference'}", f"run.dir={run_dir}"])
     slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
     assert (run_dir / "DONE").exists(), output(run_dir, "score") + output(run_dir)
@@ -214,25 +235,31 @@ def test_the_reference_is_served_from_nodes_of_its_own(slurm: Slurm, folder: Pat
     servers = re.search(r"from http://(\S+):\d+, http://(\S+):\d+", told)
     assert ranks and servers and len({ranks[1], servers[1], servers[2]}) == 3
     assert f"scored {2 * PAIRS}, cached 0" in told and json.loads((run_dir / "parity.json").read_text())["servers"] == 2
-    assert metrics(run_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "the policy starts from the weights that are served"
-    slurm.until("the end of the servers", lambda: not slurm.call("squeue", "--noheader", "--jobs", ids["score"], code=None).strip())
+    assert metrics(run_dir)[0]["loss"] == pytest.approx(math.log(2),
+                                                        abs=1e-5), "the policy starts from the weights that are served"
+    slurm.until("the end of the servers", lambda: not slurm.call("squeue", "--noheader", "--jobs", ids["score"],
+                                                                 code=None).strip())
 
 
 def test_a_server_that_does_not_start_fails_the_scoring_at_once(slurm: Slurm, folder: Path, words: list[str]):
     run_dir, broken = folder / "unserved", folder / "broken.py"
     broken.write_text("raise SystemExit('out of memory')\n")
-    ids = slurm.submit("run", [*words, *served(sys.executable, broken, "{port}"), f"reference.cache_dir={folder / 'unserved_reference'}",
+    ids = slurm.submit("run", [*words, *served(sys.executable, broken, "{port}"),
+                               f"reference.cache_dir={folder / 'unserved_reference'}",
                                f"run.dir={run_dir}"])
     slurm.until_state(ids["score"], "FAILED", seconds=200)           # not after reference.requests.wait_seconds
     slurm.until_state(ids["train"], "CANCELLED", seconds=120)
-    assert re.search(r"error: node\d: reference.server=.* ended with code 1 before it answered: out of memory", output(run_dir, "score"))
+    assert re.search(r"error: node\d: reference.server=.* ended with code 1 before it answered: out of memory",
+                     output(run_dir, "score"))
 
 
-def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, words: list[str],
+                                                  monkeypatch: pytest.MonkeyPatch):
     in_its_environment(slurm, monkeypatch)
     small = [*words, "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none", "train.max_steps=2",
              "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'sweep_reference'}"]
-    trainings = [make_job([*small, "cluster.jobs_at_once=3", f"loss.beta={beta}", f"optim.lr={lr}"], (), folder / "sweep")
+    trainings = [make_job([*small, "cluster.jobs_at_once=3", f"loss.beta={beta}", f"optim.lr={lr}"], (),
+                          folder / "sweep")
                  for beta in (0.05, 0.1, 0.3) for lr in (5e-4, 1e-3)]
     (ids,) = submit(group_jobs(trainings, folder / "sweep"))
     wait_for([ids.score, ids.array], seconds_between=0.5)
@@ -251,7 +278,8 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
 
 def test_the_sweep_command_waits_for_its_jobs_and_compares_them(slurm: Slurm, folder: Path, words: list[str]):
     write_rows(folder / "eval.jsonl", 8, seed=5)
-    sweep = [*words, eval_on(folder / "eval.jsonl"), "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none", "train.max_steps=2",
+    sweep = [*words, eval_on(folder / "eval.jsonl"), "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none",
+             "train.max_steps=2",
              "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'command_reference'}",
              f"run.dir={folder / 'command'}", "loss.beta=0.05,0.3", "optim.lr=5e-4,1e-3"]
     first = slurm.dpo_dist("run", "-m", *sweep)

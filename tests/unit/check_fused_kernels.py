@@ -1,4 +1,5 @@
-"""SwiGLU and rotary embedding through Triton's kernels against torch's operations, in Triton's interpreter; run by test_fused.py."""
+"""SwiGLU and rotary embedding through Triton's kernels against torch's operations, in Triton's interpreter; run by
+test_fused.py."""
 from __future__ import annotations
 
 import itertools
@@ -8,7 +9,8 @@ import torch
 
 from dpo_dist.models import fused_kernels
 
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}       # the interpreter cuts bf16 off instead of rounding
+# the interpreter cuts bf16 off instead of rounding
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 def close(name: str, ours: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -18,11 +20,13 @@ def close(name: str, ours: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def check_swiglu(shape: tuple[int, ...], dtype: torch.dtype, strided: bool) -> None:
-    gate, up, grad = (3 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2] if strided else 3 * torch.randn(shape).to(dtype)
+    gate, up, grad = (3 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2] if strided
+                      else 3 * torch.randn(shape).to(dtype)
                       for _ in range(3))
     kept = [x.clone() for x in (gate, up, grad)]
     close(f"swiglu {shape}", fused_kernels.swiglu(gate, up), plain.swiglu(gate, up))
-    for ours, wanted in zip(fused_kernels.swiglu_backward(grad, gate, up), plain.swiglu_backward(grad, gate, up), strict=True):
+    for ours, wanted in zip(fused_kernels.swiglu_backward(grad, gate, up), plain.swiglu_backward(grad, gate, up),
+                            strict=True):
         close(f"swiglu backward {shape}", ours, wanted)
     assert all(torch.equal(a, b) for a, b in zip(kept, (gate, up, grad), strict=True)), "written in place"
 
@@ -42,7 +46,8 @@ def check_rotary(rows: int, tokens: int, heads: int, width: int, dtype: torch.dt
 def main() -> None:
     torch.manual_seed(0)
     for dtype in BOUND:
-        for shape, strided in (((1, 7, 48), False), ((5, 2048), False), ((2, 3, 683), False), ((3, 40), True), ((0, 8), False)):
+        for shape, strided in (((1, 7, 48), False), ((5, 2048), False), ((2, 3, 683), False), ((3, 40), True),
+                               ((0, 8), False)):
             check_swiglu(shape, dtype, strided)
         check_rotary(1, 0, 4, 8, dtype, True, True)
         check_rotary(1, 2, 40, 128, dtype, True, True)                     # more heads than one program takes

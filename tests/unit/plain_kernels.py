@@ -1,4 +1,5 @@
-"""What the kernels of models/fused_kernels.py compute, in torch's own operations: at least fp32 inside, rounded once."""
+"""What the kernels of models/fused_kernels.py compute, in torch's own operations: at least fp32 inside, rounded
+once."""
 from __future__ import annotations
 
 import torch
@@ -17,7 +18,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide(x) * scale * weight).to(x.dtype), scale
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor,
+                  wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
     normalized, upstream = wide(x) * scale, wide(grad) * weight
     of_x = (upstream - normalized * (upstream * normalized).mean(-1, keepdim=True)) * scale
     of_weight = (wide(grad) * normalized).flatten(0, -2).sum(0)

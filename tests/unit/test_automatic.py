@@ -14,7 +14,8 @@ from dpo_dist.sizing.shape import model_shape
 EIGHT = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256})
 SMALL = model_shape({"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                     "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True})
+                     "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+                     "tie_word_embeddings": True})
 LENGTHS = Lengths(1024, 1024, 768, 1000, "made up")
 
 
@@ -59,7 +60,8 @@ def test_the_lowest_stage_that_fits_is_taken():
 def test_what_a_person_sets_stays_and_only_the_rest_is_chosen():
     assert chosen(config("zero=auto", "model.gradient_checkpointing=true"), 8)[1] is True
     assert chosen(config("zero=zero3", "model.gradient_checkpointing=7"), 8) == (3, 7)
-    assert choose(config("zero=zero3", "model.gradient_checkpointing=7"), EIGHT, LENGTHS, Hardware(1, 8, GPU_80GB)).line is None
+    assert choose(config("zero=zero3", "model.gradient_checkpointing=7"), EIGHT, LENGTHS,
+                  Hardware(1, 8, GPU_80GB)).line is None
 
 
 def test_the_line_names_the_keys_and_the_predicted_memory():
@@ -83,8 +85,10 @@ def test_a_model_of_unknown_sizes_takes_the_least_on_a_gpu_and_the_fastest_on_a_
 
 @pytest.mark.parametrize(("overrides", "ranks", "width", "wanted"), [
     ((), 1, 2, [None]), ((), 8, 2, [2, 3]), ((), 8, 4, [0, 1, 2, 3]), (("zero.offload_parameters=cpu",), 8, 2, [3]),
-    (("zero.offload_optimizer=cpu",), 1, 2, [2]), (("zero.secondary_partition=8",), 16, 2, [3]), (("zero.stage=1",), 8, 2, [1])])
-def test_stages_that_other_keys_rule_out_are_not_chosen(overrides: tuple[str, ...], ranks: int, width: int, wanted: list[int | None]):
+    (("zero.offload_optimizer=cpu",), 1, 2, [2]), (("zero.secondary_partition=8",), 16, 2, [3]),
+    (("zero.stage=1",), 8, 2, [1])])
+def test_stages_that_other_keys_rule_out_are_not_chosen(overrides: tuple[str, ...], ranks: int, width: int,
+                                                        wanted: list[int | None]):
     assert stages(config("zero=auto", *overrides), ranks, width) == wanted
 
 

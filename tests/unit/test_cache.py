@@ -16,7 +16,8 @@ from dpo_dist.runtime.world import World
 KEY = ReferenceKey("weights", "float32")
 
 
-def filled(folder: Path, entries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]], key: ReferenceKey = KEY) -> LogpCache:
+def filled(folder: Path, entries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]],
+           key: ReferenceKey = KEY) -> LogpCache:
     cache = LogpCache(str(folder), key)
     writer = ShardWriter(cache)
     for (prompt, completion), values in entries.items():
@@ -39,7 +40,8 @@ def test_what_was_written_is_read_back_by_its_tokens(tmp_path: Path):
 
 def test_one_changed_token_is_a_miss_and_so_is_a_moved_boundary(tmp_path: Path):
     cache = filled(tmp_path, {((1, 2), (3, 4)): [-1.0, -2.0]})
-    others = (((1, 2), (3, 5)), ((1, 9), (3, 4)), ((1,), (2, 3, 4)), ((1, 2, 3), (4,)), ((1, 2, 0), (3, 4)), ((1, 2), (3, 4, 0)))
+    others = (((1, 2), (3, 5)), ((1, 9), (3, 4)), ((1,), (2, 3, 4)), ((1, 2, 3), (4,)), ((1, 2, 0), (3, 4)),
+              ((1, 2), (3, 4, 0)))
     for prompt, completion in others:
         assert sequence_key(prompt, completion) not in cache
         with pytest.raises(KeyError):
@@ -104,8 +106,11 @@ def test_values_of_fused_kernels_in_bf16_have_a_key_of_their_own_and_exact_ones_
 
     def key(dtype: torch.dtype, fused: bool, *more: str) -> ReferenceKey:
         config = compose([f"model.path={folder}", "cluster.device=cpu", *more])
-        return reference_key(config.reference, "weights", Setup(folder, dtype, "branch", world, fused=fused), quantized=None)
+        return reference_key(config.reference, "weights", Setup(folder, dtype, "branch", world, fused=fused),
+                             quantized=None)
 
-    assert key(torch.bfloat16, True) != key(torch.bfloat16, False) and "fused kernels" in key(torch.bfloat16, True).recipe
+    assert key(torch.bfloat16, True) != key(torch.bfloat16, False) and "fused kernels" in key(torch.bfloat16,
+                                                                                              True).recipe
     assert key(torch.float32, True) == key(torch.float32, False)
-    assert key(torch.bfloat16, True, "reference.offload=disk") == key(torch.bfloat16, False), "read from disk, the model's own code computes"
+    assert key(torch.bfloat16, True, "reference.offload=disk") == key(torch.bfloat16,
+                                                                      False), "read from disk, the model's own code computes"

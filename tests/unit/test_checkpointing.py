@@ -29,12 +29,14 @@ from dpo_dist.models.load import _without_dropout, add_lora
 
 CONFIGS = [LlamaConfig, Qwen2Config, Qwen3Config, Gemma2Config, GPT2Config, MixtralConfig]
 HOWS: list[bool | int] = [True, 0, 1, 2]
-PACK = pack_sequences([Sequences(tuple(range(3, 13)), (tuple(range(13, 21)), tuple(range(21, 27)))), Sequences((5, 6, 7), ((8, 9),))])
+PACK = pack_sequences([Sequences(tuple(range(3, 13)), (tuple(range(13, 21)), tuple(range(21, 27)))),
+                       Sequences((5, 6, 7), ((8, 9),))])
 
 
 def small(kind: Any, attention: str = "branch") -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(shrink(kind())), attn_implementation=attention, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(shrink(kind())), attn_implementation=attention,
+                                             dtype=torch.float32).train()
     _without_dropout(model)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -77,7 +79,8 @@ def kept_storages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def kept_tensors(storages: list[Any]) -> list[Tensor]:
     calls = [call for storage in storages for of_operator in storage.values()
              for call in (of_operator.values() if isinstance(of_operator, dict) else of_operator)]
-    outputs = [getattr(output, "val", None) for call in calls for output in (call if isinstance(call, tuple | list) else [call])]
+    outputs = [getattr(output, "val", None) for call in calls
+               for output in (call if isinstance(call, tuple | list) else [call])]
     return [output for output in outputs if isinstance(output, Tensor)]
 
 

@@ -36,38 +36,44 @@ MISTAKES = {
     "loss.f_alpha=0.5 needs loss.f_divergence=alpha_divergence": ["loss.f_alpha=0.5"],
     "a weighted sum takes loss.name=mixture": ["loss.terms={sft: 1}"],
     "loss.beta has another default for 'simpo'": ["loss.name=mixture", "loss.terms={sigmoid: 1, simpo: 1}"],
-    "loss.ld_alpha=0.5 does not go with a loss that sorts": ["loss.name=mixture", "loss.terms={aot: 1, sigmoid: 1}", "loss.ld_alpha=0.5"],
+    "loss.ld_alpha=0.5 does not go with a loss that sorts": ["loss.name=mixture", "loss.terms={aot: 1, sigmoid: 1}",
+                                                             "loss.ld_alpha=0.5"],
     "loss.label_smoothing=0.0 must be greater than 0": ["loss=robust", "loss.label_smoothing=0"],
     "loss.label_smoothing=0.7 must be between 0 and 0.5": ["loss.label_smoothing=0.7"],
     "reference.engine=adapter_off needs a LoRA policy": ["reference=adapter_off"],
-    "adapter_off takes the policy's own base weights": ["reference=adapter_off", "model.lora.rank=4", "reference.path=other"],
+    "adapter_off takes the policy's own base weights": ["reference=adapter_off", "model.lora.rank=4",
+                                                        "reference.path=other"],
     "reference.offload='cpu' is not allowed: one of: disk, none with reference=hf; it goes with reference=zero": ["reference.offload=cpu"],
     "with reference=zero; it goes with reference=hf": ["reference=zero", "reference.offload=disk"],
     "unknown key 'reference.tensor_parallel_size': it goes with reference=tensor_parallel or reference=vllm": [
         "reference.tensor_parallel_size=2"],
     "reference.path=r would do nothing: loss.name=simpo uses no reference": ["loss=simpo", "reference.path=r"],
     "unknown key 'reference.urls': it goes with reference=vllm": ["reference.urls=[http://a]"],
-    "reference.urls=('http://a',) and reference.server=python are both set": ["reference=vllm", "reference.urls=[http://a]",
+    "reference.urls=('http://a',) and reference.server=python are both set": ["reference=vllm",
+                                                                              "reference.urls=[http://a]",
                                                                               "reference.server=python"],
     "reference.server=podman run x has no {port}": ["reference=vllm", "reference.server='podman run x'"],
     "optim.betas=[0.9, 1.5] must each be at least 0 and less than 1": ["optim.betas=[0.9,1.5]"],
     "optim.eps=-1.0 must be greater than 0": ["optim.eps=-1"],
     "model.lora.rank=-4 must be 0 (no adapters) or greater": ["model.lora.rank=-4"],
     "zero.persistence_threshold=5 does nothing with zero.stage=2": ["zero=zero2", "zero.persistence_threshold=5"],
-    "is for the nodes of reference.nodes, which is not set": ["cluster=slurm", "cluster.slurm.server_extra=['--mem=0']"],
+    "is for the nodes of reference.nodes, which is not set": ["cluster=slurm",
+                                                              "cluster.slurm.server_extra=['--mem=0']"],
     "cluster.slurm.server_extra has 'mem'": ["cluster=slurm", "reference=vllm", "reference.server=p",
                                              "reference.nodes=1", "cluster.slurm.server_extra=[mem]"],
     "reference.nodes=2 needs servers to start there": ["reference=vllm", "cluster=slurm", "reference.nodes=2"],
     "reference.nodes=2 are nodes that Slurm gives": ["reference=vllm", "reference.server=python", "reference.nodes=2"],
     "unknown key 'reference.nodes': it goes with reference=vllm": ["cluster=slurm", "reference.nodes=2"],
-    "reference.tensor_parallel_size=2 does nothing with reference.engine=vllm": ["reference=vllm", "reference.tensor_parallel_size=2"],
+    "reference.tensor_parallel_size=2 does nothing with reference.engine=vllm": ["reference=vllm",
+                                                                                 "reference.tensor_parallel_size=2"],
     "reference.audit.pairs=0 must be greater than 0": ["reference=vllm", "reference.audit.pairs=0"],
     "reference.requests.wait_seconds=2000.0 must be less than cluster.timeout_seconds": ["reference=vllm",
                                                                                           "reference.requests.wait_seconds=2000"],
     "unknown key 'tracking.mode': it goes with tracking=wandb": ["tracking=tensorboard", "tracking.mode=offline"],
     "reference.engine='vlm' is not allowed: did you mean 'vllm'": ["reference.engine=vlm", "reference=hf"],
     "reference=vlm is not a choice: did you mean 'vllm'": ["reference.engine=vlm"],
-    "loss=mixture is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set loss.name=mixture and loss.terms": [
+    "loss=mixture is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set loss.name=mixture and "
+    "loss.terms": [
         "loss=mixture"],
     "experiment=nowhere.yaml: there is no such file": ["experiment=nowhere.yaml"],
     "zero.offload_parameters=cpu needs zero.stage=3": ["zero=zero2", "zero.offload_parameters=cpu"],
@@ -75,7 +81,8 @@ MISTAKES = {
     "model.gradient_checkpointing='some' is not allowed: one of auto, true or false, a whole number": ["model.gradient_checkpointing=some"],
     "zero.secondary_partition=2 does nothing with zero.stage=2": ["zero=zero2", "zero.secondary_partition=2"],
     "zero.secondary_partition=1 must be": ["zero.secondary_partition=1"],
-    "zero.secondary_partition=8 does not divide the 12 ranks": ["zero.secondary_partition=8", "cluster.procs_per_node=12"],
+    "zero.secondary_partition=8 does not divide the 12 ranks": ["zero.secondary_partition=8",
+                                                                "cluster.procs_per_node=12"],
     "zero.reduce_dtype=fp32 does nothing with zero.stage=null": ["zero=none", "zero.reduce_dtype=fp32"],
     "zero.stage=null is plain torch in one process": ["zero=none", "cluster.procs_per_node=2"],
     "which DeepSpeed's zero.stage=0 has not": ["zero=zero0", "model.dtype=bf16"],
@@ -83,15 +90,20 @@ MISTAKES = {
     "model.lora.target_modules=('nope',) does nothing while model.lora.rank=0": ["model.lora.target_modules=[nope]"],
     "train.eval_every_steps=5 has nothing to evaluate": ["train.eval_every_steps=5"],
     "reference.mode=live would do nothing: loss.name=orpo uses no reference": ["loss=orpo", "reference.mode=live"],
-    "reference.mode=ahead scores beside training, but": ["reference=adapter_off", "model.lora.rank=4", "reference.mode=ahead"],
+    "reference.mode=ahead scores beside training, but": ["reference=adapter_off", "model.lora.rank=4",
+                                                         "reference.mode=ahead"],
     "reference.procs=2 would do nothing": ["reference.procs=2"],
     "reference.sync.alpha=0.5 would do nothing": ["reference.sync.alpha=0.5"],
-    "reference.sync.alpha=0.5 would do nothing: reference.sync.mode=hard": ["reference.sync.mode=hard", "reference.sync.alpha=0.5"],
+    "reference.sync.alpha=0.5 would do nothing: reference.sync.mode=hard": ["reference.sync.mode=hard",
+                                                                            "reference.sync.alpha=0.5"],
     "reference.sync.every_steps is not set; set": ["reference.sync.mode=hard", "reference.mode=live"],
-    "reference.sync.alpha=1.5 must be greater than 0 and at most 1": ["reference.sync={mode: soft, alpha: 1.5, every_steps: 2}"],
+    "reference.sync.alpha=1.5 must be greater than 0 and at most 1": ["reference.sync={mode: soft, alpha: 1.5, "
+                                                                      "every_steps: 2}"],
     "(reference.mode=cached); set reference.mode=live": ["reference.sync={mode: hard, every_steps: 2}"],
-    "(reference.mode=ahead); set reference.mode=live": ["reference.sync={mode: hard, every_steps: 2}", "reference.mode=ahead"],
-    "which reference.engine=adapter_off does not have at hand": ["reference=adapter_off", "model.lora.rank=4", "reference.mode=live",
+    "(reference.mode=ahead); set reference.mode=live": ["reference.sync={mode: hard, every_steps: 2}",
+                                                        "reference.mode=ahead"],
+    "which reference.engine=adapter_off does not have at hand": ["reference=adapter_off", "model.lora.rank=4",
+                                                                 "reference.mode=live",
                                                                  "reference.sync={mode: hard, every_steps: 2}"],
     "needs a policy that trains whole weights; set model.lora.rank=0": ["model.lora.rank=4", "reference.mode=live",
                                                                         "reference.sync={mode: hard, every_steps: 2}"],
@@ -100,10 +112,13 @@ MISTAKES = {
     "unknown key 'cluster.slurm.partition': it goes with cluster=slurm": ["cluster.slurm.partition=gpu"],
     "cluster.nodes=2 with cluster=local: one machine cannot start others": ["cluster.nodes=2"],
     "cluster.environment.OMP_NUM_THREADS is not a setting of the network": ["cluster.environment={OMP_NUM_THREADS: 4}"],
-    "cluster.procs_per_node=null: from here the nodes' devices cannot be counted": ["cluster=slurm", "cluster.procs_per_node=null"],
+    "cluster.procs_per_node=null: from here the nodes' devices cannot be counted": ["cluster=slurm",
+                                                                                    "cluster.procs_per_node=null"],
     "cluster.slurm.signal_seconds=0 must be greater than 0": ["cluster=slurm", "cluster.slurm.signal_seconds=0"],
-    "cluster.slurm.extra has 'mem=0', which is not an option of sbatch": ["cluster=slurm", "cluster.slurm.extra=['mem=0']"],
-    "does nothing without cluster.slurm.container_image": ["cluster=slurm", "cluster.slurm.container_mounts=['/data:/data']"],
+    "cluster.slurm.extra has 'mem=0', which is not an option of sbatch": ["cluster=slurm",
+                                                                          "cluster.slurm.extra=['mem=0']"],
+    "does nothing without cluster.slurm.container_image": ["cluster=slurm",
+                                                           "cluster.slurm.container_mounts=['/data:/data']"],
     "cannot read the override 'data.train=['": ["data.train=["],
 }
 
@@ -122,7 +137,8 @@ def test_a_command_without_a_model_says_so():
 
 def test_the_command_answers_a_mistake_with_exit_code_2_and_no_traceback_and_without_torch():
     script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", script, "train", "model.path=m", "optim.learning_rate=1"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, "train", "model.path=m", "optim.learning_rate=1"],
+                          capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown key 'optim.learning_rate'")
     assert len(done.stderr.splitlines()) == 1
@@ -139,7 +155,8 @@ def test_help_lists_every_key_of_the_configuration():
     listed = {key for key, _, _ in documented_keys()}
     for group in ("model", "data", "reference", "optim", "train", "zero", "cluster", "run"):
         for key, value in config[group].items():
-            assert f"{group}.{key}" in listed or any(f"{group}.{key}.{k}" in listed for k in (value or {})), f"{group}.{key}"
+            assert f"{group}.{key}" in listed or any(f"{group}.{key}.{k}" in listed
+                                                     for k in (value or {})), f"{group}.{key}"
 
 
 def test_every_group_choice_composes():
@@ -183,7 +200,8 @@ def test_the_key_that_names_a_variant_chooses_it_as_its_group_does():
 def test_a_path_alone_is_a_data_set():
     config = compose(["model.path=m", "data.train=pairs.jsonl", "data.eval=held_out.jsonl"])
     assert [d.path for d in (*config.data.train, *config.data.eval)] == ["pairs.jsonl", "held_out.jsonl"]
-    assert config.data == compose(["model.path=m", "data.train=[{path: pairs.jsonl}]", "data.eval=[held_out.jsonl]"]).data
+    assert config.data == compose(["model.path=m", "data.train=[{path: pairs.jsonl}]",
+                                   "data.eval=[held_out.jsonl]"]).data
 
 
 def test_an_experiment_may_be_a_file_of_ones_own(tmp_path: Path):
@@ -216,6 +234,7 @@ def test_every_field_says_what_it_decides_and_only_what_is_trained_names_a_run()
 
 @pytest.mark.parametrize("words, digest", [
     ([], "7463e6e54e6c"), (["reference=zero", "reference.offload=cpu"], "7463e6e54e6c"), (["loss=mpo"], "a1af4e3be3ff"),
-    (["data.train=[a,{path: b,weight: 2}]", "model.lora.rank=3"], "0031caaee526"), (["reference=vllm", "cluster=slurm"], "7463e6e54e6c")])
+    (["data.train=[a,{path: b,weight: 2}]", "model.lora.rank=3"], "0031caaee526"),
+    (["reference=vllm", "cluster=slurm"], "7463e6e54e6c")])
 def test_runs_and_caches_of_before_are_found_again(words: list[str], digest: str):
     assert compose(["model.path=m", *words]).identity()[:12] == digest

@@ -22,11 +22,14 @@ LEFT_OUT = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_
 
 
 def doctor(folder: Path, *words: object, code: int, path: Path | None = None, **environment: str) -> dict[str, str]:
-    """{check: what it said, with its remedy} of a doctor that was run in `folder`; `path` goes before all other packages."""
+    """{check: what it said, with its remedy} of a doctor that was run in `folder`; `path` goes before all other
+    packages."""
     clean = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     packages = os.pathsep.join([*([str(path)] if path else []), str(REPO)])
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "doctor", "cluster.device=cpu", *map(str, words)], cwd=folder,
-                          capture_output=True, text=True, timeout=120, env={**clean, "PYTHONPATH": packages, **environment})
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "doctor", "cluster.device=cpu",
+                           *map(str, words)], cwd=folder,
+                          capture_output=True, text=True, timeout=120,
+                          env={**clean, "PYTHONPATH": packages, **environment})
     assert done.returncode == code, done.stdout + done.stderr
     said: dict[str, str] = {}
     for line in done.stdout.splitlines():
@@ -63,7 +66,8 @@ def free_port() -> int:
 
 def test_on_a_sound_machine_all_is_green_and_nothing_is_left_behind(tmp_path: Path):
     said = doctor(tmp_path, code=0)
-    assert [name for name in said if name != "slurm"] == ["versions", "devices", "compiled ops", "ports", "shared folder", "clock", "disk"]
+    assert [name for name in said if name != "slurm"] == ["versions", "devices", "compiled ops", "ports",
+                                                          "shared folder", "clock", "disk"]
     assert "torch 2" in said["versions"] and "cores" in said["devices"] and "none needed" in said["compiled ops"]
     assert list(tmp_path.iterdir()) == []
 
@@ -82,7 +86,8 @@ def test_a_version_outside_the_supported_range_is_red(tmp_path: Path):
 
 
 def test_a_torch_that_does_not_load_and_a_gpu_that_is_not_there_are_red(tmp_path: Path):
-    broken = package(tmp_path / "broken", "torch", "raise ImportError('libcudart.so.12: cannot open shared object file')")
+    broken = package(tmp_path / "broken", "torch", "raise ImportError('libcudart.so.12: cannot open shared object "
+                                                   "file')")
     said = doctor(tmp_path, code=1, path=broken)
     assert "devices" in red(said) and "libcudart.so.12: cannot open" in said["devices"]
     hidden = doctor(tmp_path, "cluster.device=cuda", code=1, CUDA_VISIBLE_DEVICES="")
@@ -113,7 +118,8 @@ def test_an_interface_that_is_not_there_is_red_and_a_real_one_green(tmp_path: Pa
 
 
 def test_an_unknown_master_address_is_red(tmp_path: Path):
-    said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid", GLOO_SOCKET_IFNAME="lo")
+    said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid",
+                  GLOO_SOCKET_IFNAME="lo")
     assert "MASTER_ADDR=nobody.invalid has no address" in said["ports"]
 
 
@@ -131,7 +137,8 @@ def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
 
 
 def test_a_clock_that_is_off_the_file_systems_is_red(tmp_path: Path):
-    late = package(tmp_path / "late", "sitecustomize", "import time\nreal = time.time\ntime.time = lambda: real() - 3600\n")
+    late = package(tmp_path / "late", "sitecustomize", "import time\nreal = time.time\ntime.time = lambda: real() - "
+                                                       "3600\n")
     said = doctor(tmp_path, "zero=none", code=1, path=late)
     assert red(said) == ["clock"] and "-3600 s off" in said["clock"] and "NTP" in said["clock"]
 
@@ -141,7 +148,8 @@ def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
         pytest.skip("mounting needs root")
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True,
+                             text=True)
     if mounted.returncode:
         pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
     try:
@@ -160,12 +168,14 @@ def test_the_room_that_is_asked_for_is_what_checkpoints_and_model_take(zero: str
                                                                       monkeypatch: pytest.MonkeyPatch):
     write_tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
     write_rows(tmp_path / "rows.jsonl", 8)
-    words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"zero={zero}", f"run.dir={tmp_path / 'run'}"]
+    words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"zero={zero}",
+             f"run.dir={tmp_path / 'run'}"]
     dpo_dist("train", *words, "train.pairs_per_step=4", "train.max_steps=2", "train.save_every_steps=1")
     left = [tmp_path / "run" / "checkpoints", tmp_path / "run" / "model"]
     written = sum(file.stat().st_size for folder in left for file in folder.rglob("*") if file.is_file())
     monkeypatch.setattr(folders, "LEAST_FREE_GIB", 0)            # the run is smaller than the least that is asked for
-    needed, why = folders.needed_bytes(compose([*words, "train.keep_checkpoints=1"]))        # 1 and the one being written: 2
+    # 1 and the one being written: 2
+    needed, why = folders.needed_bytes(compose([*words, "train.keep_checkpoints=1"]))
     assert "2 checkpoints" in why
     assert needed == pytest.approx(written, rel=0.05)
 
@@ -179,11 +189,13 @@ def test_wandb_online_needs_a_login_and_a_server_that_answers(tmp_path: Path):
     said = doctor(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
     assert "127.0.0.1 does not answer" in said["wandb"] and "tracking.mode=offline" in said["wandb"]
     with listening() as port:
-        said = doctor(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}, WANDB_API_KEY="k" * 40)
+        said = doctor(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"},
+                      WANDB_API_KEY="k" * 40)
     assert "a login is there" in said["wandb"]
 
 
-def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_need_it(tmp_path: Path,
+                                                                                      monkeypatch: pytest.MonkeyPatch):
     sinfo = tmp_path / "bin" / "sinfo"
     sinfo.parent.mkdir()
 
@@ -193,7 +205,8 @@ def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_ne
         return doctor(tmp_path, "zero=none", code=0, PATH=f"{sinfo.parent}:{os.environ['PATH']}")["slurm"]
 
     assert "gpu (4 nodes idle)" in say("echo gpu 4 idle")
-    assert "Unable to contact slurm controller; only cluster=slurm needs it" in say("echo Unable to contact slurm controller >&2; exit 1")
+    assert "Unable to contact slurm controller; only cluster=slurm needs it" in say("echo Unable to contact slurm "
+                                                                                    "controller >&2; exit 1")
 
     config = compose(["model.path=m"])
     on_slurm = compose(["model.path=m", "cluster=slurm"])

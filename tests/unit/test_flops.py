@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
 
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.sizing.flops import Flops
@@ -18,14 +26,17 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "nu
 @pytest.mark.parametrize("config", [
     LlamaConfig(**SHAPE), LlamaConfig(**SHAPE, tie_word_embeddings=True), Qwen3Config(**SHAPE, head_dim=16),
     GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96),
-    MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)], ids=["llama", "llama, tied", "qwen3", "gpt2", "mixtral"])
+    MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)],
+                         ids=["llama", "llama, tied", "qwen3", "gpt2", "mixtral"])
 def test_a_models_flops_are_those_that_torch_counts(config: AutoConfig):
-    config._experts_implementation = "eager"                                        # its grouped products go uncounted by torch
+    # its grouped products go uncounted by torch
+    config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.arange(T)[None], use_cache=False)
     flops = forward_flops(config)
-    whole_square = sum(per_key for per_key, _ in flops.attention) * T * T           # eager computes the masked half as well
+    # eager computes the masked half as well
+    whole_square = sum(per_key for per_key, _ in flops.attention) * T * T
     rope = 2 * T * 8 if "Llama" in type(config).__name__ or "Mixtral" in type(config).__name__ else 2 * T * 16
     expected = (flops.per_token + flops.per_completion_token) * T + whole_square
     assert counter.get_total_flops() == pytest.approx(expected, abs=rope)

@@ -28,7 +28,18 @@ from transformers import (
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig
 from dpo_dist.models.checkpointing import checkpoint_layers
-from dpo_dist.models.fused import NORM, ROTARY, SWIGLU, Kernels, Norm, Rotary, SwiGLU, choose_kernels, fuse, fused_misfit
+from dpo_dist.models.fused import (
+    NORM,
+    ROTARY,
+    SWIGLU,
+    Kernels,
+    Norm,
+    Rotary,
+    SwiGLU,
+    choose_kernels,
+    fuse,
+    fused_misfit,
+)
 from dpo_dist.models.load import add_lora
 
 ALL = {NORM, SWIGLU, ROTARY}
@@ -43,9 +54,11 @@ CPU = torch.device("cpu")
 
 
 def close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    """The same gradients; transformers' norms round to fp32 within fp64, and a gradient of 0 has no digits of its own."""
+    """The same gradients; transformers' norms round to fp32 within fp64, and a gradient of 0 has no digits of its
+    own."""
     scale = max(g.norm() for g in wanted.values())
-    return got.keys() == wanted.keys() and all((got[n] - g).norm() < 2e-6 * (g.norm() + 1e-2 * scale) for n, g in wanted.items())
+    return got.keys() == wanted.keys() and all((got[n] - g).norm() < 2e-6 * (g.norm() + 1e-2 * scale) for n,
+                                               g in wanted.items())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.model_type)
@@ -53,7 +66,8 @@ def test_what_computes_as_llama_does_is_replaced_and_nothing_else(kind: Any):
     assert set(fuse(small(kind), PLAIN)) == KINDS[kind]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (GPT2Config, MixtralConfig)], ids=lambda kind: kind.model_type)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (GPT2Config, MixtralConfig)],
+                         ids=lambda kind: kind.model_type)
 def test_hidden_states_and_gradients_are_the_models_own_in_fp64(kind: Any):
     own = small(kind).double()
     with torch.no_grad():
@@ -155,6 +169,7 @@ def test_fused_is_refused_by_name_where_it_cannot_be_had():
         choose_kernels("fused", LlamaConfig(), torch.float32, CPU)
 
 
-@pytest.mark.skipif(interpreter.MISSING, reason="triton is not installed: `make` puts it beside the environment on x86-64")
+@pytest.mark.skipif(interpreter.MISSING, reason="triton is not installed: `make` puts it beside the environment on "
+                                                "x86-64")
 def test_tritons_kernels_compute_what_torchs_operations_compute():
     interpreter.check("check_fused_kernels.py")

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.sh works before there is a card to run it on: everything in it, small, on the CPU, with figures that mean something there."""
+"""benchmarks/gpu.sh works before there is a card to run it on: everything in it, small, on the CPU, with figures that
+mean something there."""
 from __future__ import annotations
 
 import json
@@ -17,8 +18,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 def smoke(out: Path, call: str) -> dict[str, dict[str, Any]]:
     """{"part/case": row} of a call."""
-    done = subprocess.run(["bash", "benchmarks/gpu.sh", call, "--cpu-smoke", "--out", out], cwd=REPO, capture_output=True, text=True,
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TMPDIR": str(out), "WHEELS": "none"})
+    done = subprocess.run(["bash", "benchmarks/gpu.sh", call, "--cpu-smoke", "--out", out], cwd=REPO,
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TMPDIR": str(out),
+                               "WHEELS": "none"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     rows = json.loads((out / f"gpu-CPU-{call}.json").read_text())["rows"]
     return {f"{row['part']}/{row['case']}": row for row in rows}

@@ -14,7 +14,8 @@ from dpo_dist.sizing.logit_blocks import Blocks, plan_blocks
 TOKENS, HIDDEN, VOCABULARY = 11, 7, 13
 
 
-def plain(hidden: Tensor, head: nn.Linear, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def plain(hidden: Tensor, head: nn.Linear, targets: Tensor, scale: float,
+          softcap: float | None) -> tuple[Tensor, Tensor]:
     """(log-probs of the targets, log of the sum over the vocabulary of p²) by the textbook."""
     logits = head(hidden) * scale
     if softcap is not None:
@@ -91,7 +92,8 @@ def test_blocks_kept_from_forward_give_the_gradients_of_blocks_computed_again(ke
     hidden, head, targets, upstream = example(bias=True)
     inputs = [hidden, *head.parameters()]
     expected = torch.autograd.grad(plain(hidden, head, targets, 1.0, None)[0] @ upstream, inputs)
-    values, _ = BlockwiseLogps.apply(hidden, head.weight, head.bias, targets, 1.0, None, False, True, Blocks(VOCABULARY, 4, kept), PLAIN)
+    values, _ = BlockwiseLogps.apply(hidden, head.weight, head.bias, targets, 1.0, None, False, True,
+                                     Blocks(VOCABULARY, 4, kept), PLAIN)
     torch.testing.assert_close(torch.autograd.grad(values @ upstream, inputs), expected, rtol=0, atol=1e-12)
 
 
@@ -112,10 +114,12 @@ def test_a_pack_without_completion_tokens_has_no_log_probs() -> None:
     (4_096, 131_072, 4, "cpu", Blocks(131_072, 4_096, 1)),
     (10**6, 512, 4, "cpu", Blocks(512, 256, 1)),                          # never narrower than a product is worth
     (0, 512, 4, "cpu", Blocks(512, 2**24, 1))])
-def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(rows: int, vocabulary: int, bytes_each: int, device: str, wanted: Blocks):
+def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(rows: int, vocabulary: int, bytes_each: int,
+                                                                   device: str, wanted: Blocks):
     blocks = plan_blocks(rows, vocabulary, bytes_each, device)
     assert blocks == wanted and blocks.width % 256 == 0
-    assert [at for first, end in blocks.spans for at in range(first, end)] == list(range(vocabulary)), "every column once, in order"
+    assert [at for first, end in blocks.spans
+            for at in range(first, end)] == list(range(vocabulary)), "every column once, in order"
 
 
 def test_kernels_are_tried_before_they_are_used_and_wrong_ones_are_found_out() -> None:
@@ -132,4 +136,5 @@ def test_kernels_are_tried_before_they_are_used_and_wrong_ones_are_found_out() -
     assert trial(Passes(PLAIN.absorb, forgets_the_target), here, torch.bfloat16) > TRIAL_ERROR
     assert trial(Passes(doubles_the_normalizer, PLAIN.differentiate), here, torch.bfloat16) > TRIAL_ERROR
     if not torch.cuda.is_available():
-        assert "Error" in str(kernels_misfit(torch.device("cuda", 0))), "there is no GPU, or no Triton: the reason is told"
+        assert "Error" in str(kernels_misfit(torch.device("cuda",
+                                                          0))), "there is no GPU, or no Triton: the reason is told"

@@ -34,8 +34,10 @@ def directives(script: str) -> list[str]:
 def variables(script: str) -> dict[str, str]:
     """What the settings of a rendered script are worth to a shell."""
     block = script.partition("# >>> settings")[2].partition("# <<< settings")[0]
-    done = subprocess.run(["bash", "-c", block + "\nfor v in PYTHON MODULE PROCS_PER_NODE RUN_DIR TASKS PREFLIGHT; do echo $v=${!v}; done; "
-                           'echo "CONTAINER=${CONTAINER[*]}"; declare -f setup'], capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "-c", block + "\nfor v in PYTHON MODULE PROCS_PER_NODE RUN_DIR TASKS PREFLIGHT; do "
+                                                 "echo $v=${!v}; done; "
+                           'echo "CONTAINER=${CONTAINER[*]}"; declare -f setup'], capture_output=True, text=True,
+                          check=True)
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
@@ -49,18 +51,23 @@ def test_a_run_is_scored_first_and_trained_after_unless_there_is_nothing_to_scor
 
 
 def test_every_option_of_a_job_reaches_its_script():
-    slurm = {"partition": "gpu", "account": "lab", "qos": "high", "time_limit": "8:00:00", "signal_seconds": 600, "exclude": "node9",
+    slurm = {"partition": "gpu", "account": "lab", "qos": "high", "time_limit": "8:00:00", "signal_seconds": 600,
+             "exclude": "node9",
              "preflight": "false"}
-    words = [*SLURM, *(f"cluster.slurm.{key}={value}" for key, value in slurm.items()), "cluster.slurm.extra=['--mem=0']",
+    words = [*SLURM, *(f"cluster.slurm.{key}={value}" for key, value in slurm.items()),
+             "cluster.slurm.extra=['--mem=0']",
              "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
     score, train = jobs_of(*planned(words))
     assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8",
             "--signal=B:USR1@600", "--partition=gpu", "--account=lab", "--qos=high",
-            "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue", "--ntasks-per-node=1"} <= set(directives(train.script))
-    assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8", "RUN_DIR": "/runs/my run",
+            "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue",
+            "--ntasks-per-node=1"} <= set(directives(train.script))
+    assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8",
+                                       "RUN_DIR": "/runs/my run",
                                        "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
     assert "    module load cuda\n    . venv/bin/activate\n" in score.script
-    assert not any(line.startswith("--gpus") for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[0].script))
+    assert not any(line.startswith("--gpus")
+                   for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[0].script))
 
 
 def test_a_container_sees_the_working_folder_the_run_and_what_else_is_named():
@@ -82,7 +89,8 @@ def test_training_waits_for_scoring_and_is_cancelled_with_it():
 
 
 def test_the_stage_that_scores_gets_nodes_for_the_references_servers():
-    served = [*SLURM, "cluster.slurm.extra=['--mem=0']", "reference=vllm", "reference.server=python", "reference.nodes=3",
+    served = [*SLURM, "cluster.slurm.extra=['--mem=0']", "reference=vllm", "reference.server=python",
+              "reference.nodes=3",
               "reference.tensor_parallel_size=4", "cluster.slurm.server_extra=['--mem=1G']"]
     score, train = jobs_of(*planned(served))
     ranks, servers = " ".join(directives(score.script)).split(" hetjob ")
@@ -105,7 +113,8 @@ def test_the_template_is_a_batch_script_as_it_stands():
 
 def test_a_sweep_is_one_array_a_group_whose_tasks_read_their_own_overrides(tmp_path: Path):
     def job(beta: float, *more: str) -> Job:
-        return make_job([*SLURM[:3], f"loss.beta={beta}", "cluster.jobs_at_once=2", *more], ("cluster.jobs_at_once",), tmp_path / "a sweep")
+        return make_job([*SLURM[:3], f"loss.beta={beta}", "cluster.jobs_at_once=2", *more], ("cluster.jobs_at_once",),
+                        tmp_path / "a sweep")
 
     text = rendered([Group((job(0.1), job(0.2)), job(0.1)), Group((job(0.3),), None)])
     assert "#SBATCH --array=0-1%2" in text and "#SBATCH --array=0-0%2" in text
@@ -120,10 +129,12 @@ def test_a_sweep_is_one_array_a_group_whose_tasks_read_their_own_overrides(tmp_p
 
 
 def test_each_set_of_tasks_of_a_sweep_has_a_folder_of_its_own_and_the_same_tasks_the_same(tmp_path: Path):
-    """An array task reads its line when it starts, which may be after a later command has submitted other trainings of the sweep."""
+    """An array task reads its line when it starts, which may be after a later command has submitted other trainings of
+    the sweep."""
     def tasks_files(*betas: float) -> set[str]:
         group = Group(tuple(make_job([*SLURM[:3], f"loss.beta={beta}"], (), tmp_path) for beta in betas), None)
-        return {line for line in rendered([group]).splitlines() if line.startswith("# ----") and line.endswith("/tasks")}
+        return {line for line in rendered([group]).splitlines() if line.startswith("# ----")
+                and line.endswith("/tasks")}
 
     assert tasks_files(0.1, 0.2) == tasks_files(0.1, 0.2)
     assert len(tasks_files(0.1, 0.2) | tasks_files(0.1) | tasks_files(0.1, 0.2, 0.3)) == 3
@@ -132,14 +143,16 @@ def test_each_set_of_tasks_of_a_sweep_has_a_folder_of_its_own_and_the_same_tasks
 @pytest.mark.parametrize("words", [["plan"], ["run", "--dry-run"]])
 def test_plan_and_dry_run_answer_without_torch_and_write_nothing(words: list[str], tmp_path: Path):
     script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", script, *words, *SLURM[:3], f"run.dir={tmp_path / 'run'}"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *words, *SLURM[:3], f"run.dir={tmp_path / 'run'}"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "dpo_dist.score" in done.stdout or "score.sbatch" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
 def test_plan_prints_the_command_that_run_starts():
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "plan", "model.path=m", "cluster.procs_per_node=2"], cwd=REPO,
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "plan", "model.path=m",
+                           "cluster.procs_per_node=2"], cwd=REPO,
                           capture_output=True, text=True, check=True)
     assert "train, after score" in done.stdout and "ranks   2: 1 node with 2" in done.stdout
     assert "-m torch.distributed.run --nproc-per-node 2" in done.stdout and "-m dpo_dist.train model.path=m" in done.stdout
@@ -150,7 +163,8 @@ def test_status_tells_how_a_run_stands(tmp_path: Path):
         status(tmp_path)
     (tmp_path / "logs").mkdir()
     assert "step      none yet" in status(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 7, "split": "train", "loss": 0.5}) + '\n{"step": 8, "spl')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 7, "split": "train", "loss": 0.5})
+                                            + '\n{"step": 8, "spl')
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 20}}}))
     for step in (5, 6):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)

@@ -48,7 +48,8 @@ def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def make_pairs(chosen: Any, rejected: Any, reference_chosen: Any = -20.0, reference_rejected: Any = -20.0, *,
-               chosen_tokens: Any = 10.0, rejected_tokens: Any = 10.0, strength: Any = 1.0, mean_chosen_tokens: float = 10.0,
+               chosen_tokens: Any = 10.0, rejected_tokens: Any = 10.0, strength: Any = 1.0,
+               mean_chosen_tokens: float = 10.0,
                wpo_weight: Any = 1.0, dtype: torch.dtype = torch.float64) -> PairLogps:
     """PairLogps of plain numbers, one for all pairs or one for each."""
     c, r = tensor(chosen, dtype), tensor(rejected, dtype)
@@ -57,7 +58,8 @@ def make_pairs(chosen: Any, rejected: Any, reference_chosen: Any = -20.0, refere
         return tensor(value, dtype).expand_as(c).clone()
 
     return PairLogps(
-        policy_chosen=c, policy_rejected=r, reference_chosen=like(reference_chosen), reference_rejected=like(reference_rejected),
+        policy_chosen=c, policy_rejected=r, reference_chosen=like(reference_chosen),
+        reference_rejected=like(reference_rejected),
         chosen_tokens=like(chosen_tokens), rejected_tokens=like(rejected_tokens), strength=like(strength),
         mean_chosen_tokens=mean_chosen_tokens, wpo_weight=like(wpo_weight))
 
@@ -69,7 +71,8 @@ def random_pairs(n: int = 6, spread: float = 3.0, seed: int = 0) -> PairLogps:
         return torch.rand(n, generator=g, dtype=torch.float64) * (high - low) + low
 
     logps = [draw(-20 - spread, -20 + spread) for _ in range(4)]
-    return make_pairs(*logps, chosen_tokens=draw(2, 30).round(), rejected_tokens=draw(2, 30).round(), strength=draw(0.5, 4),
+    return make_pairs(*logps, chosen_tokens=draw(2, 30).round(), rejected_tokens=draw(2, 30).round(),
+                      strength=draw(0.5, 4),
                       wpo_weight=draw(0.1, 1))
 
 
@@ -86,7 +89,7 @@ def logistic_loss(x: float) -> float:
     return math.log1p(math.exp(-x))
 
 
-# ------------------------------------------------------------------------------------------------------- tables and config files
+# ---------------------------------------------------------------------------------------------- tables and config files
 
 
 def test_every_loss_with_options_is_in_the_table_and_the_other_way_round() -> None:
@@ -141,8 +144,10 @@ def test_an_option_that_the_loss_does_not_use_is_refused_by_name(name: str, opti
 
 
 OPTION_VALUES: dict[str, dict[str, Any]] = {
-    "beta": {"beta": 0.37}, "label_smoothing": {"label_smoothing": 0.23}, "f_divergence": {"f_divergence": "forward_kl"},
-    "f_alpha": {"f_divergence": "alpha_divergence", "f_alpha": 0.3}, "wpo": {"wpo": True}, "discopop_tau": {"discopop_tau": 2.0},
+    "beta": {"beta": 0.37}, "label_smoothing": {"label_smoothing": 0.23},
+    "f_divergence": {"f_divergence": "forward_kl"},
+    "f_alpha": {"f_divergence": "alpha_divergence", "f_alpha": 0.3}, "wpo": {"wpo": True},
+    "discopop_tau": {"discopop_tau": 2.0},
     "simpo_gamma": {"simpo_gamma": 0.3}, "orpo_lambda": {"orpo_lambda": 0.7}, "cpo_alpha": {"cpo_alpha": 0.2},
     "odpo_alpha": {"odpo_alpha": 0.4}}
 
@@ -156,7 +161,7 @@ def test_a_loss_changes_with_each_option_that_it_lists_and_with_no_other(name: s
         assert changed == (option in LOSS_OPTIONS[name].defaults), option
 
 
-# ------------------------------------------------------------------------------------------------------------ known values
+# --------------------------------------------------------------------------------------------------------- known values
 
 
 # loss of a pair on which policy and reference agree
@@ -181,9 +186,11 @@ AT_THE_REFERENCE: dict[str, Callable[[float], float]] = {
 
 @pytest.mark.parametrize("name", AT_THE_REFERENCE)
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_loss_where_policy_equals_reference_is_known_whatever_the_lengths_and_the_divergence(name: str, beta: float) -> None:
+def test_loss_where_policy_equals_reference_is_known_whatever_the_lengths_and_the_divergence(name: str,
+                                                                                             beta: float) -> None:
     logps = tensor([-3.0, -80.0, -1000.0])
-    pairs = make_pairs(logps, logps * 2, logps, logps * 2, chosen_tokens=[1.0, 30.0, 200.0], rejected_tokens=[50.0, 2.0, 200.0])
+    pairs = make_pairs(logps, logps * 2, logps, logps * 2, chosen_tokens=[1.0, 30.0, 200.0],
+                       rejected_tokens=[50.0, 2.0, 200.0])
     for divergence in divergences(name):
         values = preference_loss(pairs, config(name, beta=beta, **divergence))
         assert values.tolist() == pytest.approx([AT_THE_REFERENCE[name](beta)] * 3, rel=1e-12)
@@ -228,7 +235,8 @@ def test_cpo_is_dpo_without_reference_plus_the_likelihood_of_chosen() -> None:
 def test_odpo_asks_for_a_margin_of_alpha_times_the_log_of_the_strength() -> None:
     pairs = make_pairs([-18.0] * 3, [-23.0] * 3, strength=[1.0, math.e, 0.25])             # log-ratios 2 and -3
     expected = [logistic_loss(1.0), logistic_loss(1.0 - 0.6), logistic_loss(1.0 + 0.6 * math.log(4))]
-    assert preference_loss(pairs, config("odpo", beta=0.2, odpo_alpha=0.6)).tolist() == pytest.approx(expected, rel=1e-7)
+    assert preference_loss(pairs, config("odpo", beta=0.2,
+                                         odpo_alpha=0.6)).tolist() == pytest.approx(expected, rel=1e-7)
 
 
 def test_odpo_names_how_many_rows_have_no_strength_or_one_that_has_no_logarithm() -> None:
@@ -257,13 +265,14 @@ def test_with_label_smoothing_the_best_margin_is_the_log_odds_of_a_right_label(n
 
 def test_alpha_divergence_is_forward_kl_at_0_and_tends_to_reverse_kl_at_1() -> None:
     pairs = random_pairs()
-    forward, reverse = (preference_loss(pairs, config("ipo", f_divergence=kind)) for kind in ("forward_kl", "reverse_kl"))
+    forward, reverse = (preference_loss(pairs, config("ipo", f_divergence=kind))
+                        for kind in ("forward_kl", "reverse_kl"))
     for alpha, expected, rtol in ((0.0, forward, 1e-12), (1.0, reverse, 0.0), (1 + 1e-9, reverse, 1e-7)):
         value = preference_loss(pairs, config("ipo", f_divergence="alpha_divergence", f_alpha=alpha))
         torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- directions
+# ----------------------------------------------------------------------------------------------------------- directions
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("apo_down", "discopop", "sft")])
@@ -284,7 +293,8 @@ def test_discopop_falls_with_the_margin_except_for_its_bump_just_above_zero() ->
 
 def test_apo_down_pushes_both_down_and_rejected_further() -> None:
     pairs, loss = random_pairs(spread=1.0), config("apo_down")
-    both_up = dataclasses.replace(pairs, policy_chosen=pairs.policy_chosen + 1, policy_rejected=pairs.policy_rejected + 1)
+    both_up = dataclasses.replace(pairs, policy_chosen=pairs.policy_chosen + 1,
+                                  policy_rejected=pairs.policy_rejected + 1)
     _, by_chosen, by_rejected = slopes(pairs, loss)
     assert (preference_loss(both_up, loss) > preference_loss(pairs, loss)).all()
     assert (by_rejected > 0).all() and (by_rejected > by_chosen).all()
@@ -300,18 +310,20 @@ def test_hinge_is_silent_beyond_its_margin() -> None:
     assert loss.item() == by_chosen.item() == by_rejected.item() == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- the whole step
+# ------------------------------------------------------------------------------------------------------- the whole step
 
 
 def test_sft_averages_to_the_token_mean_of_chosen_however_the_pairs_are_packed() -> None:
-    chosen, tokens, weight = tensor([-12.0, -90.0, -7.0, -33.0]), tensor([3.0, 40.0, 1.0, 11.0]), tensor([1.0, 2.0, 0.5, 1.0])
+    chosen, tokens, weight = tensor([-12.0, -90.0, -7.0, -33.0]), tensor([3.0, 40.0, 1.0,
+                                                                          11.0]), tensor([1.0, 2.0, 0.5, 1.0])
     mean_tokens = float((weight * tokens).sum() / weight.sum())
     packs = [[0, 1], [2], [3]]
     total = 0.0
     for p in packs:
         pairs = make_pairs(chosen[p], chosen[p], chosen_tokens=tokens[p], mean_chosen_tokens=mean_tokens)
         total += (weight[p] * preference_loss(pairs, config("sft"))).sum().item()
-    assert total / weight.sum().item() == pytest.approx(-float((weight * chosen).sum() / (weight * tokens).sum()), rel=1e-12)
+    assert total / weight.sum().item() == pytest.approx(-float((weight * chosen).sum() / (weight * tokens).sum()),
+                                                        rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -336,28 +348,33 @@ def test_aot_is_the_mean_over_sorted_lists_and_stays_with_its_pair(name: str) ->
 
 def test_mixture_is_the_weighted_sum_of_its_terms_with_each_ones_options() -> None:
     pairs = random_pairs()
-    loss = mixture({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.5}, beta=0.3, label_smoothing=0.1, f_divergence="js_divergence")
-    expected = (0.8 * preference_loss(pairs, config("sigmoid", beta=0.3, label_smoothing=0.1, f_divergence="js_divergence"))
-                + 0.2 * preference_loss(pairs, config("bco_pair", beta=0.3)) + 1.5 * preference_loss(pairs, config("sft")))
+    loss = mixture({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.5}, beta=0.3, label_smoothing=0.1,
+                   f_divergence="js_divergence")
+    expected = (0.8 * preference_loss(pairs, config("sigmoid", beta=0.3, label_smoothing=0.1,
+                                                    f_divergence="js_divergence"))
+                + 0.2 * preference_loss(pairs, config("bco_pair", beta=0.3)) + 1.5
+                * preference_loss(pairs, config("sft")))
     torch.testing.assert_close(preference_loss(pairs, loss), expected, rtol=1e-12, atol=0)
 
 
 def test_wpo_weights_the_comparison_with_the_reference_and_leaves_sft_alone() -> None:
     pairs = random_pairs()
     assert pairs.wpo_weight is not None
-    expected = 0.7 * pairs.wpo_weight * preference_loss(pairs, config("sigmoid")) + 2.0 * preference_loss(pairs, config("sft"))
+    expected = 0.7 * pairs.wpo_weight * preference_loss(pairs,
+                                                        config("sigmoid")) + 2.0 * preference_loss(pairs, config("sft"))
     found = preference_loss(pairs, mixture({"sigmoid": 0.7, "sft": 2.0}, wpo=True))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------------- from tokens to pairs
+# ------------------------------------------------------------------------------------------------- from tokens to pairs
 
 
 def two_pair_batch() -> PackedBatch:
     """Chosen of 4 and 1 tokens, rejected of 2 and 3."""
     lengths, none = torch.tensor([4, 1, 2, 3]), torch.empty(0, dtype=torch.int64)
     return PackedBatch(none[None], none[None], (), none, none, torch.repeat_interleave(torch.arange(4), lengths),
-                       torch.cat([torch.arange(n) for n in lengths.tolist()]), lengths, torch.tensor([0, 1]), torch.tensor([2, 3]),
+                       torch.cat([torch.arange(n) for n in lengths.tolist()]), lengths, torch.tensor([0, 1]),
+                       torch.tensor([2, 3]),
                        (0, 1), torch.ones(2), torch.full((2,), math.nan))
 
 
@@ -382,12 +399,13 @@ def test_ld_alpha_in_a_mixture_leaves_the_likelihood_of_sft_whole() -> None:
 def test_wpo_weight_is_the_likelihood_relative_to_a_chance_agreement_at_most_one_and_without_gradient() -> None:
     logps = POLICY.clone().requires_grad_()
     collision = POLICY + tensor([0.1] * 4 + [-3.0] + [0.2] * 5)          # excess a token: -0.1, +3, -0.2, -0.2
-    weight = pair_logps(two_pair_batch(), TokenLogps(logps, collision), REFERENCE, config("sigmoid", wpo=True), 2.5).wpo_weight
+    weight = pair_logps(two_pair_batch(), TokenLogps(logps, collision), REFERENCE, config("sigmoid", wpo=True),
+                        2.5).wpo_weight
     assert weight is not None and not weight.requires_grad
     assert weight.tolist() == pytest.approx([math.exp(-0.1 - 0.2), 1.0], rel=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rewards
+# -------------------------------------------------------------------------------------------------------------- rewards
 
 
 @pytest.mark.parametrize("loss", [
@@ -416,7 +434,7 @@ def test_rewards_carry_no_gradient_and_sft_has_none() -> None:
     assert rewards(pairs, config("sft")) is None
 
 
-# --------------------------------------------------------------------------------------------------------------- extremes
+# ------------------------------------------------------------------------------------------------------------- extremes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

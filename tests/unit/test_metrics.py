@@ -1,4 +1,5 @@
-"""How far the policy is from the reference, as metrics tell it, is what the written-out definition says, token by token."""
+"""How far the policy is from the reference, as metrics tell it, is what the written-out definition says, token by
+token."""
 from __future__ import annotations
 
 import math
@@ -32,10 +33,12 @@ def test_kl_estimate_and_drift_are_means_over_a_pairs_tokens():
     batch, policy, reference = example()
     kl, chosen_drift = drift(batch, policy, reference)
     for b in range(2):
-        tokens = {which: (batch.sequence == int(getattr(batch, which)[b])).nonzero()[:, 0].tolist() for which in ("chosen", "rejected")}
+        tokens = {which: (batch.sequence == int(getattr(batch, which)[b])).nonzero()[:, 0].tolist()
+                  for which in ("chosen", "rejected")}
         r = {t: (reference[t] - policy[t]).item() for t in tokens["chosen"] + tokens["rejected"]}
         assert kl[b].item() == pytest.approx(sum(math.exp(x) - 1 - x for x in r.values()) / len(r), rel=1e-6)
-        assert chosen_drift[b].item() == pytest.approx(-sum(r[t] for t in tokens["chosen"]) / len(tokens["chosen"]), rel=1e-6)
+        assert chosen_drift[b].item() == pytest.approx(-sum(r[t] for t in tokens["chosen"]) / len(tokens["chosen"]),
+                                                       rel=1e-6)
     assert (kl > 0).all()
     assert drift(batch, policy, policy)[0].abs().max() == 0
 
@@ -50,7 +53,8 @@ def group_of_one() -> Iterator[None]:
 @pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize(("loss", "measured"), [(LossConfig("sigmoid"), True), (LossConfig("ipo", ld_alpha=0.5), True),
                                                 (LossConfig("simpo"), False)])
-def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_there_is_one(loss: LossConfig, measured: bool):
+def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_there_is_one(loss: LossConfig,
+                                                                                           measured: bool):
     batch, policy, reference = example()
     loss = resolve_loss(loss)
     pairs = pair_logps(batch, TokenLogps(policy), reference if loss.needs_reference else None, loss, 2.5)
@@ -62,7 +66,8 @@ def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_th
         return
     kl, chosen_drift = drift(batch, policy, reference)              # ld_alpha changes neither
     assert means["reference/kl_per_token"] == pytest.approx(((kl[0] + 3 * kl[1]) / 4).item(), rel=1e-9)
-    assert means["reference/chosen_drift_per_token"] == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1]) / 4).item(), rel=1e-9)
+    assert means["reference/chosen_drift_per_token"] == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1])
+                                                                       / 4).item(), rel=1e-9)
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -20,11 +20,14 @@ from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.types import PackedBatch, TokenizedPair
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2,
+         "eos_token_id": 1,
          "initializer_range": 0.2}
 ARCHITECTURES = {
-    "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Mistral": {"sliding_window": 6}, "Phi3": {}, "Granite": {"logits_scaling": 4.0}, "Olmo2": {},
-    "Gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
+    "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Mistral": {"sliding_window": 6}, "Phi3": {},
+    "Granite": {"logits_scaling": 4.0}, "Olmo2": {},
+    "Gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0,
+               "attn_logit_softcapping": 3.0},
     "Cohere": {"logit_scale": 0.25},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, "GPTNeoX": {},
 }
@@ -65,10 +68,12 @@ def test_packed_log_probs_and_gradients_equal_the_models_own_forward(name: str, 
 
 
 def by_the_book(q, k, v, starts_q, starts_k, max_q, max_k, scale, window):
-    """What a variable-length kernel owes, in plain torch: each sequence by itself, causal, aligned at the lower right."""
+    """What a variable-length kernel owes, in plain torch: each sequence by itself, causal, aligned at the lower
+    right."""
     out = []
     for i in range(len(starts_q) - 1):
-        queries, keys, values = q[starts_q[i]:starts_q[i + 1]], k[starts_k[i]:starts_k[i + 1]], v[starts_k[i]:starts_k[i + 1]]
+        queries, keys, values = q[starts_q[i]:starts_q[i + 1]], k[starts_k[i]:starts_k[i
+                                                                                       + 1]], v[starts_k[i]:starts_k[i + 1]]
         assert len(queries) <= max_q and len(keys) <= max_k
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (keys, values))
         back = torch.arange(len(queries))[:, None] + keys.shape[1] - len(queries) - torch.arange(keys.shape[1])[None]
@@ -95,7 +100,8 @@ def test_one_variable_length_call_is_branch_attention_with_its_gradients(window:
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "GPT2"])
 def test_branch_attention_is_found_to_fit(name: str):
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, "hidden_size": 64, "num_hidden_layers": 4, **ARCHITECTURES[name]})
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, "hidden_size": 64, "num_hidden_layers": 4,
+                                                       **ARCHITECTURES[name]})
     assert branch_misfit(config) is None
 
 
@@ -103,9 +109,11 @@ def test_branch_attention_is_found_to_fit(name: str):
 def test_a_model_in_training_has_no_dropout_whatever_its_config_says(name: str, tmp_path: Path):
     rates = {"OPT": {"dropout": 0.5, "layerdrop": 0.5, "ffn_dim": 48, "word_embed_proj_dim": 32},
              "Starcoder2": {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5},
-             "Falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5}, "GPT2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}}
+             "Falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+             "GPT2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{key: value for key, value in SMALL.items() if key != "head_dim"}, **rates[name])
+    config = getattr(transformers, f"{name}Config")(**{key: value for key, value in SMALL.items() if key != "head_dim"},
+                                                    **rates[name])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = ScoredModel(load_causal_lm(tmp_path, torch.float32, "padded"), "padded")
     batch = pack_pairs(PAIRS, [0, 1, 2], [1.0] * 3)
@@ -119,7 +127,8 @@ def test_an_architecture_that_branch_attention_would_get_wrong_is_found_out_and_
     attention, why = choose_attention(model, tmp_path)
     assert attention == "padded" and "differ" in why
     with pytest.raises(UserError, match=r"model\.attention=branch does not fit .* set model\.attention=auto"):
-        choose_attention(ModelConfig(str(tmp_path), "fp32", "branch", False, False, LoraConfig(0, None, "all-linear")), tmp_path)
+        choose_attention(ModelConfig(str(tmp_path), "fp32", "branch", False, False, LoraConfig(0, None, "all-linear")),
+                         tmp_path)
 
 
 def test_attention_sinks_which_branch_attention_does_not_know_are_found_out():
@@ -129,13 +138,16 @@ def test_attention_sinks_which_branch_attention_does_not_know_are_found_out():
 def test_adapters_on_the_output_head_are_refused_instead_of_lost(tmp_path: Path):
     folder = write_tiny_llama(tmp_path)
     with pytest.raises(UserError, match=r"model\.lora\.target_modules names the output head 'lm_head'"):
-        ScoredModel(add_lora(load_causal_lm(folder, torch.float32, "branch"), LoraConfig(4, None, ("lm_head", "q_proj")), 0), "branch")
+        ScoredModel(add_lora(load_causal_lm(folder, torch.float32, "branch"),
+                             LoraConfig(4, None, ("lm_head", "q_proj")), 0), "branch")
 
 
 def test_merged_lora_weights_equal_the_adapted_model_for_transposed_layers_too(tmp_path: Path):
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "m")
-    model = ScoredModel(add_lora(load_causal_lm(tmp_path / "m", torch.float32, "branch"), LoraConfig(4, None, "all-linear"), 0), "branch")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2,
+                                                         n_head=4)).save_pretrained(tmp_path / "m")
+    model = ScoredModel(add_lora(load_causal_lm(tmp_path / "m", torch.float32, "branch"),
+                                 LoraConfig(4, None, "all-linear"), 0), "branch")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -149,7 +161,8 @@ def test_merged_lora_weights_equal_the_adapted_model_for_transposed_layers_too(t
 def test_fresh_lora_adapters_change_nothing_and_trained_ones_do(tmp_path: Path):
     folder, batch = write_tiny_llama(tmp_path), pack_pairs(PAIRS, [0, 1, 2], [1.0] * 3)
     base = token_logps(ScoredModel(load_causal_lm(folder, torch.float32, "branch"), "branch"), batch).logps
-    model = ScoredModel(add_lora(load_causal_lm(folder, torch.float32, "branch"), LoraConfig(4, None, "all-linear"), 0), "branch")
+    model = ScoredModel(add_lora(load_causal_lm(folder, torch.float32, "branch"), LoraConfig(4, None, "all-linear"), 0),
+                        "branch")
     assert torch.equal(token_logps(model, batch).logps, base)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert 0 < sum(p.numel() for p in trained) < 0.5 * sum(p.numel() for p in model.parameters())

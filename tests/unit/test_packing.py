@@ -87,7 +87,8 @@ def test_the_planned_cost_is_that_of_the_tokens_in_the_pack():
         ((members,),), ((cost,),) = plan.packs, plan.costs
         batch = pack_pairs([pairs[i] for i in members], list(members), [1.0] * len(members), share)
         assert batch.n_tokens == cost == plan.tokens
-        assert (plan.tokens == distinct_flops(shapes_of(lengths, content), per_token)) is share, "what is repeated is no work done"
+        assert (plan.tokens == distinct_flops(shapes_of(lengths, content),
+                                              per_token)) is share, "what is repeated is no work done"
 
 
 def padded_tokens(lengths: np.ndarray, pack: tuple[int, ...]) -> int:
@@ -109,7 +110,8 @@ def test_the_budget_bounds_what_padded_rows_take(world: int):
 
 def test_padded_rows_repeat_the_prompt_and_share_a_completion():
     shapes = rated(prompts=1, responses=4)
-    rows = shapes.lengths[0, 0] + np.array(list({int(c): int(n) for c, n in zip(shapes.content[:, 1:].ravel(), shapes.lengths[:, 1:].ravel(),
+    rows = shapes.lengths[0, 0] + np.array(list({int(c): int(n) for c,
+                                                 n in zip(shapes.content[:, 1:].ravel(), shapes.lengths[:, 1:].ravel(),
                                                                                 strict=True)}.values()))
     plan = plan_step(shapes, Flops(1.0, 0.0, (), padded=True), 1, 10_000)
     assert plan.tokens == 4 * rows.max() and plan.costs == ((rows.sum(),),)
@@ -130,7 +132,8 @@ def test_pairs_of_a_prompt_share_a_pack_and_four_responses_cost_four_forwards():
 
 
 def test_a_prompt_with_many_pairs_is_cut_where_one_rank_would_do_all_the_work():
-    """Best-of-n against twelve others: cut over four ranks, the prompt and the best answer are computed four times, and it pays."""
+    """Best-of-n against twelve others: cut over four ranks, the prompt and the best answer are computed four times, and
+    it pays."""
     lengths = np.array([[50, 80, 100 + i] for i in range(12)])
     shapes = shapes_of(lengths, np.array([[0, 1, 2 + i] for i in range(12)]))
     for flops in (FLOPS, replace(FLOPS, padded=True)):
@@ -156,7 +159,8 @@ def test_a_prompt_whose_pairs_exceed_a_pack_is_cut_into_packs_within_the_budget(
     plan = plan_step(shapes, FLOPS, 1, budget)
     assert forwarded(plan) == list(range(len(shapes.lengths)))
     for (pack,) in plan.packs:
-        answers = {int(c): int(n) for i in pack for c, n in zip(shapes.content[i, 1:], shapes.lengths[i, 1:], strict=True)}
+        answers = {int(c): int(n) for i in pack for c, n in zip(shapes.content[i, 1:], shapes.lengths[i, 1:],
+                                                                strict=True)}
         assert int(shapes.lengths[0, 0]) + sum(answers.values()) <= budget
 
 
@@ -166,8 +170,10 @@ def test_the_plan_is_the_same_every_time():
 
 
 def test_a_pair_longer_than_a_pack_is_refused_with_the_key_to_change():
-    with pytest.raises(UserError, match=r"train\.tokens_per_microbatch=10 .* 60 tokens .*row 7.* set train\.tokens_per_microbatch=60"):
+    with pytest.raises(UserError, match=r"train\.tokens_per_microbatch=10 .* 60 tokens .*row 7.* set "
+                                        r"train\.tokens_per_microbatch=60"):
         check_budget(np.array([[20, 20, 20]]), ["row 7"], 10)
     check_budget(np.array([[20, 20, 20]]), None, 60)
-    with pytest.raises(UserError, match=r"the 80 tokens of one pair, as two padded rows; set train\.tokens_per_microbatch=80"):
+    with pytest.raises(UserError, match=r"the 80 tokens of one pair, as two padded rows; set "
+                                        r"train\.tokens_per_microbatch=80"):
         check_budget(np.array([[20, 20, 20]]), None, 60, padded=True)

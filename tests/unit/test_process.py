@@ -1,4 +1,5 @@
-"""Where several ranks fail at once, each node's person is told once, and what a lost rank did is said whatever gloo calls it."""
+"""Where several ranks fail at once, each node's person is told once, and what a lost rank did is said whatever gloo
+calls it."""
 from __future__ import annotations
 
 import json
@@ -35,8 +36,8 @@ def test_a_rank_that_never_says_what_was_wrong_has_not_spoken(tmp_path: Path):
 
 
 @pytest.mark.parametrize("words", [
-    "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST, NumelIn=112, NumelOut=112, "
-    "Timeout(ms)=30000) ran for 30011 milliseconds before timing out.",
+    "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST, NumelIn=112, "
+    "NumelOut=112, Timeout(ms)=30000) ran for 30011 milliseconds before timing out.",
     "NCCL communicator was aborted on rank 1.", "wait timeout after 30000ms, keys: /default_pg/0//cuda//1"])
 def test_nccls_silence_is_told_with_the_limit_that_was_waited_for(words: str):
     cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
@@ -44,10 +45,13 @@ def test_nccls_silence_is_told_with_the_limit_that_was_waited_for(words: str):
 
 
 @pytest.mark.parametrize("words", [
-    "NCCL error in: ProcessGroupNCCL.cpp:2027, remote process exited or there was a network error, NCCL version 2.28.9\n"
-    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\n"
+    "NCCL error in: ProcessGroupNCCL.cpp:2027, remote process exited or there was a network error, NCCL version "
+    "2.28.9\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\nLast "
+    "error:\n"
     "socketProgress: Connection closed by remote peer node2<41234>",
-    "recvValue failed on SocketImpl(fd=69): failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"])
+    "recvValue failed on SocketImpl(fd=69): failed to recv, got 0 bytes. Connection was likely closed. Did the remote "
+    "server shutdown?"])
 def test_a_lost_rank_is_told_by_all_names_that_nccl_and_the_store_have_for_it(words: str):
     cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
     assert "another rank closed its connection" in str(lost_peer(RuntimeError(words), cluster))

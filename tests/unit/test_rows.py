@@ -77,7 +77,8 @@ def test_a_row_says_where_it_stands(tmp_path):
     rows, _ = read(write_lines(tmp_path / "a.jsonl", PLAIN, "", PLAIN))
     assert [r.where.removeprefix(str(tmp_path)) for r in rows] == ["/a.jsonl:1", "/a.jsonl:3"]
     (tmp_path / "b.json").write_text(json.dumps([PLAIN, PLAIN]))
-    assert [r.where.removeprefix(str(tmp_path)) for r in read(tmp_path / "b.json")[0]] == ["/b.json:row 1", "/b.json:row 2"]
+    assert [r.where.removeprefix(str(tmp_path)) for r in read(tmp_path / "b.json")[0]] == ["/b.json:row 1",
+                                                                                           "/b.json:row 2"]
     (tmp_path / "c.csv").write_text('prompt,chosen,rejected,weight\n"two\nlines",a,b,\nc,d,e,2\n')
     csv_rows, _ = read(tmp_path / "c.csv")
     assert [r.where.removeprefix(str(tmp_path)) for r in csv_rows] == ["/c.csv:2", "/c.csv:4"]
@@ -135,7 +136,8 @@ def test_a_missing_path_is_an_error_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"'nobody/no-such-set' .* cannot be loaded as a hub data set: the network is off"):
+    with pytest.raises(UserError, match=r"'nobody/no-such-set' .* cannot be loaded as a hub data set: the network is "
+                                        r"off"):
         read(Path("nobody/no-such-set"))
 
 
@@ -160,7 +162,8 @@ def test_a_bad_row_is_an_error_that_names_file_line_count_and_remedy(tmp_path):
 
 
 def test_skipped_rows_are_counted_by_reason(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", PLAIN, "{", {**PLAIN, "chosen": " "}, "[1]", {**PLAIN, "chosen": ""}, PLAIN)
+    path = write_lines(tmp_path / "rows.jsonl", PLAIN, "{", {**PLAIN, "chosen": " "}, "[1]", {**PLAIN, "chosen": ""},
+                       PLAIN)
     rows, report = read(path, "preference", "skip")
     assert len(rows) == report.pairs == 2 and report.rows == 6
     assert report.bad.counts == {"broken JSON line": 1, "chosen is empty": 2, "the row is not an object with fields": 1}
@@ -195,12 +198,14 @@ def test_a_preference_row_that_does_not_fit_says_why(tmp_path, change, reason):
     ({"chosen_ids": "4 5"}, "chosen_ids is missing or not a list"),
 ])
 def test_a_token_ids_row_that_does_not_fit_says_why(tmp_path, change, reason):
-    assert reasons(tmp_path, "token_ids", {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6], **change}) == {reason: 1}
+    assert reasons(tmp_path, "token_ids", {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6],
+                                           **change}) == {reason: 1}
 
 
 @pytest.mark.parametrize("row, reason", [
     ({"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"}, "the prompt ends with an assistant turn"),
-    ({"prompt": [{"role": "human", "content": "a"}], "chosen": "c", "rejected": "d"}, "prompt has a message with an unknown role"),
+    ({"prompt": [{"role": "human", "content": "a"}], "chosen": "c", "rejected": "d"},
+     "prompt has a message with an unknown role"),
     ({"prompt": [{"content": "a"}], "chosen": "c", "rejected": "d"}, "prompt has a message without a role"),
     ({"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
      "chosen and rejected part at a user turn, not at an answer"),
@@ -227,7 +232,8 @@ def test_preference_rows_carry_what_is_known_of_the_judgment(tmp_path):
 
 def test_a_system_text_turns_a_preference_row_into_messages(tmp_path):
     row = read_one(tmp_path, {**PLAIN, "system": "Be brief."})
-    assert row.prompt == ({"role": "system", "content": "Be brief."}, user("Two and two?")) and row.chosen == (assistant("Four."),)
+    assert row.prompt == ({"role": "system", "content": "Be brief."},
+                          user("Two and two?")) and row.chosen == (assistant("Four."),)
 
 
 def test_the_source_is_the_given_name_or_the_path(tmp_path):
@@ -280,9 +286,11 @@ def test_nulls_that_a_parquet_schema_puts_into_messages_are_gone(tmp_path):
 
 
 def test_sharegpt_speakers_become_roles(tmp_path):
-    says = [("system", "s"), ("human", "a"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'), ("observation", "7"),
+    says = [("system", "s"), ("human", "a"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+            ("observation", "7"),
             ("gpt", "b"), ("user", "c")]
-    row = read_one(tmp_path, {"conversations": [{"from": f, "value": v} for f, v in says], "chosen": {"from": "gpt", "value": "d"},
+    row = read_one(tmp_path, {"conversations": [{"from": f, "value": v} for f, v in says],
+                              "chosen": {"from": "gpt", "value": "d"},
                               "rejected": [{"from": "assistant", "value": "e"}], "tools": "[]"})
     assert [m["role"] for m in row.prompt] == ["system", "user", "assistant", "tool", "assistant", "user"]
     assert row.prompt[2] == calls("f", {"x": 1})
@@ -303,16 +311,19 @@ def test_hh_transcripts_that_part_at_an_earlier_answer_have_longer_completions(t
 
 
 def test_hh_turns_of_one_speaker_in_a_row_are_one_turn(tmp_path):
-    row = read_one(tmp_path, {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nAssistant: b"})
+    row = read_one(tmp_path, {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
+                              "rejected": "\n\nHuman: a\n\nAssistant: b"})
     assert row.chosen == (assistant("b\n\nc"),) and row.rejected == (assistant("b"),)
 
 
 def test_bad_hh_transcripts_say_why(tmp_path):
-    counts = reasons(tmp_path, "hh", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: z\n\nAssistant: b"},
+    counts = reasons(tmp_path, "hh", {"chosen": "\n\nHuman: a\n\nAssistant: b",
+                                      "rejected": "\n\nHuman: z\n\nAssistant: b"},
                      {"chosen": "Once upon a time", "rejected": "\n\nHuman: z\n\nAssistant: b"},
                      {"chosen": "\n\nHuman: a\n\nAssistant: ", "rejected": "\n\nHuman: a\n\nAssistant: b"},
                      {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"})
-    assert counts == {"chosen and rejected part at a user turn, not at an answer": 2, "chosen does not begin with 'Human:'": 1,
+    assert counts == {"chosen and rejected part at a user turn, not at an answer": 2,
+                      "chosen does not begin with 'Human:'": 1,
                       "chosen is empty": 1}
 
 
@@ -345,24 +356,27 @@ def test_bad_ratings_say_why(tmp_path):
     two = {"prompt": "p", "responses": ["a", "b"]}
     assert reasons(tmp_path, "ratings", {**two, "ratings": [1]}) == {"ratings and responses differ in number": 1}
     assert reasons(tmp_path, "ratings", {**two, "ratings": [1, "N/A"]}) == {"rating is not a number": 1}
-    assert reasons(tmp_path, "ratings", two) == {"a response has no text, or there are no ratings beside the responses": 1}
+    assert reasons(tmp_path, "ratings", two) == {"a response has no text, or there are no ratings beside the "
+                                                 "responses": 1}
     assert reasons(tmp_path, "ratings", {**two, "responses": ["a"]}) == {"responses is not a list of two or more": 1}
     assert reasons(tmp_path, "ratings", {"responses": ["a", "b"], "ratings": [1, 2]}) == {"prompt is missing": 1}
 
 
 def test_token_ids_are_taken_as_they_are(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", {"prompt_ids": [1], "chosen_ids": [2, 0], "rejected_ids": [3], "strength": 2})
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt_ids": [1], "chosen_ids": [2, 0], "rejected_ids": [3],
+                                                 "strength": 2})
     assert read(path)[0] == [TokenizedPair((1,), (2, 0), (3,), f"{path}:1", str(path), 2.0, 1.0)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ auto
+# ----------------------------------------------------------------------------------------------------------------- auto
 
 
 def test_each_format_is_told_from_its_fields():
     hh = "\n\nHuman: a\n\nAssistant: "
     for name, fields in {
         "preference": PLAIN, "messages": {"chosen": [user("a")], "rejected": []}, "hh": {"chosen": hh, "rejected": hh},
-        "sharegpt": {"conversations": [], "chosen": {}, "rejected": {}}, "ratings": {"prompt": "", "responses": [], "scores": []},
+        "sharegpt": {"conversations": [], "chosen": {}, "rejected": {}},
+        "ratings": {"prompt": "", "responses": [], "scores": []},
         "token_ids": {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []},
     }.items():
         assert detect_format(fields, "here") == name

@@ -62,4 +62,5 @@ def test_one_window_is_the_plan_without_windows(tmp_path: Path):
 
 def test_an_empty_data_set_has_no_windows(tmp_path: Path):
     assert len(windows(order(4, 2), 1, None, 4, 0)) == 4
-    assert plan_scoring(LogpCache(str(tmp_path), ReferenceKey("w", "float32")), [Rows([])], 10, np.empty(0, np.int64)).n_packs == 0
+    assert plan_scoring(LogpCache(str(tmp_path), ReferenceKey("w", "float32")), [Rows([])], 10,
+                        np.empty(0, np.int64)).n_packs == 0

@@ -50,7 +50,8 @@ def cache(tmp_path: Path) -> LogpCache:
 
 
 @pytest.mark.parametrize("budget", [20, 64, 1000])
-def test_every_sequence_of_all_data_sets_is_planned_once_under_its_prompt_within_the_budget(cache: LogpCache, budget: int):
+def test_every_sequence_of_all_data_sets_is_planned_once_under_its_prompt_within_the_budget(cache: LogpCache,
+                                                                                            budget: int):
     sets = [random_rows(200), random_rows(100, seed=1)]
     plan = plan_scoring(cache, sets, budget)
     packs = texts(plan, sets)
@@ -60,12 +61,14 @@ def test_every_sequence_of_all_data_sets_is_planned_once_under_its_prompt_within
     for pack in packs:
         sizes = [len(tree[0][0]) + sum(len(c) for _, c in tree) for tree in pack]
         assert all(len({prompt for prompt, _ in tree}) == 1 for tree in pack)
-        assert sum(sizes) <= budget or (len(pack) == 1 and len(pack[0]) == 1), "more than the budget only for a sequence that is longer alone"
+        assert sum(sizes) <= budget or (len(pack) == 1
+                                        and len(pack[0]) == 1), "more than the budget only for a sequence that is longer alone"
 
 
 @pytest.mark.parametrize("budget", [20, 64, 1000])
 @pytest.mark.parametrize("windows", [None, np.arange(200) % 3])
-def test_padded_rows_keep_to_the_budget_and_each_sequence_is_one(cache: LogpCache, budget: int, windows: np.ndarray | None):
+def test_padded_rows_keep_to_the_budget_and_each_sequence_is_one(cache: LogpCache, budget: int,
+                                                                 windows: np.ndarray | None):
     rows = random_rows(200)
     packs = texts(plan_scoring(cache, [rows], budget, windows, padded=True), [rows])
     assert all(len(tree) == 1 for pack in packs for tree in pack)

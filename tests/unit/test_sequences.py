@@ -28,7 +28,8 @@ def test_values_are_cut_where_the_tokens_of_a_sequence_end():
     batch = pack_sequences(TREES)
     assert [part.tolist() for part in batch.split(torch.arange(6.0))] == [[0], [1, 2, 3], [4, 5]]
     assert [len(part) for part in batch.split(batch.targets)] == batch.lengths.tolist()
-    assert torch.cat(batch.split(batch.targets)).tolist() == [token for _, completion in batch.sequences() for token in completion]
+    assert torch.cat(batch.split(batch.targets)).tolist() == [token for _,
+                                                              completion in batch.sequences() for token in completion]
 
 
 def test_a_shared_completion_is_one_sequence():
@@ -40,7 +41,8 @@ def test_a_shared_completion_is_one_sequence():
 def stores(tmp_path: Path) -> tuple[PairStore, PairStore, PairStore]:
     def made(n: int, seed: int) -> PairStore:
         write_rows(tmp_path / f"{seed}.jsonl", n, seed=seed)
-        return prepare(compose(["model.path=m", f"data.train={tmp_path / f'{seed}.jsonl'}", f"data.cache_dir={tmp_path / 'tokens'}"]).data,
+        return prepare(compose(["model.path=m", f"data.train={tmp_path / f'{seed}.jsonl'}",
+                                f"data.cache_dir={tmp_path / 'tokens'}"]).data,
                        None, None)[0]
 
     one, other = made(5, 0), made(7, 1)

@@ -1,4 +1,5 @@
-"""A model's shape, counted from config.json, is held against the real model: its parameters, its FLOPs, and what autograd saves."""
+"""A model's shape, counted from config.json, is held against the real model: its parameters, its FLOPs, and what
+autograd saves."""
 from __future__ import annotations
 
 import copy
@@ -30,18 +31,23 @@ from dpo_dist.sizing.shape import ModelShape, model_shape, read_shape
 
 REPO = Path(__file__).resolve().parents[2]
 PROMPT, COMPLETION = 64, 32
-SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+                         "num_key_value_heads": 2, "vocab_size": 96,
                          "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE), "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama, biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen2": Qwen2Config(**SHAPE), "qwen2, tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen2, window": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=32), "qwen3, tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SHAPE, sliding_window=4096), "mistral, no window": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32), "qwen3, tied": Qwen3Config(**SHAPE, head_dim=32,
+                                                                           tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=4096), "mistral, no window": MistralConfig(**SHAPE,
+                                                                                                sliding_window=None),
     "gemma2": Gemma2Config(**SHAPE, head_dim=32, sliding_window=4096),
-    "gpt2": GPT2Config(n_embd=64, n_head=4, n_layer=4, n_inner=160, vocab_size=96, n_positions=128, bos_token_id=1, eos_token_id=2),
-    "gpt2, untied": GPT2Config(n_embd=64, n_head=4, n_layer=4, vocab_size=96, n_positions=128, bos_token_id=1, eos_token_id=2,
+    "gpt2": GPT2Config(n_embd=64, n_head=4, n_layer=4, n_inner=160, vocab_size=96, n_positions=128, bos_token_id=1,
+                       eos_token_id=2),
+    "gpt2, untied": GPT2Config(n_embd=64, n_head=4, n_layer=4, vocab_size=96, n_positions=128, bos_token_id=1,
+                               eos_token_id=2,
                                tie_word_embeddings=False),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
@@ -108,9 +114,11 @@ def _saved_per_layer_and_token(config: Any, dtype: torch.dtype, fused: bool, rec
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep,
+                                                                                             lambda tensor: tensor):
             storages = kept_storages(patch)
-            model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, forest=Forest(batch.trees))
+            model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+                             forest=Forest(batch.trees))
         for tensor in kept_tensors(storages):
             keep(tensor)
         totals.append(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights))
@@ -120,11 +128,14 @@ def _saved_per_layer_and_token(config: Any, dtype: torch.dtype, fused: bool, rec
 def test_lora_adapters_are_counted_as_peft_makes_them(tmp_path: Path):
     import peft
 
-    model = peft.get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]), peft.LoraConfig(r=8, target_modules="all-linear"))
-    assert shape_of(CONFIGS["llama"], tmp_path).lora_parameters(8) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]),
+                                peft.LoraConfig(r=8, target_modules="all-linear"))
+    assert shape_of(CONFIGS["llama"],
+                    tmp_path).lora_parameters(8) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-3.1-70b", 70_553_706_496), ("llama-3.1-405b", 405_853_388_800)])
+@pytest.mark.parametrize(("name", "parameters"),
+                         [("llama-3.1-70b", 70_553_706_496), ("llama-3.1-405b", 405_853_388_800)])
 def test_the_published_shapes_have_their_published_sizes(name: str, parameters: int):
     assert read_shape(REPO / "docs" / "shapes" / name).parameters == parameters
 

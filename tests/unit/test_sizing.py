@@ -1,4 +1,5 @@
-"""Sizes are sums of named terms, each checked against a hand count; what does not fit is named with the smallest change that does."""
+"""Sizes are sums of named terms, each checked against a hand count; what does not fit is named with the smallest change
+that does."""
 from __future__ import annotations
 
 import json
@@ -32,14 +33,16 @@ from dpo_dist.sizing.step_time import pair_flops, step_time
 
 REPO = Path(__file__).resolve().parents[2]
 LENGTHS = Lengths(256, 128, 128, 1000, "made up")
-SHAPE = model_shape({"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
+SHAPE = model_shape({"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
+                     "num_attention_heads": 8,
                      "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": False})
 N = 21_238_272
 TWO = Hardware(1, 2, CPU)
 
 
 def config(*overrides: str) -> RunConfig:
-    return compose(["model.path=nowhere", "cluster.device=cpu", "train.pairs_per_step=4", "train.tokens_per_microbatch=1024",
+    return compose(["model.path=nowhere", "cluster.device=cpu", "train.pairs_per_step=4",
+                    "train.tokens_per_microbatch=1024",
                     "model.gradient_checkpointing=false", *overrides])
 
 
@@ -48,11 +51,15 @@ def published(name: str) -> ModelShape:
 
 
 @pytest.mark.parametrize(("stage", "weights", "master", "optimizer", "gradients", "reduction", "update"), [
-    ("null", 4 * N, 0, 8 * N, 0, 4 * N, 4 * N),                       # gradients appear in backward and go with the step
+    # gradients appear in backward and go with the step
+    ("null", 4 * N, 0, 8 * N, 0, 4 * N, 4 * N),
     ("0", 4 * N, 0, 8 * N, 0, 8 * N, 4 * N),                          # and are all-reduced in a flat copy
-    ("2", 4 * N, 2 * N, 4 * N, 0, 8 * N, 4 * N),                      # bucket and its copy; the partition and its flat copy
-    ("3", 2 * N, 2 * N, 4 * N, 2 * N, 8 * N, 2 * N)])                 # two ranks: halves; the bucket stays; two flat copies
-def test_model_terms_in_fp32_on_two_ranks(stage: str, weights: int, master: int, optimizer: int, gradients: int, reduction: int, update: int):
+    # bucket and its copy; the partition and its flat copy
+    ("2", 4 * N, 2 * N, 4 * N, 0, 8 * N, 4 * N),
+    # two ranks: halves; the bucket stays; two flat copies
+    ("3", 2 * N, 2 * N, 4 * N, 2 * N, 8 * N, 2 * N)])
+def test_model_terms_in_fp32_on_two_ranks(stage: str, weights: int, master: int, optimizer: int, gradients: int,
+                                          reduction: int, update: int):
     need = memory(config(f"zero.stage={stage}"), SHAPE, LENGTHS, TWO)
     assert SHAPE.parameters == N
     assert (need.weights, need.master_weights, need.optimizer, need.gradients, need.reduction, need.update) == (
@@ -62,7 +69,8 @@ def test_model_terms_in_fp32_on_two_ranks(stage: str, weights: int, master: int,
 
 
 def test_gradients_are_held_from_one_micro_step_to_the_next():
-    one, many = (memory(config("zero.stage=0", f"train.pairs_per_step={pairs}"), SHAPE, LENGTHS, TWO) for pairs in (4, 8))
+    one, many = (memory(config("zero.stage=0", f"train.pairs_per_step={pairs}"), SHAPE, LENGTHS, TWO)
+                 for pairs in (4, 8))
     assert (one.gradients, many.gradients) == (0, 4 * N)
     assert one.moments["gradients are reduced"] == many.moments["gradients are reduced"]       # there they are anyhow
 
@@ -70,12 +78,14 @@ def test_gradients_are_held_from_one_micro_step_to_the_next():
 def test_bf16_keeps_fp32_master_weights_and_halves_the_rest():
     need = memory(config("zero.stage=3", "cluster.device=auto"), SHAPE, LENGTHS, Hardware(1, 2, GPU_80GB))
     assert (need.weights, need.master_weights, need.optimizer, need.gradients) == (N, 2 * N, 4 * N, 2 * N)
-    assert need.buckets == 2 * bucket_elements(SHAPE.layer)                                  # a GPU's buffer costs what is asked for
+    # a GPU's buffer costs what is asked for
+    assert need.buckets == 2 * bucket_elements(SHAPE.layer)
 
 
 def test_offloading_moves_terms_to_the_host_and_lora_leaves_only_adapters_to_train():
     gpu = Hardware(1, 2, GPU_80GB)
-    offloaded = config("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu", "cluster.device=auto")
+    offloaded = config("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu",
+                       "cluster.device=auto")
     there = memory(offloaded, SHAPE, LENGTHS, gpu)
     assert (there.weights, there.master_weights, there.optimizer, there.gradients) == (0, 0, 0, 0)
     assert there.host == (2 + 4 + 8 + 4) * N / 2
@@ -87,7 +97,8 @@ def test_offloading_moves_terms_to_the_host_and_lora_leaves_only_adapters_to_tra
 def test_activations_of_a_pack_and_with_checkpointing():
     tokens, h, inner, heads = 1024, 512, 1408, 8
     mask = 2 * 128 * (256 + 128) / 512
-    layer = 4 * (6 * h + h + 2 * 2 * h + 2 * h + 4 * inner + mask) + 4 * (2 + heads)    # norms, q, k and v twice, out twice, MLP; statistics
+    # norms, q, k and v twice, out twice, MLP; statistics
+    layer = 4 * (6 * h + h + 2 * 2 * h + 2 * h + 4 * inner + mask) + 4 * (2 + heads)
     whole = memory(config("zero.stage=0"), SHAPE, LENGTHS, TWO)
     assert whole.activations == pytest.approx(tokens * (4 * layer + 3 * 4 * h))
     checkpointed = memory(config("zero.stage=0", "model.gradient_checkpointing=true"), SHAPE, LENGTHS, TWO)
@@ -98,7 +109,8 @@ def test_activations_of_a_pack_and_with_checkpointing():
 def test_the_head_never_holds_more_than_a_block_of_logits():
     wide = replace(SHAPE, vocabulary=10**6, head=10**6 * 512)
     need = memory(config("zero.stage=0", "model.lora.rank=8"), wide, LENGTHS, TWO)
-    assert need.head == 8 * 512 * 32_768 + 512 * 512 * 4               # a block in fp32 and its exponentials, and the rows it is made from
+    # a block in fp32 and its exponentials, and the rows it is made from
+    assert need.head == 8 * 512 * 32_768 + 512 * 512 * 4
 
 
 def test_traffic_is_that_of_rings():
@@ -123,7 +135,8 @@ def test_checkpointing_costs_the_layers_forward_once_more():
 
 
 def test_packs_hold_whole_pairs():
-    assert Packs.of(config("train.pairs_per_step=64", "train.tokens_per_microbatch=1500"), LENGTHS, 8) == Packs(1024, 4, 0.5)
+    assert Packs.of(config("train.pairs_per_step=64", "train.tokens_per_microbatch=1500"), LENGTHS,
+                    8) == Packs(1024, 4, 0.5)
 
 
 def test_the_cache_holds_four_bytes_a_completion_token():
@@ -136,7 +149,8 @@ def test_the_cache_holds_four_bytes_a_completion_token():
     (("zero.stage=3", "train.tokens_per_microbatch=32768"), 8, ("train.tokens_per_microbatch=8192",)),
     (("zero.stage=0",), 1, ("zero.stage=1", "zero.offload_optimizer=cpu"))])
 def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], ranks: int, wanted: tuple[str, ...]):
-    eight = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    eight = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+                         "num_hidden_layers": 32,
                          "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256})
     here = config("cluster.device=auto", "train.pairs_per_step=256", *overrides)
     world = Hardware(1, ranks, GPU_80GB)
@@ -147,8 +161,10 @@ def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], rank
 
 
 def test_more_nodes_are_the_last_resort():
-    here, model = config("cluster.device=auto", "zero.stage=3", "train.tokens_per_microbatch=512"), published("llama-3.1-405b")
-    change = smallest_change(here, model, LENGTHS, Hardware(1, 8, GPU_80GB))       # 18 bytes a parameter are 7.3 TB: too much for a host, too
+    here, model = config("cluster.device=auto", "zero.stage=3",
+                         "train.tokens_per_microbatch=512"), published("llama-3.1-405b")
+    # 18 bytes a parameter are 7.3 TB: too much for a host, too
+    change = smallest_change(here, model, LENGTHS, Hardware(1, 8, GPU_80GB))
     assert change is not None and change.nodes > 1 and change.words[-1] == f"cluster.nodes={change.nodes}"
     fewer = Hardware(change.nodes // 2, 4 * change.nodes, GPU_80GB)
     everything = replace(here.zero, offload_optimizer="cpu", offload_parameters="cpu")
@@ -170,7 +186,8 @@ def test_the_reference_takes_what_its_engine_holds():
     def weights(*words: str) -> float:
         return reference_weights(config("cluster.device=auto", *words), large, gpus)
 
-    assert (weights(), weights("reference=zero"), weights("reference=tensor_parallel")) == (whole, whole / 64, whole / 8)
+    assert (weights(), weights("reference=zero"), weights("reference=tensor_parallel")) == (whole, whole / 64,
+                                                                                            whole / 8)
     assert weights("reference=tensor_parallel", "reference.tensor_parallel_size=4") == whole / 4
     assert weights("reference=vllm") == 0 < weights("reference.offload=disk") < whole / 30
     live = config("cluster.device=auto", "reference=tensor_parallel", "reference.mode=live")
@@ -179,7 +196,8 @@ def test_the_reference_takes_what_its_engine_holds():
 
 def test_lengths_come_from_tokenized_data_where_there_is_some(tmp_path: Path):
     lengths = ((4, 2, 1), (2, 4, 3))
-    rows = [{key: [5] * n for key, n in zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)} for row in lengths]
+    rows = [{key: [5] * n for key, n in zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)}
+            for row in lengths]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"data.cache_dir={tmp_path / 'tokens'}", train_on(tmp_path / "rows.jsonl")]
     here = config(*words, "data.max_length=100")
@@ -187,13 +205,15 @@ def test_lengths_come_from_tokenized_data_where_there_is_some(tmp_path: Path):
     prepare(here.data, None, None)
     found = token_lengths(here)
     assert (found.prompt, found.chosen, found.rejected, found.pairs) == (3, 3, 2, 2)
-    assert token_lengths(config(*words, "data.max_length=50")) == worst_lengths(50), "cut otherwise, they would have other lengths"
+    assert token_lengths(config(*words,
+                                "data.max_length=50")) == worst_lengths(50), "cut otherwise, they would have other lengths"
 
 
 def test_plan_answers_without_torch():
     program = ("import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); "
                "assert 'torch' not in sys.modules; sys.exit(code)")
-    words = [sys.executable, "-c", program, "plan", "model.path=docs/shapes/llama-3.1-405b", "cluster=slurm", "cluster.nodes=16"]
+    words = [sys.executable, "-c", program, "plan", "model.path=docs/shapes/llama-3.1-405b", "cluster=slurm",
+             "cluster.nodes=16"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr
     assert "405.85 B parameters" in done.stdout and "does not fit" in done.stdout and "fits with" in done.stdout

@@ -1,4 +1,5 @@
-"""Step 0 stops a run whose log-probs are not what they claim to be, and names the pairs. Faults are planted in running code."""
+"""Step 0 stops a run whose log-probs are not what they claim to be, and names the pairs. Faults are planted in running
+code."""
 from __future__ import annotations
 
 import subprocess
@@ -48,7 +49,8 @@ def test_a_planted_fault_stops_the_run_and_names_the_pairs(plant: str, tmp_path:
     script = ("from dataclasses import replace\n" + PLANTS[plant] +
               "import sys\nfrom dpo_dist.runtime.process import run_entry\n"
               "from dpo_dist.train import train\nsys.exit(run_entry(sys.argv[1:], train))\n")
-    words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "zero=none", "train.pairs_per_step=12",
+    words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "zero=none",
+             "train.pairs_per_step=12",
              "train.max_steps=2", f"run.dir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 2, done.stdout + done.stderr

@@ -1,4 +1,5 @@
-"""Results of a step are read once the next one is queued: every row is written, in order, and no unsound step goes unseen."""
+"""Results of a step are read once the next one is queued: every row is written, in order, and no unsound step goes
+unseen."""
 from __future__ import annotations
 
 from typing import Any
@@ -35,7 +36,8 @@ def world() -> World:
     return World.start(CONFIG.cluster)
 
 
-def results(step: int, world: World, loss: float = 0.7, bad: float = 0.0, norm: float = 1.0, logs: bool = True) -> StepResults:
+def results(step: int, world: World, loss: float = 0.7, bad: float = 0.0, norm: float = 1.0,
+            logs: bool = True) -> StepResults:
     sums, clock = MetricSums(CONFIG.loss, world.device), Clock(world)
     sums.tensor[0], sums.tensor[-1] = 2 * loss, 2.0                  # two pairs
     clock.mark("forward")
@@ -53,7 +55,8 @@ def test_a_row_is_written_when_the_next_step_is_queued_and_the_last_one_when_the
     assert written == [[], [1], [1, 2]]
     log.catch_up()
     log.catch_up()
-    assert [(row["step"], row["grad_norm"], row["split"]) for row in tracker.rows] == [(1, 1.0, "train"), (2, 2.0, "train"), (3, 3.0, "train")]
+    assert [(row["step"], row["grad_norm"], row["split"]) for row in tracker.rows] == [(1, 1.0, "train"),
+                                                                                       (2, 2.0, "train"), (3, 3.0, "train")]
     assert [row["loss"] for row in tracker.rows] == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -65,7 +68,8 @@ def test_a_value_is_that_of_its_own_step_whatever_comes_after(world: World):
 
 
 @pytest.mark.parametrize(("bad", "norm", "says"), [
-    (1.0, 1.0, "the loss of step 5 is not finite; no weight was changed"), (0.0, float("nan"), "the gradient of step 5 is not finite"),
+    (1.0, 1.0, "the loss of step 5 is not finite; no weight was changed"),
+    (0.0, float("nan"), "the gradient of step 5 is not finite"),
     (0.0, float("inf"), "the gradient of step 5 is not finite"), (0.0, -1.0, "the gradient of step 5 is not finite")])
 def test_an_unsound_step_is_named_also_where_it_is_not_logged(bad: float, norm: float, says: str, world: World):
     tracker = Kept()

@@ -1,4 +1,5 @@
-"""Tokenized pairs on disk: what goes in comes out, content alone names a store, and a half-written one is never read."""
+"""Tokenized pairs on disk: what goes in comes out, content alone names a store, and a half-written one is never
+read."""
 from __future__ import annotations
 
 import json
@@ -42,7 +43,8 @@ def write(path: Path, rows: list[dict]) -> DatasetConfig:
 
 
 def config(tmp_path: Path, *train: DatasetConfig, **changes: object) -> DataConfig:
-    defaults = DataConfig(train=train, eval=(), eval_fraction=0.0, max_length=1000, truncation="drop", on_bad_row="error",
+    defaults = DataConfig(train=train, eval=(), eval_fraction=0.0, max_length=1000, truncation="drop",
+                          on_bad_row="error",
                           chat_template=None, group_by_prompt=False, cache_dir=str(tmp_path / "cache"))
     return DataConfig(**{**vars(defaults), **changes})
 
@@ -52,7 +54,8 @@ def build(tmp_path: Path, rows: list[dict], name: str = "rows.jsonl", **changes:
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+                                merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=template)
 
@@ -79,7 +82,8 @@ def test_lengths_are_those_of_prompt_chosen_and_rejected(tmp_path):
     rows = random_rows(50)
     store = build(tmp_path, rows)
     assert store.lengths().dtype == np.int32
-    assert store.lengths().tolist() == [[len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
+    assert store.lengths().tolist() == [[len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])]
+                                        for r in rows]
     assert store.largest_id() == max(max(ids) for r in rows for ids in r.values())
 
 
@@ -117,8 +121,10 @@ def test_the_digest_depends_on_content_and_not_on_where_it_came_from(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda rows: rows[3]["chosen_ids"].append(5), lambda rows: rows[3].update(weight=2.0), lambda rows: rows[3].update(strength=2),
-    lambda rows: rows.reverse(), lambda rows: rows.pop(), lambda rows: rows[3]["prompt_ids"].append(rows[3]["chosen_ids"].pop(0)),
+    lambda rows: rows[3]["chosen_ids"].append(5), lambda rows: rows[3].update(weight=2.0),
+    lambda rows: rows[3].update(strength=2),
+    lambda rows: rows.reverse(), lambda rows: rows.pop(),
+    lambda rows: rows[3]["prompt_ids"].append(rows[3]["chosen_ids"].pop(0)),
 ], ids=["token", "weight", "strength", "order", "number", "boundary"])
 def test_the_digest_changes_with_any_change_of_what_is_trained_on(tmp_path, change):
     rows = random_rows(20)
@@ -157,8 +163,10 @@ def test_a_template_file_with_other_text_makes_another_store(tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     found = []
     for turn in ("'<' + m.role + '>'", "m.role + ': '"):
-        (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ " + turn + " + m.content + '<|end|>' }}{% endfor %}")
-        found.append(prepare(config(tmp_path, data, chat_template=str(tmp_path / "chat.jinja")), tokenizer, "one")[0].digest)
+        (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ " + turn
+                                             + " + m.content + '<|end|>' }}{% endfor %}")
+        found.append(prepare(config(tmp_path, data, chat_template=str(tmp_path / "chat.jinja")), tokenizer,
+                             "one")[0].digest)
     assert found[0] != found[1]
 
 
@@ -211,7 +219,8 @@ def test_what_is_held_out_does_not_depend_on_the_other_rows(tmp_path):
 def test_prompts_that_truncation_cuts_differently_are_held_out_together(tmp_path):
     rows = [row([i, *range(50)], [7] * n, [8] * n) for i in range(100, 130) for n in (5, 9)]
     data = write(tmp_path / "rows.jsonl", rows)
-    train, held_out = prepare(config(tmp_path, data, eval_fraction=0.5, max_length=56, truncation="keep_end"), None, None)
+    train, held_out = prepare(config(tmp_path, data, eval_fraction=0.5, max_length=56, truncation="keep_end"), None,
+                              None)
     for part in (train, held_out):
         assert sum(1 for i in range(len(part)) if len(part[i].chosen_ids) == 5) * 2 == len(part) > 0
 
@@ -221,7 +230,8 @@ def test_held_out_pairs_with_a_training_prompt_are_counted(tmp_path):
     eval_data = write(tmp_path / "held.jsonl", [row([4], [7], [8]), row([9], [7], [8])])
     _, held_out = prepare(config(tmp_path, train_data, eval=(eval_data,)), None, None)
     assert held_out.report["pairs_with_training_prompts"] == 1
-    assert any("WARNING: 1 of these pairs have a prompt that is trained on" in line for line in summary_lines(held_out, "eval"))
+    assert any("WARNING: 1 of these pairs have a prompt that is trained on" in line
+               for line in summary_lines(held_out, "eval"))
 
 
 def test_without_held_out_data_the_second_store_is_empty(tmp_path):
@@ -239,7 +249,8 @@ def test_holding_out_nothing_where_something_was_asked_for_is_an_error(tmp_path)
     data = write(tmp_path / "rows.jsonl", [row([1], [2], [3])])
     with pytest.raises(UserError, match=r"data\.eval_fraction=0\.001 holds out none of 1 pairs"):
         prepare(config(tmp_path, data, eval_fraction=0.001), None, None)
-    with pytest.raises(UserError, match=r"data\.eval leaves no held-out pair: 1 row\(s\) read; longer than data\.max_length: 1"):
+    with pytest.raises(UserError, match=r"data\.eval leaves no held-out pair: 1 row\(s\) read; longer than "
+                                        r"data\.max_length: 1"):
         prepare(config(tmp_path, eval=(data,), max_length=1), None, None)
 
 
@@ -286,7 +297,8 @@ def test_nothing_is_lost_without_a_count(tmp_path):
 
 
 def test_a_template_that_asks_for_the_date_is_mentioned(tmp_path):
-    tokenizer = byte_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role + m.content + '<|end|>' }}{% endfor %}")
+    tokenizer = byte_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role + m.content + '<|end|>' }}{% "
+                               "endfor %}")
     data = write(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     store, _ = prepare(config(tmp_path, data), tokenizer, "one")
     assert summary_lines(store, "train")[-1].endswith("always gets 26 July 2024: tokens must not depend on the day")

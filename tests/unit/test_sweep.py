@@ -1,4 +1,5 @@
-"""A sweep finds its runs again, scores only what must be scored apart, and says which run was best. Nothing is trained here."""
+"""A sweep finds its runs again, scores only what must be scored apart, and says which run was best. Nothing is trained
+here."""
 from __future__ import annotations
 
 import importlib.util
@@ -41,13 +42,15 @@ def finish(j: Job, **metrics: float) -> Job:
     return j
 
 
-# -------------------------------------------------------------------------------------------------------- names of folders
+# ----------------------------------------------------------------------------------------------------- names of folders
 
 
 def test_a_run_has_the_same_folder_however_its_number_is_written_and_another_where_what_is_trained_differs():
-    assert job("optim.lr=5e-7").run_dir == job("optim.lr=0.0000005").run_dir == job("optim.lr=5e-07", "cluster.jobs_at_once=2").run_dir
+    assert job("optim.lr=5e-7").run_dir == job("optim.lr=0.0000005").run_dir == job("optim.lr=5e-07",
+                                                                                    "cluster.jobs_at_once=2").run_dir
     assert job("optim.lr=5e-7").run_dir.name.startswith("lr_5e-07-")
-    assert job("optim.lr=5e-7").run_dir != make_job([*FIXED, "optim.lr=5e-7", "train.seed=1"], (*KEYS, "train.seed"), Path("s")).run_dir
+    assert job("optim.lr=5e-7").run_dir != make_job([*FIXED, "optim.lr=5e-7", "train.seed=1"], (*KEYS, "train.seed"),
+                                                    Path("s")).run_dir
 
 
 def test_a_run_is_found_again_when_another_key_is_swept_too(tmp_path: Path):
@@ -67,7 +70,8 @@ def test_the_overrides_of_a_run_compose_to_its_config_in_its_folder_even_with_a_
 
 def test_the_sweeps_folder_depends_on_what_is_swept_and_trained_not_on_the_values_or_the_machine():
     one = sweep_folder([*FIXED, "loss.beta=0.1,0.2"], ["loss.beta"])
-    assert one == sweep_folder(["loss.beta=0.1,0.2,0.3", *reversed(FIXED), "cluster.procs_per_node=4", "zero=zero2"], ["loss.beta"])
+    assert one == sweep_folder(["loss.beta=0.1,0.2,0.3", *reversed(FIXED), "cluster.procs_per_node=4", "zero=zero2"],
+                               ["loss.beta"])
     assert one != sweep_folder([*FIXED, "loss.beta=0.1,0.2", "train.epochs=2"], ["loss.beta"])
     assert one != sweep_folder([*FIXED, "loss.beta=0.1,0.2", "optim.lr=1,2"], ["loss.beta", "optim.lr"])
 
@@ -76,16 +80,19 @@ def test_the_sweeps_folder_depends_on_what_is_swept_and_trained_not_on_the_value
 
 
 def test_runs_share_a_scoring_whatever_does_not_change_the_references_log_probs():
-    same = ["loss.beta=0.3", "optim.lr=1e-3", "loss=ipo", "train.seed=4", "train.epochs=3", "zero=zero2", "data.group_by_prompt=true",
+    same = ["loss.beta=0.3", "optim.lr=1e-3", "loss=ipo", "train.seed=4", "train.epochs=3", "zero=zero2",
+            "data.group_by_prompt=true",
             "data.cache_dir=x", "train.pairs_per_step=8"]
     plain = reference_group(job().config)
     assert {reference_group(job(word).config) for word in same} == {plain}
-    other = ["reference.path=r", "model.dtype=bf16", "data.max_length=100", "data.truncation=keep_end", "reference.cache_dir=x",
+    other = ["reference.path=r", "model.dtype=bf16", "data.max_length=100", "data.truncation=keep_end",
+             "reference.cache_dir=x",
              "reference=vllm"]
     assert len({reference_group(job(word).config) for word in other} | {plain}) == len(other) + 1
 
 
-@pytest.mark.parametrize("words", [["loss=simpo"], ["reference.mode=live"], ["reference=adapter_off", "model.lora.rank=4"]])
+@pytest.mark.parametrize("words", [["loss=simpo"], ["reference.mode=live"],
+                                   ["reference=adapter_off", "model.lora.rank=4"]])
 def test_a_run_that_needs_no_scoring_ahead_is_in_a_group_without_one(words: list[str]):
     groups = group_jobs([job(*words), job("loss.beta=0.2"), job("loss.beta=0.3")], Path("s"))
     assert [(group.score is None, len(group.jobs)) for group in groups] == [(True, 1), (False, 2)]
@@ -118,11 +125,14 @@ def test_only_a_finished_run_of_the_same_config_counts_as_done(tmp_path: Path):
 
 def results(tmp_path: Path) -> list[Result]:
     """Two betas by two learning rates: one run failed, two are equally accurate."""
-    jobs = [job(f"loss.beta={beta}", f"optim.lr={lr}", folder=str(tmp_path)) for beta in (0.1, 0.3) for lr in (1e-6, 1e-5)]
+    jobs = [job(f"loss.beta={beta}", f"optim.lr={lr}", folder=str(tmp_path)) for beta in (0.1, 0.3)
+            for lr in (1e-6, 1e-5)]
     for j, accuracy, kl in zip(jobs[:3], (0.6, 0.8, 0.8), (0.01, 0.3, 0.2), strict=True):
-        finish(j, **{"loss": 0.5, "rewards/accuracies": accuracy, "rewards/margins": 0.1, KL: kl, "reference/chosen_drift_per_token": -0.1})
+        finish(j, **{"loss": 0.5, "rewards/accuracies": accuracy, "rewards/margins": 0.1, KL: kl,
+                     "reference/chosen_drift_per_token": -0.1})
     jobs[3].run_dir.mkdir()
-    (jobs[3].run_dir / "FAILED").write_text(json.dumps({"message": "the loss <of> step 3 is not finite", "exit_code": 1}))
+    (jobs[3].run_dir / "FAILED").write_text(json.dumps({"message": "the loss <of> step 3 is not finite",
+                                                        "exit_code": 1}))
     return [read_result(j) for j in jobs]
 
 
@@ -146,7 +156,8 @@ def test_the_summary_has_every_run_why_one_failed_and_the_best_ones_command(tmp_
     assert told["best"]["config"]["loss"]["beta"] == 0.3
     assert told["best"]["command"] == command_of(found[2].job)
     lines = table(found).splitlines()
-    assert lines[0].split() == ["loss.beta", "optim.lr", "accuracy", "margin", "KL", "estimate", "chosen", "drift", "loss"]
+    assert lines[0].split() == ["loss.beta", "optim.lr", "accuracy", "margin", "KL", "estimate", "chosen", "drift",
+                                "loss"]
     assert lines[4].split() == ["0.3", "1e-05", "-", "-", "-", "-", "-", "failed"]
 
 
@@ -160,13 +171,14 @@ def test_the_page_needs_no_network_shows_every_point_and_escapes_what_it_shows(t
 
 
 def test_a_random_search_is_plotted_over_each_number_and_not_as_lines(tmp_path: Path):
-    found = [Result(job(f"loss.beta={0.01 * i}", f"optim.lr={i}e-6"), True, {"rewards/accuracies": 0.5 + i / 100}) for i in range(1, 13)]
+    found = [Result(job(f"loss.beta={0.01 * i}", f"optim.lr={i}e-6"), True, {"rewards/accuracies": 0.5 + i / 100})
+             for i in range(1, 13)]
     write_page(tmp_path / "sweep.html", found, "rewards/accuracies")
     page = (tmp_path / "sweep.html").read_text()
     assert page.count("<svg") == 2 and page.count("<circle") == 24 and "<polyline" not in page
 
 
-# ----------------------------------------------------------------------------------------------------- places and processes
+# ------------------------------------------------------------------------------------------------- places and processes
 
 
 def test_devices_are_divided_among_the_jobs_that_run_at_once(monkeypatch: pytest.MonkeyPatch):
@@ -207,17 +219,19 @@ def test_a_signal_in_the_middle_of_a_start_loses_no_process(number: signal.Signa
         return started[-1]
 
     monkeypatch.setattr("dpo_dist.launcher.sweep.processes._start", start)
-    inherited = signal.signal(number, signal.default_int_handler)         # a test run in the background ignores SIGINT, and so it would stay
+    # a test run in the background ignores SIGINT, and so it would stay
+    inherited = signal.signal(number, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             run_commands([Command(("--help",)), Command(("--help",))], [{}])
-        assert [process.poll() for process in started] == [-signal.SIGTERM if number == signal.SIGTERM else 0], "waited for, none after it"
+        assert [process.poll() for process in started] == [-signal.SIGTERM if number == signal.SIGTERM
+                                                           else 0], "waited for, none after it"
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, inherited)
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {
     "loss.beta=-1.0 must be greater than 0": ["loss.beta=0.1,-1"],
@@ -227,18 +241,22 @@ MISTAKES = {
     "sweep=beta is not a choice: did you mean 'beta_lr'": ["sweep=beta"],
     "cluster.nodes cannot be swept": ["cluster.nodes=1,2"],
     "run.dir cannot be swept": ["run.dir=a,b"],
-    "zero.stage cannot be swept: zero.stage=2 and zero.stage=3 train the same thing": ["zero.stage=2,3", "optim.lr=1e-6"],
+    "zero.stage cannot be swept: zero.stage=2 and zero.stage=3 train the same thing": ["zero.stage=2,3",
+                                                                                       "optim.lr=1e-6"],
     "train.tokens_per_microbatch cannot be swept": ["train.tokens_per_microbatch=1000,2000", "optim.lr=1e-6,1e-5"],
     "tracking cannot be swept": ["tracking=none,wandb"],
-    "hydra.launcher.objective=los is not allowed: did you mean 'loss'": ["loss.beta=0.1,0.2", "hydra.launcher.objective=los"],
-    "hydra.launcher.objective=rewards/accuracies is not measured with loss.name=sft": ["loss=sft", "optim.lr=1e-6,1e-5"],
+    "hydra.launcher.objective=los is not allowed: did you mean 'loss'": ["loss.beta=0.1,0.2",
+                                                                         "hydra.launcher.objective=los"],
+    "hydra.launcher.objective=rewards/accuracies is not measured with loss.name=sft": ["loss=sft",
+                                                                                       "optim.lr=1e-6,1e-5"],
     "leave no held-out pairs to compare the runs of a sweep by": ["loss.beta=0.1,0.2", "data.eval_fraction=0"],
     "cannot read the override 'loss.beta=[0.1,'": ["loss.beta=[0.1,"],
 }
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_a_mistake_in_a_sweep_is_one_message_before_anything_is_started(message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_mistake_in_a_sweep_is_one_message_before_anything_is_started(message: str, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     words = [word for word in FIXED if word.split("=")[0] not in {w.split("=")[0] for w in MISTAKES[message]}]
     with pytest.raises(UserError, match=re.escape(message)) as found:
@@ -253,7 +271,8 @@ def test_a_mistake_in_a_sweep_is_answered_without_torch(tmp_path: Path):
     assert (done.returncode, done.stderr) == (2, "error: loss.beta=-1.0 must be greater than 0\n")
 
 
-@pytest.mark.parametrize("words", [["train", "-m", "loss.beta=1,2"], ["run", "sweep=beta_lr"], ["run", "cluster.jobs_at_once=2"]])
+@pytest.mark.parametrize("words", [["train", "-m", "loss.beta=1,2"], ["run", "sweep=beta_lr"],
+                                   ["run", "cluster.jobs_at_once=2"]])
 def test_what_belongs_to_a_sweep_is_refused_elsewhere(words: list[str], capsys: pytest.CaptureFixture[str]):
     from dpo_dist.launcher.cli import main
 
@@ -261,10 +280,11 @@ def test_what_belongs_to_a_sweep_is_refused_elsewhere(words: list[str], capsys: 
     assert words[1].split("=")[0] in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------- Hydra and its sweepers
+# ----------------------------------------------------------------------------------------------- Hydra and its sweepers
 
 
-def test_a_dry_run_shows_one_scoring_job_and_one_array_and_leaves_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_shows_one_scoring_job_and_one_array_and_leaves_no_job(tmp_path: Path,
+                                                                         capsys: pytest.CaptureFixture[str]):
     words = ["loss.beta=0.05,0.1,0.3", "optim.lr=5e-7,1e-6", f"run.dir={tmp_path / 'sweep'}"]
     assert multirun([*FIXED, *words, "cluster=slurm"], dry_run=True) == 0
     shown = capsys.readouterr().out
@@ -280,10 +300,12 @@ def rerun(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     return [each["swept"] for each in json.loads((tmp_path / "sweep.json").read_text())["jobs"]]
 
 
-def test_every_combination_is_a_job_whether_swept_by_hand_or_by_a_ready_made_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_combination_is_a_job_whether_swept_by_hand_or_by_a_ready_made_space(tmp_path: Path,
+                                                                                   capsys: pytest.CaptureFixture[str]):
     grid = [{"loss.beta": beta, "optim.lr": lr} for beta in (0.05, 0.1, 0.3) for lr in (5e-7, 1e-6)]
     for values in grid:
-        finish(job(*(f"{key}={value}" for key, value in values.items()), folder=str(tmp_path)), **{"rewards/accuracies": values["loss.beta"]})
+        finish(job(*(f"{key}={value}" for key, value in values.items()), folder=str(tmp_path)),
+               **{"rewards/accuracies": values["loss.beta"]})
     assert rerun(tmp_path, "loss.beta=0.05,0.1,0.3", "optim.lr=5e-7,1e-6") == grid
     assert "6 are done, 0 to run" in capsys.readouterr().out
     assert rerun(tmp_path, "sweep=beta_lr") == grid
@@ -294,10 +316,12 @@ def test_a_group_of_the_config_can_be_swept_and_so_can_a_list(tmp_path: Path):
     for words in (["loss=dpo"], ["loss=ipo"], ["optim.betas=[0.9,0.95]"], ["optim.betas=[0.9,0.98]"]):
         finish(job(*words, folder=str(tmp_path)), **{"rewards/accuracies": 0.5})
     assert rerun(tmp_path, "loss=dpo,ipo") == [{"loss": "dpo"}, {"loss": "ipo"}]
-    assert rerun(tmp_path, "optim.betas=[0.9,0.95],[0.9,0.98]") == [{"optim.betas": "[0.9,0.95]"}, {"optim.betas": "[0.9,0.98]"}]
+    assert rerun(tmp_path, "optim.betas=[0.9,0.95],[0.9,0.98]") == [{"optim.betas": "[0.9,0.95]"},
+                                                                    {"optim.betas": "[0.9,0.98]"}]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None,
+                    reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_path: Path):
     for beta, accuracy in ((0.1, 0.6), (0.2, 0.9)):
         finish(job(f"loss.beta={beta}", "optim.lr=1e-6", folder=str(tmp_path)), **{"rewards/accuracies": accuracy})
@@ -307,9 +331,11 @@ def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_
     assert "best_value: 0.9" in told and "loss.beta: 0.2" in told
 
 
-@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None,
+                    reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_a_search_in_the_wrong_direction_is_refused():
-    with pytest.raises(UserError, match=r"hydra\.sweeper\.direction=maximize is the wrong way for hydra\.launcher\.objective=loss"):
+    with pytest.raises(UserError, match=r"hydra\.sweeper\.direction=maximize is the wrong way for "
+                                        r"hydra\.launcher\.objective=loss"):
         multirun([*FIXED, "sweep=optuna", "hydra.launcher.objective=loss"])
 
 

@@ -1,4 +1,5 @@
-"""What a person sees, and what goes to the log. Each test starts a real process, as the file descriptors are the point."""
+"""What a person sees, and what goes to the log. Each test starts a real process, as the file descriptors are the
+point."""
 from __future__ import annotations
 
 import os
@@ -38,7 +39,8 @@ def test_what_is_said_reaches_stdout_and_everything_else_the_log(tmp_path: Path)
     assert done.returncode == 0
     assert done.stdout == "step 0: loss [bold]0.6931[/bold] :tada:\n" and done.stderr == ""
     log = (tmp_path / "logs" / "rank-0.log").read_text()
-    for chatter in ("C on stdout", "C on stderr", "python on stdout", "python on stderr", "INFO library: through logging",
+    for chatter in ("C on stdout", "C on stderr", "python on stdout", "python on stderr",
+                    "INFO library: through logging",
                     "a warning", "a child process", "step 0: loss"):
         assert chatter in log
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO library: through logging$", log, re.M)
@@ -111,7 +113,8 @@ def test_progress_on_a_terminal_is_a_bar_that_lets_lines_pass(tmp_path: Path) ->
 
 def test_a_table_is_shown_whole(tmp_path: Path) -> None:
     long = "a/very/long/path/" * 12
-    done = run(f"terminal.table('Worst pairs', ['pair', 'margin [nats]'], [[{long!r}, -1.5], ['b', 0.25]])", tmp_path / "log")
+    done = run(f"terminal.table('Worst pairs', ['pair', 'margin [nats]'], [[{long!r}, -1.5], ['b', 0.25]])",
+               tmp_path / "log")
     assert "Worst pairs" in done.stdout and "margin [nats]" in done.stdout and "-1.5" in done.stdout
     assert re.sub(r"[^a-z/]", "", done.stdout).count("a/very/long/path/") == 12
 
@@ -154,7 +157,8 @@ def test_stop_gives_the_output_back_and_a_second_start_works(tmp_path: Path) -> 
         print(len(logging.root.handlers), "handlers", sys.excepthook is sys.__excepthook__)
     """, tmp_path / "first")
     assert done.stdout == "one\nto the person\ntwo\n0 handlers True\n" and done.stderr == "an error\n"
-    assert "to the first log" in (tmp_path / "first").read_text() and "to the third log" in (tmp_path / "third").read_text()
+    assert "to the first log" in (tmp_path / "first").read_text() and "to the third log" in (tmp_path
+                                                                                             / "third").read_text()
     assert (tmp_path / "second").read_text() == ""
 
 
@@ -180,7 +184,8 @@ def test_under_torchrun_each_rank_has_its_log_and_the_person_one_voice(tmp_path:
         os.write(2, b"chatter")
         terminal.say("hello")
     """))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           str(script)],
                           env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "hello\n" and "chatter" not in done.stderr
     assert all("chatter" in (tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1))

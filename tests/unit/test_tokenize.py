@@ -1,4 +1,5 @@
-"""The boundary between prompt and completion, the end of a turn, and truncation: with real tokenizers, built on the spot."""
+"""The boundary between prompt and completion, the end of a turn, and truncation: with real tokenizers, built on the
+spot."""
 from __future__ import annotations
 
 import json
@@ -16,7 +17,8 @@ from dpo_dist.types import PreferenceRow, TokenizedPair
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<|eom|>"]
-TEXT = ["Hello there, what is two and two?", "It is four, I think.", "user assistant system think\n\n", "No. It is five!"]
+TEXT = ["Hello there, what is two and two?", "It is four, I think.", "user assistant system think\n\n",
+        "No. It is five!"]
 
 CHATML = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -34,7 +36,8 @@ NO_END = """{%- for m in messages %}{{ m.role + ': ' + m.content + '\\n\\n' }}{%
 SPACED = """{%- for m in messages %}{{ m.role + ': ' + m.content | trim + '<|end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 OPENS_THINK = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}")
-ENDS_OTHERWISE = CHATML.replace("m.content + '<|im_end|>\\n'", "m.content + ('<|eom|>' if m.tool_calls else '<|im_end|>\\n')")
+ENDS_OTHERWISE = CHATML.replace("m.content + '<|im_end|>\\n'", "m.content + ('<|eom|>' if m.tool_calls else "
+                                                               "'<|im_end|>\\n')")
 
 
 def bpe(template: str | None = None, adds_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -99,7 +102,8 @@ def test_the_prompt_is_what_generation_sees_and_the_completion_ends_with_the_end
 def test_the_prompt_ids_are_those_of_generation():
     for tokenizer in (bpe(CHATML), bpe(LLAMA3, adds_bos=True), bpe(QWEN3), sentencepiece_like(CHATML)):
         pair = make_tokenize(tokenizer, config())(chat())
-        at_generation = tokenizer.apply_chat_template([user("Two and two?")], add_generation_prompt=True, return_dict=False)
+        at_generation = tokenizer.apply_chat_template([user("Two and two?")], add_generation_prompt=True,
+                                                      return_dict=False)
         assert list(pair.prompt_ids) == at_generation
 
 
@@ -111,7 +115,8 @@ def test_text_becomes_one_turn_under_a_template():
 def test_there_is_one_bos_where_the_template_and_the_tokenizer_both_have_one():
     tokenizer = bpe(LLAMA3, adds_bos=True)
     pair = make_tokenize(tokenizer, config())(chat())
-    assert [ids.count(tokenizer.bos_token_id) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)] == [1, 0, 0]
+    assert [ids.count(tokenizer.bos_token_id) for ids in (pair.prompt_ids, pair.chosen_ids,
+                                                          pair.rejected_ids)] == [1, 0, 0]
     assert pair.prompt_ids[0] == tokenizer.bos_token_id
 
 
@@ -121,7 +126,8 @@ def test_a_template_that_trims_answers_keeps_the_boundary():
 
 
 def test_white_space_after_the_generation_prompt_belongs_to_the_prompt():
-    assert texts(bpe(SPACED), chat(" It is four. "))[:2] == ("user: Two and two?<|end|>\nassistant:\n", "It is four.<|end|>")
+    assert texts(bpe(SPACED), chat(" It is four. "))[:2] == ("user: Two and two?<|end|>\nassistant:\n",
+                                                             "It is four.<|end|>")
 
 
 def test_an_empty_think_block_that_the_template_puts_before_an_answer_is_part_of_the_completion():
@@ -137,7 +143,8 @@ def test_a_template_whose_generation_prompt_is_not_how_answers_begin_is_an_error
 def test_a_row_that_the_template_renders_otherwise_once_an_answer_follows_is_an_error_or_counted():
     template = CHATML.replace("m.content", "(m.content if messages | length < 4 else 'cut')")
     row = PreferenceRow((user("a"), assistant("b"), user("c")), (assistant("d"),), (assistant("e"),), "rows.jsonl:7")
-    with pytest.raises(UserError, match=r"rows\.jsonl:7: the chat template renders the prompt otherwise .* data\.on_bad_row=skip"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:7: the chat template renders the prompt otherwise .* "
+                                        r"data\.on_bad_row=skip"):
         make_tokenize(bpe(template), config())(row)
     dropped = make_tokenize(bpe(template), config(on_bad_row="skip"))(row)
     assert isinstance(dropped, Dropped) and dropped.reason == "does not fit the chat template"
@@ -146,7 +153,8 @@ def test_a_row_that_the_template_renders_otherwise_once_an_answer_follows_is_an_
 def test_a_row_that_the_template_refuses_is_an_error_that_names_it():
     template = CHATML.replace("{%- for m in messages %}", "{%- for m in messages %}{% if m.role == 'system' %}"
                               "{{ raise_exception('no system turns') }}{% endif %}")
-    row = PreferenceRow(({"role": "system", "content": "s"}, user("a")), (assistant("d"),), (assistant("e"),), "rows.jsonl:7")
+    row = PreferenceRow(({"role": "system", "content": "s"}, user("a")), (assistant("d"),), (assistant("e"),),
+                        "rows.jsonl:7")
     with pytest.raises(UserError, match=r"rows\.jsonl:7: the chat template refuses the row \(no system turns\)"):
         make_tokenize(bpe(template), config())(row)
 
@@ -157,7 +165,8 @@ def test_all_turns_of_a_continuation_are_completion():
 
 
 def test_a_completion_is_tokenized_as_it_stands_in_the_conversation_where_the_tokenizer_puts_a_space_before_text():
-    llama2 = ("{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}"
+    llama2 = ("{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + "
+              "eos_token }}"
               "{% endfor %}")
     for template in (llama2, CHATML):
         tokenizer = sentencepiece_like(template)
@@ -166,7 +175,7 @@ def test_a_completion_is_tokenized_as_it_stands_in_the_conversation_where_the_to
         assert list(pair.prompt_ids + pair.chosen_ids) == whole[:len(pair.prompt_ids + pair.chosen_ids)]
 
 
-# -------------------------------------------------------------------------------------------------------- the end of a turn
+# ---------------------------------------------------------------------------------------------------- the end of a turn
 
 
 def test_what_a_template_puts_after_the_end_of_turn_is_cut():
@@ -212,7 +221,7 @@ def test_tools_that_the_template_would_leave_out_are_an_error():
     assert texts(bpe(shown), row)[0].startswith("f<|im_start|>user")
 
 
-# ---------------------------------------------------------------------------------------------------- templates and plain text
+# --------------------------------------------------------------------------------------------- templates and plain text
 
 
 def test_plain_text_is_taken_as_it_is_with_the_tokenizers_bos_and_eos():

@@ -119,7 +119,8 @@ def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(tmp_path: Path, no_l
     run_id = (tmp_path / "wandb_id").read_text()
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert len(files) == 2 and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2, "two parts of one run"
-    assert all(b"train/rewards/margins" in file.read_bytes() and b"pairs_per_step" in file.read_bytes() for file in files)
+    assert all(b"train/rewards/margins" in file.read_bytes() and b"pairs_per_step" in file.read_bytes()
+               for file in files)
     assert [r["step"] for r in rows_of(tmp_path)] == [0, 1, 2, 3, 4]
 
 

@@ -1,4 +1,5 @@
-"""The kernel that computes attention on a GPU is tried before it is used: a wrong one is found out, and what is used is told."""
+"""The kernel that computes attention on a GPU is tried before it is used: a wrong one is found out, and what is used is
+told."""
 from __future__ import annotations
 
 import pytest
@@ -34,7 +35,8 @@ def aligned_at_the_upper_left(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor,
     return torch.cat(out)
 
 
-def one_key_too_many(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int, scale: float | None,
+def one_key_too_many(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
+                     scale: float | None,
                      window: int | None) -> Tensor:
     return plain(q, k, v, q_starts, k_starts, max_q, max_k, scale, 40)
 
@@ -56,7 +58,8 @@ def test_what_is_used_is_told_with_the_reasons_against_what_is_faster(monkeypatc
     assert describe_attention(LlamaConfig(), torch.bfloat16, CPU) is None
     there = torch.device("cuda", 0)
     for dtype, says in ((torch.float32, "not in float32"), (torch.bfloat16, "FlashAttention 3: ModuleNotFoundError")):
-        said = str(choose_kernel(there, dtype, 8, 2, 16))              # this machine has no GPU: every candidate fails, and says why
+        # this machine has no GPU: every candidate fails, and says why
+        said = str(choose_kernel(there, dtype, 8, 2, 16))
         assert says in said and said.startswith("one masked call for each prompt and branch, which is slow")
 
 

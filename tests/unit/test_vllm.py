@@ -1,4 +1,5 @@
-"""The client of vLLM against a real HTTP server: what goes over the wire, what is tried again, what is refused, and never a substitute."""
+"""The client of vLLM against a real HTTP server: what goes over the wire, what is tried again, what is refused, and
+never a substitute."""
 from __future__ import annotations
 
 import json
@@ -25,7 +26,8 @@ from dpo_dist.reference.vllm.open import reference_key, server_spec
 from dpo_dist.reference.vllm.process import command
 from dpo_dist.types import PackedBatch
 
-TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)), Sequences((30,), ((31, 32, 33, 1), (34, 1))),
+TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)),
+         Sequences((30,), ((31, 32, 33, 1), (34, 1))),
          Sequences(tuple(range(3, 40)), (tuple(range(40, 60)),))]
 N_SEQUENCES = 6
 
@@ -50,7 +52,8 @@ def pack() -> PackedBatch:
     return pack_sequences(TREES)
 
 
-def client(*servers: LogProbServer | str, sequences: int = 64, timeout_seconds: float = 10, wait_seconds: float = 20) -> VllmReference:
+def client(*servers: LogProbServer | str, sequences: int = 64, timeout_seconds: float = 10,
+           wait_seconds: float = 20) -> VllmReference:
     urls = [each if isinstance(each, str) else each.url for each in servers]
     name = next(each.name for each in servers if not isinstance(each, str))
     return VllmReference(urls, name, 256, RequestsConfig(sequences, 2, timeout_seconds, wait_seconds), at_once=2)
@@ -65,7 +68,8 @@ def write_qwen2(folder: Path) -> Path:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                 num_attention_heads=4,
                                  num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
                                  initializer_range=0.2)).save_pretrained(folder)
     return folder
@@ -80,10 +84,12 @@ def test_it_agrees_with_the_oracle_on_llama_and_qwen2_in_requests_of_any_size(fo
                 assert len(running.requests[-1]["prompt"]) <= size
 
 
-def test_the_request_is_prompts_as_token_ids_and_nothing_that_would_change_the_values(server: LogProbServer, monkeypatch: pytest.MonkeyPatch):
+def test_the_request_is_prompts_as_token_ids_and_nothing_that_would_change_the_values(server: LogProbServer,
+                                                                                      monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     client(server).token_logps(pack_sequences(TREES[:1]))
-    assert server.requests == [{"model": server.name, "prompt": [[5, 6, 7, 8, 9, 1], [5, 6, 7, 10, 11, 12, 13, 1]], "max_tokens": 1,
+    assert server.requests == [{"model": server.name, "prompt": [[5, 6, 7, 8, 9, 1], [5, 6, 7, 10, 11, 12, 13, 1]],
+                                "max_tokens": 1,
                                 "temperature": 0, "prompt_logprobs": 0}]
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
@@ -111,7 +117,8 @@ def late(answer: Answer) -> Answer:
 
 
 @pytest.mark.parametrize("fault", [busy, cut, no_json, hang_up, late])
-def test_what_fails_is_tried_again_in_halves_and_every_value_is_the_right_one(server: LogProbServer, wanted: torch.Tensor, fault):
+def test_what_fails_is_tried_again_in_halves_and_every_value_is_the_right_one(server: LogProbServer,
+                                                                              wanted: torch.Tensor, fault):
     server.fault = lambda n, answer: fault(answer) if n <= 2 else answer
     found = client(server, timeout_seconds=3 if fault is late else 10).token_logps(pack())
     assert off(found, wanted) < 5e-5
@@ -239,11 +246,12 @@ def test_values_are_read_off_the_sequence_that_they_belong_to(server: LogProbSer
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the key
+# -------------------------------------------------------------------------------------------------------------- the key
 
 
 def reference(tmp_path: Path, *more: str):
-    return compose(["model.path=m", "reference=vllm", f"reference.cache_dir={tmp_path}", "reference.requests.wait_seconds=1", *more]).reference
+    return compose(["model.path=m", "reference=vllm", f"reference.cache_dir={tmp_path}",
+                    "reference.requests.wait_seconds=1", *more]).reference
 
 
 def test_the_key_of_the_training_stack_is_what_it_always_was(tmp_path: Path):
@@ -265,9 +273,11 @@ def test_when_the_servers_are_gone_the_cache_tells_the_version_unless_there_are_
     with pytest.raises(UserError, match="the cache holds no values of vllm"):
         reference_key(reference(tmp_path), "weights", "float32")
     for version in ("1.0", "2.0"):
-        LogpCache(str(tmp_path), reference_key(reference(tmp_path, f"reference.version={version}"), "weights", "float32"))
+        LogpCache(str(tmp_path), reference_key(reference(tmp_path, f"reference.version={version}"), "weights",
+                                               "float32"))
         if version == "1.0":
-            assert "vllm 1.0," in reference_key(reference(tmp_path, "reference.urls=[http://127.0.0.1:1]"), "weights", "float32").recipe
+            assert "vllm 1.0," in reference_key(reference(tmp_path, "reference.urls=[http://127.0.0.1:1]"), "weights",
+                                                "float32").recipe
     with pytest.raises(UserError, match=r"the cache holds values of vllm 1\.0 and 2\.0"):
         reference_key(reference(tmp_path), "weights", "float32")
     assert np.all([p.name == "key.json" for p in tmp_path.glob("*/*")])
@@ -287,4 +297,5 @@ def test_a_server_holds_a_copy_of_the_model_on_every_gpu_or_on_every_group_that_
     assert after(words(8, "reference.tensor_parallel_size=4"), "--data-parallel-size") == "2"
     assert after(words(8, "reference.tensor_parallel_size=8"), "--data-parallel-size") is None
     assert after(words(1), "--data-parallel-size") is None and after(words(1), "--tensor-parallel-size") == "1"
-    assert words(8, "reference.server='serve --copies {copies} --port {port}'") == ["serve", "--copies", "8", "--port", "8000"]
+    assert words(8, "reference.server='serve --copies {copies} --port {port}'") == ["serve", "--copies", "8", "--port",
+                                                                                    "8000"]

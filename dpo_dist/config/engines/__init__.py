@@ -1,4 +1,5 @@
-"""The reference's engines, each described in a file of its own without torch: keys, rules, recipe of its values, memory.
+"""The reference's engines, each described in a file of its own without torch: keys, rules, recipe of its values,
+memory.
 
 What computes is `open_engine` in dpo_dist/reference/<name>.py, imported when it is used.
 """

@@ -23,10 +23,12 @@ class AdapterOffConfig(ReferenceConfig):
 
     def check(self, run: RunConfig) -> None:
         if run.model.lora.rank == 0:
-            raise UserError("reference.engine=adapter_off needs a LoRA policy; set model.lora.rank=16, or reference.engine=hf")
+            raise UserError("reference.engine=adapter_off needs a LoRA policy; set model.lora.rank=16, or "
+                            "reference.engine=hf")
         if self.path not in (None, run.model.path):
-            raise UserError(f"reference.path={self.path} differs from model.path={run.model.path}, but adapter_off takes the "
-                            "policy's own base weights as reference; remove reference.path or set reference.engine=hf")
+            raise UserError(f"reference.path={self.path} differs from model.path={run.model.path}, but adapter_off "
+                            "takes the policy's own base weights as reference; remove reference.path or set "
+                            "reference.engine=hf")
 
     @property
     def why_not_ahead(self) -> str | None:

@@ -21,7 +21,8 @@ class TensorParallelConfig(ReferenceConfig):
 
     def recipe(self, rounds: bool, ranks_of_node: int) -> list[str]:
         size = self.tensor_parallel_size or ranks_of_node
-        return [f"layers split over {size} ranks"] if rounds and size > 1 else []        # partial sums are rounded before they are added
+        # partial sums are rounded before they are added
+        return [f"layers split over {size} ranks"] if rounds and size > 1 else []
 
     def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
         return 1.0 / (self.tensor_parallel_size or ranks // nodes)

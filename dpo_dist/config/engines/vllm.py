@@ -49,19 +49,23 @@ class VllmConfig(OutsideConfig):
 
     def check(self, run: RunConfig) -> None:
         if self.tensor_parallel_size is not None and not self.server:
-            raise UserError(f"reference.tensor_parallel_size={self.tensor_parallel_size} does nothing with reference.engine=vllm and no "
-                            "reference.server, which it is for; remove it, or set reference.server")
-        if self.urls and self.server and not self.nodes:     # of servers on nodes of their own, the job itself adds the URLs
-            raise UserError(f"reference.urls={self.urls} and reference.server={self.server} are both set; keep one of them")
+            raise UserError(f"reference.tensor_parallel_size={self.tensor_parallel_size} does nothing with "
+                            "reference.engine=vllm and no reference.server, which it is for; remove it, or set "
+                            "reference.server")
+        # of servers on nodes of their own, the job itself adds the URLs
+        if self.urls and self.server and not self.nodes:
+            raise UserError(f"reference.urls={self.urls} and reference.server={self.server} are both set; keep one of "
+                            "them")
         if self.nodes and not self.server:
-            raise UserError(f"reference.nodes={self.nodes} needs servers to start there; set reference.server to the python of an "
-                            "environment that holds vLLM")
+            raise UserError(f"reference.nodes={self.nodes} needs servers to start there; set reference.server to the "
+                            "python of an environment that holds vLLM")
         if self.nodes and not run.cluster.submits:
-            raise UserError(f"reference.nodes={self.nodes} are nodes that Slurm gives; set cluster=slurm, or start the servers and "
-                            "set reference.urls")
+            raise UserError(f"reference.nodes={self.nodes} are nodes that Slurm gives; set cluster=slurm, or start the "
+                            "servers and set reference.urls")
         if self.server and len(self.server.split()) > 1 and "{port}" not in self.server:
-            raise UserError(f"reference.server={self.server} has no {{port}}, so nobody knows where it would listen; write "
-                            "--port {port}")
+            raise UserError(f"reference.server={self.server} has no {{port}}, so nobody knows where it would listen; "
+                            "write --port {port}")
         if self.requests.wait_seconds >= run.cluster.timeout_seconds:
             raise UserError(f"reference.requests.wait_seconds={self.requests.wait_seconds} must be less than "
-                            f"cluster.timeout_seconds={run.cluster.timeout_seconds}, after which the other ranks give up; lower it")
+                            f"cluster.timeout_seconds={run.cluster.timeout_seconds}, after which the other ranks give "
+                            "up; lower it")

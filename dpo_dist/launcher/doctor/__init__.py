@@ -1,4 +1,5 @@
-"""`dpo-dist doctor [overrides]`: looks at this machine with the eyes of a run, and names a remedy for whatever would stop it."""
+"""`dpo-dist doctor [overrides]`: looks at this machine with the eyes of a run, and names a remedy for whatever would
+stop it."""
 from __future__ import annotations
 
 import os

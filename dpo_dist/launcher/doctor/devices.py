@@ -1,4 +1,5 @@
-"""Can torch compute here, and does DeepSpeed load? Both are asked in a process of their own: the launcher imports neither."""
+"""Can torch compute here, and does DeepSpeed load? Both are asked in a process of their own: the launcher imports
+neither."""
 from __future__ import annotations
 
 import json
@@ -33,7 +34,8 @@ print(json.dumps(sorted(name for name, built in installed_ops.items() if built))
 def devices(config: RunConfig) -> Finding:
     seen, error = _ask(TORCH)
     if error:
-        return Finding(f"torch does not work: {error}", "install the build of torch that fits this machine's driver (see pytorch.org)")
+        return Finding(f"torch does not work: {error}", "install the build of torch that fits this machine's driver "
+                                                        "(see pytorch.org)")
     wanted, processes = config.cluster.device, config.cluster.procs_per_node
     if wanted == "cpu":
         return Finding(f"CPU, {len(os.sched_getaffinity(0))} cores; cluster.device=cpu")
@@ -46,7 +48,8 @@ def devices(config: RunConfig) -> Finding:
             return Finding(f"cluster.device={wanted}, but torch sees no GPU", f"{why}, or set cluster.device=cpu")
         return Finding(f"no GPU; CPU, {len(os.sched_getaffinity(0))} cores")
     if processes and processes > len(gpus):
-        return Finding(f"cluster.procs_per_node={processes}, but there are {len(gpus)} GPUs", f"set cluster.procs_per_node={len(gpus)}")
+        return Finding(f"cluster.procs_per_node={processes}, but there are {len(gpus)} GPUs",
+                       f"set cluster.procs_per_node={len(gpus)}")
     if not seen["nccl"] and len(gpus) > 1:
         return Finding("torch has no nccl", "install torch's CUDA build from PyPI")
     driver = f", driver {_driver()}" if DRIVER.exists() else ""
@@ -58,7 +61,8 @@ def compiled_ops(config: RunConfig) -> Finding | None:
         return None
     built, error = _ask(DEEPSPEED, **({"DS_ACCELERATOR": "cpu"} if config.cluster.device == "cpu" else {}))
     if error:
-        return Finding(f"DeepSpeed does not load: {error}", "DS_BUILD_OPS=0 pip install -c constraints.txt . or set zero=none")
+        return Finding(f"DeepSpeed does not load: {error}", "DS_BUILD_OPS=0 pip install -c constraints.txt . or set "
+                                                            "zero=none")
     return Finding(f"none needed; DeepSpeed has {', '.join(built) if built else 'none built'}")
 
 

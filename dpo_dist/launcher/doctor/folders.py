@@ -17,8 +17,10 @@ from dpo_dist.launcher.doctor.network import node_count
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay"}
 SKEW_SECONDS = 5                   # more, and files of different nodes cannot be put in order
 LEAST_FREE_GIB = 1
-STATE_BYTES = 12                   # a parameter in a checkpoint: its fp32 value and Adam's two moments (measured: 12.03)
-MODULE_BYTES = 4                   # ZeRO 0 to 2 keep the module's own weights beside them; the exported model has them too
+# a parameter in a checkpoint: its fp32 value and Adam's two moments (measured: 12.03)
+STATE_BYTES = 12
+# ZeRO 0 to 2 keep the module's own weights beside them; the exported model has them too
+MODULE_BYTES = 4
 GIB = 2**30
 
 
@@ -27,7 +29,8 @@ def shared_folder(config: RunConfig) -> Finding:
 
 
 def clock(config: RunConfig) -> Finding | None:
-    """The clock of this machine against that of the file system, which the other nodes go by as well; None where nothing can be written."""
+    """The clock of this machine against that of the file system, which the other nodes go by as well; None where
+    nothing can be written."""
     folder = _nearest(_folders(config)["run.dir"])
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
@@ -37,7 +40,8 @@ def clock(config: RunConfig) -> Finding | None:
     except OSError:
         return None                # shared_folder tells
     if abs(skew) > SKEW_SECONDS:
-        return Finding(f"this machine's clock is {skew:+.0f} s off the file system's ({folder})", "synchronise both with NTP (chronyd)")
+        return Finding(f"this machine's clock is {skew:+.0f} s off the file system's ({folder})",
+                       "synchronise both with NTP (chronyd)")
     return Finding(f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}, within {SKEW_SECONDS} s of the file system's")
 
 
@@ -74,7 +78,8 @@ def _usable(key: str, folder: Path, nodes: int) -> Finding:
     except OSError:
         locked = False
     if not locked:
-        return Finding(f"{key}={folder} is on {kind}, where flock does not work", f"{remedy} and locked; Lustre needs the mount option flock")
+        return Finding(f"{key}={folder} is on {kind}, where flock does not work",
+                       f"{remedy} and locked; Lustre needs the mount option flock")
     if nodes > 1 and kind in LOCAL_FILE_SYSTEMS:
         return Finding(f"{nodes} nodes, but {key}={folder} is on {kind}, a disk of this machine alone",
                        f"set {key} to a folder that every node mounts")
@@ -119,14 +124,16 @@ def _file_system(folder: Path) -> str:
 
 
 def needed_bytes(config: RunConfig) -> tuple[int, str]:
-    """(what a run will write, for what): its checkpoints and the model where the model's size is known, else the least."""
+    """(what a run will write, for what): its checkpoints and the model where the model's size is known, else the
+    least."""
     parameters = _parameters(Path(config.model.path))
     if not parameters or config.model.lora.rank:
         return LEAST_FREE_GIB * GIB, "for a run whose size is not known"
     checkpoints = config.train.keep_checkpoints + 1      # the newest is written before the oldest goes
     apart = MODULE_BYTES if config.zero.stage in (0, 1, 2, "auto") else 0
     needed = parameters * ((STATE_BYTES + apart) * checkpoints + MODULE_BYTES)
-    return max(LEAST_FREE_GIB * GIB, needed), f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
+    return max(LEAST_FREE_GIB * GIB,
+               needed), f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
 
 
 def _parameters(folder: Path) -> int:

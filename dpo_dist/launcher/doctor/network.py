@@ -37,23 +37,27 @@ def _talk(address: str, name: str) -> Finding:
         with socket.create_server((address, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
             return Finding(f"{name} ({address}) talks")
     except OSError as error:
-        return Finding(f"{name} ({address}) does not talk: {error}", f"bring {name} up, and let the firewall allow connections on it")
+        return Finding(f"{name} ({address}) does not talk: {error}", f"bring {name} up, and let the firewall allow "
+                                                                     "connections on it")
 
 
 def _interface(name: str) -> Finding:
     there = [name for _, name in socket.if_nameindex()]
     if name not in there:
-        return Finding(f"GLOO_SOCKET_IFNAME={name} is no interface of this machine", f"set it to one of: {', '.join(there)}")
+        return Finding(f"GLOO_SOCKET_IFNAME={name} is no interface of this machine",
+                       f"set it to one of: {', '.join(there)}")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             packed = fcntl.ioctl(s, SIOCGIFADDR, struct.pack("256s", name.encode()))
     except OSError:
-        return Finding(f"GLOO_SOCKET_IFNAME={name} has no IPv4 address", f"choose another of: {', '.join(there)}, or give it one")
+        return Finding(f"GLOO_SOCKET_IFNAME={name} has no IPv4 address",
+                       f"choose another of: {', '.join(there)}, or give it one")
     return _talk(socket.inet_ntoa(packed[20:24]), name)
 
 
 def _own_name() -> Finding:
-    """Without GLOO_SOCKET_IFNAME gloo listens where the machine's own name leads, which the other nodes must be able to reach."""
+    """Without GLOO_SOCKET_IFNAME gloo listens where the machine's own name leads, which the other nodes must be able to
+    reach."""
     name = socket.gethostname()
     remedy = "set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
     try:
@@ -69,12 +73,14 @@ def _master() -> Finding:
     """Node 0 must be able to listen at MASTER_PORT; the others must know who MASTER_ADDR is."""
     host, value = os.environ.get("MASTER_ADDR") or "127.0.0.1", os.environ.get("MASTER_PORT") or "29500"
     if not value.isdigit() or not 0 < int(value) < 65536:
-        return Finding(f"MASTER_PORT={value} is no port", "set MASTER_PORT to the same number between 1024 and 65535 on all nodes")
+        return Finding(f"MASTER_PORT={value} is no port", "set MASTER_PORT to the same number between 1024 and 65535 "
+                                                          "on all nodes")
     port = int(value)
     try:
         address = socket.gethostbyname(host)
     except OSError as error:
-        return Finding(f"MASTER_ADDR={host} has no address: {error}", "set MASTER_ADDR to node 0's name or address, as this node knows it")
+        return Finding(f"MASTER_ADDR={host} has no address: {error}", "set MASTER_ADDR to node 0's name or address, as "
+                                                                      "this node knows it")
     if os.environ.get("NODE_RANK", "0") not in ("", "0"):
         return Finding(f"MASTER_ADDR={host} is {address}")
     try:

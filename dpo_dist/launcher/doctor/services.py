@@ -23,7 +23,8 @@ def wandb(config: RunConfig) -> Finding | None:
     try:
         version = metadata.version("wandb")
     except metadata.PackageNotFoundError:
-        return Finding("tracking=wandb, but wandb is not installed", "pip install -c constraints.txt . or set tracking=none")
+        return Finding("tracking=wandb, but wandb is not installed",
+                       "pip install -c constraints.txt . or set tracking=none")
     if config.tracking.mode != "online":
         return Finding(f"wandb {version}, offline: `wandb sync` sends the run later")
     url = urlsplit(os.environ.get("WANDB_BASE_URL") or WANDB_URL)
@@ -36,7 +37,8 @@ def wandb(config: RunConfig) -> Finding | None:
         with socket.create_connection((host, port), timeout=ANSWER_SECONDS):
             return Finding(f"wandb {version}, online: {host} answers, a login is there")
     except OSError as error:
-        return Finding(f"tracking.mode=online, but {host} does not answer: {error}", "open the way there, or set tracking.mode=offline")
+        return Finding(f"tracking.mode=online, but {host} does not answer: {error}",
+                       "open the way there, or set tracking.mode=offline")
 
 
 def _in_netrc(host: str) -> bool:
@@ -56,13 +58,15 @@ def slurm(config: RunConfig) -> Finding | None:
         return Finding(partitions)
     if not wanted:
         return Finding(f"{error}; only cluster=slurm needs it")
-    return Finding(f"cluster=slurm, but {error}", "run this where jobs can be submitted (slurmctld up, munge running), or set cluster=local")
+    return Finding(f"cluster=slurm, but {error}", "run this where jobs can be submitted (slurmctld up, munge running), "
+                                                  "or set cluster=local")
 
 
 def _sinfo() -> tuple[str, str | None]:
     """(the partitions with their nodes and states, None), or ("", why there are none to see)."""
     try:
-        done = subprocess.run(["sinfo", "--noheader", "--format=%R %D %t"], capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        done = subprocess.run(["sinfo", "--noheader", "--format=%R %D %t"], capture_output=True, text=True,
+                              timeout=ANSWER_SECONDS)
     except FileNotFoundError:
         return "", "there is no sinfo here"
     except subprocess.TimeoutExpired:
@@ -70,4 +74,5 @@ def _sinfo() -> tuple[str, str | None]:
     if done.returncode:
         return "", (done.stderr.strip() or "sinfo: failed").splitlines()[0]
     rows = [line.split() for line in done.stdout.splitlines()]
-    return (", ".join(f"{name} ({nodes} nodes {state})" for name, nodes, state in rows), None) if rows else ("", "sinfo lists no partition")
+    return (", ".join(f"{name} ({nodes} nodes {state})" for name, nodes, state in rows),
+            None) if rows else ("", "sinfo lists no partition")

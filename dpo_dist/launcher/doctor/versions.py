@@ -14,7 +14,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding
 
 SHOWN = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "omegaconf")
-CONSTRAINTS = Path(dpo_dist.__file__).resolve().parent.parent / "constraints.txt"       # there in a checkout and in the image
+# there in a checkout and in the image
+CONSTRAINTS = Path(dpo_dist.__file__).resolve().parent.parent / "constraints.txt"
 
 
 def versions(_: RunConfig) -> Finding:
@@ -37,7 +38,8 @@ def versions(_: RunConfig) -> Finding:
         return Finding("; ".join(wrong), "pip install -c constraints.txt . installs the tested versions")
     shown = ", ".join(f"{name} {_installed(name)}" for name in SHOWN)
     untested = list(_other_than_tested())
-    return Finding(f"Python {platform.python_version()}, {shown}" + (f" (supported; not the tested {', '.join(untested)})" if untested else ""))
+    return Finding(f"Python {platform.python_version()}, {shown}"
+                   + (f" (supported; not the tested {', '.join(untested)})" if untested else ""))
 
 
 def _other_than_tested() -> Iterator[str]:
@@ -45,7 +47,8 @@ def _other_than_tested() -> Iterator[str]:
     lines = CONSTRAINTS.read_text().splitlines() if CONSTRAINTS.is_file() else []
     for pinned in (Requirement(line) for line in lines if line and not line.startswith("#")):
         found = _installed(pinned.name)
-        if pinned.name in SHOWN and found and (pinned.marker is None or pinned.marker.evaluate()) and not pinned.specifier.contains(found):
+        if pinned.name in SHOWN and found and (pinned.marker is None
+                                               or pinned.marker.evaluate()) and not pinned.specifier.contains(found):
             yield f"{pinned.name}{pinned.specifier}"
 
 

@@ -1,7 +1,8 @@
-"""What a sweep is: overrides → jobs, each in a folder of its own; jobs → groups that share the reference's log-probs. Runs nothing.
+"""What a sweep is: overrides → jobs, each in a folder of its own; jobs → groups that share the reference's log-probs.
+Runs nothing.
 
-A job's folder ends with a digest of what it trains (RunConfig.identity), so a sweep finds its runs again, whatever the order of its values,
-how a number was written, or which values and keys were added since.
+A job's folder ends with a digest of what it trains (RunConfig.identity), so a sweep finds its runs again, whatever the
+order of its values, how a number was written, or which values and keys were added since.
 """
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.run_dir import RunDir
 
 Value = str | float | int | bool | None
-OF_THE_SWEEP = ("run.dir", "cluster.jobs_at_once", "+sweep")         # overrides that say how to sweep, and are no part of a job
-NOT_OF_THE_RUN = ("run.", "cluster", "tracking", "zero", "hydra")    # overrides that say where and how it runs, not what is trained
+# overrides that say how to sweep, and are no part of a job
+OF_THE_SWEEP = ("run.dir", "cluster.jobs_at_once", "+sweep")
+# overrides that say where and how it runs, not what is trained
+NOT_OF_THE_RUN = ("run.", "cluster", "tracking", "zero", "hydra")
 
 
 @dataclass(frozen=True)
@@ -49,32 +52,38 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs that need the same reference log-probs, and the first of them in a folder for scoring; None where nothing is to be scored."""
+    """Jobs that need the same reference log-probs, and the first of them in a folder for scoring; None where nothing is
+    to be scored."""
 
     jobs: tuple[Job, ...]
     score: Job | None
 
 
 def sweep_folder(words: Sequence[str], swept: Sequence[str]) -> str:
-    """The sweep's folder where run.dir does not say it: a function of what is swept and of the other words, but not of the values."""
-    rest = sorted(word for word in words if not word.lstrip("+~").startswith(NOT_OF_THE_RUN) and key_of(word) not in swept)
+    """The sweep's folder where run.dir does not say it: a function of what is swept and of the other words, but not of
+    the values."""
+    rest = sorted(word for word in words if not word.lstrip("+~").startswith(NOT_OF_THE_RUN)
+                  and key_of(word) not in swept)
     digest = hashlib.sha256(json.dumps([sorted(swept), rest]).encode()).hexdigest()[:8]
     return "-".join(["runs/sweep", *(_short(key) for key in swept), digest])
 
 
 def make_job(overrides: Sequence[str], fixed: Sequence[str], folder: Path) -> Job:
-    """The job that a sweeper proposed; `fixed` are the keys that are the same in all. Raises UserError for a bad value."""
+    """The job that a sweeper proposed; `fixed` are the keys that are the same in all. Raises UserError for a bad
+    value."""
     config = compose([word for word in overrides if key_of(word) not in ("run.dir", "+sweep")])
     swept = {key_of(word): _value(config, word) for word in overrides if key_of(word) not in (*fixed, *OF_THE_SWEEP)}
     parts = [f"{_short(key)}_{shown(value)}" for key, value in swept.items()]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:100]
     digest = config.identity()[:8]
     job_folder = next(folder.glob(f"*-{digest}"), folder / f"{name}-{digest}")
-    return _in(job_folder, Job(swept, (*(word for word in overrides if key_of(word) not in OF_THE_SWEEP), "run.dir=null"), config))
+    return _in(job_folder, Job(swept, (*(word for word in overrides if key_of(word) not in OF_THE_SWEEP),
+                                       "run.dir=null"), config))
 
 
 def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
-    """The jobs by what decides their reference's log-probs, each group to be scored once; first those that need no scoring."""
+    """The jobs by what decides their reference's log-probs, each group to be scored once; first those that need no
+    scoring."""
     groups: dict[str | None, list[Job]] = {}
     for job in jobs:
         groups.setdefault(reference_group(job.config), []).append(job)
@@ -83,28 +92,32 @@ def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
 
 
 def reference_group(config: RunConfig) -> str | None:
-    """A digest of what decides which reference log-probs a run needs, and their values; None where nothing is scored ahead of training.
+    """A digest of what decides which reference log-probs a run needs, and their values; None where nothing is scored
+    ahead of training.
 
-    From the config alone, so two names of the same weights are two groups; the second then finds in the cache what the first left there.
+    From the config alone, so two names of the same weights are two groups; the second then finds in the cache what the
+    first left there.
     """
     if not config.scores_apart:
         return None
     decides = {
         "reference": config.reference_path, "tokenizer": config.model.path, "dtype": config.model.dtype,
-        "data": deciding(config.data, TOKENS), "cache": config.reference.cache_dir, **deciding(config.reference, VALUES)}
+        "data": deciding(config.data, TOKENS), "cache": config.reference.cache_dir,
+        **deciding(config.reference, VALUES)}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_comparable(config: RunConfig, objective: str) -> None:
     """UserError where the runs of a sweep could not share their reference, or be compared on held-out pairs."""
     if config.reference.mode == "ahead":
-        raise UserError("reference.mode=ahead is for a single run; the runs of a sweep share what is scored first: set reference.mode=cached")
+        raise UserError("reference.mode=ahead is for a single run; the runs of a sweep share what is scored first: set "
+                        "reference.mode=cached")
     if not config.data.eval and not config.data.eval_fraction:
-        raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs to compare the runs of a sweep by; "
-                        "set data.eval_fraction=0.05")
+        raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs to compare the runs of a sweep "
+                        "by; set data.eval_fraction=0.05")
     if objective.startswith("rewards/") and not config.loss.uses_rejected:
-        raise UserError(f"hydra.launcher.objective={objective} is not measured with loss.name={config.loss.name}, which implies no rewards; "
-                        "set hydra.launcher.objective=loss")
+        raise UserError(f"hydra.launcher.objective={objective} is not measured with loss.name={config.loss.name}, "
+                        "which implies no rewards; set hydra.launcher.objective=loss")
 
 
 def check_distinct(jobs: Sequence[Job]) -> None:
@@ -114,8 +127,9 @@ def check_distinct(jobs: Sequence[Job]) -> None:
         other = first.setdefault(job.config.identity(), job)
         for key, value in job.swept.items():
             if value != other.swept.get(key, value):
-                raise UserError(f"{key.lstrip('+')} cannot be swept: {other.name} and {job.name} train the same thing, as it says where or how "
-                                "a run is computed or followed, not what is trained; give it one value")
+                raise UserError(f"{key.lstrip('+')} cannot be swept: {other.name} and {job.name} train the same thing, "
+                                "as it says where or how a run is computed or followed, not what is trained; give it "
+                                "one value")
 
 
 def key_of(word: str) -> str:

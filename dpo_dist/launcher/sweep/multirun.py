@@ -1,4 +1,5 @@
-"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; here they are scored once, trained, and compared."""
+"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; here they are scored once, trained, and
+compared."""
 from __future__ import annotations
 
 import importlib.util
@@ -18,7 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_dist.config.compose import compose, conf_dir, explain
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.launcher.clusters import sweep_launcher_of
-from dpo_dist.launcher.sweep.groups import Job, check_comparable, check_distinct, group_jobs, key_of, make_job, run_dir_override, sweep_folder
+from dpo_dist.launcher.sweep.groups import (
+    Job,
+    check_comparable,
+    check_distinct,
+    group_jobs,
+    key_of,
+    make_job,
+    run_dir_override,
+    sweep_folder,
+)
 from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_results
 
@@ -35,17 +45,22 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         if key.startswith(("run.", "cluster", "hydra")):
             raise UserError(f"{key} cannot be swept: it does not say what is trained; give it one value")
     if not swept and not any(key_of(word).startswith(("+sweep", "hydra.sweeper", "hydra/sweeper")) for word in words):
-        raise UserError("-m without a key of several values sweeps nothing; write, for instance, loss.beta=0.05,0.1,0.3 or sweep=beta_lr")
+        raise UserError("-m without a key of several values sweeps nothing; write, for instance, "
+                        "loss.beta=0.05,0.1,0.3 or sweep=beta_lr")
     given = {o.get_key_element(): o.value() for o in overrides if not o.is_sweep_override()}
-    folder = Path(str(given.get("run.dir") or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
+    folder = Path(str(given.get("run.dir")
+                      or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
     _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
     sweep = Sweep(folder, tuple(given), dry_run)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            hydra = GlobalHydra.instance().hydra         # taken out of the context, as composing a job opens one of its own
+            # taken out of the context, as composing a job opens one of its own
+            hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        run_jobs: Any = sweep.run_jobs                   # our launcher calls it for whole batches, not as Hydra calls a task
-        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *words], with_log_configuration=False)
+        # our launcher calls it for whole batches, not as Hydra calls a task
+        run_jobs: Any = sweep.run_jobs
+        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *words],
+                       with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
         _blame(words, error)
     except UserError:
@@ -59,7 +74,8 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     except Exception as error:
         if not sweep.ended_badly:
             raise
-        print(f"sweep: the sweeper gave up: {error}")    # Optuna's, after as many failures as it was told; the table is shown all the same
+        # Optuna's, after as many failures as it was told; the table is shown all the same
+        print(f"sweep: the sweeper gave up: {error}")
     return sweep.report()
 
 
@@ -92,7 +108,8 @@ class Sweep:
         launcher = sweep_launcher_of(jobs[0].config)
         if self._dry_run:
             raise _Shown(launcher.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
-        print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} to run", flush=True)
+        print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} "
+              "to run", flush=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         why_not: dict[Path, str] = {}
         try:
@@ -112,7 +129,8 @@ class Sweep:
         for r in failed:
             print(f"failed: {r.job.name}: {r.message}")
         if chosen:
-            print(f"best by held-out {self._objective}: {chosen.job.name}\n  {command_of(chosen.job)}\n  its model: {chosen.job.run_dir}/model")
+            print(f"best by held-out {self._objective}: {chosen.job.name}\n  {command_of(chosen.job)}\n  its model: "
+                  f"{chosen.job.run_dir}/model")
         print(f"{self._folder}/sweep.html and sweep.json hold all of it")
         return 1 if failed else 0
 
@@ -160,7 +178,8 @@ def _compose_each(overrides: Sequence[Override]) -> None:
     """UserError for the first job of a grid that is wrong."""
     ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
-        values = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override() else [str(o.input_line)]
+        values = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override()
+                  else [str(o.input_line)]
                 for o in ours]
         for job in itertools.product(*values):
             compose(job)

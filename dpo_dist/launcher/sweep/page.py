@@ -1,4 +1,5 @@
-"""<sweep>/sweep.html: the table and the plots of a sweep in one file that needs no network. The plots are SVG, written out here."""
+"""<sweep>/sweep.html: the table and the plots of a sweep in one file that needs no network. The plots are SVG, written
+out here."""
 from __future__ import annotations
 
 import math
@@ -11,9 +12,11 @@ from dpo_dist.launcher.sweep.groups import shown
 from dpo_dist.launcher.sweep.results import COLUMNS, DRIFT, KL, Result, best, columns, command_of, rows
 
 PLOTS = ("rewards/accuracies", "rewards/margins", KL, DRIFT)
-UNITS = {"rewards/accuracies": "share of held-out pairs", "rewards/margins": "beta × nats", KL: "nats a token, k3 on the data's completions",
+UNITS = {"rewards/accuracies": "share of held-out pairs", "rewards/margins": "beta × nats",
+         KL: "nats a token, k3 on the data's completions",
          DRIFT: "nats a token, policy − reference"}
-COLORS = ("#4477aa", "#ee6677", "#228833", "#aa7700", "#66ccee", "#aa3377", "#777777", "#000000")    # Paul Tol's, which most eyes tell apart
+# Paul Tol's, which most eyes tell apart
+COLORS = ("#4477aa", "#ee6677", "#228833", "#aa7700", "#66ccee", "#aa3377", "#777777", "#000000")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 280, 62, 14, 14, 44      # of a plot and its margins, in pixels
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
@@ -41,33 +44,39 @@ def write_page(path: Path, results: Sequence[Result], objective: str) -> None:
     cells = "".join(_row(row, "best" if r is chosen else "") for row, r in zip(body, results, strict=True))
     failed = "".join(f"<li>{escape(r.job.name)}: {escape(r.message)}</li>" for r in results if not r.done)
     path.write_text("\n".join([
-        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8"><title>dpo-dist sweep</title>', f"<style>{STYLE}</style></head><body>",
+        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8"><title>dpo-dist sweep</title>',
+        f"<style>{STYLE}</style></head><body>",
         f"<h1>{len(results)} runs, compared on held-out pairs</h1>",
         _best(chosen, objective) if chosen else "<p>No run has a result yet.</p>",
         f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{cells}</table>",
         f"<h2>Not done</h2><ul>{failed}</ul>" if failed else "",
         "<h2>Plots</h2>", *plots(results),
-        '<p class="note">The KL estimate is taken on the completions of the data, not on samples of the policy: it ranks these runs, and is '
-        "no KL to be quoted. A chosen drift below 0 means that the policy makes even the chosen completions less likely.</p>",
+        '<p class="note">The KL estimate is taken on the completions of the data, not on samples of the policy: it '
+        'ranks these runs, and is '
+        "no KL to be quoted. A chosen drift below 0 means that the policy makes even the chosen completions less "
+        "likely.</p>",
         "</body></html>", ""]))
 
 
 def _best(chosen: Result, objective: str) -> str:
     return (f"<p>Best by held-out {escape(COLUMNS.get(objective, objective))}: <b>{escape(chosen.job.name)}</b>, in "
-            f"<code>{escape(str(chosen.job.run_dir))}</code>. To train the same again:</p><pre>{escape(command_of(chosen.job))}</pre>")
+            f"<code>{escape(str(chosen.job.run_dir))}</code>. To train the same "
+            f"again:</p><pre>{escape(command_of(chosen.job))}</pre>")
 
 
 def _row(cells: Sequence[str], kind: str) -> str:
     return f'<tr class="{kind}">{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
 
 
-# ----------------------------------------------------------------------------------------------------------------- plots
+# ---------------------------------------------------------------------------------------------------------------- plots
 
 
 def plots(results: Sequence[Result]) -> list[str]:
-    """Figures of each metric over the learning rate (else over the first number that is swept), a line for each value of the rest.
+    """Figures of each metric over the learning rate (else over the first number that is swept), a line for each value
+    of the rest.
 
-    Where the rest takes more values than there are colours, as in a random search: over each number that is swept, points alone.
+    Where the rest takes more values than there are colours, as in a random search: over each number that is swept,
+    points alone.
     """
     keys, names = columns(results)
     numbers = [key for key in keys if all(_number(r, key) is not None for r in results)]
@@ -97,7 +106,8 @@ def _number(result: Result, key: str) -> float | None:
 
 
 def figure(name: str, x_name: str, lines: Sequence[Line]) -> str:
-    """One plot as an SVG in a <figure>; x is logarithmic where all of it is above 0 and spans more than a factor of 3."""
+    """One plot as an SVG in a <figure>; x is logarithmic where all of it is above 0 and spans more than a factor of
+    3."""
     points = [point for line in lines for point in line.points]
     xs, ys = [p[0] for p in points] or [0.0], [p[1] for p in points] or [0.0]
     logarithmic = min(xs) > 0 and max(xs) > 3 * min(xs)
@@ -110,9 +120,12 @@ def figure(name: str, x_name: str, lines: Sequence[Line]) -> str:
     marks = [_line(line, color, at, up) for line, color in zip(lines, COLORS * len(lines), strict=False)]
     frame = (f'<path d="M{LEFT} {TOP} V{HEIGHT - BOTTOM} H{WIDTH - RIGHT}" fill="none" stroke="#999"/>'
              f'<text x="{(LEFT + WIDTH) // 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>')
-    legend = " ".join(f'<span style="color:{color}">● {escape(line.name)}</span>' for line, color in zip(lines, COLORS, strict=False))
-    return (f'<figure><figcaption><b>{escape(COLUMNS[name])}</b> <small>{escape(UNITS[name])}</small><br><small>{legend}</small></figcaption>'
-            f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(COLUMNS[name])} over '
+    legend = " ".join(f'<span style="color:{color}">● {escape(line.name)}</span>' for line,
+                      color in zip(lines, COLORS, strict=False))
+    return (f'<figure><figcaption><b>{escape(COLUMNS[name])}</b> '
+            f'<small>{escape(UNITS[name])}</small><br><small>{legend}</small></figcaption>'
+            f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{escape(COLUMNS[name])} over '
             f'{escape(x_name)}">{frame}{_x_ticks(xs, at)}{_y_ticks(ys, up)}{"".join(marks)}</svg></figure>')
 
 
@@ -120,7 +133,8 @@ def _line(line: Line, color: str, at: Callable[[float], float], up: Callable[[fl
     where = [(at(x), up(y), what) for x, y, what in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in where)
     joined = f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>' if line.joined else ""
-    return joined + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"><title>{escape(what)}</title></circle>'
+    return joined + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" '
+                            f'fill="{color}"><title>{escape(what)}</title></circle>'
                             for x, y, what in where)
 
 
@@ -129,7 +143,8 @@ def _x_ticks(xs: Sequence[float], at: Callable[[float], float]) -> str:
     values = sorted(set(xs))
     values = values if len(values) <= 6 else [values[0], values[-1]]
     return "".join(f'<path d="M{at(x):.1f} {HEIGHT - BOTTOM} v5" stroke="#999"/>'
-                   f'<text x="{at(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.3g}</text>' for x in values)
+                   f'<text x="{at(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.3g}</text>'
+                   for x in values)
 
 
 def _y_ticks(ys: Sequence[float], up: Callable[[float], float]) -> str:

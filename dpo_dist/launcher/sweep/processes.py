@@ -1,4 +1,5 @@
-"""Runs several dpo-dist commands as processes of their own, each in a place of its own: a share of the machine's devices."""
+"""Runs several dpo-dist commands as processes of their own, each in a place of its own: a share of the machine's
+devices."""
 from __future__ import annotations
 
 import os
@@ -40,11 +41,12 @@ def places(cluster: ClusterConfig) -> list[Place]:
         threads = max(1, (os.cpu_count() or 1) // (n * (cluster.procs_per_node or 1)))
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * n
     if len(found) % n:
-        raise UserError(f"cluster.jobs_at_once={n} does not divide the {len(found)} devices of this machine; set it to a divisor")
+        raise UserError(f"cluster.jobs_at_once={n} does not divide the {len(found)} devices of this machine; set it to "
+                        "a divisor")
     share = len(found) // n
     if (cluster.procs_per_node or 0) > share:
-        raise UserError(f"cluster.procs_per_node={cluster.procs_per_node} is more than each job's share of {share} devices; "
-                        f"remove it, or lower cluster.jobs_at_once={n}")
+        raise UserError(f"cluster.procs_per_node={cluster.procs_per_node} is more than each job's share of {share} "
+                        f"devices; remove it, or lower cluster.jobs_at_once={n}")
     return [{"CUDA_VISIBLE_DEVICES": ",".join(found[i * share:(i + 1) * share])} for i in range(n)]
 
 
@@ -52,8 +54,8 @@ def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Cal
                  ended: Callable[[int, int, float], None] = lambda i, code, seconds: None) -> list[int]:
     """Exit codes. As many run at once as there are places; one that fails does not stop the others.
 
-    began(i) and ended(i, code, seconds) are told of command i. Ctrl-C reaches the commands too, and SIGTERM is handed to them: none is
-    started any more, those that run are waited for, and KeyboardInterrupt follows.
+    began(i) and ended(i, code, seconds) are told of command i. Ctrl-C reaches the commands too, and SIGTERM is handed
+    to them: none is started any more, those that run are waited for, and KeyboardInterrupt follows.
     """
     codes = [-1] * len(commands)
     waiting, free = deque(range(len(commands))), deque(where)
@@ -88,5 +90,6 @@ def _start(command: Command, place: Place) -> subprocess.Popen[bytes]:
         if command.output is not None:
             command.output.parent.mkdir(parents=True, exist_ok=True)
             out = files.enter_context(command.output.open("ab"))
-        return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *command.words], env={**os.environ, **place},
+        return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *command.words],
+                                env={**os.environ, **place},
                                 stdout=out, stderr=None if out is None else subprocess.STDOUT)

@@ -1,4 +1,5 @@
-"""What the jobs of a sweep came to: their last held-out metrics, the best one, a table for the terminal, and <sweep>/sweep.json."""
+"""What the jobs of a sweep came to: their last held-out metrics, the best one, a table for the terminal, and
+<sweep>/sweep.json."""
 from __future__ import annotations
 
 import json
@@ -14,15 +15,18 @@ from dpo_dist.launcher.sweep.groups import Job, Value, shown
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.run_dir import RunDir
 
-# What a sweep can be after, and in which direction. `loss` has another scale at every beta: compare by it only where beta is not swept.
+# What a sweep can be after, and in which direction. `loss` has another scale at every beta: compare by it only where
+# beta is not swept.
 OBJECTIVES = {"rewards/accuracies": "maximize", "rewards/margins": "maximize", "loss": "minimize"}
 KL, DRIFT = "reference/kl_per_token", "reference/chosen_drift_per_token"
-COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "KL estimate", DRIFT: "chosen drift", "loss": "loss"}
+COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "KL estimate", DRIFT: "chosen drift",
+           "loss": "loss"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """`metrics` are those of the last held-out evaluation, empty unless the job is done; `message` says why it is not."""
+    """`metrics` are those of the last held-out evaluation, empty unless the job is done; `message` says why it is
+    not."""
 
     job: Job
     done: bool
@@ -41,7 +45,8 @@ def read_result(job: Job, why_not: str = "") -> Result:
 
 
 def best(results: Sequence[Result], objective: str) -> Result | None:
-    """The done job with the best objective; of equals the one closest to the reference. None where none has a finite one."""
+    """The done job with the best objective; of equals the one closest to the reference. None where none has a finite
+    one."""
     sign = 1 if OBJECTIVES[objective] == "minimize" else -1
     able = [r for r in results if math.isfinite(r.metrics.get(objective, math.nan))]
     return min(able, key=lambda r: (sign * r.metrics[objective], r.metrics.get(KL, 0.0)), default=None)
@@ -71,18 +76,21 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 def table(results: Sequence[Result]) -> str:
     cells = rows(results)
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in cells)
 
 
 def write_results(folder: Path, results: Sequence[Result], objective: str) -> None:
-    """<folder>/sweep.json: every job with its values, folder and metrics, and the best one's command and whole config."""
+    """<folder>/sweep.json: every job with its values, folder and metrics, and the best one's command and whole
+    config."""
     chosen = best(results, objective)
     content: dict[str, Any] = {
         "objective": objective,
         "direction": OBJECTIVES[objective],
         "jobs": [{"swept": r.job.swept, "run_dir": str(r.job.run_dir), "done": r.done, "message": r.message,
                   "metrics": {name: _jsonable(value) for name, value in r.metrics.items()}} for r in results],
-        "best": chosen and {"swept": chosen.job.swept, "run_dir": str(chosen.job.run_dir), "command": command_of(chosen.job),
+        "best": chosen and {"swept": chosen.job.swept, "run_dir": str(chosen.job.run_dir),
+                            "command": command_of(chosen.job),
                             "config": to_dict(chosen.job.config)},
     }
     write_json(folder / "sweep.json", content)

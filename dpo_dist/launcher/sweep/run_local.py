@@ -1,5 +1,5 @@
-"""Runs a sweep's groups on this machine: each group's reference is scored once, on all devices; then the trainings, in turn or several
-at a time. Every one is the command that a person would type."""
+"""Runs a sweep's groups on this machine: each group's reference is scored once, on all devices; then the trainings, in
+turn or several at a time. Every one is the command that a person would type."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from dpo_dist.launcher.sweep.results import read_result
 
 def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
     """{run.dir: why not} of the jobs that could not be started. A failed one does not stop the others."""
-    where = {job.run_dir: places(job.config.cluster) for group in groups for job in group.jobs}    # UserErrors before anything starts
+    # UserErrors before anything starts
+    where = {job.run_dir: places(job.config.cluster) for group in groups for job in group.jobs}
     why_not: dict[Path, str] = {}
     ready: list[Job] = []
     for group in groups:

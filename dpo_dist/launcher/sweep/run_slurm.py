@@ -1,4 +1,5 @@
-"""Runs a sweep's groups on Slurm: a scoring job a group and an array of trainings after it; then waits, so that results can be compared."""
+"""Runs a sweep's groups on Slurm: a scoring job a group and an array of trainings after it; then waits, so that results
+can be compared."""
 from __future__ import annotations
 
 import hashlib
@@ -9,25 +10,39 @@ from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.plan import plan_stages
-from dpo_dist.launcher.slurm import BatchJob, describe, is_alive, job_name, record, recorded_jobs, render, submit_jobs, wait_for
+from dpo_dist.launcher.slurm import (
+    BatchJob,
+    describe,
+    is_alive,
+    job_name,
+    record,
+    recorded_jobs,
+    render,
+    submit_jobs,
+    wait_for,
+)
 from dpo_dist.launcher.sweep.groups import Group, Job
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """Slurm's ids of a group's jobs: the scoring (None where there was none), and the array, whose task i is the group's training i."""
+    """Slurm's ids of a group's jobs: the scoring (None where there was none), and the array, whose task i is the
+    group's training i."""
 
     score: str | None
     array: str
 
 
 def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
-    """Returns when no job is left, however each ended; nothing is known here of why (hence {}): each run's folder says it.
+    """Returns when no job is left, however each ended; nothing is known here of why (hence {}): each run's folder says
+    it.
 
-    Jobs that an earlier invocation submitted, and that are still pending or running, are waited for and not submitted again.
+    Jobs that an earlier invocation submitted, and that are still pending or running, are waited for and not submitted
+    again.
     """
     alive = {job.run_dir: number for group in groups for job in group.jobs if (number := _alive(job))}
-    fresh = [Group(jobs, group.score) for group in groups if (jobs := tuple(job for job in group.jobs if job.run_dir not in alive))]
+    fresh = [Group(jobs, group.score) for group in groups
+             if (jobs := tuple(job for job in group.jobs if job.run_dir not in alive))]
     submitted = submit(fresh)
     for group, ids in zip(fresh, submitted, strict=True):
         after = f", after scoring job {ids.score}" if ids.score else ""
@@ -42,9 +57,11 @@ def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
 def submit(groups: Sequence[Group]) -> list[Submitted]:
     """For each group one scoring job, then one array whose tasks each run one training, cluster.jobs_at_once at a time.
 
-    Batch scripts and the tasks' overrides are written beside the runs, where every node sees them. An array starts when its own group's
-    scoring has succeeded, and is cancelled when that has failed; a failed training stops no other. Each run's job ids are kept in its
-    <run.dir>/slurm.json, which `dpo-dist status` reads. UserError where a group's trainings differ in `cluster`, or Slurm refuses a job.
+    Batch scripts and the tasks' overrides are written beside the runs, where every node sees them. An array starts when
+    its own group's scoring has succeeded, and is cancelled when that has failed; a failed training stops no other. Each
+    run's job ids are kept in its
+    <run.dir>/slurm.json, which `dpo-dist status` reads. UserError where a group's trainings differ in `cluster`, or
+    Slurm refuses a job.
     """
     submitted = []
     for group, folder in _with_folders(groups):
@@ -59,32 +76,39 @@ def submit(groups: Sequence[Group]) -> list[Submitted]:
 
 
 def rendered(groups: Sequence[Group]) -> str:
-    """The batch scripts and the sbatch commands that `submit` would use, as text for --dry-run; starts and writes nothing."""
+    """The batch scripts and the sbatch commands that `submit` would use, as text for --dry-run; starts and writes
+    nothing."""
     return "\n".join(text for group, folder in _with_folders(groups)
-                     for text in (describe(_batch_jobs(group, folder)), f"# ---- {_tasks_file(folder)}", _task_lines(group)))
+                     for text in (describe(_batch_jobs(group, folder)), f"# ---- {_tasks_file(folder)}",
+                                  _task_lines(group)))
 
 
 def _with_folders(groups: Sequence[Group]) -> list[tuple[Group, Path]]:
-    """Each group's folder, named by its tasks: a later command never changes the lines that an array under way still reads."""
-    return [(group, group.jobs[0].run_dir.parent / "slurm" / f"group-{hashlib.sha256(_task_lines(group).encode()).hexdigest()[:8]}")
+    """Each group's folder, named by its tasks: a later command never changes the lines that an array under way still
+    reads."""
+    return [(group, group.jobs[0].run_dir.parent / "slurm"
+             / f"group-{hashlib.sha256(_task_lines(group).encode()).hexdigest()[:8]}")
             for group in groups]
 
 
 def _batch_jobs(group: Group, folder: Path) -> list[BatchJob]:
     first = group.jobs[0].config
     if any(job.config.cluster != first.cluster for job in group.jobs):
-        raise UserError("the trainings of a sweep differ in `cluster`, but one array has one shape; sweep over other keys")
+        raise UserError("the trainings of a sweep differ in `cluster`, but one array has one shape; sweep over other "
+                        "keys")
     (train,) = plan_stages("train", first, ()).stages
     if train.server_nodes:
-        raise UserError(f"reference.nodes={train.server_nodes} with reference.mode=live would give each task of an array nodes of its "
-                        "own for servers, which Slurm does not do; set reference.mode=cached")
+        raise UserError(f"reference.nodes={train.server_nodes} with reference.mode=live would give each task of an "
+                        "array nodes of its own for servers, which Slurm does not do; set reference.mode=cached")
     name, jobs = str(folder.parent.parent), []
     if group.score is not None:
         (score,) = plan_stages("score", group.score.config, group.score.overrides).stages
-        script = render(score, group.score.config, job_name(name, "score"), folder / "score-%j.out", run_dir=str(group.score.run_dir))
+        script = render(score, group.score.config, job_name(name, "score"), folder / "score-%j.out",
+                        run_dir=str(group.score.run_dir))
         jobs.append(BatchJob("score", script, folder / "score.sbatch", score.overrides))
     array = f"0-{len(group.jobs) - 1}" + (f"%{first.cluster.jobs_at_once}" if first.cluster.jobs_at_once else "")
-    script = render(train, first, job_name(name, "train"), folder / "train-%a-%A.out", tasks=_tasks_file(folder), array=array)
+    script = render(train, first, job_name(name, "train"), folder / "train-%a-%A.out", tasks=_tasks_file(folder),
+                    array=array)
     return [*jobs, BatchJob("train", script, folder / "train.sbatch", (), ("score",) if jobs else ())]
 
 

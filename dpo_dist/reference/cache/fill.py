@@ -22,7 +22,8 @@ from dpo_dist.types import PackedBatch
 
 Scored = tuple[PackedBatch, Tensor]
 
-ROUNDS_BETWEEN_AGREEMENTS = 8          # a round is one pack a rank; agreeing to stop holds the ranks together for a moment
+# a round is one pack a rank; agreeing to stop holds the ranks together for a moment
+ROUNDS_BETWEEN_AGREEMENTS = 8
 
 
 def open_cache(cache: LogpCache, world: World) -> int:
@@ -32,17 +33,19 @@ def open_cache(cache: LogpCache, world: World) -> int:
     return damaged
 
 
-def plan_fill(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int, windows: Indexes | None = None,
+def plan_fill(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int,
+              windows: Indexes | None = None,
          padded: bool = False) -> tuple[ScoringPlan, int]:
-    """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` and `padded` as in plan_scoring."""
+    """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` and `padded` as
+    in plan_scoring."""
     damaged = open_cache(cache, world)
     return world.on_main(lambda: plan_scoring(cache, data_sets, tokens_per_microbatch, windows, padded)), damaged
 
 
 def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], engine: ReferenceEngine, world: World,
          progress: Callable[[int], None] = lambda done: None, flush_seconds: float = math.inf) -> None:
-    """Scores the plan's packs into the cache, what is scored reaching the disk within `flush_seconds`; `progress` is told how many sequences
-    are done on this rank's side of the world.
+    """Scores the plan's packs into the cache, what is scored reaching the disk within `flush_seconds`; `progress` is
+    told how many sequences are done on this rank's side of the world.
 
     Raises Stopped, with what is scored kept, where any rank was asked to end.
     """
@@ -67,9 +70,11 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
     open_cache(cache, world)
 
 
-def _scored(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool, while_waiting: Callable[[], None]) -> Iterator[Scored]:
-    """(pack, its log-probs on the CPU), in order. An engine in other processes says by `packs_at_once` how many it takes at a time, so that
-    its servers never wait for this process. pinned: packs are laid where a GPU copies from without holding up the process."""
+def _scored(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool,
+            while_waiting: Callable[[], None]) -> Iterator[Scored]:
+    """(pack, its log-probs on the CPU), in order. An engine in other processes says by `packs_at_once` how many it
+    takes at a time, so that its servers never wait for this process. pinned: packs are laid where a GPU copies from
+    without holding up the process."""
     if engine.packs_at_once == 1:
         yield from _one_ahead(packs, engine, pinned)
         return

@@ -1,7 +1,8 @@
-"""In what order training asks for reference log-probs, as windows: what the scorer goes through, one after the other, to stay ahead.
+"""In what order training asks for reference log-probs, as windows: what the scorer goes through, one after the other,
+to stay ahead.
 
-Within a window pairs are scored in whatever order is best, and prompts are shared; so windows are small where training waits for them,
-and grow while it is at work.
+Within a window pairs are scored in whatever order is best, and prompts are shared; so windows are small where training
+waits for them, and grow while it is at work.
 """
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ NEVER = np.iinfo(np.int64).max      # the window of a pair that training does no
 
 
 def windows(order: Sampler, epochs: float, max_steps: int | None, n_train: int, n_held_out: int) -> Indexes:
-    """(n_train + n_held_out,) the window of each pair, training pairs first: step 1 (which the gate looks at), then the held-out pairs
-    (evaluated before training), then the steps as they come. A pair belongs to the window that first asks for it."""
+    """(n_train + n_held_out,) the window of each pair, training pairs first: step 1 (which the gate looks at), then the
+    held-out pairs (evaluated before training), then the steps as they come. A pair belongs to the window that first
+    asks for it."""
     window = np.full(n_train + n_held_out, NEVER)
     window[n_train:] = 1
     unasked, number, left, size = n_train, 0, 1, 1

@@ -1,7 +1,8 @@
-"""What the cache lacks of some data sets, as packs to score: each sequence once, those of one prompt in one tree, from contents alone.
+"""What the cache lacks of some data sets, as packs to score: each sequence once, those of one prompt in one tree, from
+contents alone.
 
-Sequence s of data sets laid end to end is pair s // 2's chosen completion where s is even, its rejected one where s is odd. Arrays
-throughout: a million pairs are planned in seconds and within 100 bytes a pair.
+Sequence s of data sets laid end to end is pair s // 2's chosen completion where s is even, its rejected one where s is
+odd. Arrays throughout: a million pairs are planned in seconds and within 100 bytes a pair.
 """
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Keys = NDArray[np.uint64]               # (n, 2): 16 bytes as two numbers
 
 
 class ScoringPlan(NamedTuple):
-    """sequences to score; tree i holds those from trees[i] to trees[i + 1], pack j the trees from packs[j] to packs[j + 1]."""
+    """sequences to score; tree i holds those from trees[i] to trees[i + 1], pack j the trees from packs[j] to packs[j +
+    1]."""
 
     sequences: Indexes
     trees: Indexes
@@ -39,19 +41,22 @@ class ScoringPlan(NamedTuple):
         return [self.sequences[self.trees[i]:self.trees[i + 1]] for i in range(self.packs[j], self.packs[j + 1])]
 
 
-def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microbatch: int, windows: Indexes | None = None,
+def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microbatch: int,
+                 windows: Indexes | None = None,
                  padded: bool = False) -> ScoringPlan:
     """The plan for what `cache` lacks. Packs come longest trees first, so that those which run side by side are alike.
 
-    windows: (pairs,) as in scoring_order.py: one after the other, prompts shared within each; pairs of NEVER are left out. None: all at once.
-    padded: a sequence is a row with its prompt, so each is a tree of its own, and a pack's tokens are rows times the longest.
+    windows: (pairs,) as in scoring_order.py: one after the other, prompts shared within each; pairs of NEVER are left
+    out. None: all at once. padded: a sequence is a row with its prompt, so each is a tree of its own, and a pack's
+    tokens are rows times the longest.
     """
     pairs = PairStores(data_sets)
     prompts, sequences = _keys(pairs)
     prompt = _ranks(prompts)
     del prompts
     wanted = _first_of_each(sequences) if windows is None else _first_asked(sequences, windows)
-    missing = np.concatenate([part[~cache.holds(sequences[part])] for part in np.array_split(wanted, 1 + len(wanted) // AT_ONCE)])
+    missing = np.concatenate([part[~cache.holds(sequences[part])]
+                              for part in np.array_split(wanted, 1 + len(wanted) // AT_ONCE)])
     n_cached = len(wanted) - len(missing)
     del sequences, wanted                                                          # each byte counts a million times
     window = np.zeros(len(prompt), np.int8) if windows is None else windows
@@ -83,7 +88,8 @@ def _keys(pairs: PairStores) -> tuple[Keys, Keys]:
 
 def _first_of_each(keys: Keys) -> Indexes:
     """Where each distinct key (16 bytes as two numbers) occurs first, in order of occurrence."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))                                             # stable: equal keys stay in order
+    # stable: equal keys stay in order
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
     return np.sort(order[_differs_from_before(keys, order)])
 
 
@@ -104,7 +110,8 @@ def _ranks(keys: Keys) -> NDArray[np.int32]:
 
 
 def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
-    """Whether each key, in this order, is another than the one before it. Block by block, so that no second copy of the keys exists."""
+    """Whether each key, in this order, is another than the one before it. Block by block, so that no second copy of the
+    keys exists."""
     fresh = np.ones(len(order), dtype=bool)
     for at in range(1, len(order), AT_ONCE):
         end = min(at + AT_ONCE, len(order))
@@ -112,8 +119,10 @@ def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
     return fresh
 
 
-def _trees(starts_tree: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens: Ids, budget: int) -> tuple[Indexes, Indexes]:
-    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: from each start to the next, cut where it exceeds a pack."""
+def _trees(starts_tree: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens: Ids,
+           budget: int) -> tuple[Indexes, Indexes]:
+    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: from each start to the next, cut where
+    it exceeds a pack."""
     if not len(starts_tree):
         return np.zeros(1, np.int64), np.empty(0, np.int64)
     starts = np.flatnonzero(starts_tree)

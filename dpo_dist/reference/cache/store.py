@@ -3,8 +3,8 @@
     <cache_dir>/<key>/key.json                       what the values are: weights digest, dtype, numeric recipe
     <cache_dir>/<key>/<digest>.safetensors           a shard: keys (n, 16) uint8, offsets (n+1,) int64, logps float32
 
-A shard is named by the digest of its own bytes, written under a temporary name and renamed: several writers never collide, a killed
-one leaves at worst a temporary file, and a damaged shard does not match its name.
+A shard is named by the digest of its own bytes, written under a temporary name and renamed: several writers never
+collide, a killed one leaves at worst a temporary file, and a damaged shard does not match its name.
 """
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.world import World
 
-FLUSH_SHARE = 0.05                 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
+# a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
+FLUSH_SHARE = 0.05
 FLUSH_SECONDS = 1.0                # ... while the number of shards grows only with the logarithm of the time
 
 PLAIN_RECIPE = "torch, softmax in fp32, v1"
@@ -46,7 +47,8 @@ class ReferenceKey:
 def sequence_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
     """16 bytes that name a (prompt, completion): nothing stripped, the boundary included."""
     prompt, completion = np.asarray(prompt_ids, dtype="<i4"), np.asarray(completion_ids, dtype="<i4")
-    return hashlib.blake2b(len(prompt).to_bytes(8, "little") + prompt.tobytes() + completion.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(len(prompt).to_bytes(8, "little") + prompt.tobytes() + completion.tobytes(),
+                           digest_size=16).digest()
 
 
 class LogpCache:
@@ -57,15 +59,16 @@ class LogpCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"reference.cache_dir={cache_dir} cannot be made: {error}; set a folder that can be written") from error
+            raise UserError(f"reference.cache_dir={cache_dir} cannot be made: {error}; set a folder that can be "
+                            "written") from error
         described = self.folder / "key.json"
         if not described.exists():
             write_atomic(described, json.dumps(asdict(key), indent=2).encode())
         self.open_shards(())
 
     def verified_shards(self, known: Collection[str] = ()) -> tuple[list[str], int]:
-        """(names of the whole shards, number of damaged ones), `known` ones left out. Damaged ones are set aside, so their sequences count
-        as missing."""
+        """(names of the whole shards, number of damaged ones), `known` ones left out. Damaged ones are set aside, so
+        their sequences count as missing."""
         whole, damaged = [], 0
         for path in sorted(path for path in self.folder.glob("*.safetensors") if path.name not in known):
             if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
@@ -79,14 +82,16 @@ class LogpCache:
         return whole, damaged
 
     def open_shards(self, names: Sequence[str]) -> None:
-        """Makes exactly these shards readable. All ranks open the list that one of them verified, so all agree on what is missing."""
+        """Makes exactly these shards readable. All ranks open the list that one of them verified, so all agree on what
+        is missing."""
         self._shards: dict[str, safetensors.safe_open] = {}
         self._high, self._low = np.empty(0, "<u8"), np.empty(0, "<u8")
         self._where = np.empty((0, 3), np.int64)              # shard, start, end
         self.add_shards(names)
 
     def add_new_shards(self, world: World) -> bool:
-        """Makes the shards readable that have come since; whether there were any. All ranks call it, and open what rank 0 verified."""
+        """Makes the shards readable that have come since; whether there were any. All ranks call it, and open what rank
+        0 verified."""
         names, _ = world.on_main(lambda: self.verified_shards(self._shards))
         self.add_shards(names)
         return bool(names)
@@ -116,7 +121,8 @@ class LogpCache:
             return np.zeros(len(keys), dtype=bool)
         at = np.minimum(np.searchsorted(self._high, keys[:, 0]), len(self) - 1)
         found = (self._high[at] == keys[:, 0]) & (self._low[at] == keys[:, 1])
-        for i in np.flatnonzero((self._high[at] == keys[:, 0]) & ~found):    # another key with the same first half comes before it
+        # another key with the same first half comes before it
+        for i in np.flatnonzero((self._high[at] == keys[:, 0]) & ~found):
             found[i] = self._find(keys[i].tobytes()) is not None
         return found
 
@@ -142,8 +148,8 @@ class LogpCache:
 
 
 class ShardWriter:
-    """Collects scored sequences and writes them as shards, often enough that a kill costs little, and a reader waits little
-    (`at_most_seconds`)."""
+    """Collects scored sequences and writes them as shards, often enough that a kill costs little, and a reader waits
+    little (`at_most_seconds`)."""
 
     def __init__(self, cache: LogpCache, at_most_seconds: float = math.inf):
         self._folder, self._at_most = cache.folder, at_most_seconds
@@ -153,7 +159,8 @@ class ShardWriter:
 
     def add(self, key: bytes, logps: np.ndarray) -> None:
         if not np.isfinite(logps).all():
-            raise FloatingPointError("the reference model gave a log-prob that is not finite; its values cannot be used")
+            raise FloatingPointError("the reference model gave a log-prob that is not finite; its values cannot be "
+                                     "used")
         self._keys.append(key)
         self._logps.append(np.asarray(logps, dtype=np.float32))
 

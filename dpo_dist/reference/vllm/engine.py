@@ -30,7 +30,8 @@ class VllmReference(ReferenceEngine):
         self._model, self._longest, self._requests, self._on_close = model, longest, requests, on_close
         self._servers = _Servers(urls)
         self._threads = ThreadPoolExecutor(at_once)
-        self.packs_at_once = at_once + 1                 # one more than are under way, so that no server waits for this process
+        # one more than are under way, so that no server waits for this process
+        self.packs_at_once = at_once + 1
         self.urls = tuple(urls)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
@@ -65,24 +66,27 @@ class VllmReference(ReferenceEngine):
             except Unanswered as failure:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - min(failing_since, self._servers.silent_since) > self._requests.wait_seconds:
-                    raise UserError(f"the reference's servers ({', '.join(self.urls)}) gave no answer for {self._requests.wait_seconds:g} s; "
-                                    f"the last: {failure}. What was scored is kept: start them again, and the same command goes on "
-                                    "(or raise reference.requests.wait_seconds)") from failure
+                    raise UserError(f"the reference's servers ({', '.join(self.urls)}) gave no answer for "
+                                    f"{self._requests.wait_seconds:g} s; the last: {failure}. What was scored is kept: "
+                                    "start them again, and the same command goes on (or raise "
+                                    "reference.requests.wait_seconds)") from failure
                 half = len(part) if failure.refused else (len(part) + 1) // 2
                 todo += [p for p in (part[half:], part[:half]) if p]
         return done
 
     def _check_lengths(self, sequences: Sequence[Continuation]) -> None:
-        """vLLM counts the token that it must generate, and refuses a whole request for one sequence that is too long."""
+        """vLLM counts the token that it must generate, and refuses a whole request for one sequence that is too
+        long."""
         longest = max(len(s.prompt) + len(s.completion) for s in sequences)
         if self._longest is not None and longest + 1 > self._longest:
-            raise UserError(f"a sequence of {longest} tokens needs servers with --max-model-len {longest + 1} or more, not {self._longest}; "
-                            f"start them so, or set data.max_length={self._longest - 1}")
+            raise UserError(f"a sequence of {longest} tokens needs servers with --max-model-len {longest + 1} or more, "
+                            f"not {self._longest}; start them so, or set data.max_length={self._longest - 1}")
 
 
 def continuations(batch: PackedBatch) -> list[Continuation]:
     """The pack's sequences, in its order."""
-    return [Continuation(tuple(prompt.tolist()), tuple(completion.tolist())) for prompt, completion in batch.sequences()]
+    return [Continuation(tuple(prompt.tolist()), tuple(completion.tolist())) for prompt,
+            completion in batch.sequences()]
 
 
 @dataclass
@@ -94,8 +98,8 @@ class _Server:
 
 
 class _Servers:
-    """Who takes the next request: the server that is ready first, and of those the least busy. One that fails rests for a while, and
-    longer each time."""
+    """Who takes the next request: the server that is ready first, and of those the least busy. One that fails rests for
+    a while, and longer each time."""
 
     def __init__(self, urls: Sequence[str]):
         self._all = [_Server(url) for url in urls]

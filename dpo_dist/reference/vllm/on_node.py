@@ -1,4 +1,5 @@
-"""One of the reference's servers, on a node of its own (reference.nodes): python -m dpo_dist.reference.vllm.on_node PORT key=value ...
+"""One of the reference's servers, on a node of its own (reference.nodes): python -m dpo_dist.reference.vllm.on_node
+PORT key=value ...
 
 slurm/train.sbatch starts it beside the ranks, tells them its URL, and ends it when they have ended.
 """
@@ -21,7 +22,8 @@ from dpo_dist.runtime.world import device_of
 
 
 def main(words: Sequence[str]) -> int:
-    """Returns only where the server ended by itself, or did not start. A signal ends both (dpo_dist/runtime/child_process.py)."""
+    """Returns only where the server ended by itself, or did not start. A signal ends both
+    (dpo_dist/runtime/child_process.py)."""
     port, overrides = int(words[0]), words[1:]
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
@@ -32,7 +34,8 @@ def main(words: Sequence[str]) -> int:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         log = Path(config.run_dir) / "logs" / f"reference-server-{node}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        server = start_server(server_spec(config, dtype, folder, gpus), log, served(config).requests.wait_seconds, "0.0.0.0", port)
+        server = start_server(server_spec(config, dtype, folder, gpus), log, served(config).requests.wait_seconds,
+                              "0.0.0.0", port)
     except UserError as error:
         print(f"error: {node}: {error}", file=sys.stderr, flush=True)
         return 2

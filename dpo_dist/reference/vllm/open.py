@@ -1,4 +1,5 @@
-"""Which servers a run uses, what they must be, and the cache key that follows: the engine's version is part of what a value is."""
+"""Which servers a run uses, what they must be, and the cache key that follows: the engine's version is part of what a
+value is."""
 from __future__ import annotations
 
 import json
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from dpo_dist.reference.make import Setup
 
 LOOK_SECONDS = 10.0                      # for an answer to /version and /v1/models
-BESIDE_THE_ORACLE, NODE_OF_ITS_OWN = 0.5, 0.9        # shares of a GPU's memory that a server takes: the audit's oracle runs where the ranks are
+# shares of a GPU's memory that a server takes: the audit's oracle runs where the ranks are
+BESIDE_THE_ORACLE, NODE_OF_ITS_OWN = 0.5, 0.9
 
 
 def recipe(version: str, quantization: str | None) -> str:
@@ -30,8 +32,9 @@ def recipe(version: str, quantization: str | None) -> str:
 
 
 def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
-    """The key of the servers' values. Their version is what the config says, what is installed, what the servers say, or, where the
-    servers are gone and the cache holds values of one version, that one. UserError where none of these tells."""
+    """The key of the servers' values. Their version is what the config says, what is installed, what the servers say,
+    or, where the servers are gone and the cache holds values of one version, that one. UserError where none of these
+    tells."""
     def key(version: str) -> ReferenceKey:
         return ReferenceKey(weights, dtype, recipe(version, config.quantization))
 
@@ -49,8 +52,8 @@ def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
     if len(held) == 1:
         return key(held[0])
     missing = f"the cache holds values of vllm {' and '.join(held)}" if held else "the cache holds no values of vllm for these weights"
-    raise UserError(f"reference.urls={config.urls or '[]'} has no server that answers, and {missing}; start the servers, or set "
-                    "reference.version and reference.server or reference.urls")
+    raise UserError(f"reference.urls={config.urls or '[]'} has no server that answers, and {missing}; start the "
+                    "servers, or set reference.version and reference.server or reference.urls")
 
 
 def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
@@ -61,7 +64,8 @@ def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
 def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World) -> VllmReference:
     """The engine on servers that were looked at: they serve the model under its name, in the version of `key`.
 
-    With reference.server, the first rank of each machine starts one, and that machine's ranks use it. All ranks call it.
+    With reference.server, the first rank of each machine starts one, and that machine's ranks use it. All ranks call
+    it.
     """
     r = served(config)
     requests = r.requests
@@ -70,8 +74,8 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
     if r.urls:
         urls, sharing = _urls(r.urls, requests.wait_seconds), world.size
     elif r.nodes:
-        raise UserError(f"the cache lacks values, and reference.nodes={r.nodes} servers are started by the job that scores; run "
-                        "`dpo-dist score` with the same keys first")
+        raise UserError(f"the cache lacks values, and reference.nodes={r.nodes} servers are started by the job that "
+                        "scores; run `dpo-dist score` with the same keys first")
     elif r.server:
         gpus = world.local_size if world.device.type == "cuda" else 1
         spec = server_spec(config, key.dtype, folder, gpus)
@@ -84,12 +88,15 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
         others = [url is None for url in started[first + 1:]]
         urls, sharing = [str(started[first])], 1 + (others.index(False) if False in others else len(others))
     else:
-        raise UserError("reference.engine=vllm has values to score, but no servers: set reference.urls=[http://host:8000], or reference.server "
-                        "to the python of an environment that holds vLLM")
+        raise UserError("reference.engine=vllm has values to score, but no servers: set "
+                        "reference.urls=[http://host:8000], or reference.server to the python of an environment that "
+                        "holds vLLM")
     longest = [_checked(url, _name(config), key, r, requests) for url in urls]
-    turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]           # ranks begin with different servers
+    # ranks begin with different servers
+    turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]
     at_once = max(1, requests.at_once * copies * len(urls) // sharing)
-    return VllmReference(turned, _name(config), min((n for n in longest if n is not None), default=None), requests, at_once,
+    return VllmReference(turned, _name(config), min((n for n in longest if n is not None), default=None), requests,
+                         at_once,
                          on_close=server.stop if server else lambda: None)
 
 
@@ -104,14 +111,17 @@ def _name(config: RunConfig) -> str:
 
 
 def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> ServerSpec:
-    """What reference.server is to serve, on so many GPUs of a machine. dtype: as in ReferenceKey; folder: the reference's."""
+    """What reference.server is to serve, on so many GPUs of a machine. dtype: as in ReferenceKey; folder: the
+    reference's."""
     r = served(config)
     assert r.server is not None
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     longest = config.data.max_length + 1
     split = r.tensor_parallel_size or 1
-    return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization, longest if positions is None else min(longest, positions),
-                      split, max(1, gpus // split), NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
+    return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization,
+                      longest if positions is None else min(longest, positions),
+                      split, max(1, gpus // split), NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE,
+                      config.run.offline)
 
 
 def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
@@ -123,7 +133,8 @@ def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
         if not file.is_file():
             if not wait_seconds:
                 return []
-            raise UserError(f"reference.urls={given} was not there after {wait_seconds:g} s: it is to be a file with one URL a line, or a list")
+            raise UserError(f"reference.urls={given} was not there after {wait_seconds:g} s: it is to be a file with "
+                            "one URL a line, or a list")
         given = file.read_text().split()
     urls = [url.rstrip("/").removesuffix("/v1") for url in given]
     for url in urls:
@@ -151,14 +162,14 @@ def _checked(url: str, name: str, key: ReferenceKey, r: VllmConfig, requests: Re
     try:
         server_says = _told(url, requests.wait_seconds)
     except Unanswered as failure:
-        raise UserError(f"the reference's server {url} did not answer for {requests.wait_seconds:g} s ({failure}); start it, or take it out of "
-                        "reference.urls") from failure
+        raise UserError(f"the reference's server {url} did not answer for {requests.wait_seconds:g} s ({failure}); "
+                        "start it, or take it out of reference.urls") from failure
     if recipe(server_says.version, r.quantization) != key.recipe:
-        raise UserError(f"{url} is vllm {server_says.version}, but this run's values are of '{key.recipe}'; use one version, or set "
-                        f"reference.version={server_says.version} to score all of them with it")
+        raise UserError(f"{url} is vllm {server_says.version}, but this run's values are of '{key.recipe}'; use one "
+                        f"version, or set reference.version={server_says.version} to score all of them with it")
     if name not in server_says.longest:
-        raise UserError(f"{url} serves {', '.join(server_says.longest) or 'nothing'}, but not '{name}'; set reference.served_name, or serve the "
-                        "model that reference.path names")
+        raise UserError(f"{url} serves {', '.join(server_says.longest) or 'nothing'}, but not '{name}'; set "
+                        "reference.served_name, or serve the model that reference.path names")
     return server_says.longest[name]
 
 

@@ -15,8 +15,10 @@ from dpo_dist.reference.vllm.protocol import Unanswered, about
 from dpo_dist.runtime import child_process
 from dpo_dist.runtime.process_defaults import ALLOCATOR, EXPANDABLE
 
-# For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be computed, not remembered.
-STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}", "--dtype", "{dtype}",
+# For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be
+# computed, not remembered.
+STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}",
+            "--dtype", "{dtype}",
             "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}", "--skip-tokenizer-init",
             "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}")
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -52,9 +54,10 @@ class Server:
         child_process.stop(self.watcher)
 
 
-def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "127.0.0.1", port: int | None = None) -> Server:
-    """A server on this machine that answers; `host` and `port`: where it listens. UserError, with the end of its log, where it ends or is
-    not up in time."""
+def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "127.0.0.1",
+                 port: int | None = None) -> Server:
+    """A server on this machine that answers; `host` and `port`: where it listens. UserError, with the end of its log,
+    where it ends or is not up in time."""
     port = port or _free_port()
     environment = {**without_place(os.environ), "HF_HUB_OFFLINE": "1" if spec.offline else "0"}
     server = Server(f"http://127.0.0.1:{port}", child_process.start(command(spec, host, port), log, environment))
@@ -62,24 +65,26 @@ def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "
     try:
         while time.monotonic() < until:
             if server.watcher.poll() is not None:
-                raise UserError(f"reference.server={spec.server} ended with code {server.watcher.returncode} before it answered: "
+                raise UserError(f"reference.server={spec.server} ended with code {server.watcher.returncode} before it "
+                                "answered: "
                                 + end_of(log))
             try:
                 about(server.url, timeout_seconds=10)
                 return server
             except Unanswered:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-        raise UserError(f"reference.server={spec.server} was not up after {wait_seconds:g} s: {end_of(log)}; look into {log}, or raise "
-                        "reference.requests.wait_seconds")
+        raise UserError(f"reference.server={spec.server} was not up after {wait_seconds:g} s: {end_of(log)}; look into "
+                        f"{log}, or raise reference.requests.wait_seconds")
     except BaseException:
         server.stop()
         raise
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without this process's place among others, which torchrun has put there. A server that joins a process group of its
-    own would take torchrun's store for its master, and wait for it for ever."""
-    ours = dict.fromkeys(ALLOCATOR, EXPANDABLE)          # set for this process, not for a server with an allocator of its own
+    """The environment without this process's place among others, which torchrun has put there. A server that joins a
+    process group of its own would take torchrun's store for its master, and wait for it for ever."""
+    # set for this process, not for a server with an allocator of its own
+    ours = dict.fromkeys(ALLOCATOR, EXPANDABLE)
     return {name: value for name, value in environment.items()
             if not name.startswith(PLACES) and name not in PLACE and ours.get(name) != value}
 
@@ -90,7 +95,8 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
     if len(words) == 1:
         words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else []),
                   *(["--data-parallel-size", "{copies}"] if spec.copies > 1 else [])]
-    fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length), "gpus": str(spec.gpus),
+    fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length),
+            "gpus": str(spec.gpus),
             "copies": str(spec.copies), "memory": str(spec.gpu_memory), "host": host, "port": str(port)}
     for key, value in fill.items():                      # not str.format: JSON in an argument has braces of its own
         words = [word.replace("{" + key + "}", value) for word in words]
@@ -105,10 +111,11 @@ def installed_version(server: str) -> str | None:
     try:
         done = subprocess.run([*words, "-c", FIND_VERSION], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"reference.server={server} cannot be run: {error}; give the python of an environment that holds vLLM") from error
+        raise UserError(f"reference.server={server} cannot be run: {error}; give the python of an environment that "
+                        "holds vLLM") from error
     if done.returncode:
-        raise UserError(f"reference.server={server} has no vLLM ({done.stderr.strip().splitlines()[-1]}); install it there, or give the "
-                        "python of another environment")
+        raise UserError(f"reference.server={server} has no vLLM ({done.stderr.strip().splitlines()[-1]}); install it "
+                        "there, or give the python of another environment")
     return done.stdout.strip()
 
 

@@ -22,7 +22,8 @@ def open_tracker(config: RunConfig, run_dir: Path, resumed_step: int) -> Wandb:
 class Wandb:
     """A W&B run whose id is kept in <run.dir>/wandb_id, so that a resumed run goes on in the same place.
 
-    It is a copy for looking at: a kill takes the rows with it that W&B's own process had not written yet (offline about 15 seconds).
+    It is a copy for looking at: a kill takes the rows with it that W&B's own process had not written yet (offline about
+    15 seconds).
     """
 
     def __init__(self, config: RunConfig, run_dir: Path):
@@ -31,17 +32,19 @@ class Wandb:
         if t.mode is None:
             raise UserError("tracking.mode is not set; set tracking.mode=offline or tracking.mode=online")
         if t.mode == "online" and not _logged_in(t):
-            raise UserError("tracking.mode=online, but there is no W&B login here; run `wandb login`, or set WANDB_API_KEY, "
-                            "or set tracking.mode=offline and send the run later with `wandb sync`")
+            raise UserError("tracking.mode=online, but there is no W&B login here; run `wandb login`, or set "
+                            "WANDB_API_KEY, or set tracking.mode=offline and send the run later with `wandb sync`")
         try:
             self._run = wandb.init(
-                project=t.project, entity=t.entity, mode=t.mode, dir=str(run_dir), id=_wandb_id(RunDir(run_dir)), resume="allow",
+                project=t.project, entity=t.entity, mode=t.mode, dir=str(run_dir), id=_wandb_id(RunDir(run_dir)),
+                resume="allow",
                 name=run_dir.resolve().name, config=to_dict(config), allow_val_change=True,
                 settings=wandb.Settings(console="off"))        # terminal.py decides where stdout and stderr go
         except wandb.Error as error:
-            raise UserError(f"tracking.mode={t.mode}: W&B could not start ({error}); set tracking.mode=offline and send the run "
-                            "later with `wandb sync`, or set tracking=none") from error
-        # W&B drops rows whose own step number it has seen, as after a resume from an older checkpoint; so ours is a value.
+            raise UserError(f"tracking.mode={t.mode}: W&B could not start ({error}); set tracking.mode=offline and "
+                            "send the run later with `wandb sync`, or set tracking=none") from error
+        # W&B drops rows whose own step number it has seen, as after a resume from an older checkpoint; so ours is a
+        # value.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: MetricsRow) -> None:
@@ -57,7 +60,8 @@ def _logged_in(tracking: WandbConfig) -> bool:
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.Error as error:
-        raise UserError(f"tracking.mode={tracking.mode}: {error}; set tracking.mode=offline, or run `wandb login` again") from error
+        raise UserError(f"tracking.mode={tracking.mode}: {error}; set tracking.mode=offline, or run `wandb login` "
+                        "again") from error
 
 
 def _wandb_id(run_dir: RunDir) -> str:
