@@ -392,7 +392,8 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     length, pairs = (48, 4) if SMOKE else (2048, 16)
     write_model(model, folder / "model")
     write_rows(folder / "rows.jsonl", model, pairs, length, 0.5)
-    config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
+    config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: "
+                                                        "token_ids}}]",
                       f"data.cache_dir={folder / 'tokens'}", "data.max_length=4096", f"zero.stage={stage}",
                       "model.gradient_checkpointing=false", f"train.tokens_per_microbatch={8 * length}",
                       "cluster.device=" + ("cuda" if on_gpu() else "cpu")])
@@ -404,7 +405,8 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     fused, why_not = choose_kernels(config.model.kernels, config_of(model), dtype, world.device)
     cache = LogpCache(str(folder / "reference"), ReferenceKey("bench", str(dtype)))
     engine = HfReference(folder / "model", dtype, "branch", world.device, fused=fused)
-    engine.token_logps(step_batches(data, np.arange(2), config.loss, world, budget, flops).batches[0])           # warms up
+    # warms up
+    engine.token_logps(step_batches(data, np.arange(2), config.loss, world, budget, flops).batches[0])
     synchronize()
     scoring = median_of_one(lambda: fill(plan_fill(cache, [data], world, budget)[0], cache, [data], engine, world))
     engine.close()
@@ -412,7 +414,8 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     batches = step_batches(data, np.arange(pairs), config.loss, world, budget, flops, reference)
 
     def step() -> Tensor:
-        part = train_step(policy, reference, batches, config.loss, MetricSums(config.loss, world.device), world, Clock(world))
+        part = (train_step(policy, reference, batches, config.loss, MetricSums(config.loss, world.device), world,
+                           Clock(world)))
         policy.step(1e-6, skip=world.any_on_device(~part.isfinite()))
         return part
 
@@ -427,7 +430,8 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     tell(f"{model} zero.stage={stage}", kernels="fused" if fused else why_not or "eager", first_loss=loss,
          step_seconds=round(seconds, 4), tflops=round(batches.work.flops / seconds / 1e12, 1),
          micro_steps=len(batches.batches), scoring_over_training=round(scoring / seconds, 3),
-         **{f"share_{kind}": round(t / seconds, 4) for kind, t in by_kind.items()}, share_idle=round(1 - busy / seconds, 4),
+         **{f"share_{kind}": round(t / seconds, 4) for kind, t in by_kind.items()},
+         share_idle=round(1 - busy / seconds, 4),
          synchronizations=synchronizations, longest_kernels=top,
          peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu() else None)
 

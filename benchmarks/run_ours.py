@@ -40,12 +40,15 @@ LR = 1e-4
 
 def main(what: str, folder: Path, kind: str, steps: int) -> None:
     torch.set_num_threads(1)
-    config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
+    config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: "
+                                                        "token_ids}}]",
                       "cluster.device=cpu",
-                      f"data.cache_dir={folder / 'tokens'}", "optim.max_grad_norm=1.0", "train.tokens_per_microbatch=1024"])
+                      f"data.cache_dir={folder / 'tokens'}", "optim.max_grad_norm=1.0",
+                      "train.tokens_per_microbatch=1024"])
     world = World.start(config.cluster)
     pairs = prepare(config.data, None, None)[0]
-    policy = SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"), config.optim, world.device)
+    policy = (SinglePolicy(ScoredModel(load_causal_lm(folder / "model", torch.float32, "branch"), "branch"),
+                           config.optim, world.device))
     flops = forward_flops(read_config(folder / "model")).training(frozen_base=False)
     cache = LogpCache(str(folder / "reference"), ReferenceKey("bench", "float32"))
     engine = HfReference(folder / "model", torch.float32, "branch", world.device)
@@ -62,7 +65,8 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
             batches = step_batches(pairs, ids, config.loss, world, config.train.tokens_per_microbatch, flops, reference)
             if what == "dpo_unshared":
                 batches = unshared(batches, pairs)
-            loss = train_step(policy, reference, batches, config.loss, MetricSums(config.loss, world.device), world, Clock(world)).item()
+            loss = train_step(policy, reference, batches, config.loss, MetricSums(config.loss, world.device), world,
+                              Clock(world)).item()
             policy.step(LR)
             flops_a_step.append(batches.work.flops)
         elif what == "sft":
@@ -75,7 +79,8 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
         losses.append(loss)
         rates.append(product_rate())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "losses": losses, "peak_mib": peak, "flops": flops_a_step, "product_rates": rates}))
+    print(json.dumps({"seconds": seconds, "losses": losses, "peak_mib": peak, "flops": flops_a_step,
+                      "product_rates": rates}))
 
 
 def unshared(step: StepBatches, pairs: PairStore) -> StepBatches:
@@ -85,7 +90,8 @@ def unshared(step: StepBatches, pairs: PairStore) -> StepBatches:
         rows = [pairs[i] for i in batch.pair_ids]
         alone = pack_sequences([Sequences(p.prompt_ids, (c,)) for p in rows for c in (p.chosen_ids, p.rejected_ids)])
         even = 2 * torch.arange(len(rows))
-        batches.append(replace(alone, chosen=even, rejected=even + 1, pair_ids=batch.pair_ids, weight=batch.weight, strength=batch.strength))
+        batches.append(replace(alone, chosen=even, rejected=even + 1, pair_ids=batch.pair_ids, weight=batch.weight,
+                               strength=batch.strength))
     return replace(step, batches=tuple(batches))
 
 

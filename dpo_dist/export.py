@@ -68,7 +68,9 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
     """Markdown: what was trained, on what, against which reference, with which loss, and what came out on held-out
     pairs."""
     loss = ", ".join(f"{k}={v}" for k, v in vars(config.loss).items() if v is not None and k != "name")
-    reference = f"`{config.reference_path}` (weights {inputs.reference_digest})" if config.loss.needs_reference else "none"
+    reference = "none"
+    if config.loss.needs_reference:
+        reference = f"`{config.reference_path}` (weights {inputs.reference_digest})"
     names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
     lines = ["---", "library_name: transformers", "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
              f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "",

@@ -78,7 +78,8 @@ def _number(option: float | None) -> float:
 
 def _logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
     """log policy - log reference of chosen and rejected, each (B,), nats."""
-    assert pairs.reference_chosen is not None and pairs.reference_rejected is not None, "this loss needs the reference's log-probs"
+    assert pairs.reference_chosen is not None, "this loss needs the reference's log-probs"
+    assert pairs.reference_rejected is not None
     return pairs.policy_chosen - pairs.reference_chosen, pairs.policy_rejected - pairs.reference_rejected
 
 

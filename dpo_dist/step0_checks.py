@@ -63,8 +63,8 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
             tokens = policy.token_logps(batch)
             on_device = batch.to(tokens.logps.device)
             difference = (tokens.logps - reference.token_logps(batch).to(tokens.logps.device)).abs()
-            mean = torch.zeros(on_device.n_sequences, device=difference.device).index_add(0, on_device.sequence,
-                                                                                          difference) / on_device.lengths
+            sums = torch.zeros(on_device.n_sequences, device=difference.device)
+            mean = sums.index_add(0, on_device.sequence, difference) / on_device.lengths
             worst = torch.maximum(mean[on_device.chosen], mean[on_device.rejected]).tolist()
             if positions:
                 errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]

@@ -81,7 +81,8 @@ def imports(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, str
                 base = ".".join([*up, *([node.module] if node.module else [])])
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                is_module = inner.removeprefix(f"{package}.") in known if inner.startswith(f"{package}.") else inner == "torch.distributed"
+                is_module = (inner.removeprefix(f"{package}.") in known if inner.startswith(f"{package}.")
+                             else inner == "torch.distributed")
                 yield node.lineno, inner if is_module else base
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0],
                                                                      ast.Constant) and isinstance(node.args[0].value,

@@ -110,7 +110,8 @@ nats: -1.0                      # what it says
 
 def test_a_loss_is_a_function_a_yaml_and_one_line(house: Path, words: list[str]):
     source = (house / "dpo_dist/losses.py").read_text()
-    function = "def squared(pairs: PairLogps, loss: LossConfig) -> Tensor:\n    return (1 - _margin(pairs, loss)).square()\n\n\n"
+    function = ("def squared(pairs: PairLogps, loss: LossConfig) -> Tensor:\n    return (1 - _margin(pairs, "
+                "loss)).square()\n\n\n")
     (house / "dpo_dist/losses.py").write_text(source.replace("def ipo(", function + "def ipo("))
     add_line(house, "dpo_dist/config/loss_options.py", '    "hinge"', '    "squared": LossOptions(_DIFFERENCE),')
     add(house, "conf/loss/squared.yaml", "defaults:\n  - _base\n  - _self_\n\nname: squared   # the squared distance "

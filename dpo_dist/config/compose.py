@@ -110,7 +110,8 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
                         f"loss.name={MIXTURE} "
                         "and loss.terms={sigmoid: 1.0, sft: 0.5}")
             if choice not in groups[override.key_or_group]:
-                return f"{override.key_or_group}={choice} is not a choice: {nearest(choice, groups[override.key_or_group])}"
+                return (f"{override.key_or_group}={choice} is not a choice: "
+                        f"{nearest(choice, groups[override.key_or_group])}")
     chosen = [o.input_line for o in parsed if o.key_or_group in groups and o.input_line]
     valid = set(_flat_keys(_to_plain(_compose(chosen))))
     for override in parsed:

@@ -129,10 +129,13 @@ def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
     try:
         whole = template.render((*trial, {"role": "assistant", "content": ANSWER}))
     except RENDER_ERRORS as error:
-        raise UserError(f"data.chat_template ({named}) cannot render one question and its answer: {error}; mend it") from error
+        raise UserError(f"data.chat_template ({named}) cannot render one question and its answer: {error}; "
+                        "mend it") from error
     header, found, tail = whole.rpartition(ANSWER)
     prompt = template.render(trial, generation=True)
-    hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})" if "enable_thinking" in text else ""
+    hint = ""
+    if "enable_thinking" in text:
+        hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})"
     if not found or not (header.startswith(prompt) or header.rstrip() == prompt.rstrip()):
         raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for "
                         f"generation ends {prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set "

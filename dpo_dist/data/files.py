@@ -256,7 +256,8 @@ def _load_from_hub(dataset: DatasetConfig) -> Any:
         return datasets.load_dataset(dataset.path, split=dataset.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:    # offline and not found are OSErrors
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        why = "the network is off (HF_HUB_OFFLINE) and it is not in the local hub cache" if offline else str(error).splitlines()[0]
+        no_network = "the network is off (HF_HUB_OFFLINE) and it is not in the local hub cache"
+        why = no_network if offline else str(error).splitlines()[0]
         remedy = "set run.offline=false to download it, or give" if offline else "check the name and split, or give"
         raise UserError(f"data path '{dataset.path}' (split '{dataset.split}') is no file or folder in {Path.cwd()}, "
                         f"and cannot be loaded as a hub data set: {why}; {remedy} a file") from error

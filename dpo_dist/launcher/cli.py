@@ -128,7 +128,8 @@ def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
     commands = launcher_of(config).commands(launch, config)
     for stage in launch.stages:
-        when = f", after {', '.join(stage.after)}" if stage.after else f", beside {stage.beside}" if stage.beside else ""
+        beside = f", beside {stage.beside}" if stage.beside else ""
+        when = f", after {', '.join(stage.after)}" if stage.after else beside
         lines += ["", stage.name + when,
                   f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, "
                   f"each on a {device}",

@@ -14,7 +14,8 @@ from dpo_dist.launcher.plan import LaunchPlan, Stage
 from dpo_dist.launcher.supervisor import SIGNALS_TO_END, Place, Work, ended_early, free_port, receiving, run
 from dpo_dist.runtime.run_dir import RunDir
 
-NOTHING_SUBMITTED = "--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set cluster=slurm"
+NOTHING_SUBMITTED = ("--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set "
+                     "cluster=slurm")
 
 
 def device_count(cluster: ClusterConfig) -> int:

@@ -59,8 +59,9 @@ class Forest:
         end."""
         if device not in self._starts:
             starts = torch.tensor([[0, *accumulate(self.lengths)], [0, *accumulate(self.seen)]], dtype=torch.int32)
-            self._starts[device] = starts.pin_memory().to(device,
-                                                          non_blocking=True) if device.type == "cuda" else starts.to(device)
+            if device.type == "cuda":
+                starts = starts.pin_memory()
+            self._starts[device] = starts.to(device, non_blocking=device.type == "cuda")
         return self._starts[device]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -113,7 +113,8 @@ def _replacements(module: nn.Module, kernels: Kernels, rotating: dict[Any, Any])
                                               "act_fn")) and _computes_swiglu(module):
         yield SWIGLU, _mlp_forward(kernels)
     own = type(module).forward
-    if isinstance(own, FunctionType) and ROTARY_FUNCTION in own.__code__.co_names and ROTARY_FUNCTION in own.__globals__:
+    if (isinstance(own, FunctionType) and ROTARY_FUNCTION in own.__code__.co_names
+            and ROTARY_FUNCTION in own.__globals__):
         if own not in rotating:
             rotating[own] = _attention_forward(own, kernels)
         if rotating[own] is not None:
@@ -151,7 +152,8 @@ def _attention_forward(own: FunctionType, kernels: Kernels) -> FunctionType | No
         return None
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if unsqueeze_dim != 1 or cos.ndim != 3 or cos.shape[-1] != q.shape[-1] or cos.requires_grad or cos.dtype != q.dtype:
+        if (unsqueeze_dim != 1 or cos.ndim != 3 or cos.shape[-1] != q.shape[-1] or cos.requires_grad
+                or cos.dtype != q.dtype):
             return theirs(q, k, cos, sin, unsqueeze_dim)
         return Rotary.apply(q, cos, sin, kernels), Rotary.apply(k, cos, sin, kernels)
 

@@ -58,7 +58,8 @@ class BlockwiseLogps(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
                 softcap: float | None,
                 collision: bool, keep: bool, blocks: Blocks, passes: Passes) -> tuple[Tensor, Tensor]:
-        ctx.weight, ctx.bias, ctx.scale, ctx.softcap, ctx.blocks, ctx.passes = weight, bias, scale, softcap, blocks, passes
+        ctx.weight, ctx.bias, ctx.scale, ctx.softcap = weight, bias, scale, softcap
+        ctx.blocks, ctx.passes = blocks, passes
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         target_logit = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         normalizer = torch.full_like(target_logit, -torch.inf)

@@ -119,7 +119,8 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json is not a model that transformers knows: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}/config.json is not a model that transformers knows: "
+                        f"{str(error).splitlines()[0]}") from error
 
 
 def quantization(config: Any) -> str | None:
@@ -215,8 +216,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
     for name, module in adapted.named_modules():
-        if (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")) or getattr(module,
-                                                                                                   "lora_embedding_A", None):
+        is_embedding = bool(getattr(module, "lora_embedding_A", None))
+        if is_embedding or (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")):
             raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear "
                             "layer; name linear layers")
     return adapted

@@ -38,8 +38,8 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
                 weight = merged.to(weight.dtype)
             whole = weight.cpu().clone().contiguous() if keep else torch.empty(0)
         yield name.replace(".base_layer", ""), whole
-    persistent = set(model.causal.state_dict(keep_vars=True)) - {n for n,
-                                                                 _ in model.causal.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, _ in model.causal.named_parameters(remove_duplicate=False)}
+    persistent = set(model.causal.state_dict(keep_vars=True)) - parameters
     for name, buffer in model.causal.named_buffers():
         if name in persistent:
             yield name, buffer.detach().cpu().clone() if keep else torch.empty(0)

@@ -37,9 +37,12 @@ class Scorer:
         alive = is_held(self._folder)
         silent = time.monotonic() - self._last_answer
         if silent > self._patience:
+            state = ("there, but stuck" if alive else
+                     "not there: start `dpo-dist score` with the same overrides beside this")
             raise UserError(f"no reference log-prob has come for {silent:.0f} s; the scoring processes in "
                             f"{self._folder} are "
-                            f"{'there, but stuck' if alive else 'not there: start `dpo-dist score` with the same overrides beside this'}. cluster.timeout_seconds is the limit")
+                            f"{state}. "
+                            "cluster.timeout_seconds is the limit")
         return alive or not (self._run_dir.is_done or self._run_dir.failure() is not None)
 
     def last_words(self) -> str:

@@ -86,7 +86,9 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
                                config.run.offline) if config.loss.needs_reference else policy_folder
     _check_quantization(config, policy_folder, reference_folder)
     policy_digest = world.on_main(lambda: model_digest(policy_folder))
-    reference_digest = policy_digest if reference_folder == policy_folder else world.on_main(lambda: model_digest(reference_folder))
+    reference_digest = policy_digest
+    if reference_folder != policy_folder:
+        reference_digest = world.on_main(lambda: model_digest(reference_folder))
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")

@@ -162,7 +162,8 @@ def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
     if any(part in words for part in PEER_GONE):
         return "another rank closed its connection: its process ended"
     if "NCCL communicator was aborted" in words:         # by NCCL's watchdog, which has told why in the log
-        return f"another rank ended, or did not answer for {cluster.timeout_seconds} s (cluster.timeout_seconds): its log says why"
+        return (f"another rank ended, or did not answer for {cluster.timeout_seconds} s (cluster.timeout_seconds): "
+                "its log says why")
     return None
 
 

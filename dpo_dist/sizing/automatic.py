@@ -43,7 +43,7 @@ def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     config = chosen or _least(config, world.ranks)
     peak = memory(config, shape, lengths, world, packs).peak
     ends = "" if chosen else ", which is more than there is: `dpo-dist plan` names what would fit"
-    keys = f"zero.stage={_word(config.zero.stage)}, model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}"
+    keys = _keys(config)
     return Choice(config, f"memory: {keys} of {shape.layers} layers; predicted {peak / GIB:.1f} GiB a rank, of "
                           f"{world.device.memory / GIB:.1f}{ends}")
 
@@ -54,7 +54,7 @@ def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choi
     if not is_automatic(config):
         return Choice(config, None)
     config = _least(config, ranks) if on_gpu else next(_candidates(config, 1, ranks, 4))
-    keys = f"zero.stage={_word(config.zero.stage)}, model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}"
+    keys = _keys(config)
     return Choice(config, f"memory: {keys}, as sizes are not known here ({why}); set both for more speed where memory "
                           "allows")
 
@@ -92,6 +92,11 @@ def stages(config: RunConfig, ranks: int, width: int) -> list[int | None]:
 
 def _with(config: RunConfig, stage: int | None, again: Any) -> RunConfig:
     return with_zero(replace(config, model=replace(config.model, gradient_checkpointing=again)), stage=stage)
+
+
+def _keys(config: RunConfig) -> str:
+    return (f"zero.stage={_word(config.zero.stage)}, "
+            f"model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}")
 
 
 def _word(value: str | bool | int | None) -> str:

@@ -171,7 +171,8 @@ class Memory:
     @property
     def moments(self) -> dict[str, float]:
         """{moment: bytes} of the five that may be the peak. Whole weights go when backward is through with them."""
-        always = self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets + self.reference
+        always = (self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets
+                  + self.reference)
         kept = always + self.gathered + self.activations
         return {"the last layer goes forward": kept + self.in_flight + self.passing,
                 "the head computes": kept + self.head,

@@ -95,7 +95,8 @@ def too_large(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
         return f"{need.peak / 1e9:.0f} GB a rank" + (f" and {need.host / 1e9:.0f} of the host" if need.host else "")
 
     device = world.device
-    too_much = f"does not fit: {sizes(need)}, but there are {device.memory / 1e9:.0f} and {device.host_memory / 1e9:.0f} of the host"
+    too_much = (f"does not fit: {sizes(need)}, but there are {device.memory / 1e9:.0f} and "
+                f"{device.host_memory / 1e9:.0f} of the host")
     change = smallest_change(config, shape, lengths, world)
     if change is None:
         return [too_much, f"nothing that is known here makes it fit on {MOST_NODES} nodes or fewer"]

@@ -103,7 +103,8 @@ def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: 
     assert processes_on(tmp_path / "ahead") == []
 
 
-def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_and_the_same_command_goes_on(tmp_path: Path, words: list[str]):
+def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_and_the_same_command_goes_on(
+        tmp_path: Path, words: list[str]):
     words = [*words, "zero=none"]
     dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
     run, cache = tmp_path / "ahead", tmp_path / "other"

@@ -99,7 +99,8 @@ def test_the_sharded_engine_and_the_whole_one_agree_with_the_plain_forward(tmp_p
                 assert np.abs(cache.logps(row["prompt_ids"], completion) - wanted).max() < 1e-5
 
 
-def test_a_scoring_job_killed_midway_is_finished_by_another_number_of_processes_and_nothing_is_scored_twice(tmp_path: Path, base: list[str]):
+def test_a_scoring_job_killed_midway_is_finished_by_another_number_of_processes_and_nothing_is_scored_twice(
+        tmp_path: Path, base: list[str]):
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     write_rows(tmp_path / "rows.jsonl", 400, longest=100)
     words = ["score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}",

@@ -42,7 +42,9 @@ def test_a_real_chat_set_is_scored_trained_evaluated_exported_and_loaded_back(tm
                     "data.max_length=256", "data.truncation=keep_start", "cluster.procs_per_node=2",
                     "train.pairs_per_step=4",
                     "train.max_steps=2", "optim.lr=1e-4", f"run.dir={tmp_path / 'run'}")
-    assert "rows.json (sharegpt): 24 rows read" in done.stdout and "truncated" in done.stdout and "scored" in done.stdout
+    assert "rows.json (sharegpt): 24 rows read" in done.stdout
+    assert "truncated" in done.stdout
+    assert "scored" in done.stdout
     assert [row["step"] for row in metrics(tmp_path / "run", "eval")] == [0, 2]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

@@ -62,7 +62,8 @@ def test_every_file_that_the_dockerfile_copies_is_let_through(image: Path):
     assert all((image / name).is_file() for name in copied)
 
 
-def test_a_container_runs_the_doctor_or_a_verb_or_with_overrides_alone_this_nodes_share_of_a_training(image: Path, tmp_path: Path):
+def test_a_container_runs_the_doctor_or_a_verb_or_with_overrides_alone_this_nodes_share_of_a_training(
+        image: Path, tmp_path: Path):
     def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([entrypoint(image), *words], cwd=tmp_path, env=inside(image, **environment),
                               capture_output=True, text=True,

@@ -115,8 +115,9 @@ def test_lora_under_zero_3_equals_lora_in_plain_torch_with_the_reference_switche
 
 
 @pytest.mark.parametrize("more", [[], ["model.lora.rank=4", "optim.lr=1e-2"]], ids=["full", "lora"])
-def test_a_model_whose_head_is_its_embedding_trains_the_same_where_every_weight_is_sharded(tmp_path: Path,
-                                                                                           words: list[str], more: list[str]):
+def test_a_model_whose_head_is_its_embedding_trains_the_same_where_every_weight_is_sharded(
+        tmp_path: Path,
+        words: list[str], more: list[str]):
     from transformers import AutoModelForCausalLM
 
     write_tiny_llama(tmp_path / "m", tie_word_embeddings=True)
@@ -176,8 +177,9 @@ def test_an_update_that_the_device_is_told_to_skip_changes_no_weight_in_any_stag
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_a_loss_that_is_not_finite_ends_the_run_names_the_step_and_leaves_the_last_sound_checkpoint(zero: str, tmp_path: Path,
-                                                                                                    words: list[str]):
+def test_a_loss_that_is_not_finite_ends_the_run_names_the_step_and_leaves_the_last_sound_checkpoint(
+        zero: str, tmp_path: Path,
+        words: list[str]):
     done = dpo_dist(*words, "cluster.procs_per_node=2", f"zero={zero}", "optim.lr=1e30", "optim.schedule=constant",
                     "optim.warmup_ratio=0",
                     "train.save_every_steps=1", f"run.dir={tmp_path / 'run'}", code=1)

@@ -39,7 +39,8 @@ def killed_after(step: int, words: list[str], run_dir: Path) -> None:
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not any(whole.parent.name >= f"step-{step:06d}" for whole in run_dir.glob("checkpoints/step-*/COMPLETE")):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or came not so far, before it was killed"
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "the run ended, or came not so far, before it was killed"
         time.sleep(0.02)
     kill([process.pid, *processes_on(run_dir)])
     process.wait()

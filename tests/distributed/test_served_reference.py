@@ -80,7 +80,8 @@ def test_servers_ahead_of_training_are_audited_before_it_begins(tmp_path: Path, 
     with LogProbServer(tmp_path / "m") as server:
         out = dpo_dist("run", *words, f"reference.urls=[{server.url}]", "reference.mode=ahead", "zero=zero2",
                        "train.pairs_per_step=8").stdout
-        assert "parity of vllm 0.0.test" in out and len(server.answered) == 80 + 2 * 16, "all once, the audit's sample twice more"
+        assert "parity of vllm 0.0.test" in out
+        assert len(server.answered) == 80 + 2 * 16, "all once, the audit's sample twice more"
     passport = json.loads((tmp_path / "run" / "run.json").read_text())["passport"]
     assert passport["parity"]["passed"] and passport["parity"] == json.loads((tmp_path / "run" / "scoring"
                                                                               / "parity.json").read_text())
@@ -244,7 +245,8 @@ def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_n
 
 
 @pytest.mark.slow
-def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_what_was_scored_is_kept(tmp_path: Path, words: list[str]):
+def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_what_was_scored_is_kept(
+        tmp_path: Path, words: list[str]):
     write_rows(tmp_path / "rows.jsonl", 300)
     port, log = free_port(), tmp_path / "answered"
     words += [f"reference.urls=[http://127.0.0.1:{port}]", "train.tokens_per_microbatch=200",
@@ -264,7 +266,7 @@ def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_w
 
 
 def own_server(*more: str) -> str:
-    return f"reference.server='{' '.join([sys.executable, str(SERVER), '--model {model} --name {name} --port {port}', *more])}'"
+    return (f"reference.server='{' '.join([sys.executable, str(SERVER), '--model {model} --name {name} --port {port}', *more])}'")
 
 
 def test_a_server_that_the_run_starts_is_stopped_with_it_and_leaves_its_log(tmp_path: Path, words: list[str]):

@@ -163,7 +163,8 @@ def test_a_signal_that_a_stage_no_longer_heeds_starts_no_further_stage(tmp_path:
                                       "15)\n")
     (tmp_path / "further.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w')\n")
     done = run_stages(tmp_path, Stage("score", "over", 1, 1, ()), Stage("train", "further", 1, 1, (), after=("score",)))
-    assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM before the train stage" in done.stderr, done.stderr
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM before the train stage" in done.stderr, done.stderr
     assert not (tmp_path / "begun").exists()
 
 

@@ -92,7 +92,8 @@ def test_a_failed_run_stops_no_other_and_the_same_sweep_again_runs_what_is_missi
     assert set(scorings(tmp_path).values()) == {1}
 
 
-def test_runs_whose_references_differ_are_scored_apart_and_a_failed_scoring_fails_its_own_runs_alone(tmp_path: Path, words: list[str]):
+def test_runs_whose_references_differ_are_scored_apart_and_a_failed_scoring_fails_its_own_runs_alone(
+        tmp_path: Path, words: list[str]):
     write_tiny_llama(tmp_path / "r", seed=1)
     done = dpo_dist(*words, f"reference.path={tmp_path / 'm'},{tmp_path / 'r'},{tmp_path / 'missing'}", "optim.lr=1e-3",
                     code=1)

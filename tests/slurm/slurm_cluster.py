@@ -25,7 +25,8 @@ class Slurm:
         """What a command prints. With code=None it may fail."""
         done = subprocess.run([str(word) for word in words], env=self.environment, cwd=REPO, capture_output=True,
                               text=True, timeout=120)
-        assert code is None or done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert code is None or done.returncode == code, (
+            f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout + done.stderr
 
     def dpo_dist(self, *words: object, code: int = 0) -> str:

@@ -161,7 +161,8 @@ def test_a_job_that_slurm_requeues_once_too_often_ends(slurm: Slurm, folder: Pat
     slurm.call("scontrol", "requeue", job)                # as Slurm itself does it after a preemption
     slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
     slurm.until_state(job, "FAILED", "COMPLETED", start_now=True)
-    assert slurm.show(job, "JobState") == "FAILED" and "this would be start 2, and max_requeues is 0" in output(folder / "too_often")
+    assert slurm.show(job, "JobState") == "FAILED"
+    assert "this would be start 2, and max_requeues is 0" in output(folder / "too_often")
 
 
 def in_its_environment(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,8 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: S
 def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(slurm: Slurm, folder: Path,
                                                                                           words: list[str]):
     run_dir = folder / "bad_node"
-    broken = f"cluster.slurm.setup=['export PYTHON=$([ $(hostname) = node2 ] && echo /nowhere/python || echo {sys.executable})']"
+    broken = ("cluster.slurm.setup=['export PYTHON=$([ $(hostname) = node2 ] && echo /nowhere/python || echo "
+              f"{sys.executable})']")
     job = slurm.submit("train", [*words, "cluster.slurm.preflight=true", broken, "train.max_steps=2",
                                  f"run.dir={run_dir}"])["train"]
     slurm.until_state(job, "COMPLETED", "FAILED", start_now=True)

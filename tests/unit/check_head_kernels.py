@@ -37,7 +37,8 @@ def main() -> None:
         for name, a, b in zip(("logps", "collision", "hidden", "weight", "bias"), ours, wanted, strict=True):
             bound = 1e-5 if dtype == torch.float32 or name in ("logps", "collision") else 1e-2
             error = ((a - b).float().norm() / b.float().norm()).item()
-            assert error < bound, f"{name} differs by {error:.2g}: {dtype}, scale {scale}, cap {softcap}, width {width}, rows {rows}"
+            assert error < bound, (
+                f"{name} differs by {error:.2g}: {dtype}, scale {scale}, cap {softcap}, width {width}, rows {rows}")
     assert trial(TRITON, torch.device("cpu"), torch.bfloat16) < TRIAL_ERROR
     print("the kernels agree")
 

@@ -66,7 +66,9 @@ def test_what_a_person_sets_stays_and_only_the_rest_is_chosen():
 
 def test_the_line_names_the_keys_and_the_predicted_memory():
     line = choose(config("zero=auto"), SMALL, LENGTHS, Hardware(1, 8, GPU_80GB)).line
-    assert line is not None and line.startswith("memory: zero.stage=2, model.gradient_checkpointing=") and "GiB a rank, of 74.5" in line
+    assert line is not None
+    assert line.startswith("memory: zero.stage=2, model.gradient_checkpointing=")
+    assert "GiB a rank, of 74.5" in line
 
 
 def test_where_nothing_fits_the_least_is_taken_and_the_line_says_so():

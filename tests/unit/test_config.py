@@ -136,7 +136,8 @@ def test_a_command_without_a_model_says_so():
 
 
 def test_the_command_answers_a_mistake_with_exit_code_2_and_no_traceback_and_without_torch():
-    script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    script = ("import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in "
+              "sys.modules; sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", script, "train", "model.path=m", "optim.learning_rate=1"],
                           capture_output=True, text=True)
     assert done.returncode == 2

@@ -91,7 +91,8 @@ def test_a_torch_that_does_not_load_and_a_gpu_that_is_not_there_are_red(tmp_path
     said = doctor(tmp_path, code=1, path=broken)
     assert "devices" in red(said) and "libcudart.so.12: cannot open" in said["devices"]
     hidden = doctor(tmp_path, "cluster.device=cuda", code=1, CUDA_VISIBLE_DEVICES="")
-    assert "cluster.device=cuda, but torch sees no GPU" in hidden["devices"] and "set cluster.device=cpu" in hidden["devices"]
+    assert "cluster.device=cuda, but torch sees no GPU" in hidden["devices"]
+    assert "set cluster.device=cpu" in hidden["devices"]
 
 
 def test_a_deepspeed_that_does_not_load_is_red_where_it_is_used(tmp_path: Path):
@@ -127,7 +128,8 @@ def test_a_file_where_a_folder_should_be_is_red(tmp_path: Path):
     (tmp_path / "file").write_text("")
     said = doctor(tmp_path, "zero=none", f"data.cache_dir={tmp_path / 'file'}", code=1)
     assert red(said) == ["shared folder"]
-    assert "data.cache_dir=" in said["shared folder"] and "set data.cache_dir to a folder that can be written" in said["shared folder"]
+    assert "data.cache_dir=" in said["shared folder"]
+    assert "set data.cache_dir to a folder that can be written" in said["shared folder"]
 
 
 def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
@@ -154,7 +156,9 @@ def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
         pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
     try:
         said = doctor(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
-        assert red(said) == ["disk"] and "needs 1.0 GiB" in said["disk"] and "set run.dir to a larger disk" in said["disk"]
+        assert red(said) == ["disk"]
+        assert "needs 1.0 GiB" in said["disk"]
+        assert "set run.dir to a larger disk" in said["disk"]
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         said = doctor(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
         assert "shared folder" in red(said) and "Read-only file system" in said["shared folder"]
@@ -185,7 +189,9 @@ def test_wandb_online_needs_a_login_and_a_server_that_answers(tmp_path: Path):
     assert "offline" in doctor(tmp_path, "zero=none", "tracking=wandb", code=0)["wandb"]
     nobody = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
     said = doctor(tmp_path, *online, code=1, **nobody)
-    assert red(said) == ["wandb"] and "there is no login for 127.0.0.1" in said["wandb"] and "`wandb login`" in said["wandb"]
+    assert red(said) == ["wandb"]
+    assert "there is no login for 127.0.0.1" in said["wandb"]
+    assert "`wandb login`" in said["wandb"]
     said = doctor(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
     assert "127.0.0.1 does not answer" in said["wandb"] and "tracking.mode=offline" in said["wandb"]
     with listening() as port:

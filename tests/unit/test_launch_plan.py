@@ -73,7 +73,8 @@ def test_every_option_of_a_job_reaches_its_script():
 def test_a_container_sees_the_working_folder_the_run_and_what_else_is_named():
     words = [*SLURM, "cluster.slurm.container_image=/images/a.sqsh", "cluster.slurm.container_mounts=['/data:/data']"]
     container = variables(jobs_of(*planned(words))[0].script)["CONTAINER"]
-    assert "--container-image=/images/a.sqsh" in container and f"{Path.cwd()}:{Path.cwd()},/runs/my run:/runs/my run,/data:/data" in container
+    assert "--container-image=/images/a.sqsh" in container
+    assert f"{Path.cwd()}:{Path.cwd()},/runs/my run:/runs/my run,/data:/data" in container
 
 
 def test_a_folder_with_a_space_reaches_the_script_quoted():
@@ -142,7 +143,8 @@ def test_each_set_of_tasks_of_a_sweep_has_a_folder_of_its_own_and_the_same_tasks
 
 @pytest.mark.parametrize("words", [["plan"], ["run", "--dry-run"]])
 def test_plan_and_dry_run_answer_without_torch_and_write_nothing(words: list[str], tmp_path: Path):
-    script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    script = ("import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in "
+              "sys.modules; sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", script, *words, *SLURM[:3], f"run.dir={tmp_path / 'run'}"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -155,7 +157,8 @@ def test_plan_prints_the_command_that_run_starts():
                            "cluster.procs_per_node=2"], cwd=REPO,
                           capture_output=True, text=True, check=True)
     assert "train, after score" in done.stdout and "ranks   2: 1 node with 2" in done.stdout
-    assert "-m torch.distributed.run --nproc-per-node 2" in done.stdout and "-m dpo_dist.train model.path=m" in done.stdout
+    assert "-m torch.distributed.run --nproc-per-node 2" in done.stdout
+    assert "-m dpo_dist.train model.path=m" in done.stdout
 
 
 def test_status_tells_how_a_run_stands(tmp_path: Path):
@@ -171,7 +174,9 @@ def test_status_tells_how_a_run_stands(tmp_path: Path):
     (tmp_path / "checkpoints" / "step-000005" / "COMPLETE").touch()
     (tmp_path / "PREEMPTED").write_text(json.dumps({"message": "stopped by SIGUSR1", "signal": 10}))
     told = status(tmp_path)
-    assert "7 of 20, loss 0.5000" in told and "saved     step-000005\n" in told + "\n" and "stopped early: stopped by SIGUSR1" in told
+    assert "7 of 20, loss 0.5000" in told
+    assert "saved     step-000005\n" in told + "\n"
+    assert "stopped early: stopped by SIGUSR1" in told
     (tmp_path / "PREEMPTED").unlink()
     (tmp_path / "DONE").touch()
     assert "state     done" in status(tmp_path)

@@ -41,7 +41,8 @@ def small_model(name: str, attention: str) -> ScoredModel:
     config = getattr(transformers, f"{name}Config")(**shape, tie_word_embeddings=name in ("GPT2", "Gemma2"))
     config._attn_implementation = attention if attention != "padded" else "eager"
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}{'LMHead' if name == 'GPT2' else 'ForCausalLM'}{'Model' if name == 'GPT2' else ''}")(config)
+    model = (getattr(transformers,
+                      f"{name}{'LMHead' if name == 'GPT2' else 'ForCausalLM'}{'Model' if name == 'GPT2' else ''}")(config))
     return ScoredModel(model.double().eval(), attention)
 
 

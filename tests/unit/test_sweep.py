@@ -150,7 +150,8 @@ def test_the_summary_has_every_run_why_one_failed_and_the_best_ones_command(tmp_
     told = json.loads((tmp_path / "sweep.json").read_text())
     assert [each["done"] for each in told["jobs"]] == [True, True, True, False]
     assert told["jobs"][3]["message"] == "the loss <of> step 3 is not finite"
-    assert told["jobs"][1]["metrics"]["rewards/accuracies"] == 0.8, "the last held-out row, not the first and not a training row"
+    assert told["jobs"][1]["metrics"]["rewards/accuracies"] == 0.8, (
+        "the last held-out row, not the first and not a training row")
     assert told["best"]["swept"] == {"loss.beta": 0.3, "optim.lr": 1e-6}
     assert "loss.beta=0.3" in told["best"]["command"] and "run.dir" not in told["best"]["command"]
     assert told["best"]["config"]["loss"]["beta"] == 0.3
@@ -265,7 +266,8 @@ def test_a_mistake_in_a_sweep_is_one_message_before_anything_is_started(message:
 
 
 def test_a_mistake_in_a_sweep_is_answered_without_torch(tmp_path: Path):
-    script = "import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    script = ("import sys; from dpo_dist.launcher.cli import main; code = main(sys.argv[1:]); assert 'torch' not in "
+              "sys.modules; sys.exit(code)")
     words = ["run", "-m", *FIXED, "loss.beta=0.05,0.1,0.3,-1", "optim.lr=5e-7,1e-6"]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: loss.beta=-1.0 must be greater than 0\n")
@@ -345,7 +347,8 @@ sys.modules["hydra_plugins.hydra_optuna_sweeper"] = None      # as if it were no
 from dpo_dist.launcher.cli import main
 sys.exit(main(["run", "-m", "sweep=optuna", *{FIXED}]))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "error: the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'" in done.stderr
+    assert done.returncode == 2
+    assert "error: the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'" in done.stderr
 
 
 def test_every_ready_made_space_says_how_to_run_it():

@@ -32,4 +32,5 @@ class AdapterOffConfig(ReferenceConfig):
 
     @property
     def why_not_ahead(self) -> str | None:
-        return "with reference.engine=adapter_off the reference is the policy itself; set reference.mode=cached or live, or reference.engine=hf"
+        return ("with reference.engine=adapter_off the reference is the policy itself; set reference.mode=cached or "
+                "live, or reference.engine=hf")

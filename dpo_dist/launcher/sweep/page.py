@@ -19,7 +19,8 @@ UNITS = {"rewards/accuracies": "share of held-out pairs", "rewards/margins": "be
 COLORS = ("#4477aa", "#ee6677", "#228833", "#aa7700", "#66ccee", "#aa3377", "#777777", "#000000")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 280, 62, 14, 14, 44      # of a plot and its margins, in pixels
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em }
+body { color: #222; background: #fff }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
 tr.best { background: #eef4e8; font-weight: 600 }

@@ -51,7 +51,8 @@ def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
                 continue
     if len(held) == 1:
         return key(held[0])
-    missing = f"the cache holds values of vllm {' and '.join(held)}" if held else "the cache holds no values of vllm for these weights"
+    missing = (f"the cache holds values of vllm {' and '.join(held)}" if held
+               else "the cache holds no values of vllm for these weights")
     raise UserError(f"reference.urls={config.urls or '[]'} has no server that answers, and {missing}; start the "
                     "servers, or set reference.version and reference.server or reference.urls")
 
