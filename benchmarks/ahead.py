@@ -27,8 +27,8 @@ def main(pairs: int) -> None:
         home = Path(folder)
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-                                     num_attention_heads=4,
-                                     num_key_value_heads=2, max_position_embeddings=512)).save_pretrained(home / "model")
+                                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+                         ).save_pretrained(home / "model")
         write_rows(home / "rows.jsonl", pairs, seed=0)
         write_rows(home / "held_out.jsonl", 32, seed=1)
         found = {mode: run(home, mode) for mode in ("cached", "ahead")}

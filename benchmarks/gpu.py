@@ -116,9 +116,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     def short(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
 
-    return "\n".join(f"{row['part']}/{row['case']}: " + ", ".join(f"{k} {short(v)}" for k,
-                                                                  v in row.items() if k not in ("part", "case"))
-                     for row in rows)
+    return "\n".join(
+        f"{row['part']}/{row['case']}: " + ", ".join(f"{k} {short(v)}" for k,
+                                                     v in row.items() if k not in ("part", "case")) for row in rows)
 
 
 def card() -> str:

@@ -231,8 +231,8 @@ def by_branch(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, forest: Any, window
                                      strict=True):
         keys, values = (torch.cat(x, 2).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
         last = keys.shape[2]
-        back = torch.arange(last - queries.shape[2], last, device=q.device)[:,
-                                                                            None] - torch.arange(last, device=q.device)
+        back = torch.arange(
+            last - queries.shape[2], last, device=q.device)[:, None] - torch.arange(last, device=q.device)
         seen = (back >= 0) & ((back < window) if window is not None else True)
         scores = (queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
         out.append(scores.softmax(-1) @ values)
@@ -255,9 +255,9 @@ def head(wanted: Callable[[str], bool]) -> None:
                   * hidden_size**-0.5).to(probe_dtype()).requires_grad_()
         targets, upstream = torch.randint(vocabulary, (rows,), device=device()), torch.randn(rows, device=device())
         own = plan_blocks(rows, vocabulary, 2, "cuda" if on_gpu() else "cpu")
-        plans = {"as chosen": own, "1170 wide": Blocks(vocabulary, 1170, 1), "8192 wide": Blocks(vocabulary, 8192, 1),
-                 "32768 wide": Blocks(vocabulary, 32_768, 1), "kept whole": Blocks(vocabulary, own.width,
-                                                                                   len(own.spans))}
+        plans = {
+            "as chosen": own, "1170 wide": Blocks(vocabulary, 1170, 1), "8192 wide": Blocks(vocabulary, 8192, 1),
+            "32768 wide": Blocks(vocabulary, 32_768, 1), "kept whole": Blocks(vocabulary, own.width, len(own.spans))}
         for name, blocks in plans.items():
             if not wanted(case := f"{hidden_size} x {vocabulary} {name}"):
                 continue

@@ -128,8 +128,8 @@ def inputs(folder: Path, budget: int):
     from dpo_dist.data.prepare import prepare as prepare_pairs
     from dpo_dist.runtime.world import World
 
-    config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
-                      "cluster.device=cpu", f"data.cache_dir={folder / 'tokens'}", f"train.tokens_per_microbatch={budget}"])
+    config = compose([f"model.path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}", "cluster.device=cpu",
+                      f"data.cache_dir={folder / 'tokens'}", f"train.tokens_per_microbatch={budget}"])
     return config, World.start(config.cluster), prepare_pairs(config.data, None, None)[0]
 
 

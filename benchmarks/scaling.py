@@ -188,9 +188,9 @@ def unshared(lengths: np.ndarray) -> PairShapes:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 4), "95th percentile": round(float(np.quantile(values, 0.95)),
-                                                                                    4),
-            "worst": round(max(values), 4)}
+    return {
+        "median": round(statistics.median(values), 4), "95th percentile": round(float(np.quantile(values, 0.95)), 4),
+        "worst": round(max(values), 4)}
 
 
 # -------------------------------------------------------------------------------------------------------- real training

@@ -84,8 +84,8 @@ def compared(told: dict[str, dict]) -> dict:
     """Prediction beside measurement for each run, the worst memory error, and the pairs of runs whose order in time is
     not as predicted."""
     device = {key: median([one["device"][key] for one in told.values()]) for key in next(iter(told.values()))["device"]}
-    world, lengths, runs = Hardware(1, RANKS, replace(CPU, **device)), Lengths(PROMPT, COMPLETION, COMPLETION, 64,
-                                                                               "the benchmark's rows"), []
+    world, lengths, runs = Hardware(1, RANKS, replace(CPU, **device)), Lengths(
+        PROMPT, COMPLETION, COMPLETION, 64, "the benchmark's rows"), []
     for name, one in told.items():
         of, stage, checkpointing = name.split()
         config = compose(overrides(Path("somewhere"), of, int(stage), checkpointing == "True"))

@@ -42,8 +42,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     config = without_auto(config, inputs, world, terminal)
-    run_dir, sampler = RunDir(Path(config.run_dir)), make_sampler(inputs.train, config.train,
-                                                                  config.data.group_by_prompt)
+    run_dir, sampler = RunDir(Path(config.run_dir)), make_sampler(
+        inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
@@ -123,10 +123,9 @@ class Run:
     def batches(self, step: int) -> StepBatches:
         """This rank's packs of a step."""
         flops = self.inputs.flops.training(frozen_base=self.config.model.lora.rank > 0)
-        return step_batches(self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs,
-                                                                          self.config.train.max_steps),
-                            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops,
-                            self.reference)
+        return step_batches(
+            self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
+            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
 
     def is_due(self, every: int | None, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is done after this one."""

@@ -99,8 +99,8 @@ nats: -1.0                      # what it says
                               "dpo_dist/reference/constant.py",
                               "conf/reference/constant.yaml"}
     assert "reference.nats=-1.0" in run(house, "train", "--help")
-    assert "reference.nats=-10.0 must be between -9 and 0" in run(house, "plan", *words, "reference=constant",
-                                                                  "reference.nats=-10", code=2)
+    assert ("reference.nats=-10.0 must be between -9 and 0"
+            in run(house, "plan", *words, "reference=constant", "reference.nats=-10", code=2))
     assert "it goes with reference=constant" in run(house, "plan", *words, "reference.nats=-2", code=2)
     assert "scored 16, cached 0" in run(house, "score", *words, "reference=constant")
     assert "scored 0, cached 16" in run(house, "score", *words, "reference=constant")
@@ -152,5 +152,5 @@ def test_a_config_key_is_a_field_and_a_line_of_yaml(house: Path, words: list[str
     assert touched(house) == {"dpo_dist/config/schema.py", "conf/config.yaml"}
     assert "train.patience_steps=10" in run(house, "train",
                                             "--help") and "steps without progress" in run(house, "train", "--help")
-    assert "train.patience_steps=0 must be greater than 0" in run(house, "plan", *words, "train.patience_steps=0",
-                                                                  code=2)
+    assert ("train.patience_steps=0 must be greater than 0"
+            in run(house, "plan", *words, "train.patience_steps=0", code=2))

@@ -314,8 +314,8 @@ def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, bud
     return None if left else packs
 
 
-def _largest_first(order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]],
-                                                                                           list[_Unit]]:
+def _largest_first(
+        order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]], list[_Unit]]:
     """(packs, units that found no room): each unit, as they come, into the cheapest pack that it fits, in tokens and
     under `cap` of cost."""
     packs: list[list[_Unit]] = [[] for _ in range(n_packs)]

@@ -131,5 +131,5 @@ class PairStores(Generic[P]):
 
     def lengths(self) -> NDArray[np.int32]:
         """(n, 3) int32: tokens of prompt, chosen and rejected."""
-        return self._stores[0].lengths() if len(self._stores) == 1 else np.concatenate([store.lengths()
-                                                                                        for store in self._stores])
+        lengths = [store.lengths() for store in self._stores]
+        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)

@@ -79,8 +79,8 @@ def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal
     rows."""
     if forest is None:
-        return _attend(Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1,
-                                                                                                  2).contiguous(), None
+        return _attend(
+            Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
     kernel = _kernel(query, key, softcap)
     if kernel is not None:
         return packed_attention(query, key, value, forest, scaling, sliding_window, kernel.attend), None

@@ -78,8 +78,8 @@ def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: boo
     for file, name in zip(files, names, strict=True):
         file.rename(folder / name)
     weight_map = {name: names[i] for name, i in index.items()}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total},
-                                                                     "weight_map": weight_map}, indent=2))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Path:

@@ -98,8 +98,8 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     dtype = torch_dtype(config.model, world.device)
     model = read_config(policy_folder)
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
-    reference_fused = fused and (reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype,
-                                                                                   world.device) is None)
+    reference_fused = fused and (
+        reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype, world.device) is None)
     setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused)
     key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup,
                                               quantization(read_config(reference_folder))))
@@ -189,8 +189,8 @@ def _check_fits(pairs: PairStore, model: Any, key: str) -> None:
         raise UserError(f"data holds a sequence of {longest} tokens, but {key} has {positions} positions; "
                         f"set data.max_length={positions}")
     rope = getattr(model, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(model, "original_max_position_embeddings",
-                                                                       None) or positions
+    original = rope.get("original_max_position_embeddings") or getattr(
+        model, "original_max_position_embeddings", None) or positions
     if rope.get("rope_type") in ("dynamic", "longrope") and original is not None and longest > original:
         raise UserError(f"data holds a sequence of {longest} tokens; beyond {original}, {key} changes its position "
                         "embedding with the longest sequence of a forward, so log-probs would depend on packing; set "

@@ -38,8 +38,8 @@ class StepResults:
     def of(cls, step: int, lr: float, bad_loss: Tensor, grad_norm: Tensor,
            logged: tuple[MetricSums, Interval] | None) -> StepResults:
         soundness = Later(torch.stack([bad_loss.double(), grad_norm.to(bad_loss.device, torch.float64)]))
-        return cls(step, lr, soundness, None if logged is None else Logged(logged[0], Later(logged[0].tensor),
-                                                                           logged[1]))
+        return cls(
+            step, lr, soundness, None if logged is None else Logged(logged[0], Later(logged[0].tensor), logged[1]))
 
     def check(self) -> float:
         """The gradients' norm. FloatingPointError, on all ranks alike, where the step was not sound."""

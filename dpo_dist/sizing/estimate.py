@@ -324,12 +324,12 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
     tokens = config.train.tokens_per_microbatch
     gathered = 0.0
     if config.reference.gathers_weights:
-        gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters,
-                                                                                   REFERENCE_PREFETCH))
+        gathered = width * (
+            min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
-    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE["cuda" if world.device.whole_buckets
-                                                                               else "cpu"]
+    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE[
+        "cuda" if world.device.whole_buckets else "cpu"]
 
 
 def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> float:

@@ -112,8 +112,9 @@ def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, worl
         wider = replace(world, nodes=nodes, ranks=a_node * nodes)
         more = (f"cluster.nodes={nodes}",) if nodes > world.nodes else ()
         for candidates in _changes(config, lengths):
-            fitting = [(words, changed) for words, changed in candidates if memory(changed, shape, lengths,
-                                                                                   wider).fits(world.device)]
+            fitting = [
+                (words, changed) for words, changed in candidates
+                if memory(changed, shape, lengths, wider).fits(world.device)]
             if fitting:
                 words, best = min(fitting, key=lambda entry: step_time(entry[1], shape, lengths, wider).seconds)
                 return Change((*words, *more), best, nodes)
@@ -138,8 +139,8 @@ def _changes(config: RunConfig, lengths: Lengths) -> Iterator[list[tuple[tuple[s
 def _allowed(config: RunConfig) -> bool:
     """What rules.py says of these keys."""
     zero = config.zero
-    return (zero.offload_parameters == "none" or zero.stage == 3) and (zero.offload_optimizer == "none"
-                                                                       or zero.stage not in (None, 0))
+    return (zero.offload_parameters == "none" or zero.stage == 3) and (
+        zero.offload_optimizer == "none" or zero.stage not in (None, 0))
 
 
 def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:

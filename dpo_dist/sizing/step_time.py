@@ -96,8 +96,8 @@ def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: 
         again = recomputed_layers(config, shape.layers) != (0, False)
         gathers = 3 if again and 2 * shape.layer > LIVE else 2
     tensors = 9 * shape.layers
-    return micro_steps * (gathers * width * shape.parameters * around + gradients), micro_steps * (gathers * tensors
-                                                                                                   + buckets)
+    return micro_steps * (
+        gathers * width * shape.parameters * around + gradients), micro_steps * (gathers * tensors + buckets)
 
 
 def scoring_seconds(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float | None:

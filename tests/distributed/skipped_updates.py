@@ -49,8 +49,7 @@ def main(model: str, rows: str, cache: str) -> int:
         assert torch.equal(skipped, once), f"stage {stage}, {dtype}: a skipped update changed a weight"
         if world.is_main:
             assert not torch.equal(once, before)
-            assert (not torch.equal(again,
-                                                                     once)), f"stage {stage}, {dtype}: the others changed nothing"
+            assert not torch.equal(again, once), f"stage {stage}, {dtype}: the others changed nothing"
             print(f"stage {stage} {dtype} ok", flush=True)
     return 0
 

@@ -89,8 +89,8 @@ def wait_until(condition, what: str, seconds: float = 120) -> None:
 
 
 @pytest.mark.parametrize(("zero", "world", "procs"), [("none", 1, 2), ("zero3", 2, 1)])
-def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(zero: str, world: int, procs: int,
-                                                                          tmp_path: Path, words: list[str]):
+def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(
+        zero: str, world: int, procs: int, tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
     dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
     ahead = [*words, "reference.mode=ahead", f"reference.procs={procs}", f"reference.cache_dir={tmp_path / 'other'}"]

@@ -60,6 +60,6 @@ def test_the_dpo_trajectory_is_the_golden_one(world: str, tmp_path: Path, base: 
 
 
 @pytest.mark.parametrize("name", ["bs8_ipo", "bs8_sft_mpo"])
-def test_other_losses_follow_their_golden_trajectory_on_two_ranks_with_small_packs(name: str, tmp_path: Path,
-                                                                                   base: list[str]):
+def test_other_losses_follow_their_golden_trajectory_on_two_ranks_with_small_packs(
+        name: str, tmp_path: Path, base: list[str]):
     check(name, run(name, WORLDS["2 processes, ZeRO-3, small packs"], tmp_path / "run", base))

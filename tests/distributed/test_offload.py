@@ -60,8 +60,8 @@ def score(model: Path, offload: str, into: Path, group: str = "") -> int:
                           capture_output=True).returncode
 
 
-def test_a_reference_of_twice_the_size_that_a_process_may_hold_is_scored_from_disk(half_its_size: tuple[Path, str],
-                                                                                   tmp_path: Path):
+def test_a_reference_of_twice_the_size_that_a_process_may_hold_is_scored_from_disk(
+        half_its_size: tuple[Path, str], tmp_path: Path):
     import numpy as np
 
     model, group = half_its_size

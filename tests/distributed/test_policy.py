@@ -167,11 +167,10 @@ def test_reference_free_losses_train_without_any_reference(tmp_path: Path, words
 def test_an_update_that_the_device_is_told_to_skip_changes_no_weight_in_any_stage(tmp_path: Path):
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 8)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           Path(__file__).parent / "skipped_updates.py", tmp_path / "m", tmp_path / "rows.jsonl",
-                           tmp_path / "tokens"],
-                          capture_output=True, text=True, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                                         "PYTHONPATH": str(REPO)})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         Path(__file__).parent / "skipped_updates.py", tmp_path / "m", tmp_path / "rows.jsonl", tmp_path / "tokens"],
+         capture_output=True, text=True, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(" ok") == 7
 

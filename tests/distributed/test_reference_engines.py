@@ -59,9 +59,8 @@ def test_a_split_reference_scores_live_beside_a_sharded_policy(tmp_path: Path, w
     dpo_dist(*live, "zero=none", f"run.dir={tmp_path / 'whole'}")
     dpo_dist(*live, "reference=tensor_parallel", "cluster.procs_per_node=2", f"run.dir={tmp_path / 'split'}")
     for name in ("loss", "rewards/margins", "rewards/chosen", "grad_norm"):
-        assert [row[name] for row in metrics(tmp_path / "split")] == pytest.approx([row[name]
-                                                                                    for row in metrics(tmp_path / "whole")],
-                                                                                    rel=2e-5, abs=2e-5)
+        assert ([row[name] for row in metrics(tmp_path / "split")]
+                == pytest.approx([row[name] for row in metrics(tmp_path / "whole")], rel=2e-5, abs=2e-5))
 
 
 def test_a_split_reference_fills_the_cache_that_the_whole_one_reads(tmp_path: Path, words: list[str]):

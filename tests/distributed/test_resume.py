@@ -60,8 +60,8 @@ def losses(run_dir: Path) -> dict[int, float]:
 @pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"),
                                                       ("none", 1, "bf16"),
                                                       ("zero1", 2, "bf16")])
-def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(zero: str, world: int, dtype: str,
-                                                                       tmp_path: Path, words: list[str]):
+def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(
+        zero: str, world: int, dtype: str, tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", f"model.dtype={dtype}",
              *(["zero.persistence_threshold=0"] if zero == "zero3" else [])]
     dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
@@ -110,8 +110,8 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
     dpo_dist(*words)
     said = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
     assert "holds another run (loss.beta was 0.5, is now 0.25)" in said and "choose another run.dir" in said
-    assert "written with zero.stage=None, not 3; go on with the same zero.stage" in dpo_dist(*words, "zero=zero3",
-                                                                                             code=2).stderr
+    assert ("written with zero.stage=None, not 3; go on with the same zero.stage"
+            in dpo_dist(*words, "zero=zero3", code=2).stderr)
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
     write_tiny_llama(tmp_path / "m", seed=1, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     assert "holds another run (policy_weights was" in dpo_dist(*words, code=2).stderr
@@ -171,5 +171,5 @@ def test_logged_means_go_on_over_a_kill(tmp_path: Path, words: list[str]):
     killed_after(3, words, tmp_path / "killed")
     dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
     (straight,), (killed,) = metrics(tmp_path / "straight"), metrics(tmp_path / "killed")
-    assert {k: v for k, v in straight.items() if not k.startswith("perf/")} == {k: v for k,
-                                                                                v in killed.items() if not k.startswith("perf/")}
+    assert ({k: v for k, v in straight.items() if not k.startswith("perf/")}
+            == {k: v for k, v in killed.items() if not k.startswith("perf/")})

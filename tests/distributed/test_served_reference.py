@@ -48,8 +48,8 @@ def told(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("processes", "auditor"), [(1, "hf"), (2, "zero")])
-def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(tmp_path: Path, words: list[str],
-                                                                               processes: int, auditor: str):
+def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(
+        tmp_path: Path, words: list[str], processes: int, auditor: str):
     from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 
     with LogProbServer(tmp_path / "m") as a, LogProbServer(tmp_path / "m") as b:
@@ -83,8 +83,8 @@ def test_servers_ahead_of_training_are_audited_before_it_begins(tmp_path: Path, 
         assert "parity of vllm 0.0.test" in out
         assert len(server.answered) == 80 + 2 * 16, "all once, the audit's sample twice more"
     passport = json.loads((tmp_path / "run" / "run.json").read_text())["passport"]
-    assert passport["parity"]["passed"] and passport["parity"] == json.loads((tmp_path / "run" / "scoring"
-                                                                              / "parity.json").read_text())
+    assert passport["parity"]["passed"] and passport["parity"] == json.loads(
+        (tmp_path / "run" / "scoring" / "parity.json").read_text())
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -153,8 +153,8 @@ def test_a_planted_fault_is_caught_before_a_value_is_kept_and_the_worst_pairs_ar
     with LogProbServer(tmp_path / "m") as honest, LogProbServer(tmp_path / "m") as planted:
         plant(planted)
         said = dpo_dist("score", *words, f"reference.urls=[{honest.url}, {planted.url}]", code=2).stderr
-    assert "the audit stopped the run before a value was used" in said and re.search(r"Worst pairs, in nats: "
-                                                                                     r"\S+rows.jsonl:\d+", said), said
+    assert "the audit stopped the run before a value was used" in said and re.search(
+        r"Worst pairs, in nats: " r"\S+rows.jsonl:\d+", said), said
     assert not kept(tmp_path / "reference")
     assert told(tmp_path)["passed"] is False
 
@@ -179,8 +179,8 @@ def test_live_values_are_audited_too_and_train_as_cached_ones_do(tmp_path: Path,
     for where in ("run", "live"):
         lineage = json.loads((tmp_path / where / "run.json").read_text())["passport"]
         assert lineage["parity"]["passed"] and lineage["parity"]["engine"].startswith("vllm 0.0.test")
-    plain = [word for word in words if not word.startswith("reference")] + [word for word in more
-                                                                            if not word.startswith("reference")]
+    plain = [word for word in words if not word.startswith("reference")] + [
+        word for word in more if not word.startswith("reference")]
     assert "reference_key was" in dpo_dist("train", *plain, code=2).stderr, "a run's values are of one engine"
 
 
@@ -266,7 +266,8 @@ def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_w
 
 
 def own_server(*more: str) -> str:
-    return (f"reference.server='{' '.join([sys.executable, str(SERVER), '--model {model} --name {name} --port {port}', *more])}'")
+    words = [sys.executable, str(SERVER), "--model {model} --name {name} --port {port}", *more]
+    return f"reference.server='{' '.join(words)}'"
 
 
 def test_a_server_that_the_run_starts_is_stopped_with_it_and_leaves_its_log(tmp_path: Path, words: list[str]):

@@ -63,8 +63,8 @@ def model_digest(run_dir: Path) -> str:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])
-def test_a_run_that_is_told_to_end_saves_first_and_goes_on_to_the_very_bits(sent: signal.Signals, tmp_path: Path,
-                                                                            words: list[str]):
+def test_a_run_that_is_told_to_end_saves_first_and_goes_on_to_the_very_bits(
+        sent: signal.Signals, tmp_path: Path, words: list[str]):
     process = start("run", *words, f"run.dir={tmp_path / 'run'}")
     wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process)
     os.killpg(process.pid, sent)                          # as a terminal does it: to the whole foreground group

@@ -90,6 +90,5 @@ def test_a_killed_run_goes_on_with_the_reference_where_it_was(tmp_path: Path, wo
     assert "resumed from step-" in dpo_dist(*words, "cluster.procs_per_node=2", f"run.dir={tmp_path / 'killed'}").stdout
     assert model_digest(tmp_path / "killed") == model_digest(tmp_path / "straight")
     dpo_dist(*words, "cluster.procs_per_node=1", "reference=hf", f"run.dir={tmp_path / 'other'}")
-    assert [row["loss"] for row in metrics(tmp_path / "other")] == pytest.approx([row["loss"]
-                                                                                  for row in metrics(tmp_path / "straight")],
-                                                                               rel=1e-4, abs=1e-5)
+    assert ([row["loss"] for row in metrics(tmp_path / "other")]
+            == pytest.approx([row["loss"] for row in metrics(tmp_path / "straight")], rel=1e-4, abs=1e-5))

@@ -57,9 +57,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(processes: int, nodes: tuple[Node, Node],
-                                                                      tmp_path: Path,
-                                                                     words: list[str]):
+def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(
+        processes: int, nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
     words = [*words, "train.max_steps=4"]
     for code, said in finish(run_on(nodes, [*words, f"run.dir={tmp_path / 'two'}"], tmp_path, processes)):
         assert code == 0, said
@@ -75,9 +74,8 @@ def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(processes:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(lost: int, nodes: tuple[Node, Node],
-                                                                            tmp_path: Path,
-                                                                           words: list[str]):
+def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(
+        lost: int, nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
     run_dir = tmp_path / "run"
     jobs = run_on(nodes, [*words, f"cluster.timeout_seconds={TIMEOUT_SECONDS}", "train.epochs=500",
                           f"run.dir={run_dir}"], tmp_path, 1)
@@ -93,8 +91,8 @@ def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(lost
 
 
 @pytest.mark.parametrize("key", ["data.cache_dir", "reference.cache_dir", "run.dir"])
-def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(key: str, tmp_path: Path,
-                                                                               words: list[str]):
+def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(
+        key: str, tmp_path: Path, words: list[str]):
     shared = [word for word in [*words, f"run.dir={tmp_path / 'run'}"] if not word.startswith(key)]
     port = str(free_port())
     jobs = []

@@ -123,7 +123,8 @@ def test_logps_equal_trl_per_token_and_per_sequence(name: str, precision: str) -
     ours = data.policy_tokens.logps.detach() if name == "policy" else data.reference_tokens
     expected = golden["chosen_tok"] + golden["rejected_tok"]
     split = ours.split([len(tokens) for tokens in expected])
-    assert [len(tokens) for tokens in expected] == golden["chosen_len"] + golden["rejected_len"] == data.batch.lengths.tolist()
+    lengths = [len(tokens) for tokens in expected]
+    assert lengths == golden["chosen_len"] + golden["rejected_len"] == data.batch.lengths.tolist()
     for tokens, golden_tokens, golden_sum in zip(split, expected, golden["chosen"] + golden["rejected"], strict=True):
         assert tokens.tolist() == pytest.approx(golden_tokens, abs=5e-5, rel=0)
         assert tokens.double().sum().item() == pytest.approx(golden_sum, abs=5e-5, rel=0)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import REPO
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(),
-                                                                    reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_golden_gradients_attention_head_and_kernels_are_right_on_this_card(tmp_path: Path):
@@ -22,8 +22,8 @@ def test_golden_gradients_attention_head_and_kernels_are_right_on_this_card(tmp_
                           capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     rows = [row for file in tmp_path.glob("gpu-*-probes.json") for row in json.loads(file.read_text())["rows"]]
-    by_part = {part: [row for row in rows if row["part"] == part] for part in ("golden", "attention", "head",
-                                                                               "elementwise")}
+    by_part = {
+        part: [row for row in rows if row["part"] == part] for part in ("golden", "attention", "head", "elementwise")}
     exact = next(row for row in by_part["golden"] if row["case"] == "float32")
     assert exact["worst_loss"] < 2e-5 and exact["worst_grad_norm"] < 1e-4
     for row in by_part["attention"]:

@@ -108,8 +108,8 @@ def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(slu
     assert "state     done" in told and f"step      {STEPS} of {STEPS}" in told and "COMPLETED" in told
 
 
-def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str],
-                                                                      straight: Path):
+def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(
+        slurm: Slurm, folder: Path, words: list[str], straight: Path):
     job = under_way(slurm, words, folder / "usr1")
     slurm.call("scancel", "--batch", "--signal=USR1", job)          # what Slurm itself sends ahead of the time limit
     slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1")
@@ -118,8 +118,8 @@ def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(slurm: Slu
     assert not (folder / "usr1" / "PREEMPTED").exists()
 
 
-def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(slurm: Slurm, folder: Path, words: list[str],
-                                                                        straight: Path):
+def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(
+        slurm: Slurm, folder: Path, words: list[str], straight: Path):
     job = under_way(slurm, words, folder / "preempted")
     urgent = slurm.call("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null",
                         "--wrap=sleep 1").strip()
@@ -128,8 +128,8 @@ def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(slurm: S
     assert_went_on_to_the_same_bits(slurm, job, folder / "preempted", straight)
 
 
-def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(slurm: Slurm, folder: Path,
-                                                                                words: list[str]):
+def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(
+        slurm: Slurm, folder: Path, words: list[str]):
     run_dir = folder / "cancelled"
     own = [*(word for word in words if not word.startswith("cluster")), "cluster.device=cpu", f"run.dir={run_dir}"]
     job = slurm.call("env", f"PYTHON={sys.executable}", "PROCS_PER_NODE=2", "PREFLIGHT=no", "sbatch", "--parsable",
@@ -145,8 +145,8 @@ def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(
     assert "stopped early" in slurm.dpo_dist("status", run_dir)
 
 
-def test_a_power_cut_of_one_node_costs_only_the_steps_since_the_last_checkpoint(slurm: Slurm, folder: Path,
-                                                                                words: list[str], straight: Path):
+def test_a_power_cut_of_one_node_costs_only_the_steps_since_the_last_checkpoint(
+        slurm: Slurm, folder: Path, words: list[str], straight: Path):
     job = under_way(slurm, words, folder / "power")
     slurm.until("a checkpoint", lambda: any((folder / "power" / "checkpoints").glob("*/COMPLETE")))
     slurm.testbed("kill", 2)
@@ -182,8 +182,8 @@ def test_a_refused_job_takes_those_submitted_with_it_away(slurm: Slurm, folder: 
                 == "CANCELLED")
 
 
-def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: Slurm, monkeypatch: pytest.MonkeyPatch,
-                                                                        tmp_path: Path):
+def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(
+        slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     nobody = tmp_path / "slurm.conf"                     # a controller's port where nothing listens
     nobody.write_text(re.sub("SlurmctldPort=.*", "SlurmctldPort=1", Path(slurm.environment["SLURM_CONF"]).read_text()))
     in_its_environment(slurm, monkeypatch)
@@ -196,8 +196,8 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_the_end_of_a_job(slurm: S
     assert "unknown: Slurm does not say" in Slurm(dict(os.environ)).dpo_dist("status", tmp_path)
 
 
-def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(slurm: Slurm, folder: Path,
-                                                                                          words: list[str]):
+def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_without_it(
+        slurm: Slurm, folder: Path, words: list[str]):
     run_dir = folder / "bad_node"
     broken = ("cluster.slurm.setup=['export PYTHON=$([ $(hostname) = node2 ] && echo /nowhere/python || echo "
               f"{sys.executable})']")
@@ -209,8 +209,8 @@ def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_w
     assert slurm.show(job, "ExcNodeList") == "node2" and "node1 node3: dpo_dist.train" in output(run_dir)
 
 
-def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(slurm: Slurm, folder: Path,
-                                                                               words: list[str]):
+def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(
+        slurm: Slurm, folder: Path, words: list[str]):
     ids = slurm.submit("run", [*words[1:], f"model.path={folder / 'nothing'}", f"run.dir={folder / 'unscored'}"])
     slurm.until_state(ids["score"], "FAILED")
     slurm.until_state(ids["train"], "CANCELLED", seconds=120)

@@ -23,9 +23,8 @@ def run(passes: Passes, hidden: torch.Tensor, head: nn.Linear, targets: torch.Te
 
 def main() -> None:
     torch.manual_seed(0)
-    for dtype, (scale, softcap), width, rows in itertools.product((torch.float32, torch.bfloat16),
-                                                                  ((1.0, None), (0.5, 1.5)),
-                                                                 (256, 2304, 8192), (1, 7)):
+    for dtype, (scale, softcap), width, rows in itertools.product(
+            (torch.float32, torch.bfloat16), ((1.0, None), (0.5, 1.5)), (256, 2304, 8192), (1, 7)):
         vocabulary = 5003                                  # no multiple of anything: the last block is ragged
         head = nn.Linear(16, vocabulary, dtype=dtype)
         nn.init.normal_(head.weight, std=1.0)

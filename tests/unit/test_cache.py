@@ -112,5 +112,5 @@ def test_values_of_fused_kernels_in_bf16_have_a_key_of_their_own_and_exact_ones_
     assert key(torch.bfloat16, True) != key(torch.bfloat16, False) and "fused kernels" in key(torch.bfloat16,
                                                                                               True).recipe
     assert key(torch.float32, True) == key(torch.float32, False)
-    assert key(torch.bfloat16, True, "reference.offload=disk") == key(torch.bfloat16,
-                                                                      False), "read from disk, the model's own code computes"
+    assert (key(torch.bfloat16, True, "reference.offload=disk")
+            == key(torch.bfloat16, False)), "read from disk, the model's own code computes"

@@ -43,7 +43,8 @@ MISTAKES = {
     "reference.engine=adapter_off needs a LoRA policy": ["reference=adapter_off"],
     "adapter_off takes the policy's own base weights": ["reference=adapter_off", "model.lora.rank=4",
                                                         "reference.path=other"],
-    "reference.offload='cpu' is not allowed: one of: disk, none with reference=hf; it goes with reference=zero": ["reference.offload=cpu"],
+    "reference.offload='cpu' is not allowed: one of: disk, none with reference=hf; it goes with reference=zero": [
+        "reference.offload=cpu"],
     "with reference=zero; it goes with reference=hf": ["reference=zero", "reference.offload=disk"],
     "unknown key 'reference.tensor_parallel_size': it goes with reference=tensor_parallel or reference=vllm": [
         "reference.tensor_parallel_size=2"],
@@ -78,7 +79,8 @@ MISTAKES = {
     "experiment=nowhere.yaml: there is no such file": ["experiment=nowhere.yaml"],
     "zero.offload_parameters=cpu needs zero.stage=3": ["zero=zero2", "zero.offload_parameters=cpu"],
     "model.gradient_checkpointing=-1 must be": ["model.gradient_checkpointing=-1"],
-    "model.gradient_checkpointing='some' is not allowed: one of auto, true or false, a whole number": ["model.gradient_checkpointing=some"],
+    "model.gradient_checkpointing='some' is not allowed: one of auto, true or false, a whole number": [
+        "model.gradient_checkpointing=some"],
     "zero.secondary_partition=2 does nothing with zero.stage=2": ["zero=zero2", "zero.secondary_partition=2"],
     "zero.secondary_partition=1 must be": ["zero.secondary_partition=1"],
     "zero.secondary_partition=8 does not divide the 12 ranks": ["zero.secondary_partition=8",

@@ -168,8 +168,8 @@ def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_the_room_that_is_asked_for_is_what_checkpoints_and_model_take(zero: str, tmp_path: Path, base: list[str],
-                                                                      monkeypatch: pytest.MonkeyPatch):
+def test_the_room_that_is_asked_for_is_what_checkpoints_and_model_take(
+        zero: str, tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch):
     write_tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
     write_rows(tmp_path / "rows.jsonl", 8)
     words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"zero={zero}",
@@ -200,8 +200,8 @@ def test_wandb_online_needs_a_login_and_a_server_that_answers(tmp_path: Path):
     assert "a login is there" in said["wandb"]
 
 
-def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_need_it(tmp_path: Path,
-                                                                                      monkeypatch: pytest.MonkeyPatch):
+def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_need_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sinfo = tmp_path / "bin" / "sinfo"
     sinfo.parent.mkdir()
 
@@ -211,8 +211,8 @@ def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_ne
         return doctor(tmp_path, "zero=none", code=0, PATH=f"{sinfo.parent}:{os.environ['PATH']}")["slurm"]
 
     assert "gpu (4 nodes idle)" in say("echo gpu 4 idle")
-    assert "Unable to contact slurm controller; only cluster=slurm needs it" in say("echo Unable to contact slurm "
-                                                                                    "controller >&2; exit 1")
+    assert ("Unable to contact slurm controller; only cluster=slurm needs it"
+            in say("echo Unable to contact slurm " "controller >&2; exit 1"))
 
     config = compose(["model.path=m"])
     on_slurm = compose(["model.path=m", "cluster=slurm"])

@@ -114,8 +114,8 @@ def test_a_pack_without_completion_tokens_has_no_log_probs() -> None:
     (4_096, 131_072, 4, "cpu", Blocks(131_072, 4_096, 1)),
     (10**6, 512, 4, "cpu", Blocks(512, 256, 1)),                          # never narrower than a product is worth
     (0, 512, 4, "cpu", Blocks(512, 2**24, 1))])
-def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(rows: int, vocabulary: int, bytes_each: int,
-                                                                   device: str, wanted: Blocks):
+def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(
+        rows: int, vocabulary: int, bytes_each: int, device: str, wanted: Blocks):
     blocks = plan_blocks(rows, vocabulary, bytes_each, device)
     assert blocks == wanted and blocks.width % 256 == 0
     assert [at for first, end in blocks.spans

@@ -43,8 +43,8 @@ def variables(script: str) -> dict[str, str]:
 
 def test_a_run_is_scored_first_and_trained_after_unless_there_is_nothing_to_score():
     launch, _ = planned(["model.path=m", "cluster.procs_per_node=4"])
-    assert [(s.name, s.module, s.ranks, s.after) for s in launch.stages] == [("score", "dpo_dist.score", 4, ()),
-                                                                            ("train", "dpo_dist.train", 4, ("score",))]
+    assert ([(s.name, s.module, s.ranks, s.after) for s in launch.stages]
+            == [("score", "dpo_dist.score", 4, ()), ("train", "dpo_dist.train", 4, ("score",))])
     for alone in (["loss=simpo"], ["reference.mode=live"], ["reference=adapter_off", "model.lora.rank=4"]):
         assert [(s.name, s.after) for s in planned(["model.path=m", *alone])[0].stages] == [("train", ())]
     assert [s.name for s in planned(["model.path=m"], "eval")[0].stages] == ["eval"]

@@ -66,8 +66,8 @@ def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_th
         return
     kl, chosen_drift = drift(batch, policy, reference)              # ld_alpha changes neither
     assert means["reference/kl_per_token"] == pytest.approx(((kl[0] + 3 * kl[1]) / 4).item(), rel=1e-9)
-    assert means["reference/chosen_drift_per_token"] == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1])
-                                                                       / 4).item(), rel=1e-9)
+    assert (means["reference/chosen_drift_per_token"]
+            == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1]) / 4).item(), rel=1e-9))
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -41,8 +41,8 @@ def small_model(name: str, attention: str) -> ScoredModel:
     config = getattr(transformers, f"{name}Config")(**shape, tie_word_embeddings=name in ("GPT2", "Gemma2"))
     config._attn_implementation = attention if attention != "padded" else "eager"
     torch.manual_seed(0)
-    model = (getattr(transformers,
-                      f"{name}{'LMHead' if name == 'GPT2' else 'ForCausalLM'}{'Model' if name == 'GPT2' else ''}")(config))
+    is_gpt2 = name == "GPT2"
+    model = getattr(transformers, "GPT2LMHeadModel" if is_gpt2 else f"{name}ForCausalLM")(config)
     return ScoredModel(model.double().eval(), attention)
 
 
@@ -73,8 +73,8 @@ def by_the_book(q, k, v, starts_q, starts_k, max_q, max_k, scale, window):
     right."""
     out = []
     for i in range(len(starts_q) - 1):
-        queries, keys, values = q[starts_q[i]:starts_q[i + 1]], k[starts_k[i]:starts_k[i
-                                                                                       + 1]], v[starts_k[i]:starts_k[i + 1]]
+        seen = slice(starts_k[i], starts_k[i + 1])
+        queries, keys, values = q[starts_q[i]:starts_q[i + 1]], k[seen], v[seen]
         assert len(queries) <= max_q and len(keys) <= max_k
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (keys, values))
         back = torch.arange(len(queries))[:, None] + keys.shape[1] - len(queries) - torch.arange(keys.shape[1])[None]

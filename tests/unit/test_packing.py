@@ -110,9 +110,9 @@ def test_the_budget_bounds_what_padded_rows_take(world: int):
 
 def test_padded_rows_repeat_the_prompt_and_share_a_completion():
     shapes = rated(prompts=1, responses=4)
-    rows = shapes.lengths[0, 0] + np.array(list({int(c): int(n) for c,
-                                                 n in zip(shapes.content[:, 1:].ravel(), shapes.lengths[:, 1:].ravel(),
-                                                                                strict=True)}.values()))
+    rows = shapes.lengths[0, 0] + np.array(
+        list({int(c): int(n) for c, n in zip(shapes.content[:, 1:].ravel(), shapes.lengths[:, 1:].ravel(),
+                                             strict=True)}.values()))
     plan = plan_step(shapes, Flops(1.0, 0.0, (), padded=True), 1, 10_000)
     assert plan.tokens == 4 * rows.max() and plan.costs == ((rows.sum(),),)
 

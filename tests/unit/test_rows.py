@@ -77,8 +77,8 @@ def test_a_row_says_where_it_stands(tmp_path):
     rows, _ = read(write_lines(tmp_path / "a.jsonl", PLAIN, "", PLAIN))
     assert [r.where.removeprefix(str(tmp_path)) for r in rows] == ["/a.jsonl:1", "/a.jsonl:3"]
     (tmp_path / "b.json").write_text(json.dumps([PLAIN, PLAIN]))
-    assert [r.where.removeprefix(str(tmp_path)) for r in read(tmp_path / "b.json")[0]] == ["/b.json:row 1",
-                                                                                           "/b.json:row 2"]
+    assert ([r.where.removeprefix(str(tmp_path)) for r in read(tmp_path / "b.json")[0]]
+            == ["/b.json:row 1", "/b.json:row 2"])
     (tmp_path / "c.csv").write_text('prompt,chosen,rejected,weight\n"two\nlines",a,b,\nc,d,e,2\n')
     csv_rows, _ = read(tmp_path / "c.csv")
     assert [r.where.removeprefix(str(tmp_path)) for r in csv_rows] == ["/c.csv:2", "/c.csv:4"]

@@ -75,6 +75,6 @@ def test_grouped_epochs_follow_each_other_each_shuffled_anew_and_may_be_fraction
                      for steps in ((1, 2, 3), (4, 5, 6)))
     assert sorted(first) == sorted(second) == list(range(24))
     assert list(first) != list(second)
-    assert list(order.pairs_of_step(5, 1, 40)) == list(order.pairs_of_step(5, 2,
-                                                                           None)), "the order does not depend on where a run ends"
+    assert (list(order.pairs_of_step(5, 1, 40))
+            == list(order.pairs_of_step(5, 2, None))), "the order does not depend on where a run ends"
     assert list(by_prompt([4] * 6, 8, seed=1)[0].pairs_of_step(1, 2, None)) != list(order.pairs_of_step(1, 2, None))

@@ -61,8 +61,8 @@ def test_every_sequence_of_all_data_sets_is_planned_once_under_its_prompt_within
     for pack in packs:
         sizes = [len(tree[0][0]) + sum(len(c) for _, c in tree) for tree in pack]
         assert all(len({prompt for prompt, _ in tree}) == 1 for tree in pack)
-        assert sum(sizes) <= budget or (len(pack) == 1
-                                        and len(pack[0]) == 1), "more than the budget only for a sequence that is longer alone"
+        is_one_sequence = len(pack) == 1 and len(pack[0]) == 1
+        assert sum(sizes) <= budget or is_one_sequence, "more than the budget only for a sequence that is longer alone"
 
 
 @pytest.mark.parametrize("budget", [20, 64, 1000])

@@ -186,8 +186,8 @@ def test_the_reference_takes_what_its_engine_holds():
     def weights(*words: str) -> float:
         return reference_weights(config("cluster.device=auto", *words), large, gpus)
 
-    assert (weights(), weights("reference=zero"), weights("reference=tensor_parallel")) == (whole, whole / 64,
-                                                                                            whole / 8)
+    assert ((weights(), weights("reference=zero"), weights("reference=tensor_parallel"))
+            == (whole, whole / 64, whole / 8))
     assert weights("reference=tensor_parallel", "reference.tensor_parallel_size=4") == whole / 4
     assert weights("reference=vllm") == 0 < weights("reference.offload=disk") < whole / 30
     live = config("cluster.device=auto", "reference=tensor_parallel", "reference.mode=live")
@@ -205,8 +205,8 @@ def test_lengths_come_from_tokenized_data_where_there_is_some(tmp_path: Path):
     prepare(here.data, None, None)
     found = token_lengths(here)
     assert (found.prompt, found.chosen, found.rejected, found.pairs) == (3, 3, 2, 2)
-    assert token_lengths(config(*words,
-                                "data.max_length=50")) == worst_lengths(50), "cut otherwise, they would have other lengths"
+    cut_otherwise = token_lengths(config(*words, "data.max_length=50"))
+    assert cut_otherwise == worst_lengths(50), "cut otherwise, they would have other lengths"
 
 
 def test_plan_answers_without_torch():

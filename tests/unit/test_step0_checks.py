@@ -22,7 +22,10 @@ pack._lay_out = planted
 import torch
 import dpo_dist.data.pack as pack
 honest = pack._lay_out
-pack._lay_out = lambda *args, **kwargs: (lambda b: replace(b, position_ids=torch.arange(b.n_tokens)[None]))(honest(*args, **kwargs))
+def planted(*args, **kwargs):
+    batch = honest(*args, **kwargs)
+    return replace(batch, position_ids=torch.arange(batch.n_tokens)[None])
+pack._lay_out = planted
 """,
     "siblings see each other": """
 import dpo_dist.models.load as load

@@ -55,8 +55,8 @@ def test_a_row_is_written_when_the_next_step_is_queued_and_the_last_one_when_the
     assert written == [[], [1], [1, 2]]
     log.catch_up()
     log.catch_up()
-    assert [(row["step"], row["grad_norm"], row["split"]) for row in tracker.rows] == [(1, 1.0, "train"),
-                                                                                       (2, 2.0, "train"), (3, 3.0, "train")]
+    assert ([(row["step"], row["grad_norm"], row["split"]) for row in tracker.rows]
+            == [(1, 1.0, "train"), (2, 2.0, "train"), (3, 3.0, "train")])
     assert [row["loss"] for row in tracker.rows] == pytest.approx([0.1, 0.2, 0.3])
 
 

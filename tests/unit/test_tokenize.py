@@ -161,7 +161,8 @@ def test_a_row_that_the_template_refuses_is_an_error_that_names_it():
 
 def test_all_turns_of_a_continuation_are_completion():
     row = PreferenceRow((user("a"),), (assistant("b"), user("c"), assistant("d")), (assistant("e"),), "rows.jsonl:1")
-    assert texts(bpe(CHATML), row)[1] == "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"
+    assert texts(bpe(CHATML), row)[1] == (
+        "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>")
 
 
 def test_a_completion_is_tokenized_as_it_stands_in_the_conversation_where_the_tokenizer_puts_a_space_before_text():

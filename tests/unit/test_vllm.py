@@ -84,8 +84,8 @@ def test_it_agrees_with_the_oracle_on_llama_and_qwen2_in_requests_of_any_size(fo
                 assert len(running.requests[-1]["prompt"]) <= size
 
 
-def test_the_request_is_prompts_as_token_ids_and_nothing_that_would_change_the_values(server: LogProbServer,
-                                                                                      monkeypatch: pytest.MonkeyPatch):
+def test_the_request_is_prompts_as_token_ids_and_nothing_that_would_change_the_values(
+        server: LogProbServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     client(server).token_logps(pack_sequences(TREES[:1]))
     assert server.requests == [{"model": server.name, "prompt": [[5, 6, 7, 8, 9, 1], [5, 6, 7, 10, 11, 12, 13, 1]],
@@ -117,8 +117,8 @@ def late(answer: Answer) -> Answer:
 
 
 @pytest.mark.parametrize("fault", [busy, cut, no_json, hang_up, late])
-def test_what_fails_is_tried_again_in_halves_and_every_value_is_the_right_one(server: LogProbServer,
-                                                                              wanted: torch.Tensor, fault):
+def test_what_fails_is_tried_again_in_halves_and_every_value_is_the_right_one(
+        server: LogProbServer, wanted: torch.Tensor, fault):
     server.fault = lambda n, answer: fault(answer) if n <= 2 else answer
     found = client(server, timeout_seconds=3 if fault is late else 10).token_logps(pack())
     assert off(found, wanted) < 5e-5
@@ -297,5 +297,5 @@ def test_a_server_holds_a_copy_of_the_model_on_every_gpu_or_on_every_group_that_
     assert after(words(8, "reference.tensor_parallel_size=4"), "--data-parallel-size") == "2"
     assert after(words(8, "reference.tensor_parallel_size=8"), "--data-parallel-size") is None
     assert after(words(1), "--data-parallel-size") is None and after(words(1), "--tensor-parallel-size") == "1"
-    assert words(8, "reference.server='serve --copies {copies} --port {port}'") == ["serve", "--copies", "8", "--port",
-                                                                                    "8000"]
+    assert (words(8, "reference.server='serve --copies {copies} --port {port}'")
+            == ["serve", "--copies", "8", "--port", "8000"])

@@ -37,8 +37,8 @@ def _talk(address: str, name: str) -> Finding:
         with socket.create_server((address, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
             return Finding(f"{name} ({address}) talks")
     except OSError as error:
-        return Finding(f"{name} ({address}) does not talk: {error}", f"bring {name} up, and let the firewall allow "
-                                                                     "connections on it")
+        return Finding(f"{name} ({address}) does not talk: {error}",
+                       f"bring {name} up, and let the firewall allow connections on it")
 
 
 def _interface(name: str) -> Finding:
@@ -79,8 +79,8 @@ def _master() -> Finding:
     try:
         address = socket.gethostbyname(host)
     except OSError as error:
-        return Finding(f"MASTER_ADDR={host} has no address: {error}", "set MASTER_ADDR to node 0's name or address, as "
-                                                                      "this node knows it")
+        return Finding(f"MASTER_ADDR={host} has no address: {error}",
+                       "set MASTER_ADDR to node 0's name or address, as this node knows it")
     if os.environ.get("NODE_RANK", "0") not in ("", "0"):
         return Finding(f"MASTER_ADDR={host} is {address}")
     try:
