@@ -1,5 +1,5 @@
 """One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same
-(law 4)."""
+(the law: every pair weighs the same)."""
 from __future__ import annotations
 
 from collections.abc import Sequence

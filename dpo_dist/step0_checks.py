@@ -1,4 +1,4 @@
-"""Step 0 is a gate (law 6): before the first update, the log-probs must be what they claim to be, or the run stops and
+"""Step 0 is checked: before the first update, the log-probs must be what they claim to be, or the run stops and
 names pairs."""
 from __future__ import annotations
 

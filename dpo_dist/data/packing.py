@@ -3,7 +3,7 @@ rank.
 
 Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is
 computed once. Packs keep to a token budget (of padded rows: rows times the longest), are equally many on every rank
-(law 5), and those of one micro-step cost nearly the same.
+(the law: equal forwards), and those of one micro-step cost nearly the same.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StepPlan:
     """packs[micro_step][rank] = the positions (in the step's list of pairs) that this rank forwards then.
 
     A pack that would be empty repeats one pair as a filler: `is_filler[micro_step][rank]`; its loss counts 0, and the
-    ranks' forwards stay equal in number (law 5). costs[micro_step][rank]: FLOPs of the pack's forward, padding aside.
+    ranks' forwards stay equal in number. costs[micro_step][rank]: FLOPs of the pack's forward, padding aside.
     tokens: all that is forwarded, padding too.
     """
 

@@ -12,7 +12,7 @@ from dpo_dist.types import PackedBatch
 
 
 class ReferenceEngine(Protocol):
-    """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (law 1).
+    """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (the law: one log-prob).
 
     Engines inherit from this: what a frozen model with its values at hand has no need of stands here. All ranks call
     every method.

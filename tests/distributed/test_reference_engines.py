@@ -1,4 +1,4 @@
-"""One log-prob (law 1): whatever splits, shards or streams the reference, its values are those of the plain forward."""
+"""One log-prob: whatever splits, shards or streams the reference, its values are those of the plain forward."""
 from __future__ import annotations
 
 import json

@@ -52,7 +52,7 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
     writer = ShardWriter(cache, flush_seconds)
     pairs = PairStores(data_sets)
     starts = range(0, scoring.n_packs, world.size)
-    # Where nothing is left for this rank, rank 0's pack is forwarded as well (law 5), and not kept.
+    # Where nothing is left for this rank, rank 0's pack is forwarded as well (the law: equal forwards), and not kept.
     mine = [start + world.rank if start + world.rank < scoring.n_packs else start for start in starts]
     packs = (pack_sequences([_sequences(tree, pairs) for tree in scoring.pack(j)]) for j in mine)
     scored = _scored(packs, engine, world.device.type == "cuda", writer.flush_if_due)

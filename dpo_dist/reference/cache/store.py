@@ -1,4 +1,4 @@
-"""Reference log-probs on disk, found by content (law 2): what was scored once is never scored again, by any run.
+"""Reference log-probs on disk, found by content: what was scored once is never scored again, by any run.
 
     <cache_dir>/<key>/key.json                       what the values are: weights digest, dtype, numeric recipe
     <cache_dir>/<key>/<digest>.safetensors           a shard: keys (n, 16) uint8, offsets (n+1,) int64, logps float32
