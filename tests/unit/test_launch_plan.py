@@ -13,9 +13,11 @@ from conftest import REPO
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.launcher.node import place_of
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.slurm import describe, jobs_of, shipped
 from dpo_dist.launcher.status import status
+from dpo_dist.launcher.supervisor import Place
 from dpo_dist.launcher.sweep.groups import Group, Job, make_job
 from dpo_dist.launcher.sweep.run_slurm import rendered
 
@@ -180,3 +182,26 @@ def test_status_tells_how_a_run_stands(tmp_path: Path):
     (tmp_path / "PREEMPTED").unlink()
     (tmp_path / "DONE").touch()
     assert "state     done" in status(tmp_path)
+
+
+def test_a_node_finds_its_place_in_its_environment_or_in_slurms():
+    place = place_of({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
+                      "PROCS_PER_NODE": "4"})
+    assert place == Place(4, 1, 2, "node-0", 29500)
+    assert place.environment(3) == {
+        "RANK": "7", "LOCAL_RANK": "3", "GROUP_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+    assert place_of({"SLURM_JOB_NUM_NODES": "3", "SLURM_NODEID": "2", "MASTER_ADDR": "a",
+                     "SLURM_JOB_ID": "70123"}) == Place(
+        1, 2, 3, "a", 20123)
+    assert place_of({}).environment(0) == {}, "a process that is alone has no place among others"
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        place_of({"NNODES": "2"})
+
+
+def test_help_ends_in_a_pipe_without_a_traceback():
+    command = f"{sys.executable} -m dpo_dist.launcher.cli run --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+        first, code = done.stdout.splitlines()
+        assert first.startswith("dpo-dist run") and code in ("0", "141") and done.stderr == ""

@@ -3,11 +3,15 @@ calls it."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 
 from dpo_dist.config.compose import compose
 from dpo_dist.run.provenance import _version
@@ -67,3 +71,15 @@ def test_a_lost_rank_is_told_by_all_names_that_gloo_has_for_it():
 
 def test_a_checkout_that_is_not_installed_has_a_passport_too():
     assert _version("dpo-dist") != "" and _version("no-such-package-anywhere") == "not installed"
+
+
+@pytest.mark.parametrize("capture", ["1", "0"])
+def test_print_reaches_the_terminal_when_asked(capture: str, tmp_path: Path):
+    script = ("import sys\nfrom dpo_dist.runtime.process import run_entry\n"
+              "sys.exit(run_entry(sys.argv[1:], lambda config, world, terminal: print('a look inside')))")
+    done = subprocess.run([sys.executable, "-c", script, "model.path=m", "cluster.device=cpu",
+                           f"run.dir={tmp_path / 'run'}"],
+                          env={**os.environ, "DPO_DIST_CAPTURE": capture}, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("a look inside" in done.stdout) == (capture == "0")
+    assert ("a look inside" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()) == (capture == "1")
