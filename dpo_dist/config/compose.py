@@ -117,8 +117,8 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
     for override in parsed:
         if override.key_or_group not in groups and override.key_or_group not in valid:
             other = _choice_with(override.key_or_group)
-            return f"unknown key '{override.key_or_group}': " + (f"it goes with {other}" if other
-                                                                 else nearest(override.key_or_group, valid))
+            remedy = f"it goes with {other}" if other else nearest(override.key_or_group, valid)
+            return f"unknown key '{override.key_or_group}': {remedy}"
     return str(error).splitlines()[0]
 
 

@@ -76,8 +76,8 @@ class ChatTemplate:
         self._check_tools(row.tools, prompt + chosen + rejected)
         try:
             text = self.render(prompt, row.tools, generation=True)
-            return text, self._completion(text, prompt, chosen, row.tools), self._completion(text, prompt, rejected,
-                                                                                             row.tools)
+            completions = [self._completion(text, prompt, turns, row.tools) for turns in (chosen, rejected)]
+            return text, completions[0], completions[1]
         except TemplateMisfit:
             raise
         except RENDER_ERRORS as error:

@@ -162,8 +162,8 @@ def _variables(stage: Stage, config: RunConfig, slurm: SlurmConfig, run_dir: str
     own_python = bool(slurm.setup) or slurm.container_image is not None
     container = []
     if slurm.container_image is not None:
-        mounts = [f"{path}:{path}" for path in dict.fromkeys([os.getcwd(),
-                                                              *([str(Path(run_dir).resolve())] if run_dir else [])])]
+        folders = dict.fromkeys([os.getcwd(), *([str(Path(run_dir).resolve())] if run_dir else [])])
+        mounts = [f"{path}:{path}" for path in folders]
         container = [f"--container-image={slurm.container_image}",
                      f"--container-mounts={','.join([*mounts, *slurm.container_mounts])}",
                      f"--container-workdir={os.getcwd()}"]

@@ -167,8 +167,8 @@ def trial(passes: Passes, device: torch.device, dtype: torch.dtype) -> float:
     rows, size, vocabulary = 9, 64, 5003
     hidden, weight = (torch.randn(n, size, generator=made).to(device, dtype).requires_grad_()
                       for n in (rows, vocabulary))
-    targets, upstream = torch.randint(vocabulary, (rows,), generator=made).to(device), torch.randn(rows,
-                                                                                                   generator=made).to(device)
+    targets = torch.randint(vocabulary, (rows,), generator=made).to(device)
+    upstream = torch.randn(rows, generator=made).to(device)
 
     def run(passes: Passes) -> list[Tensor]:
         with torch.enable_grad():

@@ -51,8 +51,8 @@ class TrDpoReference(ReferenceEngine):
         self._engine, self._policy, self._world = engine, policy, world
         self._alpha, self._every = sync.share, sync.every_steps
         self._weights = dict(engine.model.named_parameters())
-        if {n: _shape(p) for n, p in self._weights.items()} != {n: _shape(p) for n,
-                                                                p in policy.model.named_parameters()}:
+        wanted = {name: _shape(weight) for name, weight in policy.model.named_parameters()}
+        if {name: _shape(weight) for name, weight in self._weights.items()} != wanted:
             raise UserError(f"reference.sync.mode={sync.mode} moves the reference to the policy's weights, but "
                             "reference.path is a model of another shape than model.path; set reference.sync.mode=none")
 

@@ -92,8 +92,9 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
-    reference_attention = attention if reference_folder == policy_folder else choose_attention(config.model,
-                                                                                               reference_folder)[0]
+    reference_attention = attention
+    if reference_folder != policy_folder:
+        reference_attention = choose_attention(config.model, reference_folder)[0]
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
     model = read_config(policy_folder)

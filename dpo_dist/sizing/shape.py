@@ -166,8 +166,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     def get(*names: str, default: Any = None) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), default)
 
-    h, layers, heads = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer"), get("num_attention_heads",
-                                                                                              "n_head")
+    h, layers = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer")
+    heads = get("num_attention_heads", "n_head")
     head_dim = get("head_dim", default=family.head_dim or h // heads)
     q, kv = heads * head_dim, get("num_key_value_heads",
                                   default=8 if kind in ("mistral", "mixtral") else heads) * head_dim
@@ -210,8 +210,8 @@ def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> list[in
     kinds = config.get("layer_types")
     if kinds:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    if window is None or family.sliding == "where named" or (family.sliding == "where used"
-                                                             and not config.get("use_sliding_window")):
+    unused = family.sliding == "where used" and not config.get("use_sliding_window")
+    if window is None or family.sliding == "where named" or unused:
         return [None] * layers
     if family.sliding == "every other":
         return [None if i % 2 else window for i in range(layers)]

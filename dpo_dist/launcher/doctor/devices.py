@@ -61,8 +61,8 @@ def compiled_ops(config: RunConfig) -> Finding | None:
         return None
     built, error = _ask(DEEPSPEED, **({"DS_ACCELERATOR": "cpu"} if config.cluster.device == "cpu" else {}))
     if error:
-        return Finding(f"DeepSpeed does not load: {error}", "DS_BUILD_OPS=0 pip install -c constraints.txt . or set "
-                                                            "zero=none")
+        return Finding(f"DeepSpeed does not load: {error}",
+                       "DS_BUILD_OPS=0 pip install -c constraints.txt . or set zero=none")
     return Finding(f"none needed; DeepSpeed has {', '.join(built) if built else 'none built'}")
 
 
