@@ -31,13 +31,16 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: $(STAMP)  ## train a tiny model on the embedded demo data: two processes, ZeRO-3, on the CPU
 	$(BIN)/python -m dpo_dist.demo
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+# A file's tests stay in one process: they share models and servers. More than four at once gain nothing, as the longest file ends last.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+
+test: $(STAMP)  ## the whole test suite, JOBS files at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not distributed and not slurm"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not distributed and not slurm"
 
 bench: $(STAMP)  ## a training step beside TRL's, memory, balance; results in benchmarks/results, tables in README.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"
