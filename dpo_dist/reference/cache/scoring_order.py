@@ -18,9 +18,9 @@ NEVER = np.iinfo(np.int64).max      # the window of a pair that training does no
 
 
 def windows(order: Sampler, epochs: float, max_steps: int | None, n_train: int, n_held_out: int) -> Indexes:
-    """(n_train + n_held_out,) the window of each pair, training pairs first: step 1 (which the gate looks at), then the
-    held-out pairs (evaluated before training), then the steps as they come. A pair belongs to the window that first
-    asks for it."""
+    """(n_train + n_held_out,) the window of each pair, training pairs first: step 1 (for the checks of step 0), then
+    the held-out pairs (evaluated before training), then the steps as they come. A pair belongs to the window that
+    first asks for it."""
     window = np.full(n_train + n_held_out, NEVER)
     window[n_train:] = 1
     unasked, number, left, size = n_train, 0, 1, 1
