@@ -1,4 +1,4 @@
-"""How long `dpo-dist train` takes to its first step, in one and two processes on the golden model: start.py [OTHER_CHECKOUT].
+"""Seconds from `dpo-dist train` to its first step, in one and two processes, on the golden model: start.py [CHECKOUT].
 
 With another checkout (an older one), both are run in turn with its own code and environment. Writes results/start.json.
 """

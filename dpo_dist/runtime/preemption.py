@@ -1,4 +1,5 @@
-"""Ending early in good order: a signal is noted, and all ranks act on it together where nothing is lost, at a step's end.
+"""Ending early in good order: a signal is noted, and all ranks act on it together where nothing is lost, at the end of
+a step.
 
 USR1 (a scheduler, ahead of its time limit), TERM (a preemption; Slurm sends it twice) and Ctrl-C are heard. The ranks
 agree by the largest of their `received()`, in a collective that runs anyway, save, and raise `Stopped`.
