@@ -296,6 +296,15 @@ def test_a_dry_run_shows_one_scoring_job_and_one_array_and_leaves_no_job(tmp_pat
         multirun([*FIXED, *words], dry_run=True)
 
 
+def test_the_runs_of_a_sweep_read_an_experiment_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine.yaml").write_text("optim:\n  weight_decay: 0.25\n")
+    words = [*FIXED, f"experiment={tmp_path / 'mine.yaml'}", "loss.beta=0.1,0.2", f"run.dir={tmp_path / 'sweep'}",
+             "cluster=slurm"]
+    assert multirun(words, dry_run=True) == 0
+    assert capsys.readouterr().out.count(f"experiment={tmp_path / 'mine.yaml'}") >= 2
+
+
+
 def rerun(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     """What the jobs of a sweep differ in, by sweep.json; all of them must have been left in tmp_path as done."""
     assert multirun([*FIXED, f"run.dir={tmp_path}", *words]) == 0

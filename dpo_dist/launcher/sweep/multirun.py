@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config.compose import compose, conf_dir, explain
+from dpo_dist.config.compose import compose, conf_dir, explain, with_groups
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.launcher.sweep.groups import (
@@ -51,7 +51,9 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     folder = Path(str(given.get("run.dir")
                       or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
     _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
-    sweep = Sweep(folder, tuple(given), dry_run)
+    # an experiment file of one's own has another name for Hydra
+    as_written = dict(zip(with_groups(words), words, strict=True))
+    sweep = Sweep(folder, tuple(given), dry_run, as_written)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             # taken out of the context, as composing a job opens one of its own
@@ -59,7 +61,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         assert hydra is not None
         # our launcher calls it for whole batches, not as Hydra calls a task
         run_jobs: Any = sweep.run_jobs
-        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *words],
+        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *with_groups(words)],
                        with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
         _blame(words, error)
@@ -86,8 +88,8 @@ class _Shown(Exception):
 class Sweep:
     """The jobs of one command, as Hydra's sweeper proposes them. `run_jobs` goes through Hydra as its task function."""
 
-    def __init__(self, folder: Path, fixed: Sequence[str], dry_run: bool):
-        self._folder, self._fixed, self._dry_run = folder, fixed, dry_run
+    def __init__(self, folder: Path, fixed: Sequence[str], dry_run: bool, as_written: Mapping[str, str]):
+        self._folder, self._fixed, self._dry_run, self._as_written = folder, fixed, dry_run, as_written
         self._results: dict[Path, Result] = {}
         self._objective = ""
 
@@ -99,7 +101,8 @@ class Sweep:
         """The objective of each job, in turn; the exception that says why where there is none."""
         _check_objective(objective, sweeper)
         self._objective = objective
-        jobs = [make_job(overrides, self._fixed, self._folder) for overrides in job_overrides]
+        jobs = [make_job([self._as_written.get(word, word) for word in overrides], self._fixed, self._folder)
+                for overrides in job_overrides]
         for job in jobs:
             check_comparable(job.config, objective)
         check_distinct([*(r.job for r in self._all), *jobs])
