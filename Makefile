@@ -31,16 +31,17 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: $(STAMP)  ## train a tiny model on the embedded demo data: two processes, ZeRO-3, on the CPU
 	$(BIN)/python -m dpo_dist.demo
 
-# A file's tests stay in one process: they share models and servers. More than four at once gain nothing, as the longest file ends last.
-JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there is one process more than cores.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 5 ? n + 1 : 6)))
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)  ## the whole test suite, JOBS files at a time
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not distributed and not slurm"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not distributed and not slurm"
 
 bench: $(STAMP)  ## a training step beside TRL's, memory, balance; results in benchmarks/results, tables in README.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"

@@ -16,13 +16,22 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from template import Template
+from template import Started, Template
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
+LONGEST_FIRST = ("test_slurm.py", "test_resume.py", "test_stop.py", "test_served_reference.py", "test_two_nodes.py",
+                 "test_reference_engines.py", "test_gpu_benchmark.py", "test_walks.py", "test_policy.py",
+                 "test_models.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that those that run side by side end together."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST
+               else len(LONGEST_FIRST))
 
 
 def write_rows(path: Path, n: int, vocabulary: int = 64, seed: int = 0,
@@ -79,9 +88,21 @@ def dpo_dist(*words: object, code: int = 0, timeout: int = 300,
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=timeout,
                               env=environment, cwd=REPO)
     else:
-        done = template().run(command, environment, REPO, timeout)
+        running = start(*words)
+        try:
+            out, err = running.communicate(timeout)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            raise
+        done = subprocess.CompletedProcess(command, running.wait(), out, err)
     assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def start(*words: object) -> Started:
+    """The real command, started and not waited for, as from a script; forked from the template."""
+    command, environment = ["dpo_dist.launcher.cli", *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return template().start(command, environment, REPO)
 
 
 @cache
@@ -118,16 +139,18 @@ def eval_on(path: Path) -> str:
 
 
 def processes_on(folder: Path) -> list[int]:
-    """Processes whose command line names this folder: torchrun's workers, which lead sessions of their own."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(word.endswith(b"=" + os.fsencode(folder)) for word in words):
-            found.append(int(process.name))
-    return found
+    """Processes whose command line names this folder: ranks, which lead sessions of their own."""
+    commands = [(int(process.name), command_line(process)) for process in Path("/proc").glob("[0-9]*")]
+    if template.cache_info().currsize:
+        commands += template().processes()
+    return [pid for pid, words in commands if any(word.endswith(b"=" + os.fsencode(folder)) for word in words)]
+
+
+def command_line(process: Path) -> list[bytes]:
+    try:
+        return (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []                                        # it has ended
 
 
 def kill(pids: Iterable[int]) -> None:

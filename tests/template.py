@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ IMPORTED = ("torch", "torch._dynamo", "transformers.modeling_utils", "transforme
             "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm", "dpo_dist.run.tracking.tensorboard",
             "dpo_dist.launcher.cli",
             "dpo_dist.launcher.node")
+# beside the socket: a file for each forked process, named by its id, with its words
+PROCESSES = "processes"
 start_process = subprocess.Popen
 
 
@@ -97,6 +99,7 @@ def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, s
         import torch
 
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+        (FOLDER / PROCESSES / str(os.getpid())).write_bytes(b"\0".join(map(os.fsencode, words)))
         sys.argv = list(words)
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         code = 0
@@ -151,39 +154,71 @@ def serve(path: str) -> None:
             connection.close()
 
 
+class Started:
+    """A forked command, as subprocess.Popen with its output in files."""
+
+    def __init__(self, words: list[str], connection: socket.socket, out: Path, err: Path):
+        self.args, self.out, self.err, self.returncode = words, out, err, None
+        self._connection, self._answers = connection, connection.makefile()
+        self.pid = int(self._answers.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0, self.out.read_bytes(), self.err.read_bytes())
+            self.returncode = int(self._answers.readline())
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """(stdout, stderr), once it has ended."""
+        self.wait(timeout)
+        return self.out.read_text(), self.err.read_text()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+
+
 class Template:
     """The running template, as tests see it."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]):
         self._folder, self._socket, self._count = folder, str(folder / "socket"), 0
+        (folder / PROCESSES).mkdir()
         self._process = start_process([sys.executable, __file__, self._socket], stdin=subprocess.PIPE,
                                       env=dict(environment))
         while not Path(self._socket).exists():
             assert self._process.poll() is None, "the template did not start"
             select.select([], [], [], 0.05)
 
-    def run(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path,
-            timeout: float) -> subprocess.CompletedProcess[str]:
-        """What `python -m` with these words does and prints."""
+    def start(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path) -> Started:
+        """`python -m` with these words, in a session of its own."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(self._socket)
-            connection.settimeout(timeout)
-            request = {"words": list(words), "environment": dict(environment), "cwd": str(cwd), "stdout": str(out),
-                       "stderr": str(err)}
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            answers = connection.makefile()
-            pid = int(answers.readline())
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self._socket)
+        request = {"words": list(words), "environment": dict(environment), "cwd": str(cwd), "stdout": str(out),
+                   "stderr": str(err)}
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        return Started(list(words), connection, out, err)
+
+    def processes(self) -> Iterator[tuple[int, list[bytes]]]:
+        """(id, words) of every forked process that lives. Their own command lines are the template's."""
+        for entry in (self._folder / PROCESSES).iterdir():
             try:
-                code = int(answers.readline())
-            except TimeoutError:
-                os.killpg(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(list(words), timeout, out.read_bytes(), err.read_bytes()) from None
-        done = subprocess.CompletedProcess(list(words), code, out.read_text(), err.read_text())
-        out.unlink()
-        err.unlink()
-        return done
+                # empty where it has ended and is not yet reaped
+                if Path(f"/proc/{entry.name}/cmdline").read_bytes():
+                    yield int(entry.name), entry.read_bytes().split(b"\0")
+            except OSError:
+                continue
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -192,4 +227,5 @@ class Template:
 
 
 if __name__ == "__main__":
+    FOLDER = Path(sys.argv[1]).parent
     serve(sys.argv[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
 
 from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
@@ -33,13 +33,6 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
             eval_on(tmp_path / "held_out.jsonl"),
             "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "loss.beta=0.5",
             "train.tokens_per_microbatch=600"]
-
-
-def start(words: list[str], run_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO,
-                            text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def model_digest(run_dir: Path) -> str:
@@ -110,15 +103,15 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
     run, cache = tmp_path / "ahead", tmp_path / "other"
     ahead = [*words, "reference.mode=ahead", f"reference.cache_dir={cache}"]
 
-    process = start(ahead, run)
+    process = start(*ahead, f"run.dir={run}")
     kill(stopped_midway(ahead, run, cache))
-    said = process.communicate(timeout=120)[0]
+    said = "".join(process.communicate(timeout=120))
     kept = len(entries(cache))
     assert process.returncode == 2 and 0 < kept < 2 * (STEPS * 24 + 10), "the kill came midway"
     assert "the scoring processes have ended before all was scored: the score stage ended with code -9" in said
     assert list(run.glob("checkpoints/*/COMPLETE")), "what was trained is saved"
 
-    process = start(ahead, run)
+    process = start(*ahead, f"run.dir={run}")
     wait_until(lambda: len(entries(cache)) > kept, "more scored")
     ranks = [pid for pid in processes_on(run) if pid != process.pid and pid not in processes_on(run / "scoring")]
     assert ranks, "there was something to kill"
@@ -143,10 +136,10 @@ def test_training_alone_waits_no_longer_than_it_was_told_and_says_what_to_start(
 
 def test_a_run_that_is_told_to_end_while_it_waits_saves_and_both_sides_end(tmp_path: Path, words: list[str]):
     run, words = tmp_path / "run", [*words, "zero=none", "reference.mode=ahead"]
-    process = start(words, run)
+    process = start(*words, f"run.dir={run}")
     stopped_midway(words, run, tmp_path / "reference")   # nothing more comes: training went as far as it can, and waits
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
+    said = "".join(process.communicate(timeout=120))
     assert (run / "PREEMPTED").exists() and "training was waiting for the reference" in said, said
     assert list(run.glob("checkpoints/*/COMPLETE"))
     assert processes_on(run) == []

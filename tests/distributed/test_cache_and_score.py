@@ -3,10 +3,7 @@ changed."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, kill, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import dpo_dist, kill, processes_on, start, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -106,10 +103,7 @@ def test_a_scoring_job_killed_midway_is_finished_by_another_number_of_processes_
     words = ["score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}",
              train_on(tmp_path / "rows.jsonl"),
              "cluster.procs_per_node=2", "train.tokens_per_microbatch=320"]
-    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words], cwd=REPO,
-                               start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start(*words)
     deadline = time.monotonic() + 120
     while len(entries(tmp_path / "reference")) < 0.3 * 800 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)

@@ -4,15 +4,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import dpo_dist, eval_on, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -34,9 +31,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
 def killed_after(step: int, words: list[str], run_dir: Path) -> None:
     """Starts the command and kills all of it, without warning, once the checkpoint of this step or a later one is
     whole."""
-    process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words, f"run.dir={run_dir}"], cwd=REPO,
-                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start(*words, f"run.dir={run_dir}")
     deadline = time.monotonic() + 120
     while not any(whole.parent.name >= f"step-{step:06d}" for whole in run_dir.glob("checkpoints/step-*/COMPLETE")):
         assert process.poll() is None

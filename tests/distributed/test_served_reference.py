@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, kill, metrics, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, kill, metrics, start, train_on, write_rows, write_tiny_llama
 from log_prob_server import Answer, LogProbServer, values
 
 pytestmark = pytest.mark.distributed
@@ -217,12 +217,6 @@ def wait_until(true: Callable[[], object], seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", "score", *words], cwd=REPO, text=True,
-                            stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.slow
 def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_none_scored_twice(tmp_path: Path,
                                                                                                  words: list[str]):
@@ -231,7 +225,7 @@ def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_n
     words += [f"reference.urls=[http://127.0.0.1:{port}]", "cluster.procs_per_node=2",
               "train.tokens_per_microbatch=200",
               "reference.requests.sequences=4", "reference.requests.wait_seconds=50"]
-    scoring = start(words)                                # before there is a server: it may be starting
+    scoring = start("score", *words)                                # before there is a server: it may be starting
     with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
         assert server.wait(timeout=90) == -signal.SIGKILL
     assert len(answered_lines(log)) < 500, "the kill came midway"
@@ -252,7 +246,7 @@ def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_w
     words += [f"reference.urls=[http://127.0.0.1:{port}]", "train.tokens_per_microbatch=200",
               "reference.requests.sequences=4"]
     with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
-        scoring = start([*words, "reference.requests.wait_seconds=15"])
+        scoring = start("score", *words, "reference.requests.wait_seconds=15")
         assert server.wait(timeout=90) == -signal.SIGKILL
         began = time.monotonic()
         _, err = scoring.communicate(timeout=120)
@@ -261,7 +255,7 @@ def test_a_server_that_never_comes_back_ends_the_run_after_the_stated_time_and_w
     held = len(kept(tmp_path / "reference"))
     assert held >= 100
     with server_process(tmp_path / "m", port, log):
-        out, err = start(words).communicate(timeout=180)
+        out, err = start("score", *words).communicate(timeout=180)
     assert out.strip().endswith(f"scored {600 - held}, cached {held}"), err
 
 
@@ -297,7 +291,7 @@ def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: 
 
 
 def test_a_server_ends_even_where_the_run_is_killed(tmp_path: Path, words: list[str]):
-    scoring = start([*words, own_server("--seconds-a-request 1"), "reference.version=0.0.test"])
+    scoring = start("score", *words, own_server("--seconds-a-request 1"), "reference.version=0.0.test")
     wait_until(lambda: servers_of(tmp_path / "m"))
     ranks = [pid for pid, line in command_lines() if b"dpo_dist.score" in line and os.fsencode(tmp_path) in line]
     assert ranks
