@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,10 +92,15 @@ class PackedBatch:
     def n_sequences(self) -> int:
         return self.lengths.shape[0]
 
-    def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(prompt ids, completion ids) of the S sequences, in order, each int64: views of input_ids."""
-        ids = self.input_ids[0]
-        return ((ids[slice(*tree.prompt)], ids[slice(*branch)]) for tree in self.trees for branch in tree.branches)
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """Where in the pack the prompt and the completion of each of the S sequences stand, in order."""
+        return ((slice(*tree.prompt), slice(*branch)) for tree in self.trees for branch in tree.branches)
+
+    def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(prompt ids, completion ids) of the S sequences, in order, int64: views of input_ids, which are on the
+        CPU."""
+        ids = self.input_ids[0].numpy()
+        return ((ids[prompt], ids[completion]) for prompt, completion in self.slices())
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """(N,) values of the completion tokens, cut by sequence: S views, in the order of `sequences`."""

@@ -19,6 +19,8 @@ import pytest
 from template import Started, Template
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# so that processes do not compile the package anew, each of them
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parent.parent

@@ -57,7 +57,8 @@ class ScoredModel(nn.Module):
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
         """Each sequence in a row of its own, padded on the right, where causal attention never looks. The plan bounds
         rows times longest."""
-        rows = [torch.cat(sequence) for sequence in batch.sequences()]
+        ids = batch.input_ids[0]
+        rows = [torch.cat([ids[prompt], ids[completion]]) for prompt, completion in batch.slices()]
         prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches],
                                device=batch.offset.device)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -15,7 +15,7 @@ class CachedReference(ReferenceEngine):
         self._cache = cache
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        found = [self._cache.logps(prompt.numpy(), completion.numpy()) for prompt, completion in batch.sequences()]
+        found = [self._cache.logps(prompt, completion) for prompt, completion in batch.sequences()]
         return torch.from_numpy(np.concatenate(found))
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
@@ -23,4 +23,4 @@ class CachedReference(ReferenceEngine):
 
     def keys(self, batch: PackedBatch) -> list[bytes]:
         """What the pack's sequences are called in the cache."""
-        return [sequence_key(prompt.numpy(), completion.numpy()) for prompt, completion in batch.sequences()]
+        return [sequence_key(prompt, completion) for prompt, completion in batch.sequences()]

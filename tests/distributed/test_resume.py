@@ -18,7 +18,7 @@ STEPS = 8
 
 @pytest.fixture
 def words(tmp_path: Path, base: list[str]) -> list[str]:
-    write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    write_tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=128)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
@@ -108,7 +108,7 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
     assert ("written with zero.stage=None, not 3; go on with the same zero.stage"
             in dpo_dist(*words, "zero=zero3", code=2).stderr)
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
-    write_tiny_llama(tmp_path / "m", seed=1, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    write_tiny_llama(tmp_path / "m", seed=1, hidden_size=64, intermediate_size=128)
     assert "holds another run (policy_weights was" in dpo_dist(*words, code=2).stderr
     write_rows(tmp_path / "rows.jsonl", 100, seed=7)
     assert "train_pairs.digest was" in dpo_dist(*words, code=2).stderr

@@ -79,7 +79,7 @@ def test_a_moving_reference_gives_what_a_plain_loop_gives(zero: str, engine: str
 
 
 def test_a_killed_run_goes_on_with_the_reference_where_it_was(tmp_path: Path, words: list[str]):
-    write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    write_tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=128)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     words = [*words, "reference=zero", "reference.sync.mode=soft", "reference.sync.alpha=0.5",
              "reference.sync.every_steps=2", "optim.lr=1e-3",

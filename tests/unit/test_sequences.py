@@ -56,6 +56,8 @@ def test_several_stores_are_one_laid_end_to_end(stores: tuple[PairStore, PairSto
     for i, parts in enumerate(wanted):
         assert all(np.array_equal(a, b) for a, b in zip(together.parts(i), parts, strict=True))
     assert together.at(4) == (stores[0], 4) and together.at(5) == (stores[2], 0), "an empty store holds no pair"
+    for parts, wanted_parts in zip(together.all_parts(), wanted, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(parts, wanted_parts, strict=True))
     assert np.array_equal(together.lengths(), [[len(part) for part in parts] for parts in wanted])
 
 

@@ -111,7 +111,7 @@ def _one_ahead(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bo
 
 def _keep(writer: ShardWriter, pack: PackedBatch, logps: Tensor) -> None:
     for (prompt, completion), values in zip(pack.sequences(), pack.split(logps), strict=True):
-        writer.add(sequence_key(prompt.numpy(), completion.numpy()), values.numpy())
+        writer.add(sequence_key(prompt, completion), values.numpy())
     writer.flush_if_due()
 
 

@@ -79,8 +79,7 @@ def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microb
 def _keys(pairs: PairStores) -> tuple[Keys, Keys]:
     """(keys of the prompts (pairs, 2), of the sequences (2 * pairs, 2))."""
     prompts, sequences = bytearray(16 * len(pairs)), bytearray(32 * len(pairs))
-    for i in range(len(pairs)):
-        prompt, chosen, rejected = pairs.parts(i)
+    for i, (prompt, chosen, rejected) in enumerate(pairs.all_parts()):
         prompts[16 * i:16 * i + 16] = sequence_key(prompt, ())
         sequences[32 * i:32 * i + 32] = sequence_key(prompt, chosen) + sequence_key(prompt, rejected)
     return np.frombuffer(prompts, "<u8").reshape(-1, 2), np.frombuffer(sequences, "<u8").reshape(-1, 2)
