@@ -161,12 +161,16 @@ def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
     inherits."""
     rows: dict[str, tuple[str, str, str]] = {}
     parents: list[tuple[int, str]] = []
+    last = ""
     for line in path.read_text().splitlines():
         inherited = re.match(r"^  - (\w+)$", line)
         if inherited and inherited[1] != "_self_":
             rows.update({row[0]: row for row in yaml_comments(path.parent / f"{inherited[1]}.yaml")})
         match = re.match(r"^( *(?:- )?)(\w+):(?: +([^#\s][^#]*?))?(?:\s+#\s*(.*))?$", line)
         if not match:
+            further = re.match(r"^ {10,}# (.*)$", line)                  # a comment that goes on
+            if further and last in rows:
+                rows[last] = (*rows[last][:2], f"{rows[last][2]} {further[1]}")
             continue
         indent, key, value, comment = len(match[1]), match[2], match[3], match[4] or ""
         while parents and parents[-1][0] >= indent:
@@ -174,7 +178,8 @@ def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
         dotted = ".".join([p[1] for p in parents] + [key])
         if value is None:
             parents.append((indent, key))
+            last = ""
         else:
             previous = rows.get(dotted, ("", "", ""))[2]
-            rows[dotted] = (dotted, value.strip(), previous or comment)
+            rows[dotted], last = (dotted, value.strip(), previous or comment), dotted if not previous else ""
     return [row for row in rows.values() if not row[0].startswith("defaults.")]

@@ -241,3 +241,9 @@ def test_every_field_says_what_it_decides_and_only_what_is_trained_names_a_run()
     (["reference=vllm", "cluster=slurm"], "7463e6e54e6c")])
 def test_runs_and_caches_of_before_are_found_again(words: list[str], digest: str):
     assert compose(["model.path=m", *words]).identity()[:12] == digest
+
+
+def test_help_shows_a_comment_that_goes_on_over_several_lines(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("one: 1          # first\n                # and second\nsection:        # of two\n"
+                                     "                # not one's\n  two: 2        # third\n")
+    assert yaml_comments(tmp_path / "a.yaml") == [("one", "1", "first and second"), ("section.two", "2", "third")]
