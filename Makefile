@@ -17,8 +17,8 @@ VLLM_STAMP := .venv-vllm/.installed
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
-# Nothing is compiled. Triton stands beside the environment, for the tests of kernels alone: where DeepSpeed finds it, every process is 80 MB
-# larger. An interrupted set-up leaves no stamp, so the next `make` takes it up where it stopped.
+# Nothing is compiled. Triton stands beside the environment, for the tests of kernels alone: where DeepSpeed finds it,
+# every process is 80 MB larger. An interrupted set-up leaves no stamp, so the next `make` takes it up where it stopped.
 .venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("dpo-dist needs Python 3.10 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -31,7 +31,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: $(STAMP)  ## train a tiny model on the embedded demo data: two processes, ZeRO-3, on the CPU
 	$(BIN)/python -m dpo_dist.demo
 
-# A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there is one process more than cores.
+# A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there is one
+# process more than cores.
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 5 ? n + 1 : 6)))
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -50,7 +51,8 @@ bench: $(STAMP)  ## a training step beside TRL's, memory, balance; results in be
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/tables.py
 
-# torchvision, torchaudio and torchcodec may come as builds for another device, which break vLLM's import; none of them is needed.
+# torchvision, torchaudio and torchcodec may come as builds for another device, which break vLLM's import; none of them
+# is needed.
 $(VLLM_STAMP):
 	@echo "setting up .venv-vllm with $(VLLM): several GB, the first time takes minutes"
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

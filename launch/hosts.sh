@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains on the machines of a host file, one name or address a line, the first being node 0:  launch/hosts.sh HOSTFILE key=value ...
-# Every machine has this checkout, the data and run.dir at the same path. Ctrl-C saves and ends everywhere, twice ends at once.
+# Trains on the machines of a host file, one name or address a line, the first being node 0:  launch/hosts.sh HOSTFILE
+# key=value ... Every machine has this checkout, the data and run.dir at the same path. Ctrl-C saves and ends
+# everywhere, twice ends at once.
 #   REMOTE   how a command line is run on a host (ssh -o BatchMode=yes); called as  $REMOTE HOST COMMAND
 #   PASS     names of variables that go along (those of launch/node.sh and PATH; add NCCL_... here)
 set -euo pipefail
