@@ -148,7 +148,8 @@ def gather_pairs(found: Sequence[PairLogps], positions: Sequence[Sequence[int]],
     order = np.argsort(np.concatenate([at for at, _ in parts]))
 
     def whole(name: str) -> Any:
-        return None if parts[0][1][name] is None else torch.from_numpy(
-            np.concatenate([values[name] for _, values in parts])[order])
+        if parts[0][1][name] is None:
+            return None
+        return torch.from_numpy(np.concatenate([values[name] for _, values in parts])[order])
 
     return PairLogps(mean_chosen_tokens=mean_chosen_tokens, **{name: whole(name) for name in PER_PAIR})

@@ -42,8 +42,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     config = without_auto(config, inputs, world, terminal)
-    run_dir, sampler = RunDir(Path(config.run_dir)), make_sampler(
-        inputs.train, config.train, config.data.group_by_prompt)
+    run_dir = RunDir(Path(config.run_dir))
+    sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
@@ -85,11 +85,10 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 row, sums = (sums, clock.interval()), MetricSums(config.loss, world.device)
             log.add(StepResults.of(step, lr, not_finite, grad_norm, row))
             signal = world.max(preemption.received())
-            saves, evaluates = bool(signal) or run.is_due(config.train.save_every_steps,
-                                                          step), run.evaluates_after(step)
+            saves = bool(signal) or run.is_due(config.train.save_every_steps, step)
+            evaluates = run.evaluates_after(step)
             if saves or evaluates:
-                # nothing is saved, or called the last, before it is known to be sound
-                log.catch_up()
+                log.catch_up()                           # nothing is saved before it is known to be sound
             if saves:
                 run.save(step, sums)
             if signal:

@@ -328,8 +328,8 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
             min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
-    return world.device.framework + weights + gathered + layer + 8.0 * AT_ONCE[
-        "cuda" if world.device.whole_buckets else "cpu"]
+    logits = 8.0 * AT_ONCE["cuda" if world.device.whole_buckets else "cpu"]
+    return world.device.framework + weights + gathered + layer + logits
 
 
 def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> float:
