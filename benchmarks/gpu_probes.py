@@ -392,8 +392,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     length, pairs = (48, 4) if SMOKE else (2048, 16)
     write_model(model, folder / "model")
     write_rows(folder / "rows.jsonl", model, pairs, length, 0.5)
-    config = compose([f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: "
-                                                        "token_ids}}]",
+    config = compose([f"model.path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}",
                       f"data.cache_dir={folder / 'tokens'}", "data.max_length=4096", f"zero.stage={stage}",
                       "model.gradient_checkpointing=false", f"train.tokens_per_microbatch={8 * length}",
                       "cluster.device=" + ("cuda" if on_gpu() else "cpu")])

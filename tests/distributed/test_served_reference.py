@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, kill, metrics, start, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
 from log_prob_server import Answer, LogProbServer, values
 
 pytestmark = pytest.mark.distributed
@@ -293,7 +293,7 @@ def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: 
 def test_a_server_ends_even_where_the_run_is_killed(tmp_path: Path, words: list[str]):
     scoring = start("score", *words, own_server("--seconds-a-request 1"), "reference.version=0.0.test")
     wait_until(lambda: servers_of(tmp_path / "m"))
-    ranks = [pid for pid, line in command_lines() if b"dpo_dist.score" in line and os.fsencode(tmp_path) in line]
+    ranks = [pid for pid in processes_on(tmp_path / "run") if pid != scoring.pid]
     assert ranks
     kill([scoring.pid, *ranks])
     scoring.communicate()
