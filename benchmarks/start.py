@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
-ROUNDS = 5
+ROUNDS = 3
 
 
 def seconds(checkout: Path, processes: int) -> float:
