@@ -11,7 +11,9 @@ from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
-from dpo_dist.launcher.supervisor import SIGNALS_TO_END, Place, Work, ended_early, free_port, receiving, run
+from dpo_dist.launcher.ranks import Place, Work, free_port
+from dpo_dist.launcher.signals import TO_END, receiving
+from dpo_dist.launcher.supervisor import ended_early, run
 from dpo_dist.runtime.run_dir import RunDir
 
 NOTHING_SUBMITTED = ("--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set "
@@ -51,7 +53,7 @@ def run_stages(plan: LaunchPlan) -> int:
     A signal to end starts no further stage.
     """
     names = [stage.name for stage in plan.stages]
-    with receiving(*SIGNALS_TO_END) as received:
+    with receiving(*TO_END) as received:
         for stage in plan.stages:
             if stage.beside in names:
                 continue

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,16 +24,19 @@ from pathlib import Path
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.local import rank_environment
-from dpo_dist.launcher.supervisor import SIGNALS_TO_END, Place, Work, receiving, run
+from dpo_dist.launcher.ranks import Place, Work
+from dpo_dist.launcher.signals import TO_END, receiving
+from dpo_dist.launcher.supervisor import run
 from dpo_dist.runtime.run_dir import RunDir
 
 
 def main(overrides: Sequence[str]) -> int:
-    """0 where this node's ranks have done their work; what failed is told on stderr, with the node's name."""
+    """0 where this node's ranks have done their work, or have saved it after a signal; 130 after Ctrl-C. What failed is
+    told on stderr, with the node's name."""
     try:
         place = place_of(os.environ)
         run_dir = RunDir(Path(os.environ.get("RUN_DIR") or compose(overrides).run_dir))
-        with receiving(*SIGNALS_TO_END) as received:
+        with receiving(*TO_END) as received:
             return _run(place, run_dir, overrides, received)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,15 +44,19 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int]) -> int:
-    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    run_dir.make()
+    module = os.environ.get("MODULE") or "dpo_dist.train"
     log, pid = run_dir.node_log(place.node), run_dir.node_pid(place.node)
     pid.write_text(f"{os.getpid()}\n")
     try:
-        code = run(Work("training", os.environ.get("MODULE") or "dpo_dist.train", tuple(overrides), run_dir, log, place,
+        code = run(Work(module.rpartition(".")[2], module, tuple(overrides), run_dir, log, place,
                         rank_environment(place.procs)), received)
     finally:
         pid.unlink(missing_ok=True)
-    if code and run_dir.preempted_by() is None:
+    stopped_by = run_dir.preempted_by()
+    if stopped_by is not None:
+        return 128 + stopped_by if stopped_by == signal.SIGINT else 0      # srun takes all but 0 for a node that failed
+    if code:
         print(f"error: node {place.node} ({socket.gethostname()}) ended with code {code}; its log is {log}",
               file=sys.stderr)
     return code
@@ -56,22 +64,35 @@ def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequ
 
 def place_of(environment: Mapping[str, str]) -> Place:
     """Where this node stands. UserError where it cannot know."""
-    def read(*names: str, default: int) -> int:
-        return next((int(environment[name]) for name in names if environment.get(name)), default)
+    def read(*names: str, default: int, least: int = 1) -> int:
+        name = next((name for name in names if environment.get(name)), None)
+        if name is None:
+            return default
+        if not environment[name].isdecimal() or int(environment[name]) < least:
+            raise UserError(f"{name}={environment[name]} is not a whole number of at least {least}; set it to one")
+        return int(environment[name])
 
     nodes = read("NNODES", "SLURM_JOB_NUM_NODES", default=1)
+    node = read("NODE_RANK", "SLURM_NODEID", default=0, least=0)
+    if node >= nodes:
+        raise UserError(f"NODE_RANK={node} is not one of NNODES={nodes} nodes; set it to 0 on the first, to 1 on the "
+                        "next, and so on")
     master = environment.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_of_slurm(environment))
     port = read("MASTER_PORT", default=20000 + read("SLURM_JOB_ID", default=9500) % 10000)
-    return Place(read("PROCS_PER_NODE", default=max(1, len(glob.glob("/dev/nvidia[0-9]*")))),
-                 read("NODE_RANK", "SLURM_NODEID", default=0),
-                 nodes, master, port)
+    procs = read("PROCS_PER_NODE", default=max(1, len(glob.glob("/dev/nvidia[0-9]*"))))
+    return Place(procs, node, nodes, master, port)
 
 
 def _first_of_slurm(environment: Mapping[str, str]) -> str:
-    if not environment.get("SLURM_JOB_NODELIST"):
-        raise UserError("MASTER_ADDR is not set; set it to the name or address of node 0")
-    shown = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True,
-                           text=True, check=True)
+    remedy = "set it to the name or address of node 0"
+    if not (nodelist := environment.get("SLURM_JOB_NODELIST")):
+        raise UserError(f"MASTER_ADDR is not set; {remedy}")
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise UserError(f"MASTER_ADDR is not set, and scontrol cannot read SLURM_JOB_NODELIST={nodelist} ({said}); "
+                        f"{remedy}") from error
     return shown.stdout.split()[0]
 
 

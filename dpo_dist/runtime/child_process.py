@@ -40,9 +40,8 @@ def main(command: Sequence[str]) -> int:
         return 127
 
     def end_with_the_pipe() -> None:
-        # nothing is left to read when nobody holds the other end any more;
+        # Nothing is left to read once nobody holds the other end. Not sys.stdin: a thread that waits keeps its lock.
         while os.read(0, 1024):
-            # not sys.stdin, whose lock a thread that waits would keep at the process's end
             pass
         _end(process)
 

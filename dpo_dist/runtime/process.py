@@ -38,8 +38,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     stop leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: one process group at a
     time, and its success is <run.dir>/DONE.
     """
-    # what is imported by now stays: no collection need look at it again
-    gc.freeze()
+    gc.freeze()                          # what is imported by now stays: no collection need look at it again
     gc.enable()
     set_defaults()
     try:
@@ -68,8 +67,8 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
 
 def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
     """The run's folder with its lock, where this process holds it, and without the markers of an earlier start."""
+    run_dir.make()
     try:
-        run_dir.logs.mkdir(parents=True, exist_ok=True)
         lock = hold_lock(run_dir.path) if owns_run and rank_here() == 0 else None
     except (OSError, UserError) as error:
         raise UserError(f"run.dir={run_dir.path} cannot be used: {error}; set another run.dir") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_atomic
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
@@ -26,6 +27,14 @@ class Failure:
 @dataclass(frozen=True)
 class RunDir:
     path: Path
+
+    def make(self) -> None:
+        """Makes the folder, with that of its logs. UserError where that cannot be."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
+                            "written") from error
 
     # ---------------------------------------------------------------------------------------------------------- results
 

@@ -36,12 +36,16 @@ def start(script: str, *words: str, **environment: str) -> subprocess.Popen[str]
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def interrupt_after_a_step(process: subprocess.Popen[str], run_dir: Path) -> str:
-    """What it printed, after a Ctrl-C in its terminal."""
+def wait_for_a_step(process: subprocess.Popen[str], run_dir: Path) -> None:
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
+
+
+def interrupt_after_a_step(process: subprocess.Popen[str], run_dir: Path) -> str:
+    """What it printed, after a Ctrl-C in its terminal."""
+    wait_for_a_step(process, run_dir)
     os.killpg(process.pid, signal.SIGINT)
     return process.communicate(timeout=60)[0]
 
@@ -65,7 +69,7 @@ def test_hosts_sh_starts_a_node_on_every_host_and_ctrl_c_saves_on_all(tmp_path: 
     process = start("hosts.sh", str(tmp_path / "hosts"), *words, PROCS_PER_NODE="1", MASTER_PORT=str(free_port()),
                     REMOTE=str(remote))
     told = interrupt_after_a_step(process, tmp_path / "a run")
-    assert "stopped by SIGINT: step" in told and process.returncode != 0
+    assert "stopped by SIGINT: step" in told and process.returncode == 128 + signal.SIGINT
     assert {p.name for p in (tmp_path / "a run" / "logs").glob("node-*.log")} == {"node-0.log", "node-1.log"}
     assert list((tmp_path / "a run" / "checkpoints").glob("*/COMPLETE"))
 
@@ -85,6 +89,38 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
     told = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in told
     assert not processes_on(tmp_path / "run")
+
+
+def test_a_node_that_saved_after_a_signal_has_not_failed(tmp_path: Path, words: list[str]):
+    """srun ends all nodes where one ends with another code than 0."""
+    process = start("torchrun.sh", *words, PROCS_PER_NODE="2", MASTER_PORT=str(free_port()))
+    wait_for_a_step(process, tmp_path / "a run")
+    process.send_signal(signal.SIGUSR1)
+    assert "stopped by SIGUSR1: step" in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+def test_a_second_ctrl_c_ends_a_node_at_once(tmp_path: Path):
+    """This one is at work and does not heed the first; the other node is never started."""
+    (tmp_path / "heedless.py").write_text("""import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for _ in range(2):
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1)
+time.sleep(600)
+""")
+    process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
+                    MODULE="heedless", RUN_DIR=str(tmp_path / "run"),
+                    PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT and "node 0: ended by INT at once" in told
+    assert not processes_on(tmp_path / "run")
+
+
+def test_a_node_whose_folder_cannot_be_made_says_so(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    process = start("node.sh", RUN_DIR=str(tmp_path / "file" / "run"))
+    told = process.communicate(timeout=30)[0]
+    assert process.returncode == 2 and "cannot be made" in told and "set run.dir to" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize("code", [1, 127, 137, 255])

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import REPO, dpo_dist, metrics, processes_on, train_on, write_rows, write_tiny_llama
 
 from dpo_dist.launcher.plan import Stage
+from dpo_dist.launcher.ranks import Place, Ranks, Work
+from dpo_dist.runtime.run_dir import RunDir
 
 pytestmark = pytest.mark.distributed
 
@@ -45,6 +48,14 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None
     deadline = time.monotonic() + 120
     while not true():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+def gone(run_dir: Path) -> None:
+    """Waits until no process of the run is left."""
+    deadline = time.monotonic() + 30
+    while processes_on(run_dir):
+        assert time.monotonic() < deadline, "its ranks are left behind"
         time.sleep(0.05)
 
 
@@ -93,10 +104,16 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: list[str]):
     assert process.poll() is None, "the first waits for the step"
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == 128 + signal.SIGINT
-    deadline = time.monotonic() + 30
-    while processes_on(tmp_path / "run"):
-        assert time.monotonic() < deadline, "its ranks are left behind"
-        time.sleep(0.05)
+    gone(tmp_path / "run")
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: list[str]):
+    process = start("train", *words, f"run.dir={tmp_path / 'run'}")
+    wait_until(lambda: steps_logged(tmp_path / "run") >= 1, process)
+    process.kill()
+    gone(tmp_path / "run")
+    last = steps_logged(tmp_path / "run")
+    assert 0 < last < STEPS and [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:06d}"]
 
 
 def test_scoring_that_is_told_to_end_keeps_what_is_scored_and_the_training_does_not_start(tmp_path: Path,
@@ -175,6 +192,23 @@ def test_a_signal_while_ranks_begin_ends_them(tmp_path: Path):
     done = run_stages(tmp_path, Stage("train", "forever", 1, 2, (f"run.dir={tmp_path / 'run'}",)))
     assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM in the train stage" in done.stderr, done.stderr
     assert not processes_on(tmp_path / "run") and not (tmp_path / "run" / "FAILED").exists()
+
+
+def test_ranks_are_ended_where_one_more_cannot_be_started(tmp_path: Path):
+    """They would wait for it, and nobody would know of them."""
+    @dataclass(frozen=True)
+    class NoMemoryForTwo(Place):
+        def environment(self, local_rank: int) -> dict[str, str]:
+            if local_rank == 1:
+                raise OSError("Cannot allocate memory")
+            return super().environment(local_rank)
+
+    (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
+    run_dir = RunDir(tmp_path / "run")
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        Ranks(Work("train", "forever", (f"run.dir={run_dir.path}",), run_dir, run_dir.launcher_log, NoMemoryForTwo(2),
+                   {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}))
+    gone(run_dir.path)
 
 
 def test_what_was_started_beside_a_stage_that_cannot_be_started_is_ended(tmp_path: Path):

@@ -15,9 +15,9 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.node import place_of
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
+from dpo_dist.launcher.ranks import Place
 from dpo_dist.launcher.slurm import describe, jobs_of, shipped
 from dpo_dist.launcher.status import status
-from dpo_dist.launcher.supervisor import Place
 from dpo_dist.launcher.sweep.groups import Group, Job, make_job
 from dpo_dist.launcher.sweep.run_slurm import rendered
 
@@ -195,8 +195,19 @@ def test_a_node_finds_its_place_in_its_environment_or_in_slurms():
                      "SLURM_JOB_ID": "70123"}) == Place(
         1, 2, 3, "a", 20123)
     assert place_of({}).environment(0) == {}, "a process that is alone has no place among others"
-    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
-        place_of({"NNODES": "2"})
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"NNODES": "2"}, "MASTER_ADDR is not set; set it"),
+    ({"NNODES": "two"}, "NNODES=two is not a whole number of at least 1; set it"),
+    ({"NNODES": "0"}, "NNODES=0 is not a whole number of at least 1; set it"),
+    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 is not one of NNODES=2 nodes; set it"),
+    ({"PROCS_PER_NODE": "-1"}, "PROCS_PER_NODE=-1 is not a whole number"),
+    ({"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "no]list["}, r"SLURM_JOB_NODELIST=no\]list\[ .*; set it"),
+])
+def test_a_node_that_cannot_know_its_place_says_what_to_set(environment: dict[str, str], said: str):
+    with pytest.raises(UserError, match=said):
+        place_of(environment)
 
 
 def test_help_ends_in_a_pipe_without_a_traceback():

@@ -16,7 +16,7 @@ from pathlib import Path
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.local import devices
-from dpo_dist.launcher.supervisor import receiving
+from dpo_dist.launcher.signals import receiving
 
 POLL_SECONDS = 0.1
 

@@ -1,0 +1,147 @@
+"""The processes of one machine's ranks. Torch is started, never imported.
+
+A rank leads a session of its own: a Ctrl-C in the terminal comes to the launcher alone, which passes it on.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, RunDir
+
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_FOR_SURVIVORS = 10.0           # that the ranks beside a failed one get before they are killed
+# How ranks end that only saw another one go: the launcher's own TERM, and how NCCL gives up on a lost rank.
+CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of a machine stand among all: node `node` of `nodes`, each with `procs` processes."""
+
+    procs: int
+    node: int = 0
+    nodes: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    def environment(self, local_rank: int) -> dict[str, str]:
+        """What a rank reads of its place; nothing for a process that is alone."""
+        if self.nodes * self.procs == 1:
+            return {}
+        return {"RANK": str(self.node * self.procs + local_rank), "LOCAL_RANK": str(local_rank),
+                "GROUP_RANK": str(self.node),
+                "WORLD_SIZE": str(self.nodes * self.procs), "LOCAL_WORLD_SIZE": str(self.procs),
+                "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every rank of a machine runs, and where it leaves its words."""
+
+    name: str                                  # for messages: the stage
+    module: str
+    overrides: tuple[str, ...]
+    run_dir: RunDir
+    log: Path                                  # takes the ranks' stderr: what libraries say
+    place: Place
+    environment: Mapping[str, str]
+    quiet: bool = False                        # a companion: stdout goes to the log as well, and DONE is its own
+
+
+class Ranks:
+    """The running ranks of a machine."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        work.run_dir.make()
+        work.run_dir.clear(FAILED, PREEMPTED, *([DONE] if work.quiet else []))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        with work.log.open("ab") as log:
+            self._log_begins = log.tell()
+            try:
+                for local_rank in range(work.place.procs):
+                    self._processes.append(self._start(local_rank, log))
+            except BaseException:
+                self.kill()                                      # the others would wait for it
+                raise
+        self._first: tuple[int, int] | None = None               # (local rank, exit code) of the first one to fail
+        self._survivors_until = float("inf")
+
+    def _start(self, local_rank: int, log: BinaryIO) -> subprocess.Popen[bytes]:
+        work, captured = self.work, os.environ.get("DPO_DIST_CAPTURE") != "0"
+        return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.rank", work.module, *work.overrides],
+                                start_new_session=True,
+                                stdout=log if work.quiet else None, stderr=log if captured else None,
+                                env={**work.environment, **work.place.environment(local_rank)})
+
+    @property
+    def running(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self._processes if process.poll() is None]
+
+    def look(self) -> bool:
+        """Whether all ranks have ended. The others are ended once one has failed."""
+        running = self.running
+        if self._first is None:
+            self._first = _first_failure([process.returncode for process in self._processes])
+            if self._first is not None:
+                self.signal(signal.SIGTERM)
+                self._survivors_until = time.monotonic() + SECONDS_FOR_SURVIVORS
+        if running and time.monotonic() > self._survivors_until:
+            self.kill()
+        return not running
+
+    def signal(self, number: int) -> None:
+        for process in self.running:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kills the ranks with all that they started."""
+        for process in self.running:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Asks the ranks to keep what they have and to end; kills those that do not."""
+        self.signal(signal.SIGTERM)
+        until = time.monotonic() + SECONDS_FOR_SURVIVORS
+        while self.running and time.monotonic() < until:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if self.running:
+            self.kill()
+
+    @property
+    def code(self) -> int:
+        """Of the first rank that failed, as subprocess has it: negative where a signal ended it. 0 where none
+        failed."""
+        return 0 if self._first is None else self._first[1]
+
+    @property
+    def failed_rank(self) -> int:
+        """The first rank that failed, among those of all machines."""
+        return self.work.place.node * self.work.place.procs + (self._first[0] if self._first else 0)
+
+    def stderr(self) -> str:
+        """What the ranks wrote to the log since they began."""
+        return self.work.log.read_bytes()[self._log_begins:].decode(errors="replace")
+
+
+def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
+    """(local rank, exit code). Of ranks that are found ended in one look, one that a signal ended comes before those
+    that saw it go."""
+    failed = [(rank, code) for rank, code in enumerate(codes) if code]
+    killed = [(rank, code) for rank, code in failed if code < 0 and -code not in CONSEQUENCES]
+    return next(iter(killed or failed), None)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

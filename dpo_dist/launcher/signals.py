@@ -1,0 +1,25 @@
+"""Signals that are noted where they come, and acted on where nothing is lost."""
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@contextmanager
+def receiving(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Those of these signals that came meanwhile, in order; one that is ignored (nohup) stays so. Noted, not raised: an
+    exception in the middle of a start would lose the process."""
+    received: list[int] = []
+    former = {number: signal.getsignal(number) for number in numbers}
+    heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]
+    note: Callable[..., None] = lambda number, frame: received.append(number)      # noqa: E731
+    for number in heard:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in heard:
+            signal.signal(number, former[number])
