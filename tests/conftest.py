@@ -8,15 +8,19 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 from template import Started, Template
+
+if TYPE_CHECKING:
+    from dpo_dist.runtime.world import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # so that processes do not compile the package anew, each of them
@@ -81,24 +85,16 @@ _TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
-def dpo_dist(*words: object, code: int = 0, timeout: int = 300,
-             fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs the real command in a process of its own and checks its exit code. fresh: a new interpreter, not one that is
-    forked from the template (template.py)."""
-    command, environment = ["dpo_dist.launcher.cli", *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    if fresh:
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=timeout,
-                              env=environment, cwd=REPO)
-    else:
-        running = start(*words)
-        try:
-            out, err = running.communicate(timeout)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            raise
-        done = subprocess.CompletedProcess(command, running.wait(), out, err)
-    assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
-    return done
+def dpo_dist(*words: object, code: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a process of its own and checks its exit code."""
+    running = start(*words)
+    try:
+        out, err = running.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        raise
+    assert running.wait() == code, f"exit code {running.wait()}, wanted {code}\n{out}\n{err}"
+    return subprocess.CompletedProcess(running.args, code, out, err)
 
 
 def start(*words: object) -> Started:
@@ -122,6 +118,19 @@ def metrics(run_dir: Path, split: str = "train") -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl of one split."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["split"] == split]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """This process as an entry point starts it, alone; its group and its environment end with the test."""
+    import torch
+
+    from dpo_dist.config.compose import compose
+    from dpo_dist.runtime.world import World
+
+    with mock.patch.dict(os.environ):
+        yield World.start(compose(["model.path=m", "cluster.device=cpu"]).cluster)
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

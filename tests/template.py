@@ -3,8 +3,8 @@ runs on.
 
 Importing torch, transformers and DeepSpeed takes five seconds a process, which is most of a short run. A forked process
 has done that already. All else is real: the launcher, its ranks in sessions of their own, their logs, signals and exit
-codes. Only `python -m dpo_dist...` is forked instead of started; what only a fresh process can show is tested with one
-(`fresh=True`).
+codes. Only `python -m dpo_dist...` is forked instead of started; what a fresh process alone can show (imports, Ctrl-C)
+is tested with `subprocess`.
 
     python tests/template.py SOCKET        serves until its standard input is closed
 """

@@ -3,6 +3,8 @@ rules: architecture.py."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = tmp_path_factory.mktemp("copy") / "dpo_dist"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     return package
+
+
+@contextmanager
+def planted(line: str, path: Path) -> Iterator[None]:
+    """The file, new or not, with one more line."""
+    before = path.read_text() if path.exists() else None
+    path.write_text((before or "") + "\n" + line + "\n")
+    try:
+        yield
+    finally:
+        path.write_text(before) if before is not None else path.unlink()
 
 
 @pytest.mark.parametrize("file, line", [
@@ -60,13 +73,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("attic.py", ""),
 ])
 def test_a_planted_violation_is_found(file: str, line: str, copy: Path):
-    path = copy / file
-    before = path.read_text() if path.exists() else None
-    path.write_text((before or "") + "\n" + line + "\n")
-    try:
+    with planted(line, copy / file):
         assert violations(copy), f"{line!r} in {file}"
-    finally:
-        path.write_text(before) if before is not None else path.unlink()
 
 
 @pytest.mark.parametrize("file, line", [
@@ -77,10 +85,5 @@ def test_a_planted_violation_is_found(file: str, line: str, copy: Path):
     ("runtime/run_dir.py", "__import__('torch')"),
 ])
 def test_planted_torch_is_found_in_what_must_be_free_of_it(file: str, line: str, copy: Path):
-    path = copy / file
-    before = path.read_text()
-    path.write_text(before + "\n" + line + "\n")
-    try:
+    with planted(line, copy / file):
         assert "torch" in slow_imports(copy)
-    finally:
-        path.write_text(before)

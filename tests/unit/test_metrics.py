@@ -3,7 +3,6 @@ token."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from dpo_dist.run.metrics import MetricSums
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch, TokenizedPair, TokenLogps
 
-WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 PAIRS = [TokenizedPair((5, 6), (7, 8, 1), (9, 1), "a"), TokenizedPair((5, 6, 7), (4, 1), (9, 9, 9, 1), "b")]
 WEIGHTS = [1.0, 3.0]
 
@@ -43,24 +41,16 @@ def test_kl_estimate_and_drift_are_means_over_a_pairs_tokens():
     assert drift(batch, policy, policy)[0].abs().max() == 0
 
 
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize(("loss", "measured"), [(LossConfig("sigmoid"), True), (LossConfig("ipo", ld_alpha=0.5), True),
                                                 (LossConfig("simpo"), False)])
-def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_there_is_one(loss: LossConfig,
-                                                                                           measured: bool):
+def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_there_is_one(
+        loss: LossConfig, measured: bool, world: World):
     batch, policy, reference = example()
     loss = resolve_loss(loss)
     pairs = pair_logps(batch, TokenLogps(policy), reference if loss.needs_reference else None, loss, 2.5)
-    sums = MetricSums(loss, WORLD.device)
+    sums = MetricSums(loss, world.device)
     sums.add(pairs, preference_loss(pairs, loss), batch.weight.double())
-    means = sums.means(WORLD)
+    means = sums.means(world)
     if not measured:
         assert not [name for name in means if name.startswith("reference/")]
         return
@@ -70,15 +60,14 @@ def test_metrics_weigh_pairs_as_the_loss_does_and_know_a_reference_only_where_th
             == pytest.approx(((chosen_drift[0] + 3 * chosen_drift[1]) / 4).item(), rel=1e-9))
 
 
-@pytest.mark.usefixtures("group_of_one")
-def test_sums_that_were_kept_go_on_as_if_nothing_had_been_between():
+def test_sums_that_were_kept_go_on_as_if_nothing_had_been_between(world: World):
     config = resolve_loss(LossConfig("sigmoid"))
     batch, policy, reference = example()
     pairs, weight = pair_logps(batch, TokenLogps(policy), reference, config, 2.5), batch.weight.double()
-    whole, first = MetricSums(config, WORLD.device), MetricSums(config, WORLD.device)
+    whole, first = MetricSums(config, world.device), MetricSums(config, world.device)
     for sums in (whole, first):
         sums.add(pairs, preference_loss(pairs, config), weight)
-    later = MetricSums(config, WORLD.device, first.total(WORLD))
+    later = MetricSums(config, world.device, first.total(world))
     for sums in (whole, later):
         sums.add(pairs, 2 * preference_loss(pairs, config), weight)
-    assert later.means(WORLD) == whole.means(WORLD)
+    assert later.means(world) == whole.means(world)

@@ -31,11 +31,6 @@ class Kept:
         pass
 
 
-@pytest.fixture
-def world() -> World:
-    return World.start(CONFIG.cluster)
-
-
 def results(step: int, world: World, loss: float = 0.7, bad: float = 0.0, norm: float = 1.0,
             logs: bool = True) -> StepResults:
     sums, clock = MetricSums(CONFIG.loss, world.device), Clock(world)
