@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from dpo_dist.launcher.cli import main as dpo_dist
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 
 QUESTIONS = {
@@ -68,10 +69,10 @@ def main(folder: Path, overrides: list[str]) -> int:
 
 def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) -> None:
     """The table before/after, a few answers, and what to try next."""
-    rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in RunDir(folder / "dpo").metrics.read_text().splitlines()]
     before, *_, after = (row for row in rows if row["split"] == "eval")
     questions = held_out * SAMPLES_A_PROMPT
-    answers = {name: sample(folder / name / "model", [p for _, p in questions]) for name in ("sft", "dpo")}
+    answers = {name: sample(RunDir(folder / name).model, [p for _, p in questions]) for name in ("sft", "dpo")}
     share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, questions, strict=True)) / len(given)
              for name, given in answers.items()}
     terminal.table("before and after DPO, on prompts that were never trained on", ["", "before", "after"], [

@@ -195,8 +195,8 @@ def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sum
 def tell_results(terminal: Terminal, run: Run, before: dict[str, float], after: dict[str, float], model: Path) -> None:
     """The held-out table, and where everything is."""
     if after:
-        rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"] for name,
-                value in after.items()]
+        rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"]
+                for name, value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
     terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 

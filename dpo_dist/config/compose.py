@@ -107,8 +107,7 @@ def explain(overrides: Sequence[str], error: Exception) -> str:
             choice = str(override.value())
             if override.key_or_group == "loss" and choice == MIXTURE:
                 return (f"loss={MIXTURE} is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set "
-                        f"loss.name={MIXTURE} "
-                        "and loss.terms={sigmoid: 1.0, sft: 0.5}")
+                        f"loss.name={MIXTURE} and loss.terms={{sigmoid: 1.0, sft: 0.5}}")
             if choice not in groups[override.key_or_group]:
                 return (f"{override.key_or_group}={choice} is not a choice: "
                         f"{nearest(choice, groups[override.key_or_group])}")

@@ -45,7 +45,7 @@ def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | N
 
 def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> str:
     """sha256 of all that decides the stores' content: files, tokenizer, template and the values of DataConfig."""
-    # whose text is looked at below
+    # the template by its text, below, not by its file's name
     values = {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"}
     contents = [content_digest(dataset) for dataset in (*config.train, *config.eval)]
     template = template_text(tokenizer, config.chat_template)

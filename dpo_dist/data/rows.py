@@ -136,8 +136,8 @@ def _checked(row: DataRow) -> DataRow:
     else:
         parts = (row.prompt, row.chosen, row.rejected)
     for name, part in zip(("prompt", "chosen", "rejected"), parts, strict=True):
-        # ends in an empty answer
-        if _is_empty(part) or (isinstance(part, tuple) and name != "prompt" and _is_empty(part[-1:])):
+        ends_empty = isinstance(part, tuple) and name != "prompt" and _is_empty(part[-1:])
+        if _is_empty(part) or ends_empty:
             raise Unfit(f"{name} is empty")
     if parts[1] == parts[2]:
         raise Unfit("chosen and rejected are identical")

@@ -176,8 +176,7 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
                 parameter.normal_(0.0, 0.2)
             twin.load_state_dict(model.state_dict())
             error = _packed_error(model, twin)
-    # any failure of a foreign architecture means: it does not fit
-    except Exception as problem:
+    except Exception as problem:         # a foreign architecture may fail in any way: it does not fit
         return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
     return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
 

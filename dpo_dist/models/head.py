@@ -154,8 +154,7 @@ def kernels_misfit(device: torch.device) -> str | None:
     but no C compiler."""
     try:
         error = trial(triton_passes(), device, torch.bfloat16)
-    # whatever Triton raises: torch's operations give the same numbers, slower
-    except Exception as problem:
+    except Exception as problem:         # whatever Triton raises: torch's operations give the same numbers, slower
         return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
     return None if error < TRIAL_ERROR else f"their numbers differ by {error:.2g}"
 

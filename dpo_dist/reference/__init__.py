@@ -1,5 +1,6 @@
-"""The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them. One engine = one file + one
-YAML."""
+"""The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them.
+
+An engine is its file here, its options in config/engines/ and its YAML in conf/reference/."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence

@@ -17,16 +17,13 @@ from dpo_dist.config.errors import UserError
 
 T = TypeVar("T")
 
-# gloo: of this collective, or of another one with
-NO_ANSWER = ("Timed out waiting", "Application timeout",
-             # the same rank; NCCL; the store
-             "Watchdog caught collective operation timeout", "wait timeout after")
+NO_ANSWER = ("Timed out waiting", "Application timeout",     # gloo: of this collective, or another with that rank
+             "Watchdog caught collective operation timeout",                              # NCCL
+             "wait timeout after")                                                        # the store
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer",                     # gloo
              "remote process exited or there was a network error", "ncclRemoteError",     # NCCL, in two spellings
-             # NCCL's explanation, and its last error
-             "remote process exiting prematurely", "Connection closed by remote peer",
-             # the store, where rank 0 is gone
-             "Connection was likely closed")
+             "remote process exiting prematurely", "Connection closed by remote peer",    # its words, its last error
+             "Connection was likely closed")                                              # the store, without rank 0
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,7 @@ class ModelShape:
             norms, fp32 = 2.0 * f.norms * h, 2.0 * f.norms              # input and output; mean and deviation
         elif fused:
             norms, fp32 = 2.0 * f.norms * h, float(f.norms)             # input and output; the root mean square
-        # input in fp32, normalized, output; the root mean square
-        else:
+        else:                                            # input in fp32, normalized, output; the root mean square
             wide = (2 if f.wide_norm else 1) * h
             norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
             fp32 = f.norms * (wide + 1.0)

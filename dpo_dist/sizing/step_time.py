@@ -91,8 +91,7 @@ def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: 
         return 2 * micro_steps * gradients + weights, (micro_steps + 1) * buckets
     if shape.parameters <= LIVE:
         gathers = 1                                      # forward's serve backward
-    # forward, backward, and where a layer does not stay from one to the other, again
-    else:
+    else:                                                # forward, backward, and again where a layer does not stay
         again = recomputed_layers(config, shape.layers) != (0, False)
         gathers = 3 if again and 2 * shape.layer > LIVE else 2
     tensors = 9 * shape.layers

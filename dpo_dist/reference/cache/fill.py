@@ -34,8 +34,7 @@ def open_cache(cache: LogpCache, world: World) -> int:
 
 
 def plan_fill(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int,
-              windows: Indexes | None = None,
-         padded: bool = False) -> tuple[ScoringPlan, int]:
+              windows: Indexes | None = None, padded: bool = False) -> tuple[ScoringPlan, int]:
     """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` and `padded` as
     in plan_scoring."""
     damaged = open_cache(cache, world)

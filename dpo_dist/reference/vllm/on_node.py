@@ -18,6 +18,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.models.load import resolve, torch_dtype
 from dpo_dist.reference.vllm.open import served, server_spec
 from dpo_dist.reference.vllm.process import end_of, start_server
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import device_of
 
 
@@ -32,8 +33,9 @@ def main(words: Sequence[str]) -> int:
         device = device_of(config.cluster, 0)
         dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
-        log = Path(config.run_dir) / "logs" / f"reference-server-{node}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        run_dir = RunDir(Path(config.run_dir))
+        run_dir.make()
+        log = run_dir.server_log(node)
         server = start_server(server_spec(config, dtype, folder, gpus), log, served(config).requests.wait_seconds,
                               "0.0.0.0", port)
     except UserError as error:

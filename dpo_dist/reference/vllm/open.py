@@ -16,6 +16,7 @@ from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.vllm.engine import VllmReference
 from dpo_dist.reference.vllm.process import Server, ServerSpec, installed_version, start_server
 from dpo_dist.reference.vllm.protocol import About, Unanswered, about
+from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World
         spec = server_spec(config, key.dtype, folder, gpus)
         copies = spec.copies
         if world.local_rank == 0:
-            log = Path(config.run_dir) / "logs" / f"reference-server-{world.rank}.log"
+            log = RunDir(Path(config.run_dir)).server_log(world.rank)
             server = start_server(spec, log, requests.wait_seconds)
         started = world.gather(server.url if server else None)                       # by the first rank of each machine
         first = world.rank - world.local_rank
