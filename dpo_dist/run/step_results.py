@@ -11,7 +11,7 @@ from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.perf import Interval
 from dpo_dist.run.tracking import MetricsRow, Tracker
 from dpo_dist.runtime.later import Later
-from dpo_dist.runtime.terminal import Progress
+from dpo_dist.runtime.progress import Progress
 from dpo_dist.runtime.world import World
 
 

@@ -6,23 +6,19 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from types import TracebackType
 from typing import IO, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleDimensions
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from dpo_dist.runtime.progress import Bars, Lines, Progress
+
 log = logging.getLogger("dpo_dist")
-SECONDS_BETWEEN_LINES = 5.0             # of progress, where the output is a file or a pipe
-SECONDS_BETWEEN_REDRAWS = 0.25          # of the bar, on a terminal
 PLAIN_WIDTH = 132                       # characters, where the output is a file or a pipe
 
 
@@ -35,7 +31,7 @@ class Terminal:
         self.log_path, self.is_main = log_path, is_main
         self._stdout, self._stderr = _Output(1), _Output(2)
         self._out, self._err = _console(self._stdout), _console(self._stderr)
-        self._capture, self._bars = capture, _Bars(self._out)
+        self._capture, self._bars = capture, Bars(self._out)
         self._log_handler = _log_to(log_path)
         self._former_handlers, self._former_level = logging.root.handlers[:], logging.root.level
         self._former_hook: Callable[..., object] = sys.excepthook
@@ -116,7 +112,7 @@ class Terminal:
             with self._bars.bar(total, done, description) as bar:
                 yield bar
         else:
-            lines = _Lines(total, done, description, self._out)
+            lines = Lines(total, done, description, lambda line: _print(self._out, Text(line)))
             try:
                 yield lines
             finally:
@@ -127,96 +123,6 @@ class Terminal:
         self._former_hook(kind, error, trace)
         if issubclass(kind, Exception):
             self.error(f"{kind.__name__}: {error}\nThe traceback is in {self.log_path}")
-
-
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-class Progress:
-    """How far the work has come. This class shows nothing, as every process but the main one does."""
-
-    def __init__(self, total: int, done: int, description: str):
-        self.total, self._first, self._description = total, done, description
-        self._started = time.monotonic()
-
-    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
-               pairs_per_second: float | None = None) -> None:
-        """Tells that `step` of `total` steps are done; the other values are shown beside them."""
-
-    def _measures(self, step: int, loss: float | None, accuracy: float | None, pairs_per_second: float | None) -> str:
-        done, left = step - self._first, self.total - step
-        parts = [
-            f"loss {loss:.4f}" if loss is not None else "",
-            f"accuracy {accuracy:.3f}" if accuracy is not None else "",
-            f"{pairs_per_second:.1f} pairs/s" if pairs_per_second is not None else "",
-            f"{timedelta(seconds=round((time.monotonic() - self._started) / done * left))} left" if done > 0
-            and left > 0 else "",
-        ]
-        return "  ".join(part for part in parts if part)
-
-
-class _Lines(Progress):
-    def __init__(self, total: int, done: int, description: str, console: Console):
-        super().__init__(total, done, description)
-        self._console, self._next_line_at, self._held_back = console, 0.0, ""
-
-    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
-               pairs_per_second: float | None = None) -> None:
-        measures = self._measures(step, loss, accuracy, pairs_per_second)
-        self._held_back = "  ".join(part for part in (self._description, f"{step}/{self.total}", measures) if part)
-        if time.monotonic() >= self._next_line_at or step >= self.total:
-            self.last()
-
-    def last(self) -> None:
-        """Writes the newest line, unless it stands there already."""
-        if self._held_back:
-            _print(self._console, Text(self._held_back))
-            self._held_back, self._next_line_at = "", time.monotonic() + SECONDS_BETWEEN_LINES
-
-
-class _Bar(Progress):
-    def __init__(self, total: int, done: int, description: str, rich: RichProgress):
-        super().__init__(total, done, description)
-        self._rich, self._redraw_at = rich, 0.0
-        self.task: TaskID = rich.add_task(description, total=total, completed=done, measures="")
-
-    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
-               pairs_per_second: float | None = None) -> None:
-        self._rich.update(self.task, completed=step, measures=self._measures(step, loss, accuracy, pairs_per_second))
-        if time.monotonic() >= self._redraw_at or step >= self.total:
-            self._rich.refresh()
-            self._redraw_at = time.monotonic() + SECONDS_BETWEEN_REDRAWS
-
-
-class _Bars:
-    """The bars on the terminal, one below the other: an evaluation's bar may come and go below the training's."""
-
-    def __init__(self, console: Console):
-        self._console, self._count = console, 0
-        self._rich: RichProgress | None = None
-
-    @contextmanager
-    def bar(self, total: int, done: int, description: str) -> Iterator[Progress]:
-        if self._rich is None:
-            # No thread redraws: the bar moves only when a step is done. Nor does rich take sys.stdout and sys.stderr
-            # over.
-            self._rich = RichProgress(
-                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[measures]}", markup=False),
-                console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-            self._rich.start()
-        self._count += 1
-        bar = _Bar(total, done, description, self._rich)
-        self._rich.refresh()
-        try:
-            yield bar
-        finally:
-            self._count -= 1
-            if self._count:
-                self._rich.remove_task(bar.task)
-            else:
-                self._rich.stop()
-                self._rich = None
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -11,7 +11,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.perf import Clock
 from dpo_dist.run.step_results import StepLog, StepResults
-from dpo_dist.runtime.terminal import Progress
+from dpo_dist.runtime.progress import Progress
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.flops import StepWork
 
