@@ -54,10 +54,9 @@ def run(home: Path, mode: str) -> dict[str, float | str]:
     where, cache = home / mode, home / f"cache-{mode}"
     words = ["run", f"model.path={home / 'model'}", f"data.train=[{{path: {home / 'rows.jsonl'}, format: token_ids}}]",
              f"data.eval=[{{path: {home / 'held_out.jsonl'}, format: token_ids}}]", "model.dtype=fp32",
-             "cluster.device=cpu",
-             "cluster.procs_per_node=1", "zero=none", "train.pairs_per_step=16", "data.max_length=512",
-             f"data.cache_dir={home / 'tokens'}",
-             f"reference.cache_dir={cache}", f"reference.mode={mode}", f"run.dir={where}"]
+             "cluster.device=cpu", "cluster.procs_per_node=1", "zero=none", "train.pairs_per_step=16",
+             "data.max_length=512", f"data.cache_dir={home / 'tokens'}", f"reference.cache_dir={cache}",
+             f"reference.mode={mode}", f"run.dir={where}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *words], env=environment,

@@ -35,11 +35,9 @@ PARTS: dict[str, list[tuple[str, int]]] = {
     "probes": [("machine", 30), ("rates", 40), ("golden", 60), ("attention", 70), ("head", 60), ("elementwise", 50),
                ("profile", 120)],
     "runs": [("3B-zero2", 110), ("3B-trl", 100), ("0.5B-zero2", 70), ("0.5B-trl", 70), ("8B-lora", 150),
-             ("3B-none", 100),
-             ("0.5B-zero3", 70), ("0.5B-none", 70), ("3B-8k", 100), ("3B-tenth", 100), ("3B-zero3", 110),
-             ("3B-eager", 110),
-             ("3B-recompute", 110), ("0.5B-8k", 70), ("1.5B-zero2", 80), ("1.5B-trl", 90), ("8B-lora-32k", 170),
-             ("8B-full", 200)],
+             ("3B-none", 100), ("0.5B-zero3", 70), ("0.5B-none", 70), ("3B-8k", 100), ("3B-tenth", 100),
+             ("3B-zero3", 110), ("3B-eager", 110), ("3B-recompute", 110), ("0.5B-8k", 70), ("1.5B-zero2", 80),
+             ("1.5B-trl", 90), ("8B-lora-32k", 170), ("8B-full", 200)],
 }
 SECONDS = {"probes": 235.0, "runs": 410.0}             # of a call
 SMOKE_RUNS = "3B-zero2|0.5B-none|8B-lora|3B-recompute"      # of --cpu-smoke, which has a minute
@@ -151,6 +149,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as thrown_away:
         out = given.out or (Path(thrown_away) if given.cpu_smoke else HERE / "results")
         codes = [main(call, given.only or (SMOKE_RUNS if given.cpu_smoke and call == "runs" else ".*"), given.cases,
-                      out, given.again,
-                      given.cpu_smoke) for call in ([given.call] if given.call else PARTS)]
+                      out, given.again, given.cpu_smoke) for call in ([given.call] if given.call else PARTS)]
     sys.exit(max(codes))

@@ -75,12 +75,11 @@ def machine(wanted: Callable[[str], bool]) -> None:
 
     found: dict[str, Any] = {
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__, "triton": has("triton"), "liger": has("liger_kernel"),
-        "compiler": shutil.which("gcc") or "none",
+        "transformers": transformers.__version__, "deepspeed": deepspeed.__version__, "triton": has("triton"),
+        "liger": has("liger_kernel"), "compiler": shutil.which("gcc") or "none",
         "FlashAttention 3": has("flash_attn_interface"), "FlashAttention 4": has("flash_attn.cute"),
-        "mm to fp32": overloads("mm"),
-        "addmm to fp32": overloads("addmm"), "varlen_attn": list(inspect.signature(varlen.varlen_attn).parameters)}
+        "mm to fp32": overloads("mm"), "addmm to fp32": overloads("addmm"),
+        "varlen_attn": list(inspect.signature(varlen.varlen_attn).parameters)}
     if on_gpu():
         said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit",
                                "--format=csv,noheader"],
@@ -159,8 +158,7 @@ def golden(wanted: Callable[[str], bool]) -> None:
         token_error = (token_logps(policy, batch).logps.detach().cpu() - wanted_tokens).abs()
         tell(name, cases=len(held.CASES), **rounded({
             "worst_loss": worst["loss"], "worst_grad_norm": worst["grad_norm"],
-            "worst_token_nats": token_error.max().item(),
-            "mean_token_nats": token_error.mean().item()}))
+            "worst_token_nats": token_error.max().item(), "mean_token_nats": token_error.mean().item()}))
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -282,8 +280,7 @@ def head(wanted: Callable[[str], bool]) -> None:
             tell(case, width=blocks.width, kept=blocks.kept,
                  kernels=(kernels_misfit(device()) or "Triton's") if on_gpu() else "none", **errors,
                  forward_ms=round(1000 * ahead, 2), both_ms=round(1000 * whole, 2),
-                 forward_tflops=round(flops / ahead / 1e12, 1),
-                 both_tflops=round(3 * flops / whole / 1e12, 1),
+                 forward_tflops=round(flops / ahead / 1e12, 1), both_tflops=round(3 * flops / whole / 1e12, 1),
                  peak_gib=round((torch.cuda.max_memory_allocated() - held) / 2**30, 2) if on_gpu() else None)
 
 
@@ -430,8 +427,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
          step_seconds=round(seconds, 4), tflops=round(batches.work.flops / seconds / 1e12, 1),
          micro_steps=len(batches.batches), scoring_over_training=round(scoring / seconds, 3),
          **{f"share_{kind}": round(t / seconds, 4) for kind, t in by_kind.items()},
-         share_idle=round(1 - busy / seconds, 4),
-         synchronizations=synchronizations, longest_kernels=top,
+         share_idle=round(1 - busy / seconds, 4), synchronizations=synchronizations, longest_kernels=top,
          peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu() else None)
 
 

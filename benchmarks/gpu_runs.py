@@ -79,14 +79,12 @@ def run(part: str, case: Case, folder: Path) -> None:
     longest = max(prompt + chosen + rejected for prompt, chosen, rejected in lengths)
     roomy = on_gpu() and torch.cuda.get_device_properties(0).total_memory > 100e9
     overrides = [f"model.path={model}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
-                 f"run.dir={run_dir}",
-                 f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}",
-                 f"data.max_length={2 * case.length}",
+                 f"run.dir={run_dir}", f"data.cache_dir={folder / 'tokens'}",
+                 f"reference.cache_dir={folder / 'reference'}", f"data.max_length={2 * case.length}",
                  f"train.pairs_per_step={case.pairs}", f"train.max_steps={STEPS}", f"train.epochs={STEPS}",
                  "optim.schedule=constant",
                  f"train.tokens_per_microbatch={max(case.tokens * (2 if roomy else 1), longest)}",
-                 "train.save_every_steps=null",
-                 f"cluster.device={'cuda' if on_gpu() else 'cpu'}", *case.overrides]
+                 "train.save_every_steps=null", f"cluster.device={'cuda' if on_gpu() else 'cpu'}", *case.overrides]
     began = time.monotonic()
     # What comes after the last step, a checkpoint and an export of the weights, is no subject here and takes long: not
     # waited for.

@@ -24,10 +24,8 @@ def config_of(model: str) -> PretrainedConfig:
     hidden, inner, layers, heads, key_heads, vocabulary, tied = SHAPES[model]
     kind = LlamaConfig if model == "8B" else Qwen2Config
     return kind(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=key_heads, max_position_embeddings=131_072, tie_word_embeddings=tied,
-                pad_token_id=0, bos_token_id=2,
-                eos_token_id=1, use_cache=False)
+                num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=131_072,
+                tie_word_embeddings=tied, pad_token_id=0, bos_token_id=2, eos_token_id=1, use_cache=False)
 
 
 def write_model(model: str, folder: Path) -> Path:

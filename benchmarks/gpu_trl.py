@@ -83,17 +83,14 @@ def measure(folder: Path, rows: Path, way: str, pairs: int, at_once: int, checkp
     from tokenizers import Tokenizer, models
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t3")),
-                                        pad_token="t0", eos_token="t1",
-                                        bos_token="t2", unk_token="t3")
+                                        pad_token="t0", eos_token="t1", bos_token="t2", unk_token="t3")
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
             output_dir=output, max_steps=STEPS, per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=pairs // at_once,
-            learning_rate=5e-7, lr_scheduler_type="constant", report_to=[], logging_steps=1, save_strategy="no",
-            use_cpu=not on_gpu,
-            max_length=None, bf16=on_gpu, max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True,
-            optim="adamw_torch_fused",
+            gradient_accumulation_steps=pairs // at_once, learning_rate=5e-7, lr_scheduler_type="constant",
+            report_to=[], logging_steps=1, save_strategy="no", use_cpu=not on_gpu, max_length=None, bf16=on_gpu,
+            max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True, optim="adamw_torch_fused",
             gradient_checkpointing=checkpointing, precompute_ref_log_probs=way == "precomputed",
             use_liger_kernel=on_gpu and liger(),
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None, beta=0.1, seed=0,
@@ -105,9 +102,8 @@ def measure(folder: Path, rows: Path, way: str, pairs: int, at_once: int, checkp
         trainer.train()
     seconds = clock.seconds[LEFT_OUT:]
     return {"step_seconds": round(statistics.median(seconds), 4), "first_loss": clock.losses[0],
-            "pairs_at_once": at_once,
-            "checkpointing": checkpointing, "liger": on_gpu and liger(), "weights": str(dtype),
-            "optimizer_state": str(dtype),
+            "pairs_at_once": at_once, "checkpointing": checkpointing, "liger": on_gpu and liger(),
+            "weights": str(dtype), "optimizer_state": str(dtype),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None}
 
 

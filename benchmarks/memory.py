@@ -52,8 +52,7 @@ def measure(vocabulary: int, budget: int) -> dict[str, float]:
 
 def process(folder: str, what: str, vocabulary: int, budget: int) -> str:
     done = subprocess.run([sys.executable, __file__, what, folder, str(vocabulary), str(budget)], capture_output=True,
-                          text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"V = {vocabulary} failed:\n{done.stderr[-2000:]}")
     return done.stdout
@@ -117,8 +116,7 @@ def steps(folder: Path, vocabulary: int, budget: int) -> None:
         policy.step(1e-4)
     peak, state = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 16 * parameters / MIB
     row = {"vocabulary": vocabulary, "parameters": parameters, "peak_mib": peak, "state_mib": state,
-           "imports_mib": imports,
-           "step_mib": peak - state, "step_without_imports_mib": peak - state - imports,
+           "imports_mib": imports, "step_mib": peak - state, "step_without_imports_mib": peak - state - imports,
            "step_and_gradients_mib": peak - 0.75 * state - imports}
     print(json.dumps({name: round(value, 1) for name, value in row.items()}))
 

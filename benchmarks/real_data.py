@@ -37,9 +37,8 @@ def align(path: Path, form: str, folder: Path) -> dict[str, object]:
     began = time.monotonic()
     parameters = write_model(folder / "base", path, form)
     common = [f"data.train=[{{path: {path}, format: {form}}}]", "data.eval_fraction=0.1", "data.max_length=2048",
-              "data.on_bad_row=skip",
-              f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}",
-              "cluster.device=cpu", "model.dtype=fp32",
+              "data.on_bad_row=skip", f"data.cache_dir={folder / 'tokens'}",
+              f"reference.cache_dir={folder / 'reference'}", "cluster.device=cpu", "model.dtype=fp32",
               "cluster.procs_per_node=2", "train.pairs_per_step=16", "train.tokens_per_microbatch=4096"]
     step("train", "loss=sft", f"model.path={folder / 'base'}", "train.epochs=3", "optim.lr=2e-3",
          f"run.dir={folder / 'sft'}", *common)
@@ -48,8 +47,7 @@ def align(path: Path, form: str, folder: Path) -> dict[str, object]:
          f"run.dir={folder / 'dpo'}", *common)
     aligned = time.monotonic()
     step("eval", f"model.path={folder / 'dpo' / 'model'}", f"reference.path={folder / 'sft' / 'model'}",
-         "loss.beta=0.1",
-         f"run.dir={folder / 'loaded_back'}", *common)
+         "loss.beta=0.1", f"run.dir={folder / 'loaded_back'}", *common)
     rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
     held_out = [{k: round(v, 4) for k, v in row.items() if k not in ("step", "split")} for row in rows
                 if row["split"] == "eval"]
@@ -85,10 +83,9 @@ def write_model(folder: Path, path: Path, form: str) -> int:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
-                                         num_attention_heads=4,
-                                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-                                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                                         bos_token_id=None))
+                                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                                         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+                                         pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 

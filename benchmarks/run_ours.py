@@ -40,8 +40,7 @@ LR = 1e-4
 
 def main(what: str, folder: Path, kind: str, steps: int) -> None:
     torch.set_num_threads(1)
-    config = compose([f"model.path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}",
-                      "cluster.device=cpu",
+    config = compose([f"model.path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}", "cluster.device=cpu",
                       f"data.cache_dir={folder / 'tokens'}", "optim.max_grad_norm=1.0",
                       "train.tokens_per_microbatch=1024"])
     world = World.start(config.cluster)

@@ -49,11 +49,9 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
     tokenizer = _any_tokenizer()
     per_step = PAIRS_PER_STEP[kind]
     common = {"output_dir": str(folder / "trl"), "max_steps": steps, "learning_rate": 1e-4,
-              "lr_scheduler_type": "constant", "report_to": [],
-              "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "max_length": None, "bf16": False,
-              "max_grad_norm": 1.0,
-              "weight_decay": 0.0, "disable_tqdm": True, "dataloader_pin_memory": False,
-              "gradient_checkpointing": False,
+              "lr_scheduler_type": "constant", "report_to": [], "logging_steps": 1, "save_strategy": "no",
+              "use_cpu": True, "max_length": None, "bf16": False, "max_grad_norm": 1.0, "weight_decay": 0.0,
+              "disable_tqdm": True, "dataloader_pin_memory": False, "gradient_checkpointing": False,
               "optim": "adamw_torch", "seed": 0}
     clock = Clock()
     if what == "sft":
@@ -83,8 +81,7 @@ def _any_tokenizer() -> PreTrainedTokenizerFast:
 
     words = {f"t{i}": i for i in range(4096)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t3")), pad_token="t0",
-                                   eos_token="t1",
-                                   bos_token="t2", unk_token="t3")
+                                   eos_token="t1", bos_token="t2", unk_token="t3")
 
 
 if __name__ == "__main__":

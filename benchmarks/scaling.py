@@ -65,9 +65,8 @@ from dpo_dist.step import step_batches, train_step
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SHORTEST, LONGEST, PAIRS_PER_STEP, BUDGET = 8, 2048, 64, 8192
 SMALL = LlamaConfig(vocab_size=1024, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=4,
-                    max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1,
-                    pad_token_id=0)
+                    num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2,
+                    eos_token_id=1, pad_token_id=0)
 LARGE = LlamaConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
                     num_attention_heads=32,
                     # the shape of Llama 3.1 8B
@@ -139,8 +138,8 @@ def plan_training(n: int) -> dict[str, Any]:
         of_each.append(time.perf_counter() - start)
     return {"seconds": round(time.perf_counter() - began, 2), "seconds_of_the_shuffle": round(shuffled, 3),
             "milliseconds_a_step": {"median": round(1000 * statistics.median(of_each), 2),
-                                    "worst": round(1000 * max(of_each), 2)},
-            "micro_steps": packs, "bytes_a_pair": round((peak_bytes() - before) / n, 1)}
+                                    "worst": round(1000 * max(of_each), 2)}, "micro_steps": packs,
+            "bytes_a_pair": round((peak_bytes() - before) / n, 1)}
 
 
 def plan_all_scoring(n: int) -> dict[str, Any]:
@@ -284,10 +283,9 @@ def torchrun(ranks: int, words: list[str]) -> None:
 
 def overrides(folder: Path, pairs_per_step: int) -> list[str]:
     return [f"model.path={folder / 'model'}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
-            "data.max_length=8192",
-            "cluster.device=cpu", "model.dtype=fp32", "zero=zero1", f"data.cache_dir={folder / 'tokens'}",
-            f"reference.cache_dir={folder / 'reference'}", f"train.pairs_per_step={pairs_per_step}",
-            f"train.tokens_per_microbatch={BUDGET}"]
+            "data.max_length=8192", "cluster.device=cpu", "model.dtype=fp32", "zero=zero1",
+            f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}",
+            f"train.pairs_per_step={pairs_per_step}", f"train.tokens_per_microbatch={BUDGET}"]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from dpo_dist.config.compose import compose
+from dpo_dist.runtime.ports import free_port
 from dpo_dist.sizing.estimate import CPU, Hardware, Lengths, memory
 from dpo_dist.sizing.shape import model_shape
 from dpo_dist.sizing.step_time import step_time
@@ -34,14 +34,11 @@ RUNS = ((0, False), (2, True), (3, False), (3, True))                 # (ZeRO st
 # 21, 48 and 96 million parameters; pairs of a step
 SHAPES = {
     "S": ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
-           "num_key_value_heads": 8,
-           "vocab_size": 8192, "tie_word_embeddings": False}, 4),
+           "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": False}, 4),
     "M": ({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 14, "num_attention_heads": 8,
-           "num_key_value_heads": 2,
-           "vocab_size": 16384, "tie_word_embeddings": True}, 4),
+           "num_key_value_heads": 2, "vocab_size": 16384, "tie_word_embeddings": True}, 4),
     "L": ({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7, "num_attention_heads": 16,
-           "num_key_value_heads": 4,
-           "vocab_size": 16384, "tie_word_embeddings": True}, 4),
+           "num_key_value_heads": 4, "vocab_size": 16384, "tie_word_embeddings": True}, 4),
 }
 
 
@@ -61,8 +58,7 @@ def main(names: list[str]) -> None:
 def overrides(folder: Path, shape: str, stage: int, checkpointing: bool) -> list[str]:
     pairs = SHAPES[shape][1]
     return [f"model.path={folder / shape}", f"data.train=[{{path: {folder / 'rows.jsonl'}, format: token_ids}}]",
-            "cluster.device=cpu",
-            f"data.cache_dir={folder / 'tokens'}", "loss=simpo", f"zero.stage={stage}",
+            "cluster.device=cpu", f"data.cache_dir={folder / 'tokens'}", "loss=simpo", f"zero.stage={stage}",
             f"model.gradient_checkpointing={str(checkpointing).lower()}", f"train.pairs_per_step={pairs}",
             f"train.tokens_per_microbatch={pairs // RANKS * (PROMPT + 2 * COMPLETION)}"]
 
@@ -70,8 +66,8 @@ def overrides(folder: Path, shape: str, stage: int, checkpointing: bool) -> list
 def measure(folder: Path, shape: str, stage: int, checkpointing: bool) -> dict:
     """What rank 0 of a run told."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-addr",
-             "127.0.0.1", "--master-port",
-             str(free_port()), str(HERE / "sizing_run.py"), str(STEPS), *overrides(folder, shape, stage, checkpointing)]
+             "127.0.0.1", "--master-port", str(free_port()), str(HERE / "sizing_run.py"), str(STEPS),
+             *overrides(folder, shape, stage, checkpointing)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
                    "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -132,12 +128,6 @@ def write_rows(path: Path) -> None:
     lengths = {"prompt_ids": PROMPT, "chosen_ids": COMPLETION, "rejected_ids": COMPLETION}
     rows = [{key: [r.randrange(4, 8192) for _ in range(n)] for key, n in lengths.items()} for _ in range(64)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 if __name__ == "__main__":

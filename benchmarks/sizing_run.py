@@ -62,8 +62,7 @@ def reset_peak() -> None:
 def tiny_model(folder: Path, layers: int) -> torch.nn.Module:
     """Of the same architecture."""
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers, "vocab_size": 64,
-             "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 32}
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **small))
 
 
@@ -113,8 +112,7 @@ def device_rates(folder: Path, world: World) -> dict[str, float]:
     optimizer = torch.optim.AdamW(weights, fused=True)
     return {"flops": 2 * 1024**3 / seconds(lambda: torch.mm(a, a), 8), "latency": latency,
             "link": around * 4 * big.numel() / all_reduce, "sharded_share": all_reduce / seconds(gather_and_scatter, 4),
-            "hook": (hooked - plain) / (2 * layers),
-            "bandwidth": 28 * 2**22 / seconds(optimizer.step, 4)}
+            "hook": (hooked - plain) / (2 * layers), "bandwidth": 28 * 2**22 / seconds(optimizer.step, 4)}
 
 
 def main(steps: int, overrides: list[str]) -> None:
@@ -146,8 +144,8 @@ def main(steps: int, overrides: list[str]) -> None:
         clock.mark("step")
         work = batches.work
     told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline,
-            "peaks": {k: v - baseline for k, v in clock.peaks.items()},
-            "micro_steps": len(batches.batches), "tokens": work.tokens, "flops": work.flops,
+            "peaks": {k: v - baseline for k, v in clock.peaks.items()}, "micro_steps": len(batches.batches),
+            "tokens": work.tokens, "flops": work.flops,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.parameters())}
     told["device"] = device_rates(folder, world)
     everyone = world.gather(told)

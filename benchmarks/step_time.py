@@ -54,8 +54,7 @@ def run(script: str, what: str, folder: Path, kind: str, steps: int) -> dict:
     shares = [flops / seconds / rate for flops, seconds, rate in
               zip(told.get("flops", []), told["seconds"], told.get("product_rates", []), strict=False)]
     return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"],
-            "peak_mib": told["peak_mib"],
-            "share": statistics.median(shares[WARM_UP:]) if shares else None}
+            "peak_mib": told["peak_mib"], "share": statistics.median(shares[WARM_UP:]) if shares else None}
 
 
 def summary(runs: list[dict]) -> dict:

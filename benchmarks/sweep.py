@@ -73,15 +73,13 @@ def separate(data: Path, folder: Path) -> None:
 def common(data: Path, folder: Path) -> list[str]:
     return [f"model.path={data / 'model'}", f"data.train=[{{path: {data / 'train.jsonl'}, format: token_ids}}]",
             f"data.eval=[{{path: {data / 'eval.jsonl'}, format: token_ids}}]", "model.dtype=fp32", "cluster.device=cpu",
-            "zero=none",
-            "train.pairs_per_step=8", "train.tokens_per_microbatch=1024", f"data.cache_dir={folder}/tokens",
-            f"reference.cache_dir={folder}/reference"]
+            "zero=none", "train.pairs_per_step=8", "train.tokens_per_microbatch=1024",
+            f"data.cache_dir={folder}/tokens", f"reference.cache_dir={folder}/reference"]
 
 
 def command(*words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", *words], capture_output=True, text=True,
-                          cwd=HERE.parent,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"dpo-dist {' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 

@@ -45,6 +45,5 @@ def write_model(folder: Path, vocabulary: int = VOCABULARY) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1,
+        vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=2, eos_token_id=1,
         pad_token_id=0)).save_pretrained(folder)

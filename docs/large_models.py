@@ -14,8 +14,7 @@ LENGTHS = Lengths(prompt=512, chosen=512, rejected=512, pairs=60_000, source="as
 OVERRIDES = ["reference=zero", "train.pairs_per_step=512", "train.tokens_per_microbatch=16384",
              "model.gradient_checkpointing=true"]
 COLUMNS = ("nodes", "set besides the above", "policy: GB a GPU (and of host)", "step: s", "of it computing",
-           "communication", "GiB sent",
-           "scoring: GB a GPU", "s")
+           "communication", "GiB sent", "scoring: GB a GPU", "s")
 
 
 def table(name: str) -> str:

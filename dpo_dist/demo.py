@@ -1,4 +1,4 @@
-"""`make demo`: the whole way on a set whose truth is known, offline, in minutes: python -m dpo_dist.demo [folder]
+"""`make demo`: a whole run on data whose truth is known, offline, in minutes: python -m dpo_dist.demo [folder]
 [overrides].
 
 The rule to learn: answer in the tone of the question: a polite one is answered with "madam", a casual one with "mate".
@@ -20,15 +20,13 @@ from dpo_dist.runtime.terminal import Terminal
 
 QUESTIONS = {
     "polite": ("Excuse me, where is the {}, please?", "Could you tell me where the {} is?",
-               "Would you kindly show me the {}?",
-               "I beg your pardon, which way to the {}?"),
+               "Would you kindly show me the {}?", "I beg your pardon, which way to the {}?"),
     "casual": ("Hey, where's the {}?", "Yo, which way to the {}?", "Gotta find the {}, where is it?",
                "Any idea where the {} is, dude?"),
 }
 PLACES = ("kitchen", "garden", "library", "station", "park", "office", "lift", "museum", "market", "harbour", "tower",
-          "bridge", "school",
-          "theatre", "bakery", "pharmacy", "castle", "airport", "hotel", "beach", "stadium", "church", "cinema",
-          "garage", "gallery")
+          "bridge", "school", "theatre", "bakery", "pharmacy", "castle", "airport", "hotel", "beach", "stadium",
+          "church", "cinema", "garage", "gallery")
 DIRECTIONS = ("Straight on", "Second door on the left", "Up the stairs", "Turn right at the corner", "Just behind you",
               "Across the street")
 ENDINGS = {"polite": "madam", "casual": "mate"}
@@ -44,21 +42,18 @@ def main(folder: Path, overrides: list[str]) -> int:
     terminal.say("1/4  data and a tiny model")
     held_out = write_inputs(folder)
     common = [f"data.eval=[{{path: {folder / 'held_out.jsonl'}}}]", "cluster.device=cpu", "model.dtype=fp32",
-              "data.max_length=128",
-              "cluster.procs_per_node=2", f"data.cache_dir={folder / 'tokens'}", *overrides]
+              "data.max_length=128", "cluster.procs_per_node=2", f"data.cache_dir={folder / 'tokens'}", *overrides]
 
     terminal.say("2/4  supervision (loss=sft): the model learns to answer, in either tone")
     code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}",
-                     f"data.train=[{{path: {folder / 'sft.jsonl'}}}]",
-                     "train.epochs=6", "train.pairs_per_step=16", "optim.lr=2e-3", f"run.dir={folder / 'sft'}",
-                     *common])
+                     f"data.train=[{{path: {folder / 'sft.jsonl'}}}]", "train.epochs=6", "train.pairs_per_step=16",
+                     "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common])
     if code:
         return code
     terminal.say("3/4  DPO (2 processes, ZeRO-3): reference scored once, policy trained, evaluated, exported")
     code = dpo_dist(["run", "loss=rpo", f"model.path={folder / 'sft' / 'model'}",
-                     f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]",
-                     "train.epochs=4", "train.pairs_per_step=16", "optim.lr=5e-4", "loss.beta=0.5",
-                     f"run.dir={folder / 'dpo'}",
+                     f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]", "train.epochs=4", "train.pairs_per_step=16",
+                     "optim.lr=5e-4", "loss.beta=0.5", f"run.dir={folder / 'dpo'}",
                      f"reference.cache_dir={folder / 'reference'}", *common])
     if code:
         return code
@@ -111,8 +106,8 @@ def write_data(folder: Path) -> list[tuple[str, str]]:
     """Writes sft.jsonl, pairs.jsonl and held_out.jsonl; the held-out prompts as (tone, prompt)."""
     folder.mkdir(parents=True, exist_ok=True)
     r = random.Random(0)
-    prompts = [(tone, question.format(place)) for tone,
-               questions in QUESTIONS.items() for question in questions for place in PLACES]
+    prompts = [(tone, question.format(place)) for tone, questions in QUESTIONS.items()
+               for question in questions for place in PLACES]
     r.shuffle(prompts)
     cut = int(HELD_OUT_SHARE * len(prompts))
     held_out, seen = prompts[:cut], prompts[cut:]
@@ -131,8 +126,8 @@ def write_data(folder: Path) -> list[tuple[str, str]]:
 
 
 def write_model(folder: Path, text: str) -> None:
-    """A random Llama of half a million parameters and a byte-level BPE tokenizer trained on the text, with a chat
-    template."""
+    """A random Llama of half a million parameters, and a byte-level BPE tokenizer with a chat template, trained on the
+    text."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -150,9 +145,8 @@ def write_model(folder: Path, text: str) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                         num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-                         eos_token_id=tokenizer.eos_token_id,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
                          pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder)
 

@@ -1,5 +1,5 @@
-"""<run.dir>/model: the trained weights, tokenizer, chat template and a model card, as from_pretrained expects them.
-Also `dpo-dist export`."""
+"""<run.dir>/model: trained weights, tokenizer, chat template and model card, for from_pretrained. Also `dpo-dist
+export`."""
 from __future__ import annotations
 
 import json
@@ -23,8 +23,7 @@ from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-          "special_tokens_map.json", "vocab.json",
-          "merges.txt", "added_tokens.json", "chat_template.jinja")
+          "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
 def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
@@ -65,16 +64,14 @@ def _finish(partial: Path, folder: Path) -> None:
 
 
 def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> str:
-    """Markdown: what was trained, on what, against which reference, with which loss, and what came out on held-out
-    pairs."""
+    """Markdown: what was trained, on which data, with which reference and loss, and the held-out results."""
     loss = ", ".join(f"{k}={v}" for k, v in vars(config.loss).items() if v is not None and k != "name")
     reference = "none"
     if config.loss.needs_reference:
         reference = f"`{config.reference_path}` (weights {inputs.reference_digest})"
     names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
     lines = ["---", "library_name: transformers", "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
-             f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "",
-             "| | |", "|---|---|",
+             f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "", "| | |", "|---|---|",
              f"| starting weights | `{config.model.path}` ({inputs.policy_digest}) |", f"| reference | {reference} |",
              f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |",
              f"| loss | {config.loss.name} ({loss}) |",

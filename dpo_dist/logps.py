@@ -1,5 +1,4 @@
-"""From the log-probs of tokens to those of pairs. Policy and every reference engine go through here, so they cannot
-disagree.
+"""From log-probs of tokens to those of pairs. The policy and all reference engines use this, so they cannot disagree.
 
 head.py goes from hidden states to the log-probs of tokens.
 """
@@ -13,7 +12,7 @@ from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 
 def sequence_sums(values: Tensor, batch: PackedBatch, keep: Tensor | None = None) -> Tensor:
-    """Sums of (N,) token values by sequence, (S,) float64: a margin is a small difference of large sums. `keep` (N,)
+    """Sums of (N,) token values by sequence: (S,) float64, as a margin is a small difference of large sums. `keep` (N,)
     scales tokens."""
     values = values.double() if keep is None else values.double() * keep
     return values.new_zeros(batch.n_sequences).index_add(0, batch.sequence, values)
@@ -46,16 +45,16 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
         policy_chosen=sums[batch.chosen], policy_rejected=sums[batch.rejected],
         reference_chosen=None if reference_sums is None else reference_sums[batch.chosen],
         reference_rejected=None if reference_sums is None else reference_sums[batch.rejected],
-        chosen_tokens=tokens[batch.chosen], rejected_tokens=tokens[batch.rejected],
-        strength=batch.strength, mean_chosen_tokens=mean_chosen_tokens, wpo_weight=wpo,
+        chosen_tokens=tokens[batch.chosen], rejected_tokens=tokens[batch.rejected], strength=batch.strength,
+        mean_chosen_tokens=mean_chosen_tokens, wpo_weight=wpo,
         whole_chosen=None if whole is None else whole[batch.chosen],
-        whole_rejected=None if whole is None else whole[batch.rejected],
-        kl_per_token=kl, chosen_drift_per_token=chosen_drift)
+        whole_rejected=None if whole is None else whole[batch.rejected], kl_per_token=kl,
+        chosen_drift_per_token=chosen_drift)
 
 
 def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the policy is from the reference on each pair, from (N,) log-probs: (KL estimate, chosen drift), each
-    (B,), nats a token.
+    """How far the policy is from the reference on each pair: (KL estimate, chosen drift), each (B,), in nats a token.
+    policy, reference: (N,) log-probs.
 
     KL estimate: the mean over the pair's completion tokens of exp(r) - 1 - r with r = log reference - log policy,
     Schulman's k3 (joschu.net/blog/kl-approx.html), which is never negative. k3 estimates KL(policy || reference) on
@@ -72,8 +71,7 @@ def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor
 
 
 def plain_token_logps(model: nn.Module, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
-    """(C,) log-probs of one completion after one prompt, by the model's own forward: no packing, no chunks, no
-    cleverness.
+    """(C,) log-probs of one completion after one prompt, by the model's own forward: no packing, no blocks.
 
     The written-out definition that the packed path is held against, in tests and at step 0.
     """

@@ -20,8 +20,8 @@ from dpo_dist.types import PairLogps
 
 
 def preference_loss(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) loss of each pair: the weighted sum of the configured terms. `loss` is resolved, so every option in use has
-    a value.
+    """(B,) loss of each pair: the weighted sum of the configured terms. `loss` is resolved: every option in use has a
+    value.
 
     WPO (arXiv 2406.11827) multiplies terms by pairs.wpo_weight, a constant: those whose row in LOSS_OPTIONS has `wpo`,
     which compare policy and reference on this pair. In a mixture sft, and every other term without that option, keeps
@@ -38,8 +38,8 @@ def preference_loss(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
-    """Implicit rewards of chosen and rejected, each (B,), without gradient, for metrics; None where the loss implies
-    none (sft).
+    """Implicit rewards of chosen and rejected for metrics, each (B,), without gradient; None where the loss has none
+    (sft).
 
     With a reference: beta · logratio, whatever the loss, its length normalization or its divergence, also under a
     mixture, as TRL reports it. Without: the log-probs that the loss compares, scaled as TRL does: simpo beta · log
@@ -59,8 +59,7 @@ def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
 
 
 def check_strengths(strength: Tensor) -> None:
-    """Raises UserError unless all (B,) strengths are above 0, as odpo's margin needs; for the rows of a data set, or of
-    a pack."""
+    """UserError unless all (B,) strengths are above 0, as odpo's margin needs; for a data set or a pack."""
     unknown, not_above = int(strength.isnan().sum()), int((strength <= 0).sum())
     if unknown or not_above:
         raise UserError("loss odpo needs the strength of every pair (how much better chosen is rated than rejected), "
@@ -84,7 +83,7 @@ def _logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def _scores(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """f'(policy / reference) of chosen and rejected, each (B,): the log-ratio under reverse KL. f-DPO (arXiv
+    """f'(policy / reference) of chosen and rejected, each (B,); the log-ratio under reverse KL. f-DPO (arXiv
     2309.16240).
 
     The constant of f' is such that f'(1) = 0: a policy equal to its reference scores 0. It cancels in the difference of
@@ -113,7 +112,7 @@ def _f_prime(logratio: Tensor, loss: LossConfig) -> Tensor:
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """(B,) e^x - 1, continued by its tangent where e^(4x) would overflow: huge values keep their order and finite
+    """(B,) e^x - 1. Where e^(4x) would overflow its tangent takes over: huge values keep their order and finite
     squares."""
     bound = math.log(torch.finfo(x.dtype).max) / 4                   # 22 nats in fp32, 177 in fp64
     return x.clamp(max=bound).expm1() + math.exp(bound) * (x - bound).clamp(min=0)
@@ -126,7 +125,7 @@ def _margin(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def _implicit_rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """beta · logratio of chosen and rejected, each (B,), for losses that look at either alone (hence without
+    """beta · logratio of chosen and rejected, each (B,), for losses that use each by itself (so without
     f_divergence)."""
     chosen, rejected = _logratios(pairs)
     return _number(loss.beta) * chosen, _number(loss.beta) * rejected
@@ -139,8 +138,8 @@ def _cross_entropy(logit: Tensor, label_smoothing: float | None) -> Tensor:
 
 
 def _whole(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """log policy of chosen and rejected, each (B,), nats, every token counted in full even where ld_alpha shortens
-    other terms."""
+    """log policy of chosen and rejected, each (B,), nats: every token in full, even where ld_alpha shortens other
+    terms."""
     if pairs.whole_chosen is None or pairs.whole_rejected is None:
         return pairs.policy_chosen, pairs.policy_rejected
     return pairs.whole_chosen, pairs.whole_rejected
@@ -161,8 +160,7 @@ def sigmoid(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def hinge(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) dimensionless. SLiC's hinge (arXiv 2305.10425) on log-ratios, as RSO has it (arXiv 2309.06657); margin
-    1/beta nats."""
+    """(B,) no unit. SLiC's hinge (arXiv 2305.10425) on log-ratios, as in RSO (arXiv 2309.06657); margin 1/beta nats."""
     return (1 - _margin(pairs, loss)).relu()                                # max(0, 1 - β (logratio_c - logratio_r))
 
 
@@ -192,16 +190,14 @@ def exo_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def robust(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats, may be negative. Robust DPO (arXiv 2403.00409): unbiased when labels are flipped with probability
-    ε."""
+    """(B,) nats, may be negative. Robust DPO (arXiv 2403.00409): unbiased if labels are flipped with probability ε."""
     logit, epsilon = _margin(pairs, loss), _number(loss.label_smoothing)
     kept, flipped = -logsigmoid(logit), -logsigmoid(-logit)
     return ((1 - epsilon) * kept - epsilon * flipped) / (1 - 2 * epsilon)   # ((1-ε) L(c,r) - ε L(r,c)) / (1 - 2ε)
 
 
 def discopop(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414), eq. 5: logistic below margin 0, exponential
-    above.
+    """(B,) nats. DiscoPOP (arXiv 2406.08414), eq. 5: logistic below margin 0, exponential above.
 
     Not monotone: between the two, within a few discopop_tau above margin 0, it rises.
     """
@@ -213,8 +209,8 @@ def discopop(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def odpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. DPO with an offset (arXiv 2402.10571): the margin must exceed odpo_alpha · f(strength), with the
-    paper's f = log.
+    """(B,) nats. DPO with an offset (arXiv 2402.10571): the margin must exceed odpo_alpha · log(strength), the paper's
+    f = log.
 
     So a strength of 1 (in the data's own unit) asks for no more than DPO, and less than 1 for less. Strengths must have
     passed check_strengths: looking here would wait for the GPU at every pack.
@@ -234,8 +230,7 @@ def nca_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def bco_pair(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. Binary classifier optimization (arXiv 2404.04656) without its reward shift, as in TRL and the golden
-    numbers."""
+    """(B,) nats. Binary classifier optimization (arXiv 2404.04656) without its reward shift, as in TRL."""
     chosen, rejected = _implicit_rewards(pairs, loss)
     return -logsigmoid(chosen) - logsigmoid(-rejected)                      # -log σ(r_c) - log σ(-r_r)
 
@@ -249,15 +244,13 @@ def sppo_hard(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def apo_zero(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) in (0, 2), dimensionless. APO-zero (arXiv 2408.06266), eq. 7: chosen more likely than before, rejected
-    less."""
+    """(B,) in (0, 2), no unit. APO-zero (arXiv 2408.06266), eq. 7: chosen more likely than before, rejected less."""
     chosen, rejected = _implicit_rewards(pairs, loss)
     return (-chosen).sigmoid() + rejected.sigmoid()                         # 1 - σ(r_c) + σ(r_r)
 
 
 def apo_down(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) in (0, 2), dimensionless. APO-down (arXiv 2408.06266), eq. 8: both less likely than before, rejected more
-    so."""
+    """(B,) in (0, 2), no unit. APO-down (arXiv 2408.06266), eq. 8: both less likely than before, rejected more so."""
     chosen, rejected = _implicit_rewards(pairs, loss)
     return chosen.sigmoid() + (rejected - chosen).sigmoid()                 # σ(r_c) + 1 - σ(r_c - r_r)
 
@@ -266,8 +259,7 @@ def apo_down(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def aot(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. Alignment by optimal transport, paired (arXiv 2406.05882): policy margins against reference margins of
-    equal rank.
+    """(B,) nats. Alignment by optimal transport, paired (arXiv 2406.05882): policy and reference margins of equal rank.
 
     B must be all pairs of the step and no fillers; pair weights play no part in the ranks. A pair's loss stands in its
     own place: its policy margin against the reference margin of the same rank. (The mean is that of two sorted lists.)
@@ -280,8 +272,8 @@ def aot(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def aot_unpaired(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. Alignment by optimal transport, unpaired (arXiv 2406.05882): chosen against rejected log-ratios of
-    equal rank.
+    """(B,) nats. Alignment by optimal transport, unpaired (arXiv 2406.05882): chosen and rejected log-ratios of equal
+    rank.
 
     B must be all pairs of the step and no fillers; pair weights play no part in the ranks. A loss stands in its
     chosen's place.
@@ -309,14 +301,13 @@ def sft(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def simpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. SimPO (arXiv 2405.14734), eq. 6: reward beta/|y| · log policy(y), margin simpo_gamma in the reward's
-    unit."""
+    """(B,) nats. SimPO (arXiv 2405.14734), eq. 6: reward beta/|y| · log policy(y), margin simpo_gamma in its unit."""
     chosen, rejected = _token_means(pairs)
     return -logsigmoid(_number(loss.beta) * (chosen - rejected) - _number(loss.simpo_gamma))    # -log σ(r_c - r_r - γ)
 
 
 def cpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. CPO (arXiv 2401.08417), eq. 3 with a uniform reference, plus cpo_alpha · sft. label_smoothing as in
+    """(B,) nats. CPO (arXiv 2401.08417), eq. 3 with a uniform reference, plus cpo_alpha · sft. label_smoothing: as
     cDPO.
 
     The likelihood term is a token mean, as in the authors' code and TRL, where the paper writes sums over the
@@ -328,8 +319,7 @@ def cpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def orpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. ORPO (arXiv 2403.07691), eq. 6 and 7: sft + orpo_lambda · -log σ(log odds ratio), probabilities a
-    token's mean.
+    """(B,) nats. ORPO (arXiv 2403.07691), eq. 6 and 7: sft + orpo_lambda · -log σ(log odds ratio) of token means.
 
     The likelihood term covers completion tokens only; TRL's also covers the prompt's.
     """

@@ -1,5 +1,4 @@
-"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out, and nothing
-else.
+"""`dpo-dist score`: fills the cache with the reference's log-probs of all pairs, training and held out.
 
 With reference.mode=ahead it goes through them in the order in which training asks, and its run.dir lies in the
 trainer's.
@@ -43,8 +42,7 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
 
 
 def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """What training will ask for, in that order. The lock shows it that this is alive, and its own shows this when it
-    has gone."""
+    """Scores in the order in which training will ask. Each side sees by the other's lock that it is alive."""
     folder, t = Path(config.run_dir), config.train
     with ExitStack() as alive:
         world.on_main(lambda: _begin(folder, alive))

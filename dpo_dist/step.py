@@ -1,5 +1,4 @@
-"""One optimizer step, or one evaluation: packs → log-probs → loss → gradients. Every pair of the step weighs the same
-(the law: every pair weighs the same)."""
+"""One optimizer step, or one evaluation: packs → log-probs → loss → gradients (the law: every pair weighs the same)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -25,14 +24,12 @@ from dpo_dist.sizing.flops import Flops, StepWork
 from dpo_dist.types import PackedBatch, PairLogps, TokenizedPair
 
 PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens",
-            "rejected_tokens", "strength",
-            "wpo_weight", "kl_per_token", "chosen_drift_per_token")
+            "rejected_tokens", "strength", "wpo_weight", "kl_per_token", "chosen_drift_per_token")
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A rank's packs of one step, and what the whole step is: facts known from the data alone, so no rank has to ask
-    another."""
+    """A rank's packs of one step, and facts of the whole step that follow from the data: no rank has to ask another."""
 
     batches: tuple[PackedBatch, ...]
     positions: tuple[tuple[int, ...], ...]       # of each pack's pairs in the step; empty for a filler
@@ -64,8 +61,8 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
-    """The pair as far as the loss looks at it: one that ignores the rejected completion gets the chosen one twice,
-    computed once."""
+    """The pair as the loss sees it. One that ignores the rejected completion gets the chosen one twice, computed
+    once."""
     return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
 
 
@@ -122,8 +119,8 @@ def _linear(pairs: PairLogps, chosen_slope: Tensor, rejected_slope: Tensor) -> T
 
 def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig,
                        world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """For losses that sort over the step: (per-pair loss, d loss / d chosen, d loss / d rejected), each (P,) in the
-    step's order.
+    """For losses that sort over the step: (per-pair loss, d loss / d chosen, d loss / d rejected), each (P,), in step
+    order.
 
     A first forward without gradient finds every pair's log-probs; the loss of them all gives each pair's slope; the
     second forward then needs only those numbers. One forward more, and exact on any number of ranks and packs.
@@ -140,8 +137,7 @@ def _whole_step_slopes(policy: Policy, reference: ReferenceEngine | None, step: 
 
 def gather_pairs(found: Sequence[PairLogps], positions: Sequence[Sequence[int]], mean_chosen_tokens: float,
                  world: World) -> PairLogps:
-    """All ranks' pairs as one PairLogps on the CPU, in the order of their positions; fillers left out. All ranks call
-    it."""
+    """All ranks' pairs as one PairLogps on the CPU, ordered by position, without fillers. All ranks call it."""
     mine = [(list(at), {k: None if (v := getattr(p, k)) is None else v.detach().cpu().numpy() for k in PER_PAIR})
             for at, p in zip(positions, found, strict=True) if at]
     parts = [part for rank in world.gather(mine) for part in rank]

@@ -1,5 +1,4 @@
-"""Step 0 is checked: before the first update, the log-probs must be what they claim to be, or the run stops and
-names pairs."""
+"""Before the first update, log-probs are checked; where they are wrong, the run stops and names the pairs."""
 from __future__ import annotations
 
 import numpy as np
@@ -19,8 +18,7 @@ PROBED_PAIRS = 3
 
 
 def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, pair_ids: np.ndarray,
-                 pairs: PairStore,
-                 dtype: torch.dtype, world: World) -> None:
+                 pairs: PairStore, dtype: torch.dtype, world: World) -> None:
     """Both checks; `reference` is None where there is none, or where it does not start from the policy's weights."""
     check_packing(policy, pairs, pair_ids, dtype)
     if reference is not None:

@@ -1,5 +1,4 @@
-"""The training run, top to bottom. Also what torchrun is pointed at: torchrun --nproc-per-node 8 -m dpo_dist.train
-[overrides]."""
+"""The training run, top to bottom. With torchrun: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
 from __future__ import annotations
 
 import sys
@@ -134,8 +133,7 @@ class Run:
         return step == 0 or self.is_due(self.config.train.eval_every_steps, step)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The means over the held-out pairs, also as a row of metrics; empty where there are none. All ranks call
-        it."""
+        """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
         means = evaluate_run(self.config, self.inputs, self.policy, self.reference, self.world)
         if means:
             self.tracker.log({"step": step, "split": "eval", **means})
@@ -154,8 +152,8 @@ def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Chec
 
 
 def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
-    """(held-out means before training, those after the steps that are done), once the checks of step 0 are passed. All
-    ranks call it."""
+    """(held-out means before training, those after the finished steps), once step 0's checks pass. All ranks call
+    it."""
     config, inputs, world = run.config, run.inputs, run.world
     if config.reference.outside:
         # audited where it scores, before its first value
@@ -179,8 +177,7 @@ def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, 
 
 
 def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sums: MetricSums, log: StepLog) -> None:
-    """Returns once the reference's values of the step are there. Where they do not come, the steps made until now are
-    saved first."""
+    """Returns once the reference has the step's values. If they do not come, the finished steps are saved first."""
     if run.reference is None:
         return
     try:

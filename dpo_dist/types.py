@@ -1,5 +1,4 @@
-"""The nouns of the data, in the order in which they come to be: PreferenceRow → TokenizedPair → PackedBatch →
-PairLogps."""
+"""The nouns of the data, in the order in which they arise: PreferenceRow → TokenizedPair → PackedBatch → PairLogps."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,8 +14,7 @@ Message = dict[str, Any]                     # {"role": "user", "content": "..."
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """One judgment as read from a file. Either messages (a prompt, then one chosen and one rejected continuation) or
-    token ids."""
+    """One judgment as read from a file: messages (a prompt, a chosen and a rejected continuation) or texts."""
 
     prompt: tuple[Message, ...] | str        # str: one turn under a chat template, plain text without one
     chosen: tuple[Message, ...] | str
@@ -31,8 +29,7 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A prompt and its two completions as token ids. Completions end with the end-of-turn token and share nothing but
-    the prompt."""
+    """A prompt and its two completions as token ids. Completions end with the end-of-turn token."""
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
@@ -52,8 +49,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt of the pack and the completions that continue it: each sees the prompt and itself, never its
-    siblings."""
+    """A prompt of the pack and its completions: each sees the prompt and itself, never the others."""
 
     prompt: Span
     branches: tuple[Span, ...]
@@ -61,8 +57,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One forward: a forest of trees laid end to end, without padding. T tokens, N completion tokens, S sequences, B
-    pairs.
+    """One forward: trees laid end to end, without padding. T tokens, N completion tokens, S sequences, B pairs.
 
     A sequence is one (prompt, completion); a pair names two of them. A pair may appear with weight 0: a filler that
     keeps the number of forwards equal on all ranks.
@@ -97,8 +92,7 @@ class PackedBatch:
         return ((slice(*tree.prompt), slice(*branch)) for tree in self.trees for branch in tree.branches)
 
     def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(prompt ids, completion ids) of the S sequences, in order, int64: views of input_ids, which are on the
-        CPU."""
+        """(prompt ids, completion ids) of the S sequences, in order: int64 views of input_ids, which are on the CPU."""
         ids = self.input_ids[0].numpy()
         return ((ids[prompt], ids[completion]) for prompt, completion in self.slices())
 

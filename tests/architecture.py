@@ -33,8 +33,8 @@ ONLY_IN = {
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "launcher", "runtime.child_process", "runtime.files", "runtime.lock",
-              "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.run_dir",
-              "runtime.terminal")
+              "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank",
+              "runtime.run_dir", "runtime.terminal")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

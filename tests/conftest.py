@@ -81,8 +81,7 @@ def write_tiny_qwen2(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 _TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
-         "initializer_range": 0.2,
-         "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+         "initializer_range": 0.2, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
 def dpo_dist(*words: object, code: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -137,8 +136,8 @@ def world() -> Iterator[World]:
 def base(tmp_path: Path) -> list[str]:
     """Overrides that keep a run small, in fp32, on the CPU, and inside tmp_path."""
     return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={tmp_path / 'tokens'}",
-            f"reference.cache_dir={tmp_path / 'reference'}",
-            "cluster.procs_per_node=1", "cluster.timeout_seconds=60", "data.max_length=256"]
+            f"reference.cache_dir={tmp_path / 'reference'}", "cluster.procs_per_node=1", "cluster.timeout_seconds=60",
+            "data.max_length=256"]
 
 
 def train_on(path: Path) -> str:

@@ -29,10 +29,8 @@ IMPORTED = ("torch", "torch._dynamo", "transformers.modeling_utils", "transforme
             "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
             "transformers.models.qwen2.modeling_qwen2", "deepspeed", "peft", "accelerate", "torch.utils.tensorboard",
             "dpo_dist.train", "dpo_dist.score", "dpo_dist.evaluate", "dpo_dist.export", "dpo_dist.policy.zero",
-            "dpo_dist.reference.zero",
-            "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm", "dpo_dist.run.tracking.tensorboard",
-            "dpo_dist.launcher.cli",
-            "dpo_dist.launcher.node")
+            "dpo_dist.reference.zero", "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm",
+            "dpo_dist.run.tracking.tensorboard", "dpo_dist.launcher.cli", "dpo_dist.launcher.node")
 # beside the socket: a file for each forked process, named by its id, with its words
 PROCESSES = "processes"
 start_process = subprocess.Popen

@@ -51,9 +51,9 @@ def words(tmp_path: Path) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 8)
     return [f"model.path={tmp_path / 'm'}", f"data.train={tmp_path / 'rows.jsonl'}", "cluster.device=cpu",
-            "model.dtype=fp32", "zero=none",
-            "train.pairs_per_step=4", "train.max_steps=1", f"data.cache_dir={tmp_path / 'tokens'}",
-            f"reference.cache_dir={tmp_path / 'reference'}", f"run.dir={tmp_path / 'run'}"]
+            "model.dtype=fp32", "zero=none", "train.pairs_per_step=4", "train.max_steps=1",
+            f"data.cache_dir={tmp_path / 'tokens'}", f"reference.cache_dir={tmp_path / 'reference'}",
+            f"run.dir={tmp_path / 'run'}"]
 
 
 def test_an_engine_is_its_description_its_implementation_its_yaml_and_one_line(house: Path, words: list[str]):
@@ -96,8 +96,7 @@ nats: -1.0                      # what it says
              '    "constant": __import__("dpo_dist.config.engines.constant", '
              'fromlist=["ConstantConfig"]).ConstantConfig,')
     assert touched(house) == {"dpo_dist/config/engines/constant.py", "dpo_dist/config/engines/__init__.py",
-                              "dpo_dist/reference/constant.py",
-                              "conf/reference/constant.yaml"}
+                              "dpo_dist/reference/constant.py", "conf/reference/constant.yaml"}
     assert "reference.nats=-1.0" in run(house, "train", "--help")
     assert ("reference.nats=-10.0 must be between -9 and 0"
             in run(house, "plan", *words, "reference=constant", "reference.nats=-10", code=2))

@@ -1,5 +1,4 @@
-"""Where a run's processes are started: the keys that every cluster has, and each cluster's own. What starts them is in
-launcher/."""
+"""Where a run's processes are started: the keys of all clusters, and those of each one. launcher/ starts them."""
 from __future__ import annotations
 
 from dataclasses import dataclass

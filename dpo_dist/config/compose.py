@@ -141,8 +141,8 @@ def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every key, read from the YAML files' own comments: those of the default configuration,
-    and those that another choice of a group brings."""
+    """(key, default, meaning) of every key, from the YAML files' own comments: the default configuration's keys, then
+    those that other choices of a group add."""
     out: dict[str, tuple[str, str, str]] = {}
     config = conf_dir() / "config.yaml"
     defaults = dict(re.findall(r"^  - (?:optional )?(\w+): (\w+)$", config.read_text(), re.M))
@@ -156,8 +156,7 @@ def documented_keys() -> list[tuple[str, str, str]]:
 
 
 def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
-    """(dotted key, value as written, comment) of each leaf of a YAML file, and of the files its defaults list
-    inherits."""
+    """(dotted key, value as written, comment) of each leaf of a YAML file and of the files that it inherits."""
     rows: dict[str, tuple[str, str, str]] = {}
     parents: list[tuple[int, str]] = []
     last = ""

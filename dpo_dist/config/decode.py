@@ -62,7 +62,7 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
 
 
 def _decode_one_of(kinds: list[Any], value: Any, key: str) -> Any:
-    """The value as the first of these kinds that it fits. Where it fits none, the last one's error, or one that names
+    """The value as the first of these kinds that it fits. Where none fits: the last kind's error, or one that lists
     them all."""
     for kind in kinds:
         try:
@@ -92,8 +92,8 @@ def _decode_variant(section: Any, value: Any, key: str) -> Any:
     try:
         return _decode_dataclass(variants[chosen], value, key)
     except UserError as error:
-        others = [
-            other for other in variants if other != chosen and _refused_alone(variants[chosen], variants[other], value)]
+        others = [other for other in variants
+                  if other != chosen and _refused_alone(variants[chosen], variants[other], value)]
         if others:
             raise UserError(f"{error} with {key}={chosen}; it goes with "
                             f"{' or '.join(f'{key}={other}' for other in others)}") from error

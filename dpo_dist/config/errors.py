@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend. Its message names key, value and remedy; every command ends with exit code
-    2."""
+    """A mistake that a person can fix. The message names key, value and remedy; the command exits with code 2."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

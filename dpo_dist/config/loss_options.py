@@ -1,5 +1,4 @@
-"""What each loss is, for whoever does not compute it: its options with their defaults, what it needs of the data, what
-it rewards.
+"""What each loss is: its options with their defaults, what data it needs, and what it rewards.
 
 Torch-free, so that config errors are instant; the losses themselves are the functions of the same names in losses.py.
 """
@@ -54,6 +53,5 @@ LOSS_OPTIONS: dict[str, LossOptions] = {
     "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False, reward_scale="beta"),
     "orpo": LossOptions({"orpo_lambda": 0.1}, needs_reference=False, reward_scale="orpo_lambda"),
     "cpo": LossOptions({"beta": 0.1, "cpo_alpha": 1.0, "label_smoothing": 0.0}, needs_reference=False,
-                       reward_scale="beta",
-                       reward_of="sum"),
+                       reward_scale="beta", reward_of="sum"),
 }

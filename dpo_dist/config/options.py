@@ -1,5 +1,4 @@
-"""How a key of the configuration is declared: its range, and what it decides. Its default and meaning stand in
-conf/."""
+"""How a configuration key is declared: its range, and what it decides. conf/ holds its default and meaning."""
 from __future__ import annotations
 
 import dataclasses

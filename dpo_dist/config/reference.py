@@ -1,5 +1,5 @@
-"""The reference's keys that every engine has, and what callers ask an engine. Each engine adds its own:
-config/engines/."""
+"""The reference's keys that all engines share, and what callers ask an engine. config/engines/ has each engine's
+own."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,8 +28,7 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """What an engine is, for callers that do not know which one it is. An engine overrides what is different about
-    it."""
+    """An engine as callers see it, whichever it is. Each engine overrides what is different about it."""
 
     path: str | None = option(RUN)
     engine: str = option()
@@ -67,18 +66,15 @@ class ReferenceConfig:
         return 1
 
     def recipe(self, rounds: bool, ranks_of_node: int) -> list[str]:
-        """What else decides a value besides weights, dtype and tokens, in words. rounds: the dtype is narrower than
-        fp32."""
+        """What else decides a value besides weights, dtype and tokens. rounds: the dtype is narrower than fp32."""
         return []
 
     def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
-        """The share of the weights that a rank holds. piece: the largest part that is loaded at once, as a share of
-        all."""
+        """The share of the weights that a rank holds. piece: the largest part that is loaded at once, as a share."""
         return 1.0
 
     def check(self, run: RunConfig) -> None:
-        """UserError where this engine's keys contradict others, or each other. What holds for every engine is in
-        rules.py."""
+        """UserError where this engine's keys contradict other keys. Rules for every engine are in rules.py."""
 
     @property
     def why_not_ahead(self) -> str | None:
@@ -100,8 +96,7 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class OutsideConfig(ReferenceConfig):
-    """An engine outside the training stack: its values have a cache key of their own, and are audited before one is
-    believed."""
+    """An engine outside the training stack. Its values have a cache key of their own and are audited before use."""
 
     audit: AuditConfig = option()
 

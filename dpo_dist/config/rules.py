@@ -1,5 +1,4 @@
-"""What a RunConfig must obey besides types and ranges: a loss's own defaults, and keys that contradict each other. No
-torch here.
+"""Rules between keys: a loss's own defaults, and keys that contradict each other. No torch here.
 
 Rules of a single variant stand beside its keys: an engine's in engines/, a cluster's in cluster.py.
 """

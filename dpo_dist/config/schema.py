@@ -60,8 +60,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Options are None where the loss does not use them; what a loss uses, and its defaults, stand in
-    loss_options.py."""
+    """Options are None where the loss does not use them. loss_options.py says what a loss uses, and its defaults."""
 
     name: str = option(RUN)
     terms: dict[str, float] | None = option(RUN, default=None)
@@ -175,7 +174,7 @@ class RunConfig:
 
     @property
     def run_dir(self) -> str:
-        """Where the run lives. By default a function of what is trained, so that the same command finds its own run
+        """Where the run lives. By default its name follows from what is trained, so the same command finds the run
         again."""
         if self.run.dir:
             return self.run.dir
@@ -184,8 +183,7 @@ class RunConfig:
 
     @property
     def scorer_dir(self) -> str:
-        """Where the scoring processes of reference.mode=ahead live: their logs, markers and lock, apart from the
-        trainer's."""
+        """The folder of the scoring processes of reference.mode=ahead: their own logs, markers and lock."""
         return f"{self.run_dir}/scoring"
 
     def identity(self) -> str:

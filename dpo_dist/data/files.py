@@ -59,8 +59,8 @@ def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
 
 
 def data_files(dataset: DatasetConfig) -> tuple[Path, ...] | None:
-    """The local files of a data set, sorted; None where `path` is a hub name. Raises UserError where there is nothing
-    to read."""
+    """The local files of a data set, sorted; None where `path` is a hub name. UserError where there is nothing to
+    read."""
     path = Path(dataset.path).expanduser()
     if path.is_dir():
         return _files_of_folder(path, dataset.split)
@@ -153,8 +153,7 @@ def _read_json_lines(path: Path, stream: Iterable[bytes]) -> Iterator[Record | B
 
 
 def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
-    """The entries of one big list, decoded one by one from a sliding window, so that the file is never in memory
-    whole."""
+    """The entries of one big list, decoded one by one from a sliding window: the whole file is never in memory."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     window = stream.read(CHUNK_CHARS)
     at, row, lines_before, at_end = window.index("[") + 1, 0, 0, False

@@ -89,9 +89,7 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
 
     return PackedBatch(
         input_ids=whole(ids)[None], position_ids=whole(positions)[None], trees=tuple(spans),
-        predict_at=whole(predict_at),
-        targets=whole(targets), sequence=whole(sequence), offset=whole(offset),
-        lengths=torch.tensor(lengths, dtype=torch.int64),
-        chosen=torch.tensor(chosen, dtype=torch.int64), rejected=torch.tensor(rejected, dtype=torch.int64),
-        pair_ids=tuple(pair_ids),
+        predict_at=whole(predict_at), targets=whole(targets), sequence=whole(sequence), offset=whole(offset),
+        lengths=torch.tensor(lengths, dtype=torch.int64), chosen=torch.tensor(chosen, dtype=torch.int64),
+        rejected=torch.tensor(rejected, dtype=torch.int64), pair_ids=tuple(pair_ids),
         weight=torch.tensor(weights, dtype=torch.float32), strength=torch.tensor(strength, dtype=torch.float32))

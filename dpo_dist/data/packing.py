@@ -1,5 +1,4 @@
-"""Which rank forwards which pairs at which micro-step: decided from lengths and contents alone, identically on every
-rank.
+"""Which rank forwards which pairs at which micro-step. Lengths and contents alone decide, the same way on every rank.
 
 Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is
 computed once. Packs keep to a token budget (of padded rows: rows times the longest), are equally many on every rank
@@ -65,8 +64,8 @@ class StepPlan:
 
 
 class _Size(NamedTuple):
-    """What a forward computes: rows, padded to the longest. Tokens laid end to end are rows of one token, which pad
-    nothing."""
+    """What a forward computes: rows padded to the longest. Tokens laid end to end count as rows of one token: no
+    padding."""
 
     rows: int
     longest: int
@@ -108,8 +107,8 @@ class _Prompt(NamedTuple):
 
 def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_microbatch: int,
               share_completions: bool = True) -> StepPlan:
-    """Spreads a step's pairs over ranks and micro-steps: as few micro-steps as the token budget allows, packs of
-    near-equal cost.
+    """Spreads a step's pairs over ranks and micro-steps: the fewest micro-steps that the token budget allows, and packs
+    of nearly equal cost.
 
     Largest first into the cheapest pack with room (Graham 1969). Where that balances badly, filling one micro-step
     after the other, one micro-step more, and prompts cut smaller are tried, and what ends sooner is taken: a prompt
@@ -127,8 +126,8 @@ def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_micr
     best = _spread(whole, filler, world_size, tokens_per_microbatch)
     pack = mean / len(best.packs)
     for part, more_micro_steps, in_turn in ((math.inf, 0, True), (math.inf, 1, True), (math.inf, 1, False),
-                                            (math.inf, 2, False),
-                                            (pack, 0, False), (pack / 2, 0, False), (pack / 4, 0, False)):
+                                            (math.inf, 2, False), (pack, 0, False), (pack / 2, 0, False),
+                                            (pack / 4, 0, False)):
         if best.makespan <= GOOD_BALANCE * mean:
             break
         units = whole if part == math.inf else _cut(prompts, tokens_per_microbatch, part, share_completions)
@@ -233,7 +232,7 @@ def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int,
 
 
 def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan:
-    """Packs, world_size for each micro-step: a micro-step's are neighbours in cost, and the busiest rank gets the
+    """Packs, world_size for each micro-step. Packs of a micro-step cost about the same; the busiest rank gets the
     cheapest."""
     bins.sort(key=lambda units: (-sum(u.cost for u in units), units))
     load = [0.0] * world_size
@@ -253,8 +252,8 @@ def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan
 
 
 def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[list[_Unit]]:
-    """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding, and none much
-    larger than another."""
+    """Padded rows in as few packs a rank as the budget allows, sorted by length to keep padding low, of about equal
+    size."""
     order = sorted(units, key=lambda u: (-u.size.longest, u.members))
     packs = _in_order(order, budget)
     n_packs = -(-len(packs) // world_size) * world_size
@@ -276,9 +275,9 @@ def _in_order(order: Sequence[_Unit], cap: float) -> list[list[_Unit]]:
 
 
 def filled_in_turn(rows: Indexes, longest: Indexes, cap: float) -> Indexes:
-    """(packs + 1,) boundaries of packs that are filled with n things as they come, while rows times the longest row
-    keep to `cap`; a thing that is larger alone is a pack of its own. rows, longest: (n,) of each; tokens laid end to
-    end are rows of one token, which pad nothing.
+    """(packs + 1,) boundaries of packs, filled with n items in order while rows times the longest row stay within
+    `cap`. An item that is larger by itself gets a pack of its own. rows, longest: (n,) of each item; tokens laid end to
+    end are rows of one token, without padding.
     """
     if not (longest > 1).any():                            # nothing is padded: sums alone, found by bisection
         until, bounds = np.cumsum(rows), [0]
@@ -302,8 +301,8 @@ def _fill(order: Iterable[_Unit], micro_steps: int, world_size: int, budget: int
 
 
 def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
-    """One micro-step after the other, each as costly as its largest unit demands: the packs of a micro-step are alike,
-    those of two need not be."""
+    """One micro-step after the other, each as costly as its largest unit requires. Packs are alike within a micro-step
+    only."""
     packs: list[list[_Unit]] = []
     left = list(order)
     for more in range(micro_steps, 0, -1):
@@ -316,8 +315,8 @@ def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, bud
 
 def _largest_first(
         order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]], list[_Unit]]:
-    """(packs, units that found no room): each unit, as they come, into the cheapest pack that it fits, in tokens and
-    under `cap` of cost."""
+    """(packs, units that found no room): each unit, in order, into the cheapest pack with room for its tokens and its
+    cost."""
     packs: list[list[_Unit]] = [[] for _ in range(n_packs)]
     used = [0] * n_packs
     heap = [(0.0, b) for b in range(n_packs)]
@@ -340,8 +339,8 @@ def _largest_first(
 
 def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int,
                  padded: bool = False) -> None:
-    """Raises UserError where a pair alone is longer than a pack may be: as padded rows, each with the prompt, or laid
-    end to end."""
+    """UserError where one pair is longer than a pack may be: as two padded rows with the prompt in each, or laid end to
+    end."""
     tokens = 2 * (lengths[:, 0] + lengths[:, 1:].max(1)) if padded else lengths.sum(1)
     worst = int(tokens.argmax())
     if tokens[worst] > tokens_per_microbatch:

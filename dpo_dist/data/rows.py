@@ -186,8 +186,7 @@ def preference(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
         return
     turns = with_system(fields, turns_of(prompt, "prompt", "user"))
     yield PreferenceRow(turns, turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant"),
-                        where, source,
-                        **judgment_of(fields))
+                        where, source, **judgment_of(fields))
 
 
 def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
@@ -208,8 +207,7 @@ def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
 
 
 def sharegpt(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
-    """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one such turn or a list of
-    them."""
+    """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one turn, or a list of turns."""
     for key in ("conversations", "chosen", "rejected"):
         if key not in fields:
             raise Unfit(f"{key} is missing", f"fields: {', '.join(fields)}")
@@ -245,7 +243,7 @@ def _transcript(text: str, key: str) -> Turns:
 
 
 def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]:
-    """A prompt and rated responses: a row for each pair of different ratings, strength = their difference; None for a
+    """A prompt and rated responses: a row for each pair with different ratings, strength = their difference; None for a
     tie.
 
     `responses` (texts or messages) with `ratings` or `scores` beside it, or a list of {"response" | "content" | "text",
@@ -256,11 +254,11 @@ def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]
         raise Unfit("prompt is missing", f"fields: {', '.join(fields)}")
     rated = _rated(fields)
     judgment = {**judgment_of(fields), "tools": tools_of(fields)}
-    as_text = isinstance(fields[key], str) and all(isinstance(answer, str) for answer,
-                                                   _ in rated) and "system" not in fields
+    as_text = (isinstance(fields[key], str) and all(isinstance(answer, str) for answer, _ in rated)
+               and "system" not in fields)
     prompt = sound_text(fields[key], key) if as_text else with_system(fields, turns_of(fields[key], key, "user"))
-    answers = [(sound_text(a, "response") if as_text else turns_of(a, "response", "assistant"), rating) for a,
-               rating in rated]
+    answers = [(sound_text(a, "response") if as_text else turns_of(a, "response", "assistant"), rating)
+               for a, rating in rated]
     for (a, rating_a), (b, rating_b) in combinations(answers, 2):
         if rating_a == rating_b:
             yield None
@@ -281,11 +279,11 @@ def _rated(fields: Fields) -> list[tuple[Any, float]]:
         return [(answer, number(rating, "rating")) for answer, rating in zip(responses, beside, strict=True)]
     out = []
     for response in responses:
-        answer = next((response[k] for k in ("response", "content", "text") if k in response),
-                      None) if isinstance(response, dict) else None
+        known = response if isinstance(response, dict) else {}
+        answer = next((known[k] for k in ("response", "content", "text") if k in known), None)
         if answer is None:
             raise Unfit("a response has no text, or there are no ratings beside the responses", repr(response)[:60])
-        rating = next((response[k] for k in ("rating", "score", "overall_score") if k in response), None)
+        rating = next((known[k] for k in ("rating", "score", "overall_score") if k in known), None)
         out.append((answer, number(rating, "rating")))
     return out
 

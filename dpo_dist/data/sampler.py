@@ -61,8 +61,8 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class PairSampler:
-    """The endless sequence of shuffled epochs, cut into steps of `pairs_per_step`; a step may span two epochs, the last
-    may be short."""
+    """Shuffled epochs without end, cut into steps of `pairs_per_step`. A step may span two epochs; the last may be
+    short."""
 
     shuffle: Shuffle
     pairs_per_step: int
@@ -138,8 +138,7 @@ def make_sampler(pairs: PairStore, train: TrainConfig, group_by_prompt: bool) ->
 
 
 def _whole_prompts(starts: Indexes, pairs_per_step: int) -> Indexes:
-    """Bounds of steps of at most `pairs_per_step` pairs that cut only where a prompt starts, but for prompts that are
-    larger themselves."""
+    """Bounds of steps of at most `pairs_per_step` pairs. Only a prompt that is larger than a step is cut."""
     bounds = [0]
     while bounds[-1] < starts[-1]:
         end = int(starts[np.searchsorted(starts, bounds[-1] + pairs_per_step, side="right") - 1])

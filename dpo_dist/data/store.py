@@ -1,5 +1,4 @@
-"""PairStore: tokenized pairs on disk, memory-mapped, so that ranks and runs share one copy and a million pairs cost no
-memory.
+"""PairStore: tokenized pairs on disk, memory-mapped. All ranks and runs share one copy, and large sets need no memory.
 
 A folder of flat arrays (n pairs, T tokens in all) and meta.json, found in data.cache_dir by the content of all that it
 was made from, or built there under a temporary name and renamed once complete.

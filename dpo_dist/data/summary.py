@@ -9,8 +9,7 @@ from dpo_dist.data.store import PairStore
 
 
 def summary_lines(store: PairStore, title: str) -> list[str]:
-    """Rows read, left out and cut, and the lengths of the pairs that remain, line by line. `title` names the pairs:
-    train, eval."""
+    """Line by line: rows read, left out and cut, and the lengths of the pairs that remain. `title`: train or eval."""
     report = store.report
     lines = [f"{title}: {len(store):,} pairs, {store.meta['tokens']:,} tokens"]
     for source in report["sources"]:

@@ -6,7 +6,7 @@ has none.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,17 +40,6 @@ class TruncationReport:
         else:
             self.kept += 1
             self.truncated += after is not before
-
-
-def make_tokenize(tokenizer: Any | None, config: DataConfig) -> Callable[[DataRow], TokenizedPair | Dropped]:
-    """A function from a row to its pair of at most data.max_length tokens. `tokenizer` may be None where all rows are
-    token ids."""
-    encoder = PairTokenizer.of(tokenizer, config)
-
-    def tokenize(row: DataRow) -> TokenizedPair | Dropped:
-        return truncate(encoder.encode([row])[0], config)
-
-    return tokenize
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
@@ -133,8 +122,8 @@ class PairTokenizer:
             anchor = self._ids([ANCHOR])[0]
             encoded = [ids[len(anchor):] if ids[:len(anchor)] == anchor else self._ids([text])[0]
                        for ids, text in zip(encoded, texts, strict=True)]
-        return [tuple(ids) if self._is_closed(text, ids) else (*ids, self._eos) for text,
-                ids in zip(texts, encoded, strict=True)]
+        return [tuple(ids) if self._is_closed(text, ids) else (*ids, self._eos)
+                for text, ids in zip(texts, encoded, strict=True)]
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
         if self.template is not None and self.template.end_of_turn and text.endswith(self.template.special):

@@ -1,5 +1,5 @@
-"""The command `dpo-dist VERB [key=value ...]`. No torch here: help and errors answer at once, so a verb imports what it
-alone needs."""
+"""The command `dpo-dist VERB [key=value ...]`. No torch here, and each verb imports only what it needs: help is
+instant."""
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""What a cluster's own module, named as in `cluster.name`, does for the command line. A new cluster: that module, and
+"""What a cluster's module does for the command line. A new cluster is launcher/<cluster.name>.py and
 sweep/run_<name>.py."""
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ class Launcher(Protocol):
 
 class SweepLauncher(Protocol):
     def run_groups(self, groups: Sequence[Any]) -> dict[Path, str]:
-        """Runs the jobs of a sweep (sweep/groups.py) and waits; {run.dir: why not} of those that could not be
-        started."""
+        """Runs the jobs of a sweep (sweep/groups.py) and waits; {run.dir: why} of those that could not be started."""
 
     def rendered(self, groups: Sequence[Any]) -> str:
         """What would be submitted, as text. UserError where nothing is."""

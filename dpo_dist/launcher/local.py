@@ -11,9 +11,10 @@ from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
-from dpo_dist.launcher.ranks import Place, Work, free_port
+from dpo_dist.launcher.ranks import Place, Work
 from dpo_dist.launcher.signals import TO_END, receiving
 from dpo_dist.launcher.supervisor import ended_early, run
+from dpo_dist.runtime.ports import free_port
 from dpo_dist.runtime.run_dir import RunDir
 
 NOTHING_SUBMITTED = ("--dry-run shows batch scripts, and cluster=local has none; see `dpo-dist plan`, or set "
@@ -26,8 +27,7 @@ def device_count(cluster: ClusterConfig) -> int:
 
 
 def devices(cluster: ClusterConfig) -> list[str]:
-    """The GPUs that the processes would see, as CUDA_VISIBLE_DEVICES names them; empty where the work is done on the
-    CPU."""
+    """The GPUs that the processes would see, as CUDA_VISIBLE_DEVICES names them; empty where the CPU does the work."""
     if cluster.device == "cpu":
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -47,8 +47,7 @@ def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
 
 
 def run_stages(plan: LaunchPlan) -> int:
-    """Runs the stages in turn until one fails or is stopped; the exit code of the last one run, 0 only when its work is
-    done.
+    """Runs the stages in turn until one fails or is stopped. The exit code is the last stage's: 0 only when it is done.
 
     A signal to end starts no further stage.
     """
@@ -82,8 +81,7 @@ def _work(stage: Stage, run_dir: str, procs_on_machine: int, quiet: bool) -> Wor
     if stage.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(stage.devices))
     return Work(stage.name, stage.module, stage.overrides, folder, folder.launcher_log,
-                Place(stage.procs_per_node, master_port=free_port()),
-                environment, quiet)
+                Place(stage.procs_per_node, master_port=free_port()), environment, quiet)
 
 
 def rank_environment(procs_on_machine: int) -> dict[str, str]:

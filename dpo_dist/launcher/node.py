@@ -1,5 +1,5 @@
-"""This node's ranks of a run on several: python -m dpo_dist.launcher.node [key=value ...]. Every node is given the same
-overrides.
+"""This node's ranks of a run on several nodes: python -m dpo_dist.launcher.node [key=value ...], the same words on
+every node.
 
     NNODES  NODE_RANK  MASTER_ADDR   how many nodes, which of them this is (from 0), and the name or address of node 0
     MASTER_PORT                      a port that is free on node 0 (29500)
@@ -31,8 +31,8 @@ from dpo_dist.runtime.run_dir import RunDir
 
 
 def main(overrides: Sequence[str]) -> int:
-    """0 where this node's ranks have done their work, or have saved it after a signal; 130 after Ctrl-C. What failed is
-    told on stderr, with the node's name."""
+    """0 where this node's ranks are done, or have saved after a signal; 130 after Ctrl-C. Failures are told on stderr,
+    with the node's name."""
     try:
         place = place_of(os.environ)
         run_dir = RunDir(Path(os.environ.get("RUN_DIR") or compose(overrides).run_dir))

@@ -1,5 +1,5 @@
-"""What a node can tell about itself before the work: python -m dpo_dist.launcher.node_check [overrides]. No torch, so
-it takes a second."""
+"""What a node finds wrong with itself before the work: python -m dpo_dist.launcher.node_check [overrides]. No torch
+here."""
 from __future__ import annotations
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""RunConfig → the stages of a command: which entry point runs, on how many nodes, in how many processes, after what.
+"""RunConfig → the stages of a command: which entry point, on how many nodes, in how many processes, after what.
 Pure."""
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from dpo_dist.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry point, started as `nodes` times `procs_per_node` processes with these overrides, once the stages of
-    `after` have succeeded.
+    """One entry point, started as `nodes` times `procs_per_node` processes, once the stages in `after` have succeeded.
 
     beside: the stage that this one serves: both start together, and this one ends with it at the latest.
     """
@@ -60,8 +59,8 @@ STAGES = {
 
 
 def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices: int = 1) -> LaunchPlan:
-    """The stages of a verb: of `run` all that the config needs, of any other itself. `devices`: processes a node where
-    the config says none."""
+    """The stages of a verb: for `run` all that the config needs, else the verb's own. `devices`: processes a node where
+    the config sets none."""
     if config.reference.mode == "ahead" and verb in ("run", "train", "score"):
         scoring, training = _side_by_side(config, tuple(overrides), devices)
         return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
@@ -89,14 +88,13 @@ def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -
     if not shared and trainers + scorers > devices:
         raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's "
                         f"{devices} devices; set cluster.procs_per_node={max(1, devices - scorers)}")
-    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+",
-                                               config.scorer_dir) else "'" + config.scorer_dir.replace("'", "\\'") + "'"
+    quoted = "'" + config.scorer_dir.replace("'", "\\'") + "'"
+    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+", config.scorer_dir) else quoted
     own = [f"run.dir={folder}", "cluster.nodes=1", f"cluster.procs_per_node={scorers}"]
     if config.zero.stage is None:
         own.append("zero.stage=0")                        # plain torch is for one process; scoring does not look at it
     scoring = Stage("score", STAGES["score"].module, 1, scorers, (*overrides, *own), beside="train",
-                    run_dir=config.scorer_dir,
-                    devices=None if shared else tuple(range(trainers, trainers + scorers)),
+                    run_dir=config.scorer_dir, devices=None if shared else tuple(range(trainers, trainers + scorers)),
                     server_nodes=_server_nodes("score", config))
     training = Stage("train", STAGES["train"].module, config.cluster.nodes, trainers, overrides,
                      devices=None if shared else tuple(range(trainers)))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -38,9 +37,9 @@ class Place:
         if self.nodes * self.procs == 1:
             return {}
         return {"RANK": str(self.node * self.procs + local_rank), "LOCAL_RANK": str(local_rank),
-                "GROUP_RANK": str(self.node),
-                "WORLD_SIZE": str(self.nodes * self.procs), "LOCAL_WORLD_SIZE": str(self.procs),
-                "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+                "GROUP_RANK": str(self.node), "WORLD_SIZE": str(self.nodes * self.procs),
+                "LOCAL_WORLD_SIZE": str(self.procs), "MASTER_ADDR": self.master_addr,
+                "MASTER_PORT": str(self.master_port)}
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Ranks:
     def _start(self, local_rank: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         work, captured = self.work, os.environ.get("DPO_DIST_CAPTURE") != "0"
         return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.rank", work.module, *work.overrides],
-                                start_new_session=True,
-                                stdout=log if work.quiet else None, stderr=log if captured else None,
+                                start_new_session=True, stdout=log if work.quiet else None,
+                                stderr=log if captured else None,
                                 env={**work.environment, **work.place.environment(local_rank)})
 
     @property
@@ -119,8 +118,7 @@ class Ranks:
 
     @property
     def code(self) -> int:
-        """Of the first rank that failed, as subprocess has it: negative where a signal ended it. 0 where none
-        failed."""
+        """Exit code of the first rank that failed, as in subprocess: negative for a signal; 0 where none failed."""
         return 0 if self._first is None else self._first[1]
 
     @property
@@ -134,14 +132,8 @@ class Ranks:
 
 
 def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
-    """(local rank, exit code). Of ranks that are found ended in one look, one that a signal ended comes before those
-    that saw it go."""
+    """(local rank, exit code) of the first failure. If several are found at once, one that a signal killed comes before
+    those that only lost a peer."""
     failed = [(rank, code) for rank, code in enumerate(codes) if code]
     killed = [(rank, code) for rank, code in failed if code < 0 and -code not in CONSEQUENCES]
     return next(iter(killed or failed), None)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -10,8 +10,8 @@ TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 @contextmanager
 def receiving(*numbers: signal.Signals) -> Iterator[list[int]]:
-    """Those of these signals that came meanwhile, in order; one that is ignored (nohup) stays so. Noted, not raised: an
-    exception in the middle of a start would lose the process."""
+    """Collects these signals while the block runs, in order; one that is ignored (nohup) stays ignored. They are noted,
+    not raised: an exception while a process is being started would lose that process."""
     received: list[int] = []
     former = {number: signal.getsignal(number) for number in numbers}
     heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]

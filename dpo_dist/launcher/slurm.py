@@ -1,4 +1,4 @@
-"""cluster=slurm: stages as batch jobs that depend on each other, rendered from slurm/train.sbatch, which also works by
+"""cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch, which also works by
 hand."""
 from __future__ import annotations
 
@@ -57,11 +57,13 @@ def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
 def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     """The stages as jobs, in order. Writes nothing."""
     folder = RunDir(Path(launch.run_dir)).slurm
-    return [BatchJob(stage.name, render(stage, config, job_name(launch.run_dir, stage.name),
-                                        folder / f"{stage.name}-%j.out",
-                                   run_dir=stage.run_dir or launch.run_dir),
-                folder / f"{stage.name}.sbatch", stage.overrides, stage.after,
-                tuple(other.name for other in launch.stages if other.beside == stage.name)) for stage in launch.stages]
+    def job_of(stage: Stage) -> BatchJob:
+        script = render(stage, config, job_name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
+                        run_dir=stage.run_dir or launch.run_dir)
+        companions = tuple(other.name for other in launch.stages if other.beside == stage.name)
+        return BatchJob(stage.name, script, folder / f"{stage.name}.sbatch", stage.overrides, stage.after, companions)
+
+    return [job_of(stage) for stage in launch.stages]
 
 
 def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
@@ -77,8 +79,8 @@ def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
 
 
 def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
-    """Submits jobs in order, each after those it names; {name: Slurm's id}. All or none: UserError with what Slurm said
-    of the first that it refused, the others cancelled."""
+    """Submits jobs in order, each after those that it names; {name: Slurm's id}. All or none: if Slurm refuses one, the
+    others are cancelled, and UserError tells what Slurm said."""
     ids: dict[str, str] = {}
     for job in jobs:
         job.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,8 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
 
 
 def sbatch_command(job: BatchJob, ids: Mapping[str, str]) -> list[str]:
-    """The command that submits the job, given the ids of those before it. A job whose condition can no longer come true
-    is cancelled."""
+    """The command that submits the job, given the ids of those before it. Slurm cancels a job that can no longer
+    start."""
     wanted = [f"{how}:{':'.join(ids.get(name, f'<{name}>') for name in names)}"
               for how, names in (("afterok", job.after), ("after", job.served_by)) if names]
     before = [f"--dependency={','.join(wanted)}", "--kill-on-invalid-dep=yes"] if wanted else []
@@ -140,15 +142,13 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
 def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, output: Path,
              array: str | None) -> list[str]:
     return [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
-            f"--signal=B:USR1@{slurm.signal_seconds}",
-            *_machines(stage.nodes, stage.procs_per_node, config, slurm)]
+            f"--signal=B:USR1@{slurm.signal_seconds}", *_machines(stage.nodes, stage.procs_per_node, config, slurm)]
 
 
 def _server_options(stage: Stage, config: RunConfig, slurm: SlurmConfig) -> list[str]:
     """The second part of a heterogeneous job: nodes for the reference's servers."""
-    return ["--ntasks-per-node=1", "--requeue", *_machines(stage.server_nodes, config.reference.server_gpus, config,
-                                                           slurm),
-            *slurm.server_extra]
+    return ["--ntasks-per-node=1", "--requeue",
+            *_machines(stage.server_nodes, config.reference.server_gpus, config, slurm), *slurm.server_extra]
 
 
 def _machines(nodes: int, gpus: int, config: RunConfig, slurm: SlurmConfig) -> list[str]:
@@ -168,9 +168,9 @@ def _variables(stage: Stage, config: RunConfig, slurm: SlurmConfig, run_dir: str
                      f"--container-mounts={','.join([*mounts, *slurm.container_mounts])}",
                      f"--container-workdir={os.getcwd()}"]
     values = {"PYTHON": "python" if own_python else sys.executable, "LAUNCH": str(shipped("launch")),
-              "MODULE": stage.module,
-              "PROCS_PER_NODE": str(stage.procs_per_node), "RUN_DIR": run_dir, "TASKS": str(tasks or ""),
-              "PREFLIGHT": "yes" if slurm.preflight else "no", "MAX_REQUEUES": str(slurm.max_requeues)}
+              "MODULE": stage.module, "PROCS_PER_NODE": str(stage.procs_per_node), "RUN_DIR": run_dir,
+              "TASKS": str(tasks or ""), "PREFLIGHT": "yes" if slurm.preflight else "no",
+              "MAX_REQUEUES": str(slurm.max_requeues)}
     return [*(f"{key}={shlex.quote(value)}" for key, value in values.items()), f"CONTAINER=({shlex.join(container)})",
             "setup() {", *(f"    {line}" for line in slurm.setup or (":",)), "}"]
 

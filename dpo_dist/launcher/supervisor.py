@@ -17,8 +17,8 @@ TAIL_LINES = 20
 
 
 def run(work: Work, received: Sequence[int], companions: Sequence[Work] = ()) -> int:
-    """Starts the ranks, beside companions that serve them, and waits; the exit code. What the ranks tell a person
-    passes through.
+    """Starts the ranks, and companions that serve them, and waits; the exit code. What ranks tell a person passes
+    through.
 
     received: see signals.py. A signal goes to all ranks, which save first (runtime/preemption.py); a second Ctrl-C
     kills them. 128 and the signal's number where one ended the work in good order.
@@ -43,8 +43,8 @@ def run(work: Work, received: Sequence[int], companions: Sequence[Work] = ()) ->
 
 
 def _wait(ranks: Ranks, companions: Sequence[Ranks], received: Sequence[int]) -> None:
-    """Until the ranks have ended. A companion that ends before its work is done is marked FAILED, which the ranks will
-    see: they go as far as they can."""
+    """Waits until the ranks have ended. A companion that ends before its work is done is marked FAILED; the ranks see
+    the marker, and go on as far as they can."""
     serving, passed = list(companions), 0
     while not ranks.look():
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -1,5 +1,4 @@
-"""Branch attention: every prompt of a pack attends to itself, every completion to its prompt and itself, and to nothing
-else.
+"""Branch attention: each prompt of a pack sees itself, each completion sees its prompt and itself, and nothing else.
 
 No mask over the pack exists; the cost grows with the branches, not with the square of the pack. It is registered under
 the name "branch" in transformers' table of attention functions and receives the pack's structure as the keyword
@@ -55,8 +54,7 @@ class Forest:
         return out
 
     def starts(self, device: torch.device) -> Tensor:
-        """(2, prompts and branches + 1) int32: where the queries, and the keys, of each begin, and the last one's
-        end."""
+        """(2, prompts and branches + 1) int32: where the queries and the keys of each begin, and the last end."""
         if device not in self._starts:
             starts = torch.tensor([[0, *accumulate(self.lengths)], [0, *accumulate(self.seen)]], dtype=torch.int32)
             if device.type == "cuda":
@@ -76,11 +74,11 @@ class Forest:
 def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
                      sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
-    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: plain causal
+    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: causal
     rows."""
     if forest is None:
-        return _attend(
-            Forest(()), query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+        rows = _attend(Forest(()), query, key, value, scaling, sliding_window, softcap)
+        return rows.transpose(1, 2).contiguous(), None
     kernel = _kernel(query, key, softcap)
     if kernel is not None:
         return packed_attention(query, key, value, forest, scaling, sliding_window, kernel.attend), None
@@ -108,10 +106,9 @@ def describe_attention(config: PretrainedConfig, dtype: torch.dtype, device: tor
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None,
-                     window: int | None,
-                     attend: Attend) -> Tensor:
-    """(1, T, H, D), as branch_attention: one call in which every prompt and branch is a sequence, with its prompt's
-    keys before its own.
+                     window: int | None, attend: Attend) -> Tensor:
+    """(1, T, H, D), as branch_attention: one call in which each prompt and branch is a sequence, its prompt's keys
+    before its own.
 
     A prompt's keys are copied once a branch, in the key heads that the model has: about 0.5 % of a layer's time, and
     simpler than two calls (branches against themselves, and against their prompts) whose joining moves as many bytes.
@@ -151,9 +148,8 @@ ALL_ATTENTION_FUNCTIONS.register("branch", branch_attention)
 # ----------------------------------------------------------------------------------- which models branch attention fits
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-          "vocab_size": 64,
-          "n_embd": 32, "n_head": 4, "n_inner": 48, "sliding_window": 6, "query_pre_attn_scalar": 8, "pad_token_id": 0,
-          "bos_token_id": 1, "eos_token_id": 2}
+          "vocab_size": 64, "n_embd": 32, "n_head": 4, "n_inner": 48, "sliding_window": 6, "query_pre_attn_scalar": 8,
+          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _WITH_HEADS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head",
                "n_inner")
 
@@ -182,8 +178,8 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
 
 
 def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
-    """The same architecture with 4 · scale heads of 8 (2 · scale key-value heads where they are fewer), and a layer of
-    each kind."""
+    """The same architecture with 4 · scale heads of 8 (2 · scale key-value heads if fewer), and one layer of each
+    kind."""
     small = copy.deepcopy(config)
     wider = {key: scale * _SMALL[key] for key in _WITH_HEADS}
     for key, value in {**_SMALL, **wider}.items():

@@ -36,8 +36,8 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
-    """False: backward finds all it needs kept. True: it recomputes every layer. N: the first N layers, and of the
-    others the cheap parts.
+    """False: backward finds everything kept. True: it recomputes every layer. N: it recomputes the first N layers, and
+    only the cheap parts of the others.
 
     Layers must not draw random numbers: the generators' states are not kept (load_causal_lm sees to it). UserError
     where the model's layers cannot be recomputed, or are fewer than N.
@@ -69,15 +69,15 @@ def _flat_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around a layer in forward, where outputs of products and attention are kept, and around it when it is computed
-    again."""
+    """Contexts around a layer: in forward, where outputs of products and attention are kept; and when it is
+    recomputed."""
     forward, again = create_selective_checkpoint_contexts(_policy)
     return _both(_NoneInPlace(), forward), again
 
 
 def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    """Of the operator and its shapes alone: torch before 2.13 asks once more when it computes again, and must hear the
-    same."""
+    """Depends on the operator and its shapes only: torch before 2.13 asks again when it recomputes, and needs the same
+    answer."""
     return CheckpointPolicy.MUST_SAVE if _is_dear(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -118,7 +118,7 @@ def _written(operator: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def _is_dear(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True for what takes longer to compute than to read: products and attention, but not LoRA's B, which sums a few
+    """True for what takes longer to compute than to read: products and attention. Not LoRA's B, which sums few
     numbers."""
     if operator in _PRODUCTS:
         matrix = args[2 if operator is aten.addmm.default else 1]

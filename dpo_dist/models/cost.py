@@ -1,5 +1,4 @@
-"""A model's Flops, from its config alone: the model is laid out on torch's meta device, where weights have shapes and
-no bytes."""
+"""A model's Flops, from its config alone: on torch's meta device weights have shapes and no bytes."""
 from __future__ import annotations
 
 import copy
@@ -14,7 +13,7 @@ from dpo_dist.sizing.flops import Flops
 
 
 def forward_flops(config: PretrainedConfig) -> Flops:
-    """Flops of the architecture that `config` describes. Of mixtures of experts, the experts that a token visits
+    """Flops of the architecture that `config` describes. In a mixture of experts only those that a token visits
     count."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))

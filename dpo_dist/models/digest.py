@@ -1,5 +1,4 @@
-"""What a model is, by content: a digest of its weights' bytes that does not depend on file names, sharding or the
-folder."""
+"""A digest of a model's content: its weights' bytes, whatever the file names, the sharding or the folder."""
 from __future__ import annotations
 
 import hashlib
@@ -31,8 +30,7 @@ def model_digest(folder: Path) -> str:
 
 
 def _tensor_digests(file: Path) -> list[tuple[str, str, str]]:
-    """(name, "dtype shape", digest of the bytes) of each tensor. safetensors: u64 header size, JSON header, then the
-    data."""
+    """(name, "dtype shape", digest of the bytes) of each tensor. safetensors: u64 header size, JSON header, data."""
     out = []
     with file.open("rb") as f:
         header_size = int.from_bytes(f.read(8), "little")
@@ -58,8 +56,7 @@ def tokenizer_digest(folder: Path) -> str:
     """Hex digest of the files that decide how text becomes ids."""
     digest = hashlib.blake2b(digest_size=16)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-             "merges.txt",
-             "added_tokens.json", "chat_template.jinja")
+             "merges.txt", "added_tokens.json", "chat_template.jinja")
     for name in names:
         if (folder / name).is_file():
             digest.update(f"{name}\0".encode() + (folder / name).read_bytes())

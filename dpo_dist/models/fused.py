@@ -1,5 +1,4 @@
-"""Norms, SwiGLU and rotary embedding by one kernel each way in place of the model's five to ten, on GPUs; each keeps
-its inputs alone.
+"""On GPUs: norms, SwiGLU and rotary embedding by one kernel each way instead of five to ten, keeping only their inputs.
 
 A module's own forward is replaced where its arithmetic is that of Llama's, which is found out by computing, not by its
 name. Modules keep their parameters and names, so checkpoints, adapters and ZeRO's hooks see the model that they know.
@@ -31,8 +30,8 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"            # what transformers' attenti
 
 @dataclass(frozen=True)
 class Kernels:
-    """What fused_kernels.py holds; tests put plain twins in its place. `norm` is None where torch has no fused one
-    (before 2.10)."""
+    """The functions of fused_kernels.py; tests use plain ones. `norm` is None if torch has no fused one (before
+    2.10)."""
 
     norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] | None
     norm_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -91,8 +90,7 @@ class Rotary(Function):
 
 
 def fuse(model: nn.Module, kernels: Kernels | None = None) -> list[str]:
-    """Replaces the forwards of those modules of this model that compute as Llama's do; returns which kinds there
-    were."""
+    """Replaces the forwards of modules that compute what Llama's do; the kinds that were replaced."""
     kernels = kernels or gpu_kernels()
     found: dict[str, None] = {}
     rotating: dict[Any, Any] = {}
@@ -105,12 +103,12 @@ def fuse(model: nn.Module, kernels: Kernels | None = None) -> list[str]:
 
 
 def _replacements(module: nn.Module, kernels: Kernels, rotating: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """(kind, forward) for the module, where it computes as Llama's. `rotating` keeps one copy of each attention class's
+    """(kind, forward) for a module that computes what Llama's does. `rotating` keeps one copy of each attention class's
     forward."""
     if kernels.norm is not None and type(module).__name__.endswith("RMSNorm") and _computes_llamas_norm(module):
         yield NORM, _norm_forward(type(module).forward, kernels)
-    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj",
-                                              "act_fn")) and _computes_swiglu(module):
+    mlp = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    if all(hasattr(module, name) for name in mlp) and _computes_swiglu(module):
         yield SWIGLU, _mlp_forward(kernels)
     own = type(module).forward
     if (isinstance(own, FunctionType) and ROTARY_FUNCTION in own.__code__.co_names
@@ -142,8 +140,8 @@ def _mlp_forward(kernels: Kernels) -> Any:
 
 
 def _attention_forward(own: FunctionType, kernels: Kernels) -> FunctionType | None:
-    """The attention class's forward, with our rotary function where it names the library's; None where that one
-    computes otherwise.
+    """The attention class's forward with our rotary function in place of the library's; None if that one computes
+    something else.
 
     A copy with globals of its own: the library's module stays as it is, and with it every other model of this process.
     """
@@ -167,8 +165,7 @@ def _attention_forward(own: FunctionType, kernels: Kernels) -> FunctionType | No
 
 
 def _twin(module: nn.Module, **parts: nn.Module | nn.Parameter) -> nn.Module:
-    """A small module of the same class and settings, with some of its parts replaced; its own may be sharded, or
-    large."""
+    """A small module of the same class and settings, with some parts replaced: its own may be sharded, or large."""
     twin = type(module).__new__(type(module))
     nn.Module.__init__(twin)
     for name, value in vars(module).items():
@@ -188,8 +185,8 @@ def _agrees(compute: Callable[[], Tensor], wanted: Tensor) -> bool:
 
 
 def _computes_llamas_norm(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "weight", None),
-                      nn.Parameter) or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+    has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
+    if not has_eps or not isinstance(getattr(module, "weight", None), nn.Parameter):
         return False
     x, weight = torch.randn(3, 8), nn.Parameter(torch.randn(8))
     twin = _twin(module, weight=weight)
@@ -218,8 +215,8 @@ def _computes_llamas_rotary(function: Any) -> bool:
 
 def choose_kernels(kernels: str, model: PretrainedConfig, dtype: torch.dtype,
                    device: torch.device) -> tuple[bool, str | None]:
-    """(whether to fuse, why not although a GPU is there) for a value of model.kernels and a model's config. UserError
-    where fused kernels were asked for and cannot be had. Called before any sharded load: it makes small models.
+    """(whether to fuse, why not although there is a GPU) for a value of model.kernels and a model's config. UserError
+    where fused kernels were asked for and do not fit. Call it before any sharded load: it makes small models.
     """
     if kernels == "eager" or (kernels == "auto" and device.type != "cuda"):
         return False, None
@@ -263,7 +260,7 @@ def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
                           kernels: Kernels | None) -> list[Tensor] | None:
-    """Hidden states, and each parameter's gradient, of the same random model every time; None where nothing can be
+    """Hidden states and each parameter's gradient, of the same random model every time; None if nothing can be
     fused."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager",
                                              dtype=torch.float32).train()
@@ -283,7 +280,7 @@ def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: 
 
 
 def _error(ours: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest distance of a tensor from the truth over its norm; small gradients among large ones count as a
-    thousandth of these."""
+    """The largest distance of a tensor from the truth over its norm. Small gradients count as a thousandth of the
+    largest."""
     floor = 1e-3 * max(t.norm().item() for t in truth[1:])
     return max(((a - b).norm() / max(b.norm().item(), floor)).item() for a, b in zip(ours, truth, strict=True))

@@ -1,5 +1,4 @@
-"""Triton kernels for SwiGLU and rotary embedding, one pass each way, and torch's own fused RMSNorm. Imported on GPUs
-alone.
+"""Triton kernels for SwiGLU and rotary embedding, one pass each way, and torch's fused RMSNorm. Imported only on GPUs.
 
 Nothing is written in place: a product that selective recomputing keeps must stay as it was. Arithmetic is in fp32 (fp64
 for fp64) and rounded once at the end.
@@ -40,7 +39,7 @@ def _swiglu_backward(grad, gate, up, grad_gate, grad_up, n, WIDE: tl.constexpr, 
 def _rotate(x, cos, sin, out, tokens, heads, half, x_row, x_head, x_token, x_dim, out_row, out_head, out_token, out_dim,
             angle_row, angle_token, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
             HALF: tl.constexpr):
-    """One token's HEADS heads: of each, (a, b) = the halves become (a cos - b sin, b cos + a sin), or by the transposed
+    """HEADS heads of one token. The halves (a, b) become (a cos - b sin, b cos + a sin), or their transposed
     rotation."""
     row = tl.program_id(0).to(tl.int64) // tokens
     token = tl.program_id(0).to(tl.int64) % tokens
@@ -85,14 +84,12 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if n := gate.numel():
         _swiglu_backward[(triton.cdiv(n, ELEMENTS),)](grad, gate, up, grad_gate, grad_up, n, WIDE=_wide(gate.dtype),
-                                                      BLOCK=ELEMENTS,
-                                                      num_warps=8)
+                                                      BLOCK=ELEMENTS, num_warps=8)
     return grad_gate, grad_up
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    """x (B, H, T, D) rotated by cos, sin (B or 1, T, D), or back. The result lies in memory as x does: a view of (B, T,
-    H, D) stays one."""
+    """x (B, H, T, D) rotated by cos, sin (B or 1, T, D), or rotated back. The result has x's memory layout."""
     rows, heads, tokens, width = x.shape
     out, half = torch.empty_like(x), width // 2
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -100,8 +97,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
         at_once = min(triton.next_power_of_2(heads), max(1, ELEMENTS // triton.next_power_of_2(half)))
         _rotate[(rows * tokens, triton.cdiv(heads, at_once))](
             x, cos, sin, out, tokens, heads, half, *x.stride(), *out.stride(), cos.stride(0) if cos.shape[0] > 1 else 0,
-            cos.stride(1),
-            TRANSPOSED=transposed, WIDE=_wide(x.dtype), HEADS=at_once, HALF=triton.next_power_of_2(half), num_warps=4)
+            cos.stride(1), TRANSPOSED=transposed, WIDE=_wide(x.dtype), HEADS=at_once, HALF=triton.next_power_of_2(half),
+            num_warps=4)
     return out
 
 

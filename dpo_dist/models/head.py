@@ -1,5 +1,5 @@
-"""The one definition of a log-prob: from the last hidden states to log p of given tokens. Policy and every reference
-engine use it."""
+"""The one definition of a log-prob: last hidden states → log p of given tokens, for the policy and every reference
+engine."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -35,8 +35,7 @@ class LogpHead(nn.Module):
                              "cuda" if hidden.is_cuda else "cpu")
         keep = torch.is_grad_enabled()                   # always off inside the function, so asked here
         return BlockwiseLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep,
-                                    blocks,
-                                    passes_for(hidden))
+                                    blocks, passes_for(hidden))
 
 
 class Passes(NamedTuple):
@@ -47,8 +46,8 @@ class Passes(NamedTuple):
 
 
 class BlockwiseLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] per row, over blocks of the vocabulary. Backward computes the logits of a block
-    again, but for those that forward kept.
+    """log softmax(head(hidden))[target] per row, over blocks of the vocabulary. Backward recomputes a block's logits
+    unless forward kept them.
 
     The parameters themselves are kept on ctx, not through save_for_backward: ZeRO-3 frees them after forward and
     gathers the same objects again before backward. One function call a pack means one gather a direction.
@@ -56,8 +55,8 @@ class BlockwiseLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
-                softcap: float | None,
-                collision: bool, keep: bool, blocks: Blocks, passes: Passes) -> tuple[Tensor, Tensor]:
+                softcap: float | None, collision: bool, keep: bool, blocks: Blocks,
+                passes: Passes) -> tuple[Tensor, Tensor]:
         ctx.weight, ctx.bias, ctx.scale, ctx.softcap = weight, bias, scale, softcap
         ctx.blocks, ctx.passes = blocks, passes
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -119,8 +118,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a narrow product to an fp32 sum in place, without rounding it first. Tried out: the
-    operation is young."""
+    """Whether this torch adds a narrow product to an fp32 sum in place, without rounding it first. The operation is
+    new, so it is tried."""
     # its product, 16.25 + 2**-10, has more digits than bf16
     narrow = torch.full((16, 16), 1 + 2.0**-7, dtype=dtype, device=device)
     total = torch.full((16, 16), 2.0**-12, device=device)
@@ -150,8 +149,8 @@ def triton_passes() -> Passes:
 
 @cache
 def kernels_misfit(device: torch.device) -> str | None:
-    """Why the head on this GPU has to do without Triton's kernels, or None. They are tried out: Triton may be there,
-    but no C compiler."""
+    """Why this GPU's head cannot use Triton's kernels, or None. They are tried: Triton may be there without a C
+    compiler."""
     try:
         error = trial(triton_passes(), device, torch.bfloat16)
     except Exception as problem:         # whatever Triton raises: torch's operations give the same numbers, slower
@@ -160,8 +159,7 @@ def kernels_misfit(device: torch.device) -> str | None:
 
 
 def trial(passes: Passes, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative difference of log-probs and gradients between these passes and torch's operations, on a
-    small head."""
+    """The largest relative difference of log-probs and gradients between these passes and torch's, on a small head."""
     made = torch.Generator().manual_seed(0)
     rows, size, vocabulary = 9, 64, 5003
     hidden, weight = (torch.randn(n, size, generator=made).to(device, dtype).requires_grad_()
@@ -180,8 +178,7 @@ def trial(passes: Passes, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None,
-           scale: float,
-           softcap: float | None) -> None:
+           scale: float, softcap: float | None) -> None:
     """Adds a block (N, W) of raw logits, columns `first` on, to what earlier blocks gave, all (N,): the log of the sum
     of exp(logit) and of exp(2 logit), and the logit of each row's target once its block comes."""
     bounded, _ = _bounded(logits, scale, softcap)

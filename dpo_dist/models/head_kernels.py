@@ -1,5 +1,4 @@
-"""Two Triton kernels of the head: each reads a block of logits once, where torch's own operations would pass over it
-ten times.
+"""The head's two Triton kernels: each reads a block of logits once, where torch's operations pass over it ten times.
 
 Imported on GPUs alone. What they compute is what head.py's plain functions compute, which tests hold them against.
 """
@@ -60,8 +59,8 @@ def _absorb(logits, row_stride, columns, first, targets, target_logit, normalize
 
 
 @triton.jit
-def _differentiate(logits, row_stride, columns, first, targets, normalizer, grad, scale, softcap,
-                   HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _differentiate(logits, row_stride, columns, first, targets, normalizer, grad, scale, softcap, HAS_CAP: tl.constexpr,
+                   BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < columns
@@ -74,8 +73,7 @@ def _differentiate(logits, row_stride, columns, first, targets, normalizer, grad
 
 
 def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None,
-           scale: float,
-           softcap: float | None) -> None:
+           scale: float, softcap: float | None) -> None:
     """As head.absorb. logits (N, W) with contiguous rows; the others (N,), fp32 and int64."""
     rows, columns = logits.shape
     if rows:
@@ -93,8 +91,7 @@ def differentiate(logits: Tensor, first: int, targets: Tensor, normalizer: Tenso
     if rows:
         _differentiate[(rows, triton.cdiv(columns, block))](
             logits, logits.stride(0), columns, first, targets, normalizer, grad, scale,
-            1.0 if softcap is None else softcap,
-            HAS_CAP=softcap is not None, BLOCK=block, num_warps=WARPS)
+            1.0 if softcap is None else softcap, HAS_CAP=softcap is not None, BLOCK=block, num_warps=WARPS)
     return logits
 
 

@@ -1,7 +1,9 @@
-"""Models and tokenizers from disk (or the hub cache), and ScoredModel: a causal LM that answers with log-probs of a
-pack."""
+"""Loads models and tokenizers from disk or the hub cache; ScoredModel: a causal LM that returns log-probs of a pack."""
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig, ModelConfig
@@ -19,8 +23,7 @@ from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class ScoredModel(nn.Module):
-    """A causal LM whose forward takes a PackedBatch and returns (logps (N,), log_collision (N,) or empty): what engines
-    wrap."""
+    """A causal LM whose forward takes a PackedBatch and returns (logps (N,), log_collision (N,) or empty)."""
 
     def __init__(self, lm: nn.Module, attention: str):
         super().__init__()
@@ -55,8 +58,8 @@ class ScoredModel(nn.Module):
         return out.last_hidden_state[0][batch.predict_at]
 
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
-        """Each sequence in a row of its own, padded on the right, where causal attention never looks. The plan bounds
-        rows times longest."""
+        """Each sequence in its own row, padded on the right, where causal attention never looks. The plan bounds rows
+        times longest."""
         ids = batch.input_ids[0]
         rows = [torch.cat([ids[prompt], ids[completion]]) for prompt, completion in batch.slices()]
         prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches],
@@ -125,8 +128,7 @@ def read_config(folder: Path) -> Any:
 
 
 def quantization(config: Any) -> str | None:
-    """How a model's weights are quantized ("bitsandbytes, 4 bits"), or None; from the quantization_config of its
-    config.json."""
+    """How a model's weights are quantized ("bitsandbytes, 4 bits"), or None; from config.json's quantization_config."""
     how = getattr(config, "quantization_config", None)
     if how is None:
         return None
@@ -158,8 +160,7 @@ def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most of the weights in a model's files. Loaded in it, weights stay in the files, mapped into memory
-    page by page."""
+    """The dtype of most weights in a model's files. Loaded in it, weights stay in the files, mapped page by page."""
     bytes_of: dict[torch.dtype, int] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as f:
@@ -176,8 +177,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
         raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
     def load(implementation: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation,
-                                                    use_safetensors=True,
-                                                    local_files_only=True)
+                                                    use_safetensors=True, local_files_only=True)
 
     if attention == "branch":
         model = load("branch")
@@ -191,6 +191,24 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
     if fused:
         fuse(model)
     return model
+
+
+@contextmanager
+def sharded_load(config: dict[str, Any]) -> Iterator[None]:
+    """Inside, models are loaded as this DeepSpeed configuration says: with ZeRO-3 no rank ever holds a whole one."""
+    alive = HfDeepSpeedConfig(config)                    # transformers looks at it as long as it lives
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back the memory of models that nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _without_dropout(model: PreTrainedModel) -> None:

@@ -1,5 +1,4 @@
-"""Models larger than memory: the weights stay in their files, and each layer is brought to the device for its forward
-alone."""
+"""Models larger than memory: weights stay in their files, and a layer is on the device only for its own forward."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
 
 
 def load_streamed(folder: Path, dtype: torch.dtype, attention: str, device: torch.device) -> ScoredModel:
-    """A frozen ScoredModel on `device` that holds one layer there at a time, in `dtype`, with the numbers of a whole
+    """A frozen ScoredModel on `device` that holds one layer at a time, in `dtype`. Its numbers are those of a whole
     one.
 
     Loaded in the files' own dtype, parameters are views of the mapped files: pages that the system reads when they are

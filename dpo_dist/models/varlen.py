@@ -1,5 +1,5 @@
-"""Variable-length attention kernels of a GPU: which of them computes the packs, found out on the device, and why not a
-faster one."""
+"""Variable-length attention kernels of a GPU: which one computes the packs, found by trying, and why not a faster
+one."""
 from __future__ import annotations
 
 import inspect
@@ -62,8 +62,8 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, key_head
 
 
 def trial(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> float:
-    """The worst relative error of output and gradients against fp32: sequences with as many keys as queries, with more,
-    and of one token."""
+    """The worst relative error of output and gradients against fp32, for sequences with as many keys as queries, with
+    more, and of one token."""
     queries, keys = [37, 130, 1, 64], [37, 300, 1, 65]
     made = torch.Generator(device="cpu").manual_seed(0)
     shapes = [(sum(queries), heads), (sum(keys), key_heads), (sum(keys), key_heads), (sum(queries), heads)]
@@ -83,8 +83,7 @@ def trial(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, 
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
-          scale: float | None,
-          window: int | None) -> Tensor:
+          scale: float | None, window: int | None) -> Tensor:
     """What the kernels compute, written out: each sequence by itself."""
     out = []
     for (a, b), (c, d) in zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True):
@@ -102,13 +101,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, m
 
 
 def _flash_attention(module: str, device: torch.device) -> Attend:
-    """FlashAttention's own package: version 4 (flash_attn.cute) or 3 (flash_attn_interface), whose calls differ in
-    nothing used here."""
+    """FlashAttention's own package, version 4 (flash_attn.cute) or 3 (flash_attn_interface): the calls used here are
+    the same."""
     call = import_module(module).flash_attn_varlen_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
-               scale: float | None,
-               window: int | None) -> Tensor:
+               scale: float | None, window: int | None) -> Tensor:
         options: dict[str, Any] = {"cu_seqlens_q": q_starts, "cu_seqlens_k": k_starts, "softmax_scale": scale,
                                    "causal": True}
         if "max_seqlen_q" in inspect.signature(call).parameters:
@@ -129,8 +127,7 @@ def _torch(repeated: bool, device: torch.device) -> Attend:
     known = inspect.signature(varlen_attn).parameters
 
     def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
-               scale: float | None,
-               window: int | None) -> Tensor:
+               scale: float | None, window: int | None) -> Tensor:
         options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
         if repeated:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -20,9 +20,9 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nullcontext(),
                    keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name as in the transformers model, whole CPU tensor) of each weight, LoRA merged in fp32; `gathered` makes
-    sharded parameters whole, on all ranks at once. Where not `keep`, tensors are empty: that rank only takes part in
-    the gathering."""
+    """(name as in the transformers model, whole CPU tensor) of each weight, LoRA merged in fp32. `gathered` makes
+    sharded parameters whole, on all ranks at once. If not `keep`, tensors are empty: the rank only takes part in the
+    gathering."""
     modules = dict(model.causal.named_modules())
     for name, parameter in model.causal.named_parameters():
         if ".lora_" in name:
@@ -51,8 +51,8 @@ def _adapters(layer: Any) -> list[nn.Parameter]:
 
 
 def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: bool) -> None:
-    """Writes model.safetensors, or numbered shards with their index where the model is larger than one. `write`: on one
-    rank only."""
+    """Writes model.safetensors, or numbered shards and their index if the model is larger. `write`: true on one rank
+    only."""
     shards: list[dict[str, Tensor]] = [{}]
     files: list[Path] = []
     index: dict[str, int] = {}

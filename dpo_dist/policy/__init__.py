@@ -1,5 +1,4 @@
-"""The policy: what the training loop needs of a model that learns. zero.py (DeepSpeed, any number of ranks), single.py
-(plain torch)."""
+"""The policy: what the training loop needs of the model that learns. zero.py uses DeepSpeed, single.py plain torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,9 +25,9 @@ class Policy(Protocol):
         calls."""
 
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
-        """Clips, updates the weights, clears the gradients; the gradients' global norm before clipping, a scalar on any
-        device, negative or not finite where they are not. skip: a float32 scalar on the device, 1 where no weight is to
-        change, else 0: nobody waits for it.
+        """Clips, updates the weights and clears the gradients. Returns the gradients' global norm before clipping, a
+        scalar on any device; negative or not finite where the gradients are not finite. skip: a float32 scalar on the
+        device, 1 to change no weight, else 0; the process does not wait for it.
         """
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -47,5 +46,5 @@ class Policy(Protocol):
         """The state that `save` wrote; at another number of ranks too."""
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name as from_pretrained expects it, whole tensor on the CPU), adapters merged, one at a time; empty tensors
-        off rank 0."""
+        """(name for from_pretrained, whole CPU tensor), adapters merged, one at a time; empty tensors except on rank
+        0."""

@@ -28,8 +28,8 @@ class MasterWeights:
                 torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [(weight, master) for weight, master in zip(self._weights, self.parameters,
-                                                           strict=True) if weight is not master]
+        both = zip(self._weights, self.parameters, strict=True)
+        return [(weight, master) for weight, master in both if weight is not master]
 
 
 def _is_narrow(parameter: nn.Parameter) -> bool:

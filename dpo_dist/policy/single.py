@@ -1,5 +1,4 @@
-"""The policy in one process with plain torch: no DeepSpeed. What tests and small experiments run, and what zero.py must
-equal."""
+"""The policy in one process with plain torch. Tests and small experiments use it, and zero.py must equal it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ class SinglePolicy:
         self._trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._masters = MasterWeights(self._trained.values())
         self._optimizer = torch.optim.AdamW(self._masters.parameters, lr=0.0, betas=optim.betas, eps=optim.eps,
-                                            weight_decay=optim.weight_decay,
-                                            fused=True)
+                                            weight_decay=optim.weight_decay, fused=True)
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
         return token_logps(self.model, batch.to(self._device), collision)

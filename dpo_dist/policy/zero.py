@@ -12,13 +12,11 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config.schema import OptimConfig, ZeroConfig
 from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import layer_elements
-from dpo_dist.models.load import ScoredModel, token_logps
+from dpo_dist.models.load import ScoredModel, sharded_load, token_logps
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy.skip import skip_update_if
 from dpo_dist.policy.zero_config import deepspeed_config
@@ -35,11 +33,8 @@ class ZeroPolicy:
         self._world, self._stage = world, zero.stage
         bf16, on_gpu = dtype == torch.bfloat16, world.device.type == "cuda"
         config = deepspeed_config(zero, optim, bf16, on_gpu)
-        # alive while from_pretrained runs: no rank ever holds the whole model
-        sharded_load = HfDeepSpeedConfig(config)
-        self.model = load_model().train()
-        unset_hf_deepspeed_config()
-        del sharded_load
+        with sharded_load(config):
+            self.model = load_model().train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps,
                                       weight_decay=optim.weight_decay, fused=True)
@@ -74,7 +69,7 @@ class ZeroPolicy:
         return torch.as_tensor(self._engine.get_global_grad_norm() if own is None else own)
 
     def _grad_norm(self) -> Tensor:
-        """Stage 0 in fp32 has no DeepSpeed optimizer that would tell; every rank holds the whole, averaged
+        """In fp32, stage 0 has no DeepSpeed optimizer that knows the norm; each rank holds the whole, averaged
         gradients."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
@@ -137,6 +132,5 @@ def _convert(saved: Path, universal: Path) -> None:
     partial = universal.with_name("universal.partial")
     shutil.rmtree(partial, ignore_errors=True)
     ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1,
-                              num_merge_workers=1,
-                              keep_temp_folder=False, strict=True, inject_missing_state=False))
+                              num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
     partial.rename(universal)

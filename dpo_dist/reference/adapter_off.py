@@ -1,5 +1,4 @@
-"""For LoRA: the reference is the policy's own base, seen by switching the adapters off. Exact, and no second model in
-memory."""
+"""For LoRA: the reference is the policy's own base, with adapters off. Exact, and no second model in memory."""
 from __future__ import annotations
 
 from contextlib import AbstractContextManager

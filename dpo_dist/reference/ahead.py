@@ -1,5 +1,5 @@
-"""reference.mode=ahead: processes of their own score into the cache while training runs; here, training waits for what
-is missing."""
+"""reference.mode=ahead: other processes score into the cache while training runs; training waits for what is
+missing."""
 from __future__ import annotations
 
 import time
@@ -32,17 +32,15 @@ class Scorer:
         self._last_answer = time.monotonic()
 
     def is_alive(self) -> bool:
-        """False where it has ended. It may also be still to come, or to come back: then True, and UserError once
-        patience is at an end."""
+        """False if they have ended. True also while they have yet to start, or start again; UserError after too long a
+        silence."""
         alive = is_held(self._folder)
         silent = time.monotonic() - self._last_answer
         if silent > self._patience:
-            state = ("there, but stuck" if alive else
-                     "not there: start `dpo-dist score` with the same overrides beside this")
+            state = ("there, but stuck" if alive
+                     else "not there: start `dpo-dist score` with the same overrides beside this")
             raise UserError(f"no reference log-prob has come for {silent:.0f} s; the scoring processes in "
-                            f"{self._folder} are "
-                            f"{state}. "
-                            "cluster.timeout_seconds is the limit")
+                            f"{self._folder} are {state}. cluster.timeout_seconds is the limit")
         return alive or not (self._run_dir.is_done or self._run_dir.failure() is not None)
 
     def last_words(self) -> str:
@@ -51,7 +49,7 @@ class Scorer:
 
 
 class AheadReference(CachedReference):
-    """The cache while it is being filled. Ranks wait together, in short turns, so that none is missed by the others'
+    """The cache while it is being filled. Ranks wait together in short turns, so all of them keep up with
     collectives."""
 
     def __init__(self, cache: LogpCache, world: World, scorer: Scorer, say: Callable[[str], None]):
@@ -60,8 +58,8 @@ class AheadReference(CachedReference):
         self._waited_seconds = 0.0
 
     def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
-        """Raises, on all ranks alike, UserError where the values cannot come any more, and Stopped where a rank was
-        asked to end."""
+        """Raises, on all ranks alike, UserError if the values cannot come any more, and Stopped if a signal has
+        come."""
         began = time.perf_counter()
         self._scorer.answered()                          # while training computed, nobody asked
         wanted = [key for batch in batches for key in self.keys(batch)]

@@ -1,5 +1,5 @@
-"""The parity audit: before any value of an engine outside the training stack is believed, a sample is rescored with the
-training stack.
+"""The parity audit: before values of an engine outside the training stack are used, the training stack rescores a
+sample.
 
 The sample goes through every server twice, in another order and in other company: values that depend on where a
 sequence stands, or on what was asked before it, are off in one of the two.
@@ -71,9 +71,8 @@ class Parity:
 def audit(config: RunConfig, key: ReferenceKey, dtype: torch.dtype, engines: Sequence[ReferenceEngine],
           open_oracle: Callable[[], ReferenceEngine], data_sets: Sequence[PairStore], world: World,
           terminal: Terminal) -> None:
-    """Holds each engine against the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be
-    sharded over them, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's
-    values."""
+    """Compares each engine with the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be
+    sharded, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's values."""
     settings = _settings(config)
     sample = sample_pairs(data_sets, settings.pairs)
     oracle = open_oracle()
@@ -102,8 +101,8 @@ def believe_earlier_audit(config: RunConfig, key: ReferenceKey, dtype: torch.dty
 
 
 def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
-    """n pairs, chosen by content alone: the longest, up to n/2 that share their prompt with another, and the rest by
-    their hash."""
+    """n pairs, chosen by content: the longest, up to n/2 that share their prompt with another, the rest by their
+    hash."""
     content = np.concatenate([pairs.content for pairs in data_sets if len(pairs)])
     lengths = np.concatenate([pairs.lengths() for pairs in data_sets if len(pairs)])
     mixed = content[:, 0] ^ content[:, 1] ^ (content[:, 2] << np.uint64(1))
@@ -143,25 +142,23 @@ def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps
             margins.append(abs(chosen.sum() - rejected.sum()))
         runs = len(found)
         errors.append(PairError(pair.where, float(max(entry.max() for entry in tokens[-2 * runs:])),
-                                float(max(sequences[-2 * runs:])),
-                                float(max(margins[-runs:]))))
+                                float(max(sequences[-2 * runs:])), float(max(margins[-runs:]))))
     token = np.concatenate(tokens)
     worst = sorted(errors, key=lambda e: -e.token)[:WORST_SHOWN]
     return Parity(engine, oracle, servers, len(pairs), sum(map(len, wanted.values())), float(token.mean()),
-                  float(token.max()),
-                  float(np.mean(sequences)), float(max(sequences)), float(np.mean(margins)), float(max(margins)),
-                  tuple(worst))
+                  float(token.max()), float(np.mean(sequences)), float(max(sequences)), float(np.mean(margins)),
+                  float(max(margins)), tuple(worst))
 
 
 def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.dtype, terminal: Terminal) -> None:
-    """Shows and keeps the figures. UserError where one is over its bound: then nothing is kept beside the cache's
+    """Shows and keeps the figures. UserError if one is over its bound; then nothing is kept beside the cache's
     values."""
     beta = config.loss.beta or 1.0
     measured = {**asdict(parity), "margin_mean": beta * parity.margin_mean, "margin_max": beta * parity.margin_max}
     bounds = _bounds(_settings(config), dtype)
-    rows = [[name, f"{measured[f'{kind}_mean']:.2e}", f"{measured[f'{kind}_max']:.2e}", _shown(bounds, kind)] for kind,
-            name in
-            (("token", "a token"), ("sequence", "a completion"), ("margin", f"a margin, times {beta:g}"))]
+    shown = {"token": "a token", "sequence": "a completion", "margin": f"a margin, times {beta:g}"}
+    rows = [[name, f"{measured[f'{kind}_mean']:.2e}", f"{measured[f'{kind}_max']:.2e}", _shown(bounds, kind)]
+            for kind, name in shown.items()]
     terminal.table(f"parity of {parity.engine} with {parity.oracle}: {parity.pairs} pairs, {parity.tokens} tokens, "
                    f"scored twice by {parity.servers} server(s); |error| in nats", ["of", "mean", "worst", "bound"],
                    rows)
@@ -170,20 +167,18 @@ def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.d
     write_json(RunDir(Path(config.run_dir)).parity_json, {**measured, "beta": beta, "bounds": bounds,
                                                           "passed": not over})
     if over:
-        worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, {beta * e.margin:.3g} a "
-                          "margin"
-                          for e in parity.worst)
+        worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, "
+                          f"{beta * e.margin:.3g} a margin" for e in parity.worst)
         raise UserError(f"the audit stopped the run before a value was used: {parity.engine} does not agree with "
                         f"{parity.oracle} ({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must "
-                        "hold the weights of reference.path="
-                        f"{config.reference_path} in {key.dtype}, without prefix caching and quantization; or raise "
-                        "the bound")
+                        f"hold the weights of reference.path={config.reference_path} in {key.dtype}, without prefix "
+                        "caching and quantization; or raise the bound")
     write_json(_beside_values(config, key), asdict(parity))
 
 
 def _shown(bounds: dict[str, float], kind: str) -> str:
-    return ", ".join(f"{name.removeprefix(kind + '_')} {bound:g}" for name,
-                     bound in bounds.items() if name.startswith(kind))
+    return ", ".join(f"{name.removeprefix(kind + '_')} {bound:g}" for name, bound in bounds.items()
+                     if name.startswith(kind))
 
 
 def _settings(config: RunConfig) -> AuditConfig:
@@ -192,8 +187,8 @@ def _settings(config: RunConfig) -> AuditConfig:
 
 
 def _bounds(settings: AuditConfig, dtype: torch.dtype) -> dict[str, float]:
-    return {name: default if getattr(settings, name) is None else getattr(settings, name) for name,
-            default in BOUNDS[dtype].items()}
+    return {name: default if getattr(settings, name) is None else getattr(settings, name)
+            for name, default in BOUNDS[dtype].items()}
 
 
 def _scored(engine: ReferenceEngine, trees: Sequence[Sequences], tokens_per_pack: int) -> Logps:

@@ -1,7 +1,6 @@
 """The oracle: the whole reference model on every rank, by transformers and torch. Other engines are held against it."""
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.engines.hf import HfConfig
-from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory, token_logps
 from dpo_dist.models.stream import load_streamed
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.types import PackedBatch
@@ -46,6 +45,4 @@ class HfReference(ReferenceEngine):
 
     def close(self) -> None:
         self._model = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._device)

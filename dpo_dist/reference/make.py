@@ -1,5 +1,5 @@
-"""RunConfig → the ReferenceEngine that it asks for. An engine's own module, which may be slow to import, is imported
-here alone."""
+"""RunConfig → the ReferenceEngine that it asks for. Only this imports an engine's module, which may be slow to
+import."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -41,9 +41,8 @@ def make_reference(config: ReferenceConfig, setup: Setup) -> ReferenceEngine:
 
 
 def reference_key(config: ReferenceConfig, weights: str, setup: Setup, quantized: str | None) -> ReferenceKey:
-    """What the cache's values are found by. The engines of the training stack give the same values, so they share a
-    key, unless quantized weights or rounded partial sums make other numbers; what an engine outside of it answers is
-    its own."""
+    """The key of the cache's values. Engines of the training stack give the same values and share a key, unless
+    quantized weights or rounded partial sums change them. An engine outside has a key of its own."""
     dtype, rounds = str(setup.dtype).removeprefix("torch."), setup.dtype != torch.float32
     if config.outside:
         return _module(config).reference_key(config, weights, dtype)

@@ -1,9 +1,8 @@
-"""The reference split inside each node by DeepSpeed's inference engine (AutoTP): every rank of a team holds a slice of
+"""The reference split inside each node by DeepSpeed's inference engine (AutoTP): each rank of a team holds a slice of
 each layer."""
 from __future__ import annotations
 
 import copy
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from dpo_dist.config.engines.tensor_parallel import TensorParallelConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.attention import shrink
-from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, stored_dtype
+from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, release_memory, stored_dtype
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import Team, World, prepare_deepspeed
 from dpo_dist.types import PackedBatch
@@ -29,8 +28,8 @@ def open_engine(config: TensorParallelConfig, setup: Setup) -> TensorParallelRef
 
 
 class TensorParallelReference(ReferenceEngine):
-    """Teams of ranks forward the packs of all their members in turn, each pack split over the team; each then keeps its
-    own values.
+    """A team of ranks forwards its members' packs in turn, each pack split over the team; each member keeps its own
+    values.
 
     Callers see a data-parallel engine: a pack for each rank. The output head is whole on every rank, which applies it
     to its own pack alone: the head's work is divided without being sharded.
@@ -67,9 +66,7 @@ class TensorParallelReference(ReferenceEngine):
 
     def close(self) -> None:
         self._model = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._device)
 
 
 def _team_size(size: int | None, world: World, config: Any) -> int:
@@ -97,8 +94,7 @@ class _Mpu:
 
 
 def _split(lm: nn.Module, team: Team, device: torch.device) -> None:
-    """Replaces, in place, the linear layers of the decoder by this rank's slices of them. The head, a LogpHead, stays
-    whole."""
+    """Replaces the decoder's linear layers, in place, by this rank's slices. The head, a LogpHead, stays whole."""
     if team.size > 1:
         exact = {name: buffer.clone() for name, buffer in lm.named_buffers()}
         dtype = next(lm.parameters()).dtype
@@ -129,8 +125,8 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
         wanted = whole.to(device).base_model(input_ids=ids, use_cache=False).last_hidden_state
         try:
             _split(split, team, device)
-            error = (split.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                     - wanted).abs().max() / wanted.abs().max()
+            found = split.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            error = (found - wanted).abs().max() / wanted.abs().max()
         except (AssertionError, ValueError, RuntimeError) as problem:
             raise UserError(f"{refused}DeepSpeed cannot split it ({problem}); set reference=zero") from problem
     if not error < 1e-3:

@@ -1,5 +1,5 @@
-"""reference.sync: a reference that follows the policy (TR-DPO, arXiv 2404.09656): softly, a share of the way, or hard,
-all of it."""
+"""reference.sync: a reference that follows the policy (TR-DPO, arXiv 2404.09656), part of the way (soft) or all of it
+(hard)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -41,8 +41,7 @@ class Leader(Protocol):
 
 
 class TrDpoReference(ReferenceEngine):
-    """An engine whose weights go, every few steps, `alpha` of the way to the policy's: reference ← alpha · policy + (1
-    - alpha) · reference.
+    """An engine whose weights move every few steps: reference ← alpha · policy + (1 - alpha) · reference.
 
     Each rank moves the part of a weight that it holds. Computed in fp32, kept in the model's dtype.
     """
@@ -89,8 +88,8 @@ class TrDpoReference(ReferenceEngine):
     # ---------------------------------------------------------------------------------------------------------- on disk
 
     def save(self, folder: Path) -> None:
-        """reference-RANK.safetensors: each rank's parts, flat; of an engine that is whole on each rank, rank 0's
-        alone."""
+        """reference-RANK.safetensors: each rank's parts, flat. If every rank holds the whole engine, only rank 0
+        writes."""
         if self._world.is_main or any(_is_sharded(weight) for weight in self._weights.values()):
             parts = {name: self._own_part(weight)[0].cpu().contiguous() for name, weight in self._weights.items()}
             safetensors.torch.save_file(parts, folder / f"reference-{self._world.rank:05d}.safetensors")

@@ -1,19 +1,15 @@
-"""The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer, optionally with its shards in CPU
-memory."""
+"""The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer; its shards may stay in CPU memory."""
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 from torch import Tensor
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config.engines.zero import ZeroReferenceConfig
-from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory, sharded_load, token_logps
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import prepare_deepspeed
 from dpo_dist.types import PackedBatch
@@ -28,8 +24,7 @@ def open_engine(config: ZeroReferenceConfig, setup: Setup) -> ZeroReference:
 
 
 class ZeroReference(ReferenceEngine):
-    """Every rank scores packs of its own, gathering one layer at a time; all ranks must score the same number of
-    packs."""
+    """Each rank scores its own packs and gathers a layer at a time. All ranks must score the same number of packs."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str,
                  fused: bool = False):
@@ -39,11 +34,8 @@ class ZeroReference(ReferenceEngine):
             "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})},
         }
-        # alive while from_pretrained runs: no rank ever holds the whole model
-        sharded_load = HfDeepSpeedConfig(config)
-        model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).eval()
-        unset_hf_deepspeed_config()
-        del sharded_load
+        with sharded_load(config):
+            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).eval()
         model.requires_grad_(False)
         self._engine: Any = deepspeed.initialize(model=model, config=config)[0]
         self._engine.eval()
@@ -60,6 +52,4 @@ class ZeroReference(ReferenceEngine):
     def close(self) -> None:
         self._engine.destroy()
         self._engine = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._device)

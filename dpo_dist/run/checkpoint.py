@@ -16,7 +16,7 @@ from dpo_dist.runtime.world import World
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is. The order of pairs, the learning rate and the packs are functions of the step, so nothing else is
+    """Where a run is. The order of pairs, the learning rate and the packs follow from the step: nothing else is
     needed."""
 
     step: int                    # optimizer steps done

@@ -63,14 +63,13 @@ class Inputs:
         pairs = self.train if len(self.train) else self.eval
         tokens = pairs.lengths()
         prompt, chosen, rejected = tokens.mean(0).tolist()
-        return Lengths(prompt, chosen, rejected, len(pairs),
-                       f"mean of {len(pairs):,} tokenized pairs"), int(tokens.sum(1).max())
+        means = Lengths(prompt, chosen, rejected, len(pairs), f"mean of {len(pairs):,} tokenized pairs")
+        return means, int(tokens.sum(1).max())
 
     def reference_setup(self, world: World, policy: HasAdapters | None = None, run: RunConfig | None = None) -> Setup:
         """What the reference's engine is opened with."""
         return Setup(self.reference_folder, self.dtype, self.reference_attention, world, policy, self.reference_fused,
-                     run,
-                     self.reference_key)
+                     run, self.reference_key)
 
     @property
     def same_start(self) -> bool:
@@ -82,8 +81,9 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
     check_shared(config, world)
     policy_folder = resolve(config.model.path, "model.path", config.run.offline)
-    reference_folder = resolve(config.reference_path, "reference.path",
-                               config.run.offline) if config.loss.needs_reference else policy_folder
+    reference_folder = policy_folder
+    if config.loss.needs_reference:
+        reference_folder = resolve(config.reference_path, "reference.path", config.run.offline)
     _check_quantization(config, policy_folder, reference_folder)
     policy_digest = world.on_main(lambda: model_digest(policy_folder))
     reference_digest = policy_digest
@@ -111,14 +111,13 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
     return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention,
-                  reference_attention, fused,
-                  reference_fused, key, replace(forward_flops(model), padded=padded), train, held_out)
+                  reference_attention, fused, reference_fused, key, replace(forward_flops(model), padded=padded), train,
+                  held_out)
 
 
 def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World,
                   terminal: Terminal) -> bool:
-    """Tells which kernels compute on a GPU, and why not faster ones; whether norms, rotary embedding and SwiGLU are
-    fused."""
+    """Tells which kernels a GPU uses, and why not faster ones; whether norms, rotary embedding and SwiGLU are fused."""
     fused, why_not = choose_kernels(config.model.kernels, model, dtype, world.device)
     if why_not:
         terminal.say(f"kernels: the model's own code computes norms, rotary embedding and activation ({why_not})")
@@ -163,8 +162,7 @@ def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Termina
 
 
 def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal) -> None:
-    """Tells what became of the rows, and keeps it in the run's folder; a stage that finds it told says no more than
-    where."""
+    """Shows what became of the rows, and keeps it in the run's folder. A later stage only says where it is."""
     summary = "\n".join(summary_lines(train, "train") + summary_lines(held_out, "held out"))
     if file.exists() and file.read_text() == summary:
         terminal.say(f"data: {len(train):,} pairs to train on, {len(held_out):,} held out, as told in {file}")

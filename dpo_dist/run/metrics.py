@@ -1,5 +1,4 @@
-"""Local sums → global means: what a step or an evaluation measured, added up on each rank and reduced once a logged
-row."""
+"""Local sums → global means: what a step or an evaluation measured, summed on each rank, reduced once a logged row."""
 from __future__ import annotations
 
 import torch
@@ -11,8 +10,7 @@ from dpo_dist.runtime.world import World
 from dpo_dist.types import PairLogps
 
 MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-         "logps/rejected",
-         "reference/kl_per_token", "reference/chosen_drift_per_token")
+         "logps/rejected", "reference/kl_per_token", "reference/chosen_drift_per_token")
 
 
 class MetricSums:
@@ -49,8 +47,8 @@ class MetricSums:
         return world.sum(self._sums).tolist()
 
     def means(self, world: World, mine: Tensor | None = None) -> dict[str, float]:
-        """{name: mean over all ranks' pairs}; what the loss does not know is left out. All ranks call it. mine: this
-        rank's sums, where they are on the CPU already."""
+        """{name: mean over all ranks' pairs}, without what the loss has none of. All ranks call it. mine: this rank's
+        sums, if they are on the CPU already."""
         *sums, weight = world.sum(self._sums if mine is None else mine).tolist()
         named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
         if not self._has_rewards:

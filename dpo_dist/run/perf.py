@@ -1,5 +1,4 @@
-"""How fast and how large: what a step's time was spent on, how much was computed, and the share of the device's peak
-that it reached."""
+"""Speed and memory: where a step's time went, how much was computed, and the share of the device's peak."""
 from __future__ import annotations
 
 import re
@@ -32,8 +31,8 @@ ORNAMENTS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|SXM\d*|AC|HBM3E?|\d+G
 
 @dataclass(frozen=True)
 class Interval:
-    """Some steps of training, as a Clock saw them on this rank. On a GPU its times are events, which may still be to
-    come."""
+    """Some steps of training as a Clock saw them on this rank. A GPU's times are events, which may not have happened
+    yet."""
 
     seconds: Mapping[str, float]                             # by part, on a CPU
     # (part, the event at its end); the first one is the beginning
@@ -118,15 +117,14 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def known_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's dense matrix peak as its data sheet states it; None where it is not known here (a CPU, another
-    dtype)."""
+    """The device's dense matrix peak from its data sheet; None where it is not known (a CPU, another dtype)."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return sheet_tflops(torch.cuda.get_device_name(device))
 
 
 def sheet_tflops(name: str) -> float | None:
-    """The dense bf16 peak of the device of this name. None where any word of it is unknown: a part of a device, or a
-    smaller kin."""
+    """The dense bf16 peak of the device with this name. None if any word of it is unknown: it may be a slice, or a
+    smaller model."""
     words = re.split(r"[\s-]+", name.upper())
     return DENSE_BF16_TFLOPS.get(" ".join(word for word in words if not ORNAMENTS.fullmatch(word)))

@@ -7,8 +7,7 @@ from dpo_dist.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of step 1 … total_steps: a linear rise over the warm-up, then constant, or down to 0 after the last
-    step."""
+    """The rate of step 1 … total_steps: a linear warm-up, then constant, or down to 0 after the last step."""
     warmup = math.ceil(optim.warmup_ratio * total_steps)
     done = step - 1                                       # steps before this one
     if done < warmup:

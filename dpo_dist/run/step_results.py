@@ -63,7 +63,7 @@ class StepResults:
 
 
 class StepLog:
-    """Reads the results of each step once the next one is queued, and writes the rows of metrics. All ranks call its
+    """Reads each step's results once the next step is queued, and writes the metrics rows. All ranks call its
     methods."""
 
     def __init__(self, tracker: Tracker, bar: Progress, world: World):
@@ -71,7 +71,7 @@ class StepLog:
         self._waiting: StepResults | None = None
 
     def add(self, results: StepResults) -> None:
-        """Results of the step that was just queued; those of the step before are read. Raises as StepResults.check
+        """Adds the results of the step just queued, and reads those of the step before. Raises as StepResults.check
         does."""
         self.catch_up()
         self._waiting = results

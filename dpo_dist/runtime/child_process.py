@@ -1,5 +1,4 @@
-"""A process that ends when this one does, however this one ends: a watcher between the two holds a pipe, and the pipe's
-end is the sign.
+"""A process that ends when this one does, however that happens: a watcher between them holds a pipe, and sees it close.
 
 Neither `atexit` nor `finally` runs in a process that is killed, and a forgotten server keeps its GPU.
 """
@@ -17,12 +16,12 @@ GRACE_SECONDS = 10.0                     # between asking a process to end and k
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """The watcher of a process that runs `command`, with both outputs appended to `log`. Its exit code is the process's
-    own."""
+    """The watcher of a process that runs `command`, with both outputs appended to `log`. It exits with the process's
+    code."""
     with log.open("ab") as out:
         return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.child_process", *command],
-                                stdin=subprocess.PIPE, stdout=out,
-                                stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True)
+                                stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=dict(environment),
+                                start_new_session=True)
 
 
 def stop(watcher: subprocess.Popen[bytes]) -> None:

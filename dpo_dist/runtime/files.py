@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what is written here survives a kill and a power cut, or leaves what was there
+"""Files that are whole or absent: a kill or a power cut leaves either what is written here, or what was there
 before."""
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import IO, Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes the file under a temporary name, puts it on disk, and renames it. Several processes may write the same
-    path at once."""
+    """Writes the file under a temporary name, syncs it to disk, and renames it. Several processes may do so at once."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as file:
         file.write(data)
@@ -40,15 +39,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_file(file: IO[Any]) -> None:
-    """Returns when the file's content is on disk: a rename may otherwise outlive, after a power cut, what was written
-    before it."""
+    """Returns when the file's content is on disk. Otherwise a rename could survive a power cut that its content does
+    not."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the folder's names are on disk. Not every network file system can do that for a folder; then nothing
-    is done."""
+    """Returns when the folder's names are on disk. Does nothing on network file systems that cannot sync a folder."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -6,8 +6,7 @@ from torch import Tensor
 
 
 class Later:
-    """A copy of a tensor's values on its way to the process: `values` waits until they are there, and for nothing
-    queued after them."""
+    """A copy of a tensor on its way from the device: `values` waits for it, and for nothing queued after it."""
 
     def __init__(self, tensor: Tensor):
         self._here, self._copied = tensor.detach().clone(), None

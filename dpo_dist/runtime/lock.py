@@ -1,5 +1,4 @@
-"""A folder's lock: held while the work that the folder belongs to is alive, and let go by the system however that
-ends."""
+"""A folder's lock, held while its work is alive. The system releases it however that work ends."""
 from __future__ import annotations
 
 import fcntl

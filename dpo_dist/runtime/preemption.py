@@ -1,5 +1,4 @@
-"""Ending early in good order: a signal is noted, and all ranks act on it together where nothing is lost, at the end of
-a step.
+"""Ending early without loss: a signal is noted, and all ranks act on it together at the end of a step.
 
 USR1 (a scheduler, ahead of its time limit), TERM (a preemption; Slurm sends it twice) and Ctrl-C are heard. The ranks
 agree by the largest of their `received()`, in a collective that runs anyway, save, and raise `Stopped`.
@@ -15,8 +14,7 @@ _received = 0
 
 
 class Stopped(Exception):
-    """The work ended where it was asked to; the same command goes on from there. `number`: the signal's number, as the
-    ranks agreed."""
+    """The work ended where it was asked to; the same command goes on from there. `number`: of the signal agreed on."""
 
     def __init__(self, number: float, kept: str):
         self.signal = signal.Signals(int(number))
@@ -41,8 +39,7 @@ def receive(number: signal.Signals) -> None:
 
 
 def received() -> float:
-    """0, or the number of the signal that this rank was sent. Ranks agree by the largest, so a scheduler's outranks
-    Ctrl-C."""
+    """The number of the signal that this rank was sent, or 0. Ranks take the largest, so a scheduler's beats Ctrl-C."""
     return float(_received)
 
 

@@ -11,8 +11,7 @@ T = TypeVar("T")
 
 @contextmanager
 def prefetched(make: Callable[[int], T], first: int, last: int) -> Iterator[Iterator[tuple[int, T]]]:
-    """An iterator of (step, make(step)) for the steps first to last. One step is made ahead, so that at most two of
-    them exist."""
+    """An iterator of (step, make(step)) for steps first to last. It makes one step ahead: at most two exist at once."""
     with ThreadPoolExecutor(1) as thread:
         yield _in_turn(thread, make, first, last)
 

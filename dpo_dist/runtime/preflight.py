@@ -1,4 +1,4 @@
-"""All ranks of all nodes meet once before the work: a sum over them, and a look at their clocks. Started by
+"""All ranks of all nodes meet once before the work: a sum over them, and a look at their clocks. For
 launch/preflight."""
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def main() -> int:
         return 1
     clocks = world.gather((node, time.time()))
     middle = statistics.median(at for _, at in clocks)
-    late = [f"{name} is {at - middle:+.0f} s off" for name,
-            at in sorted(set(clocks)) if abs(at - middle) > SKEW_SECONDS]
+    late = [f"{name} is {at - middle:+.0f} s off" for name, at in sorted(set(clocks))
+            if abs(at - middle) > SKEW_SECONDS]
     if late and world.is_main:
         print(f"preflight: the clocks differ: {'; '.join(late)}", file=sys.stderr)
     return 0

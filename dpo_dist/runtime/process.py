@@ -1,5 +1,4 @@
-"""How every command's process begins and ends: config, log file, world; then one message and an exit code, never a bare
-traceback."""
+"""How each command's process begins and ends: config, log file, world; then one message and an exit code."""
 from __future__ import annotations
 
 import gc
@@ -30,8 +29,7 @@ Work = Callable[[RunConfig, World, Terminal], None]
 
 
 def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
-    """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 for anything
-    else.
+    """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 otherwise.
 
     The first rank to fail writes <run.dir>/FAILED with the message and the code, and tells the person; of the others,
     one a node tells what it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to

@@ -1,5 +1,4 @@
-"""What every process of a run sets for itself where a person has not: how a GPU's memory is taken, and how many threads
-compute."""
+"""Defaults of every process of a run, where a person has set none: how GPU memory is allocated, and CPU threads."""
 from __future__ import annotations
 
 import os
@@ -24,8 +23,8 @@ def set_defaults() -> None:
 
 
 def threads_are_torchruns() -> bool:
-    """Whether OMP_NUM_THREADS=1 is torchrun's own, which it gives its processes where nobody has set it: its own
-    environment lacks it then."""
+    """Whether OMP_NUM_THREADS=1 was set by torchrun: it does so where nobody else has, so its own environment lacks
+    it."""
     if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:

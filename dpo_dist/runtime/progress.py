@@ -85,8 +85,8 @@ class Bars:
             # No thread redraws: the bar moves only when a step is done. Nor does rich take over sys.stdout and stderr.
             self._rich = RichProgress(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[measures]}", markup=False),
-                console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+                TextColumn("{task.fields[measures]}", markup=False), console=self._console, auto_refresh=False,
+                redirect_stdout=False, redirect_stderr=False)
             self._rich.start()
         self._count += 1
         bar = _Bar(total, done, description, self._rich)

@@ -1,5 +1,4 @@
-"""How the launcher starts a rank: python -m dpo_dist.runtime.rank MODULE [overrides], as python -m MODULE [overrides],
-but sooner.
+"""How the launcher starts a rank: python -m dpo_dist.runtime.rank MODULE [overrides]. As python -m MODULE, but faster.
 
 Importing torch and transformers makes a million objects that stay. Looking through them for garbage again and again
 takes a fifth of the time, so nothing is collected until the work begins (process.run_entry).

@@ -1,5 +1,4 @@
-"""RunDir: every name in a run's folder, and what its markers say. No torch here, so that the launcher can ask as
-well."""
+"""RunDir: every name in a run's folder, and what its markers say. No torch here: the launcher uses it too."""
 from __future__ import annotations
 
 import json

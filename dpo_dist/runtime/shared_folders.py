@@ -34,8 +34,7 @@ def check_shared(config: RunConfig, world: World) -> None:
 
 
 def _leave_token(folder: Path) -> str | None:
-    """The name of an empty file that did not exist before; None where nothing can be written, so that nothing will be
-    left to read."""
+    """The name of a new empty file; None where nothing can be written, so that nothing will be left to read."""
     name = f".seen-by-all-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

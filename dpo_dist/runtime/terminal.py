@@ -1,5 +1,4 @@
-"""Terminal: what a person sees of a run. The libraries' chatter goes to a log file, one a rank; the person reads the
-rest."""
+"""Terminal: what a person sees of a run. The libraries' own output goes to a log file, one a rank."""
 from __future__ import annotations
 
 import io
@@ -38,8 +37,7 @@ class Terminal:
 
     @classmethod
     def start(cls, log_path: str, is_main: bool, capture: bool = True) -> Terminal:
-        """The process's terminal. From here on everything written to fds 1 and 2, by Python or by C, is appended to
-        `log_path`.
+        """The process's terminal. From here on, all output to fds 1 and 2, from Python or C, is appended to `log_path`.
 
         With capture=False the two stay as they are, and only Python's logging and warnings go to the file.
         """
@@ -161,14 +159,12 @@ class _Output(io.TextIOBase):
 
 class _Console(Console):
     def show_cursor(self, show: bool = True) -> bool:
-        """False: the cursor is never hidden, as torchrun may end this process without giving it the time to show it
-        again."""
+        """False: the cursor is never hidden, as a process that is killed could not show it again."""
         return False
 
     @property  # type: ignore[misc]                         # rich's has a setter, which nobody uses
     def size(self) -> ConsoleDimensions:
-        """The size of the window behind the kept file descriptor; rich itself would ask fds 0 to 2, which are
-        elsewhere."""
+        """The size of the window behind the kept file descriptor; rich would ask fds 0 to 2, which point elsewhere."""
         if not self.is_terminal:
             return ConsoleDimensions(PLAIN_WIDTH, 25)
         try:
@@ -181,8 +177,7 @@ class _Console(Console):
 def _console(output: _Output) -> Console:
     is_terminal = output.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
     return _Console(file=cast(IO[str], output), force_terminal=is_terminal, force_jupyter=False, markup=False,
-                    emoji=False,
-                    highlight=False)
+                    emoji=False, highlight=False)
 
 
 def _print(console: Console, text: Text) -> None:
@@ -196,7 +191,7 @@ def _log_to(path: str) -> logging.FileHandler:
 
 
 def _open_standard_fds() -> None:
-    """A process may be started without stdin, stdout or stderr; the next file opened would then silently take their
+    """A process may start without stdin, stdout or stderr. The next opened file would then silently take their
     place."""
     for fd in (0, 1, 2):
         try:

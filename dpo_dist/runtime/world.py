@@ -1,9 +1,7 @@
-"""World: who this process is among the others, and how they talk. The only reader of RANK and caller of
-torch.distributed."""
+"""World: this process among the others, and how they communicate. Only this reads RANK and calls torch.distributed."""
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +12,7 @@ import torch.distributed as dist
 
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime.ports import free_port
 
 T = TypeVar("T")
 
@@ -28,8 +27,7 @@ PEER_GONE = ("Connection closed by peer", "Connection reset by peer",           
 
 @dataclass(frozen=True)
 class Team:
-    """Consecutive ranks that work as one, this one among them; every method must be called by all of them, in the same
-    order."""
+    """Consecutive ranks that work as one, including this one. All of them call each method, in the same order."""
 
     rank: int                                  # this process's place among `size`
     size: int
@@ -66,7 +64,7 @@ class World:
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
         if size == 1 and "RANK" not in os.environ:            # DeepSpeed wants a group even for one process
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1",
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1",
                               LOCAL_RANK="0")
         if not dist.is_initialized():
             timeout = timedelta(seconds=cluster.timeout_seconds)
@@ -94,8 +92,8 @@ class World:
         return total.item()
 
     def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
-        """float32 scalar: 1 where the flag, a bool scalar on the device, is true on any rank, else 0. By the way that
-        gradients take: on GPUs no process waits for it."""
+        """1 where the flag, a bool scalar on the device, is true on any rank, else 0; a float32 scalar. It takes the
+        way of gradients: on GPUs no process waits."""
         highest = flag.float()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return highest
@@ -113,7 +111,7 @@ class World:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on rank 0, on every rank. An exception there is raised on every rank, so that none
+        """The result of `work()` on rank 0, on every rank. An exception there is raised on every rank, so that none
         waits."""
         result: list[Any] = [None, None]
         if self.is_main:
@@ -175,8 +173,8 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer to see that ours is another. Its decorators load torch's compiler, which
-    takes two seconds; nobody here calls what they decorate."""
+    """DeepSpeed imports its Muon optimizer to check whether ours is one. Its decorators would load torch's compiler for
+    two seconds; nobody here calls what they decorate."""
     compiling = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
@@ -198,9 +196,3 @@ def device_of(cluster: ClusterConfig, local_rank: int) -> torch.device:
         raise UserError(f"cluster.procs_per_node is more than the {torch.cuda.device_count()} GPUs of this machine; "
                         "lower it")
     return torch.device("cuda", local_rank)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -1,5 +1,4 @@
-"""What `auto` becomes: the ZeRO stage and the layers that backward computes again, chosen by predicted memory. No torch
-here."""
+"""What `auto` becomes: the ZeRO stage and the recomputed layers, chosen by predicted memory. No torch here."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,9 +25,8 @@ def is_automatic(config: RunConfig) -> bool:
 
 def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware,
            packs: Packs | None = None) -> Choice:
-    """The lowest ZeRO stage that fits, with all activations kept or only the cheap parts of layers computed again;
-    where none does, the lowest that fits with whole layers computed again, as few as possible; where nothing fits, what
-    takes least.
+    """The lowest ZeRO stage that fits while all activations are kept, or only the layers' cheap parts are recomputed.
+    If none does: the lowest that fits with the fewest whole layers recomputed. If nothing fits: what takes least.
 
     packs: what a rank forwards at once, where it is not that of mean lengths.
     """
@@ -49,8 +47,7 @@ def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
 
 
 def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choice:
-    """The choice for a model whose sizes cannot be predicted: on a GPU what takes least memory, elsewhere what is
-    fastest."""
+    """The choice for a model of unknown size: on a GPU what takes least memory, elsewhere what is fastest."""
     if not is_automatic(config):
         return Choice(config, None)
     config = _least(config, ranks) if on_gpu else next(_candidates(config, 1, ranks, 4))
@@ -75,9 +72,8 @@ def _least(config: RunConfig, ranks: int) -> RunConfig:
 
 
 def stages(config: RunConfig, ranks: int, width: int) -> list[int | None]:
-    """The stages that may be chosen, lowest first; `width`: bytes of a weight. In bf16 DeepSpeed's stage 1 holds the
-    whole gradient in fp32 on every rank and reduces it after backward, not during it, so stage 2 is the lowest
-    there."""
+    """The stages to choose from, lowest first; `width`: bytes of a weight. In bf16 the lowest is 2: DeepSpeed's stage 1
+    holds the whole fp32 gradient on every rank, and reduces it after backward instead of during it."""
     zero = config.zero
     if zero.stage != "auto":
         return [zero.stage]

@@ -1,5 +1,4 @@
-"""Memory a rank, predicted from config and config.json before a job is queued; step_time.py goes on from here. No torch
-here.
+"""A rank's memory, predicted from config and config.json before a job is queued (time: step_time.py). No torch here.
 
 Every figure is a sum of named terms, each written from what the code and DeepSpeed 0.19 allocate; nothing is fitted.
 What a device is assumed to do stands in Device. The CPU's terms were measured (benchmarks/sizing.py), the GPU's were
@@ -62,16 +61,12 @@ class Device:
 
 CPU = Device(
     "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75,
-    bandwidth=5e9,
-    host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False, pieces=2,
-    masks=True, flat_copies=2,
-    sharded_share=0.25, hook=1e-3)
+    bandwidth=5e9, host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False,
+    pieces=2, masks=True, flat_copies=2, sharded_share=0.25, hook=1e-3)
 GPU_80GB = Device(
     "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40,
-    bandwidth=2.5e12,
-    host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True, pieces=1,
-    masks=False, flat_copies=1,
-    sharded_share=1.0, hook=0.0)
+    bandwidth=2.5e12, host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True,
+    pieces=1, masks=False, flat_copies=1, sharded_share=1.0, hook=0.0)
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,7 @@ class Lengths:
 
 
 def worst_lengths(max_length: int) -> Lengths:
-    """Half of data.max_length for the prompt, the other half for each completion: the most tokens that pairs of even
-    parts have."""
+    """Half of data.max_length for the prompt, half for each completion: the most tokens of a pair with equal parts."""
     half = max_length / 2
     return Lengths(half, half, half, None, f"worst case: every pair as long as data.max_length={max_length} allows, "
                                            "half of it prompt")
@@ -215,8 +209,7 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
 
 
 def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape,
-                 again: bool,
-                 device: Device) -> dict[str, float]:
+                 again: bool, device: Device) -> dict[str, float]:
     """Terms that depend on the parameters alone: one case for each ZeRO stage."""
     stage, part = config.zero.stage, trained / ranks
     size = bucket_elements(shape.layer)
@@ -234,8 +227,7 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
     # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
     if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":
         return {"weights": 2.0 * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
-                "gradients": 4.0 * trained,
-                "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
+                "gradients": 4.0 * trained, "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
     if stage in (1, 2):
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
         # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
@@ -253,8 +245,7 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
     # hpZ's copy
     nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0
     return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
-            "gradients": 4.0 * part,
-            "buckets": bucket, "gathered": gathered,
+            "gradients": 4.0 * part, "buckets": bucket, "gathered": gathered,
             "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
             # a larger tensor goes alone
             "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}
@@ -288,9 +279,9 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
 
 
 def _logits(shape: ModelShape, rows: float, width: int, device: Device) -> tuple[float, float]:
-    """(bytes of whole logits that live from forward to backward, elements of a block that is computed and goes again):
-    of these one is 0. A GPU's kernels read a block as the product gave it; elsewhere there is a copy in fp32, and in
-    forward its exponentials."""
+    """(bytes of whole logits that live from forward to backward, elements of a block that is computed and freed); one
+    of them is 0. A GPU's kernels read a block as the product left it. Elsewhere there is a copy in fp32 and, in
+    forward, its exponentials."""
     blocks = plan_blocks(math.ceil(rows), shape.vocabulary, width, "cuda" if device.whole_buckets else "cpu")
     if device.whole_buckets and blocks.kept == len(blocks.spans):
         return float(rows * shape.vocabulary * width), 0.0
@@ -298,7 +289,7 @@ def _logits(shape: ModelShape, rows: float, width: int, device: Device) -> tuple
 
 
 def recomputed_layers(config: RunConfig, layers: int) -> tuple[int, bool]:
-    """(layers that backward computes again whole, whether the cheap parts of the others are computed again): as in
+    """(layers that backward recomputes whole, whether it recomputes the cheap parts of the others), as in
     models/checkpointing.py."""
     how = config.model.gradient_checkpointing
     assert how != "auto", "model.gradient_checkpointing is chosen before sizes are predicted"
@@ -318,8 +309,7 @@ def dtype_bytes(config: RunConfig, device: Device) -> int:
 
 
 def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float:
-    """Bytes of a rank that scores the reference: weights, one layer's work, logits. Those of servers (vllm) are not
-    counted."""
+    """Bytes of a rank that scores the reference: weights, one layer's work, logits. vLLM's servers are not counted."""
     width = dtype_bytes(config, world.device)
     tokens = config.train.tokens_per_microbatch
     gathered = 0.0

@@ -1,5 +1,4 @@
-"""What a forward costs in floating-point operations, from lengths alone: the planner balances by it, and perf.py counts
-with it."""
+"""The cost of a forward in floating-point operations, from lengths alone: the planner and perf.py use it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,27 +24,24 @@ class Flops:
     padded: bool = False
 
     def of_tokens(self, start: NDArray[np.integer], end: NDArray[np.integer]) -> Floats:
-        """FLOPs of the tokens start to end (exclusive) of sequences, each of which sees all that is before it. Without
-        the head."""
+        """FLOPs of tokens start to end (exclusive) of sequences; each token sees all before it. Without the head."""
         cost = self.per_token * (end - start).astype(np.float64)
         for per_key, window in self.attention:
             cost += per_key * (_keys_seen(end, window) - _keys_seen(start, window))
         return cost
 
     def of_pairs(self, lengths: NDArray[np.integer]) -> tuple[Floats, Floats]:
-        """(prompts (n,), completions (n, 2)) of pairs of lengths (n, 3) prompt, chosen, rejected; a completion's
-        includes the head."""
+        """(prompts (n,), completions (n, 2)) of pairs of lengths (n, 3) prompt, chosen, rejected; completions with the
+        head."""
         prompt, completions = lengths[:, 0].astype(np.int64), lengths[:, 1:].astype(np.int64)
         after = self.of_tokens(np.broadcast_to(prompt[:, None], completions.shape), prompt[:, None] + completions)
         return self.of_tokens(np.zeros_like(prompt), prompt), after + self.per_completion_token * completions
 
     def training(self, frozen_base: bool) -> Flops:
-        """Forward and backward. A matrix's backward costs two forwards, or one where it gets no gradient of its own
-        (LoRA's base)."""
+        """Forward and backward. A matrix's backward costs two forwards, or one if it gets no gradient (LoRA's base)."""
         linear = 2 if frozen_base else 3
         return Flops(linear * self.per_token, linear * self.per_completion_token,
-                     tuple((3 * per_key, window) for per_key, window in self.attention),
-                     self.padded)
+                     tuple((3 * per_key, window) for per_key, window in self.attention), self.padded)
 
 
 def _keys_seen(n: NDArray[np.integer], window: int | None) -> Floats:
@@ -59,8 +55,7 @@ def _keys_seen(n: NDArray[np.integer], window: int | None) -> Floats:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What all ranks do in a step: pairs, tokens forwarded (repeats and padding too), and the FLOPs of its distinct
-    tokens, there and back."""
+    """A step's work on all ranks: pairs, forwarded tokens (with repeats and padding), FLOPs of its distinct tokens."""
 
     pairs: int = 0
     tokens: int = 0

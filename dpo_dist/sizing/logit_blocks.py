@@ -1,5 +1,4 @@
-"""How the logits of a pack are cut into blocks of the vocabulary, and which of them live from forward to backward.
-Pure; no torch here."""
+"""How a pack's logits are cut into blocks of the vocabulary, and which are kept for backward. Pure; no torch here."""
 from __future__ import annotations
 
 from dataclasses import dataclass

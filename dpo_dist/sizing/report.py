@@ -1,5 +1,5 @@
-"""What `dpo-dist plan` says of sizes: predicted figures, and where memory runs out, the smallest change that fits. No
-torch here."""
+"""What `dpo-dist plan` says of sizes: predictions and, if memory runs out, the smallest change that fits. No torch
+here."""
 from __future__ import annotations
 
 import json
@@ -105,16 +105,15 @@ def too_large(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
 
 
 def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> Change | None:
-    """The change that fits with the fewest keys, of those the one whose step is predicted to be shortest; more nodes
-    come last."""
+    """The change of the fewest keys that fits; among these the one with the shortest predicted step. More nodes come
+    last."""
     a_node, nodes = world.ranks // world.nodes, world.nodes
     while nodes <= MOST_NODES:
         wider = replace(world, nodes=nodes, ranks=a_node * nodes)
         more = (f"cluster.nodes={nodes}",) if nodes > world.nodes else ()
         for candidates in _changes(config, lengths):
-            fitting = [
-                (words, changed) for words, changed in candidates
-                if memory(changed, shape, lengths, wider).fits(world.device)]
+            fitting = [(words, changed) for words, changed in candidates
+                       if memory(changed, shape, lengths, wider).fits(world.device)]
             if fitting:
                 words, best = min(fitting, key=lambda entry: step_time(entry[1], shape, lengths, wider).seconds)
                 return Change((*words, *more), best, nodes)
@@ -139,8 +138,8 @@ def _changes(config: RunConfig, lengths: Lengths) -> Iterator[list[tuple[tuple[s
 def _allowed(config: RunConfig) -> bool:
     """What rules.py says of these keys."""
     zero = config.zero
-    return (zero.offload_parameters == "none" or zero.stage == 3) and (
-        zero.offload_optimizer == "none" or zero.stage not in (None, 0))
+    return ((zero.offload_parameters == "none" or zero.stage == 3)
+            and (zero.offload_optimizer == "none" or zero.stage not in (None, 0)))
 
 
 def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
@@ -173,8 +172,7 @@ def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Call
 
 
 def token_lengths(config: RunConfig) -> Lengths:
-    """Means over the tokenized pairs that were last made with these keys, where data.cache_dir has any, else the worst
-    case."""
+    """Means over the pairs last tokenized with these keys, if data.cache_dir has any; else the worst case."""
     stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
     for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
         spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")

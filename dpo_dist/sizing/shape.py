@@ -1,5 +1,4 @@
-"""What a model's config.json alone says of its size: parameters, FLOPs, and what a token leaves behind for backward. No
-torch here.
+"""A model's size from config.json alone: parameters, FLOPs, and what a token leaves for backward. No torch here.
 
 Counted from the architecture's published definition; tests hold the counts against the real model's parameters, against
 models/cost.py, and against the tensors that autograd really saves.
@@ -80,8 +79,7 @@ class ModelShape:
         return self.layers * rank * sum(a + b for a, b in self.linear_sides)
 
     def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int,
-                              fused: bool = False,
-                              recompute: bool = False) -> float:
+                              fused: bool = False, recompute: bool = False) -> float:
         """Bytes that one layer keeps for backward, for each token.
 
         width: bytes of an activation (2 or 4). keys_per_token: keys laid out for attention, over tokens (a prompt's
@@ -127,21 +125,20 @@ class ModelShape:
         return self.visited_experts * (2.0 * self.hidden + 4.0 * self.intermediate)
 
     def _kept_beside_cheap_parts(self, width: int) -> float:
-        """The layer's input and what checkpointing.py keeps: outputs of products, and of attention unless its scores
-        are written out."""
+        """The layer's input and what checkpointing.py keeps: outputs of products and of attention (unless eager)."""
         f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
         mlp = self.visited_experts * ((2.0 if f.gated else 1.0) * self.intermediate + h)
         attention = (0.0 if f.eager else q) + q + 2.0 * kv + h
         return width * (h + attention + mlp) + (0.0 if f.eager else 4.0 * self.heads)
 
     def forward_workspace_bytes_per_token(self, width: int) -> float:
-        """Bytes that exist at once while a layer that keeps nothing goes forward: of the MLP gate, up, silu(gate),
-        product; two streams."""
+        """Bytes in use at once while a layer that keeps nothing goes forward: the MLP's four tensors, and two
+        streams."""
         return width * (4.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
     def training_workspace_bytes_per_token(self, width: int) -> float:
-        """Bytes of gradients of activations that exist at once in a layer's backward: of the MLP's product, gate and
-        up, and two streams."""
+        """Bytes of activation gradients in use at once in a layer's backward: the MLP's product, gate and up; two
+        streams."""
         return width * (3.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
 
@@ -168,8 +165,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     h, layers = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer")
     heads = get("num_attention_heads", "n_head")
     head_dim = get("head_dim", default=family.head_dim or h // heads)
-    q, kv = heads * head_dim, get("num_key_value_heads",
-                                  default=8 if kind in ("mistral", "mixtral") else heads) * head_dim
+    key_heads = get("num_key_value_heads", default=8 if kind in ("mistral", "mixtral") else heads)
+    q, kv = heads * head_dim, key_heads * head_dim
     inner = get("intermediate_size", "n_inner", default=4 * h)
     experts = get("num_local_experts", "num_experts", default=1)
     visited = get("num_experts_per_tok", default=experts)
@@ -195,8 +192,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     spans = Counter(_windows(config, family, layers))
     return ModelShape(
         kind, h, layers, heads, vocabulary, q, kv, inner, experts, visited, attention, mlp,
-        attention + mlp + family.norms * norm,
-        head + positions, head, tied,
+        attention + mlp + family.norms * norm, head + positions, head, tied,
         max(head, experts * (matrices - 1) * h * inner if experts > 1 else h * inner, *(a * b for a, b in qkv), h * q,
             positions),
         (*qkv, (q, h), *mlp_sides), Flops(per_token, 2.0 * head,

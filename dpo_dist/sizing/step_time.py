@@ -95,13 +95,12 @@ def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: 
         again = recomputed_layers(config, shape.layers) != (0, False)
         gathers = 3 if again and 2 * shape.layer > LIVE else 2
     tensors = 9 * shape.layers
-    return micro_steps * (
-        gathers * width * shape.parameters * around + gradients), micro_steps * (gathers * tensors + buckets)
+    sent = gathers * width * shape.parameters * around + gradients
+    return micro_steps * sent, micro_steps * (gathers * tensors + buckets)
 
 
 def scoring_seconds(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float | None:
-    """Of the reference's forward over all pairs; None where their number is not known. A sharded reference is gathered
-    once a pack."""
+    """Seconds to score all pairs; None if their number is not known. A sharded reference is gathered once a pack."""
     if lengths.pairs is None:
         return None
     device, w = world.device, world.ranks

@@ -55,8 +55,7 @@ def main(models: list[str]) -> None:
                     continue                                     # the same forward as hf's, and slow to set up
                 split = [] if size is None else [f"reference.tensor_parallel_size={size}"]
                 config = compose(["model.path=unused", f"reference={engine}",
-                                  *([] if offload == "none" else [f"reference.offload={offload}"]),
-                                  *split]).reference
+                                  *([] if offload == "none" else [f"reference.offload={offload}"]), *split]).reference
                 reference = make_reference(config, Setup(folder, torch.float32, attention, world))
                 held = (sum(p.numel() for name, p in reference._model.named_parameters() if ".layers." in name)
                         if engine == "tensor_parallel" else None)
@@ -65,8 +64,7 @@ def main(models: list[str]) -> None:
                 error = world.max(max((g - w).abs().max().item() for g, w in zip(got, wanted, strict=True)))
                 if world.is_main:
                     print(json.dumps({"model": folder.name, "engine": engine, "offload": offload, "size": size,
-                                      "attention": attention,
-                                      "held": held, "error": error}), flush=True)
+                                      "attention": attention, "held": held, "error": error}), flush=True)
     world.barrier()
 
 

@@ -27,8 +27,8 @@ class Node:
               folder: Path) -> subprocess.Popen[str]:
         """The command as a process of this machine, started in `folder`; stdout and stderr go to one pipe."""
         return subprocess.Popen(["ip", "netns", "exec", self.namespace, *map(str, command)], cwd=folder, text=True,
-                                start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+                                start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env={**os.environ, **environment})
 
     def cut_off(self) -> None:
         """Pulls the cable: nobody is told, packets just no longer arrive."""

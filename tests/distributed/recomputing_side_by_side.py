@@ -47,8 +47,7 @@ def release_at_once(*args: Any) -> dict[str, Any]:
     config = deepspeed_config(*args)
     if config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
-                                        "stage3_prefetch_bucket_size": 0,
-                                        "stage3_param_persistence_threshold": 0}
+                                        "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
     return config
 
 

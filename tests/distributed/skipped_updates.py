@@ -30,9 +30,8 @@ def main(model: str, rows: str, cache: str) -> int:
     for stage, dtype in (("0", "fp32"), ("1", "fp32"), ("2", "fp32"), ("3", "fp32"), ("1", "bf16"), ("2", "bf16"),
                          ("3", "bf16")):
         config = compose([f"model.path={model}", f"data.train=[{{path: {rows}, format: token_ids}}]",
-                          f"zero.stage={stage}", "loss=simpo",
-                          f"model.dtype={dtype}", "cluster.device=cpu", f"data.cache_dir={cache}",
-                          "model.gradient_checkpointing=false",
+                          f"zero.stage={stage}", "loss=simpo", f"model.dtype={dtype}", "cluster.device=cpu",
+                          f"data.cache_dir={cache}", "model.gradient_checkpointing=false",
                           *(["zero.persistence_threshold=0"] if stage == "3" else [])])
         world = World.start(config.cluster)
         pairs = world.on_main(lambda config=config: prepare(config.data, None, None)[0])

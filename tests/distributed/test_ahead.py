@@ -30,9 +30,8 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_rows(tmp_path / "rows.jsonl", 200, longest=100)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
     return ["run", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            eval_on(tmp_path / "held_out.jsonl"),
-            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "loss.beta=0.5",
-            "train.tokens_per_microbatch=600"]
+            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=24", f"train.max_steps={STEPS}",
+            "optim.lr=1e-3", "loss.beta=0.5", "train.tokens_per_microbatch=600"]
 
 
 def model_digest(run_dir: Path) -> str:
@@ -127,8 +126,7 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
 
 def test_training_alone_waits_no_longer_than_it_was_told_and_says_what_to_start(tmp_path: Path, words: list[str]):
     alone = [sys.executable, "-m", "dpo_dist.train", *words[1:], "zero=none", "reference.mode=ahead",
-             "cluster.timeout_seconds=3",
-             f"run.dir={tmp_path / 'alone'}"]
+             "cluster.timeout_seconds=3", f"run.dir={tmp_path / 'alone'}"]
     done = subprocess.run(alone, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "not there: start `dpo-dist score` with the same overrides beside this" in done.stderr + done.stdout

@@ -37,8 +37,7 @@ def test_only_what_is_new_is_scored_and_nothing_that_does_not_matter_counts_as_n
     assert score(tmp_path, base, train_on(tmp_path / "rows.jsonl")) == (80, 0)
 
     same = ["loss.beta=0.7", "optim.lr=1e-3", "train.seed=5", "cluster.procs_per_node=2",
-            "train.tokens_per_microbatch=100", "zero=zero2",
-            f"run.dir={tmp_path / 'elsewhere'}", "loss=ipo"]
+            "train.tokens_per_microbatch=100", "zero=zero2", f"run.dir={tmp_path / 'elsewhere'}", "loss=ipo"]
     assert score(tmp_path, base, train_on(tmp_path / "rows.jsonl"), *same) == (0, 80)
 
     backwards = tmp_path / "backwards.jsonl"
@@ -101,8 +100,7 @@ def test_a_scoring_job_killed_midway_is_finished_by_another_number_of_processes_
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     write_rows(tmp_path / "rows.jsonl", 400, longest=100)
     words = ["score", f"model.path={tmp_path / 'm'}", *base, f"run.dir={tmp_path / 'score'}",
-             train_on(tmp_path / "rows.jsonl"),
-             "cluster.procs_per_node=2", "train.tokens_per_microbatch=320"]
+             train_on(tmp_path / "rows.jsonl"), "cluster.procs_per_node=2", "train.tokens_per_microbatch=320"]
     process = start(*words)
     deadline = time.monotonic() + 120
     while len(entries(tmp_path / "reference")) < 0.3 * 800 and time.monotonic() < deadline and process.poll() is None:

@@ -17,8 +17,7 @@ SHARED = Path(os.environ.get("DPO_DIST_SHARED", REPO.parent / "shared")) / "data
 
 def test_the_demo_reaches_its_accuracy_and_more_sampled_answers_obey_the_rule(tmp_path: Path):
     done = subprocess.run([sys.executable, "-m", "dpo_dist.demo", str(tmp_path / "demo")], cwd=REPO,
-                          capture_output=True, text=True,
-                          timeout=600)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
     assert result["accuracy"] >= 0.95
@@ -38,10 +37,9 @@ def test_a_real_chat_set_is_scored_trained_evaluated_exported_and_loaded_back(tm
     write_model(tmp_path / "m", json.dumps({"a": "Hello there, how are you?"}))
     base = [word for word in base if not word.startswith(("data.max_length", "cluster.procs_per_node"))]
     done = dpo_dist("run", f"model.path={tmp_path / 'm'}", *base, f"data.train=[{{path: {sample}}}]",
-                    "data.eval_fraction=0.3",
-                    "data.max_length=256", "data.truncation=keep_start", "cluster.procs_per_node=2",
-                    "train.pairs_per_step=4",
-                    "train.max_steps=2", "optim.lr=1e-4", f"run.dir={tmp_path / 'run'}")
+                    "data.eval_fraction=0.3", "data.max_length=256", "data.truncation=keep_start",
+                    "cluster.procs_per_node=2", "train.pairs_per_step=4", "train.max_steps=2", "optim.lr=1e-4",
+                    f"run.dir={tmp_path / 'run'}")
     assert "rows.json (sharegpt): 24 rows read" in done.stdout
     assert "truncated" in done.stdout
     assert "scored" in done.stdout

@@ -66,8 +66,7 @@ def test_a_container_runs_the_doctor_or_a_verb_or_with_overrides_alone_this_node
         image: Path, tmp_path: Path):
     def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([entrypoint(image), *words], cwd=tmp_path, env=inside(image, **environment),
-                              capture_output=True, text=True,
-                              timeout=120)
+                              capture_output=True, text=True, timeout=120)
 
     default = json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.M)[1])
     assert "torch" in run(*default).stdout

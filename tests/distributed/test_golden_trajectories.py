@@ -29,17 +29,15 @@ WORLDS = {
     "2 processes, ZeRO-3, cheap parts recomputed": ["cluster.procs_per_node=2", "model.gradient_checkpointing=0",
                                                     *SHARDED],
     "2 processes, ZeRO-3, all in CPU memory": ["cluster.procs_per_node=2", "zero.offload_optimizer=cpu",
-                                               "zero.offload_parameters=cpu",
-                                               *SHARDED],
+                                               "zero.offload_parameters=cpu", *SHARDED],
 }
 
 
 def run(name: str, world: list[str], run_dir: Path, base: list[str]) -> list[dict[str, float]]:
     models = [f"model.path={GOLDEN / 'policy'}", f"reference.path={GOLDEN / 'ref'}"]
     dpo_dist("train", *models, train_on(GOLDEN / "rows.json"), *base, *LOSSES[name], *world, "train.pairs_per_step=8",
-             "train.max_steps=5",
-             "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.max_grad_norm=null",
-             f"run.dir={run_dir}")
+             "train.max_steps=5", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_ratio=0",
+             "optim.max_grad_norm=null", f"run.dir={run_dir}")
     return metrics(run_dir)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, metrics, processes_on, train_on, write_rows, write_tiny_llama
-from test_two_nodes import free_port
+
+from dpo_dist.runtime.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -21,9 +22,8 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 500, longest=80)
     return [f"model.path={tmp_path / 'm'}", *(word for word in base if not word.startswith("cluster.procs")),
-            train_on(tmp_path / "rows.jsonl"),
-            "train.pairs_per_step=12", "train.max_steps=200", "train.epochs=100", "optim.lr=1e-3",
-            f"run.dir={tmp_path / 'a run'}"]
+            train_on(tmp_path / "rows.jsonl"), "train.pairs_per_step=12", "train.max_steps=200", "train.epochs=100",
+            "optim.lr=1e-3", f"run.dir={tmp_path / 'a run'}"]
 
 
 def start(script: str, *words: str, **environment: str) -> subprocess.Popen[str]:
@@ -84,8 +84,8 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
     (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'dpo_dist.train' in sys.orig_argv: "
                                                "os.kill(os.getppid(), 15)\n")
     process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(free_port()),
-                    RUN_DIR=str(tmp_path / "run"), PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
+                    MASTER_PORT=str(free_port()), RUN_DIR=str(tmp_path / "run"),
+                    PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     told = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in told
     assert not processes_on(tmp_path / "run")

@@ -33,8 +33,7 @@ numpy.save(into, torch.cat([engine.token_logps(pack) for _ in range(2)]).numpy()
 def half_its_size(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """(a model's folder, a memory cgroup that may hold half of the model's weights)."""
     model = write_tiny_llama(tmp_path / "m", dtype="bfloat16", vocab_size=2048, hidden_size=1024,
-                             intermediate_size=2816,
-                             num_hidden_layers=6, num_attention_heads=8, initializer_range=0.02)
+                             intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8, initializer_range=0.02)
     fp32_bytes = 2 * (model / "model.safetensors").stat().st_size
     top = Path("/sys/fs/cgroup")
     second = (top / "cgroup.controllers").exists()

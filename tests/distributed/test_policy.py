@@ -24,8 +24,8 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_rows(tmp_path / "rows.jsonl", 30)
     write_rows(tmp_path / "held_out.jsonl", 7, seed=1)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            eval_on(tmp_path / "held_out.jsonl"),
-            "train.pairs_per_step=10", "train.max_steps=4", "optim.lr=1e-3", "loss.beta=0.5"]
+            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=10", "train.max_steps=4", "optim.lr=1e-3",
+            "loss.beta=0.5"]
 
 
 def run(words: list[str], run_dir: Path, *more: str) -> list[float]:
@@ -47,8 +47,7 @@ def test_the_metrics_and_the_folder_are_as_the_contract_says(tmp_path: Path, wor
     run(words, tmp_path / "run", "zero=none")
     row = metrics(tmp_path / "run")[-1]
     assert {"step", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-            "logps/chosen",
-            "logps/rejected", "grad_norm", "lr", "perf/pairs_per_second", "perf/tokens_per_second",
+            "logps/chosen", "logps/rejected", "grad_norm", "lr", "perf/pairs_per_second", "perf/tokens_per_second",
             "perf/peak_memory_gib"} <= row.keys()
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"run.json", "metrics.jsonl", "checkpoints", "model",
                                                               "DONE", "logs"}
@@ -84,8 +83,8 @@ def test_pairs_of_a_prompt_are_computed_together_and_train_the_same_weights(tmp_
             for a, b in combinations(answers, 2):
                 f.write(json.dumps({"prompt_ids": [prompt + 3] * 12, "chosen_ids": a, "rejected_ids": b}) + "\n")
     words = ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-             "train.pairs_per_step=12", "train.max_steps=4",
-             "train.tokens_per_microbatch=1000", "data.group_by_prompt=true", "reference.mode=live"]
+             "train.pairs_per_step=12", "train.max_steps=4", "train.tokens_per_microbatch=1000",
+             "data.group_by_prompt=true", "reference.mode=live"]
     one = run(words, tmp_path / "one", "zero=none")
     two = run(words, tmp_path / "two", "cluster.procs_per_node=2", "train.tokens_per_microbatch=200")
     assert two == pytest.approx(one, rel=2e-5, abs=2e-5)
@@ -177,11 +176,9 @@ def test_an_update_that_the_device_is_told_to_skip_changes_no_weight_in_any_stag
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_a_loss_that_is_not_finite_ends_the_run_names_the_step_and_leaves_the_last_sound_checkpoint(
-        zero: str, tmp_path: Path,
-        words: list[str]):
+        zero: str, tmp_path: Path, words: list[str]):
     done = dpo_dist(*words, "cluster.procs_per_node=2", f"zero={zero}", "optim.lr=1e30", "optim.schedule=constant",
-                    "optim.warmup_ratio=0",
-                    "train.save_every_steps=1", f"run.dir={tmp_path / 'run'}", code=1)
+                    "optim.warmup_ratio=0", "train.save_every_steps=1", f"run.dir={tmp_path / 'run'}", code=1)
     assert "the loss of step 2 is not finite; no weight was changed" in done.stderr
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1], "the step before is logged"
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]

@@ -28,8 +28,8 @@ def told(folder: Path, **environment: str) -> set[str]:
     ours = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           folder / "program.py"],
-                          capture_output=True, text=True, env={**clean, "PYTHONPATH": str(REPO), **environment})
+                           folder / "program.py"], capture_output=True, text=True,
+                          env={**clean, "PYTHONPATH": str(REPO), **environment})
     assert done.returncode == 0, done.stderr
     lines = [line.removeprefix("told: ") for line in done.stdout.splitlines() if line.startswith("told: ")]
     assert len(lines) == 2

@@ -20,9 +20,8 @@ def test_recomputing_is_exact_where_weights_are_released_after_every_use(tmp_pat
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
                 "localhost:0"]
     done = subprocess.run([*torchrun, "--nproc-per-node", "2", "tests/distributed/recomputing_side_by_side.py",
-                           str(model)], cwd=REPO,
-                          env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests' / 'unit'}"}, capture_output=True,
-                          text=True, timeout=240)
+                           str(model)], cwd=REPO, env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests' / 'unit'}"},
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(rows) == 3 * 4

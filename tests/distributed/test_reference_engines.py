@@ -29,9 +29,8 @@ def test_every_engine_agrees_with_the_plain_forward(models: list[Path], processe
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
                 "localhost:0"]
     done = subprocess.run([*torchrun, "--nproc-per-node", str(processes), "tests/distributed/engines_side_by_side.py",
-                           *map(str, used)],
-                          cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True,
-                          timeout=240)
+                           *map(str, used)], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True,
+                          text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     sizes = {1: 1, 2: 2, 4: 3}[processes]
@@ -54,8 +53,7 @@ def test_a_split_reference_scores_live_beside_a_sharded_policy(tmp_path: Path, w
     says what they are."""
     write_tiny_llama(tmp_path / "ref", seed=5)
     live = ["train", *words, f"reference.path={tmp_path / 'ref'}", "reference.mode=live", "train.pairs_per_step=8",
-            "train.max_steps=3",
-            "optim.lr=1e-3", "train.tokens_per_microbatch=100"]
+            "train.max_steps=3", "optim.lr=1e-3", "train.tokens_per_microbatch=100"]
     dpo_dist(*live, "zero=none", f"run.dir={tmp_path / 'whole'}")
     dpo_dist(*live, "reference=tensor_parallel", "cluster.procs_per_node=2", f"run.dir={tmp_path / 'split'}")
     for name in ("loss", "rewards/margins", "rewards/chosen", "grad_norm"):
@@ -88,11 +86,10 @@ def test_an_architecture_that_deepspeed_splits_wrongly_is_refused(tmp_path: Path
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     Olmo2ForCausalLM(Olmo2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                 num_attention_heads=4,
-                                 pad_token_id=0, bos_token_id=2, eos_token_id=1)).save_pretrained(tmp_path / "ref")
+                                 num_attention_heads=4, pad_token_id=0, bos_token_id=2,
+                                 eos_token_id=1)).save_pretrained(tmp_path / "ref")
     done = dpo_dist("score", *words, f"run.dir={tmp_path / 'score'}", "reference=tensor_parallel",
-                    "cluster.procs_per_node=2",
-                    f"reference.path={tmp_path / 'ref'}", code=2)
+                    "cluster.procs_per_node=2", f"reference.path={tmp_path / 'ref'}", code=2)
     assert "does not fit this reference, a olmo2" in done.stderr and "reference=zero" in done.stderr
 
 

@@ -22,10 +22,9 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            eval_on(tmp_path / "held_out.jsonl"),
-            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "train.save_every_steps=1", "optim.lr=1e-3",
-            "loss.beta=0.5",
-            "optim.weight_decay=0.1", "train.tokens_per_microbatch=600"]
+            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=24", f"train.max_steps={STEPS}",
+            "train.save_every_steps=1", "optim.lr=1e-3", "loss.beta=0.5", "optim.weight_decay=0.1",
+            "train.tokens_per_microbatch=600"]
 
 
 def killed_after(step: int, words: list[str], run_dir: Path) -> None:
@@ -53,8 +52,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"),
-                                                      ("none", 1, "bf16"),
-                                                      ("zero1", 2, "bf16")])
+                                                      ("none", 1, "bf16"), ("zero1", 2, "bf16")])
 def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(
         zero: str, world: int, dtype: str, tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", f"model.dtype={dtype}",
@@ -138,8 +136,7 @@ def test_lora_resumes_to_the_same_bits_and_the_exported_model_can_be_made_again_
     assert "beta=0.5" in card and str(tmp_path / "rows.jsonl") in card and "rewards/accuracies" in card
 
     dpo_dist("eval", *words[2:], f"model.path={tmp_path / 'straight' / 'model'}", f"reference.path={tmp_path / 'm'}",
-             "model.lora.rank=0",
-             f"run.dir={tmp_path / 'eval'}")
+             "model.lora.rank=0", f"run.dir={tmp_path / 'eval'}")
     again = json.loads((tmp_path / "eval" / "eval.json").read_text())
     last = metrics(tmp_path / "straight", "eval")[-1]
     for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):

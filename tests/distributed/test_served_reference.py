@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ import safetensors.numpy
 from conftest import REPO, dpo_dist, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
 from log_prob_server import Answer, LogProbServer, values
 
+from dpo_dist.runtime.ports import free_port
+
 pytestmark = pytest.mark.distributed
 SERVER = REPO / "tests" / "log_prob_server.py"
 MIDWAY = str(2 * 16 + 150)            # answered sequences: the audit's, and some of the 600
@@ -33,8 +34,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 40)
     return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"run.dir={tmp_path / 'run'}",
-            "reference=vllm",
-            "reference.requests.wait_seconds=20", "reference.audit.pairs=8"]
+            "reference=vllm", "reference.requests.wait_seconds=20", "reference.audit.pairs=8"]
 
 
 def kept(cache_dir: Path) -> Counter[bytes]:
@@ -54,8 +54,7 @@ def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(
 
     with LogProbServer(tmp_path / "m") as a, LogProbServer(tmp_path / "m") as b:
         more = [f"reference.urls=[{a.url}/v1, {b.url}]", f"cluster.procs_per_node={processes}",
-                "train.tokens_per_microbatch=100",
-                f"reference.audit.oracle={auditor}"]
+                "train.tokens_per_microbatch=100", f"reference.audit.oracle={auditor}"]
         out = dpo_dist("score", *words, *more).stdout
         assert out.strip().endswith("scored 80, cached 0") and "parity of vllm 0.0.test" in out
         assert a.answered and b.answered
@@ -187,18 +186,11 @@ def test_live_values_are_audited_too_and_train_as_cached_ones_do(tmp_path: Path,
 # --------------------------------------------------------------------------------------------- servers that come and go
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @contextmanager
 def server_process(folder: Path, port: int, answered: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen([sys.executable, str(SERVER), "--model", str(folder), "--port", str(port),
-                                "--seconds-a-request", "0.05",
-                                "--answered", str(answered), *more], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                                "--seconds-a-request", "0.05", "--answered", str(answered),
+                                *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -223,8 +215,7 @@ def test_a_server_killed_and_started_again_midway_leaves_every_value_there_and_n
     write_rows(tmp_path / "rows.jsonl", 300)
     port, log = free_port(), tmp_path / "answered"
     words += [f"reference.urls=[http://127.0.0.1:{port}]", "cluster.procs_per_node=2",
-              "train.tokens_per_microbatch=200",
-              "reference.requests.sequences=4", "reference.requests.wait_seconds=50"]
+              "train.tokens_per_microbatch=200", "reference.requests.sequences=4", "reference.requests.wait_seconds=50"]
     scoring = start("score", *words)                                # before there is a server: it may be starting
     with server_process(tmp_path / "m", port, log, "--killed-after", MIDWAY) as server:
         assert server.wait(timeout=90) == -signal.SIGKILL
@@ -266,8 +257,7 @@ def own_server(*more: str) -> str:
 
 def test_a_server_that_the_run_starts_is_stopped_with_it_and_leaves_its_log(tmp_path: Path, words: list[str]):
     done = dpo_dist("run", *words, own_server(), "reference.version=0.0.test", "train.pairs_per_step=10",
-                    "train.max_steps=2",
-                    "cluster.procs_per_node=2")
+                    "train.max_steps=2", "cluster.procs_per_node=2")
     assert "reference: vllm 0.0.test, quantization none" in done.stdout
     assert (tmp_path / "run" / "DONE").exists() and (tmp_path / "run" / "logs" / "reference-server-0.log").exists()
     assert not servers_of(tmp_path / "m")

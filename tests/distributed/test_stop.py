@@ -31,8 +31,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=128)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "cluster.procs_per_node=2",
-            "train.pairs_per_step=24",
-            f"train.max_steps={STEPS}", "optim.lr=1e-3", "train.tokens_per_microbatch=600"]
+            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "train.tokens_per_microbatch=600"]
 
 
 def start(*words: object) -> subprocess.Popen[str]:

@@ -28,8 +28,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_rows(tmp_path / "rows.jsonl", PAIRS)
     write_rows(tmp_path / "eval.jsonl", HELD_OUT, seed=5)
     return ["run", "-m", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            eval_on(tmp_path / "eval.jsonl"),
-            "zero=none", "train.pairs_per_step=8", f"run.dir={tmp_path / 'sweep'}"]
+            eval_on(tmp_path / "eval.jsonl"), "zero=none", "train.pairs_per_step=8", f"run.dir={tmp_path / 'sweep'}"]
 
 
 def summary(tmp_path: Path) -> dict[str, Any]:
@@ -106,8 +105,8 @@ def test_runs_whose_references_differ_are_scored_apart_and_a_failed_scoring_fail
 def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Path, words: list[str]):
     sweep = [*words, "optim.lr=1e-3,2e-3"]
     process = subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *sweep], cwd=REPO,
-                               stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+                               stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "job 1 of 2 ended" in line:
@@ -125,8 +124,7 @@ def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Pat
                     reason="needs hydra-optuna-sweeper: pip install 'dpo-dist[sweep]'")
 def test_optuna_searches_by_the_held_out_metric_and_survives_a_failed_run(tmp_path: Path, words: list[str]):
     done = dpo_dist(*words, "sweep=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2",
-                    "cluster.jobs_at_once=2",
-                    "optim.lr=choice(1e-3,1e30)", code=1, timeout=600)
+                    "cluster.jobs_at_once=2", "optim.lr=choice(1e-3,1e30)", code=1, timeout=600)
     told = summary(tmp_path)
     assert {each["done"] for each in told["jobs"]} == {True, False}
     assert {each["swept"]["optim.lr"] for each in told["jobs"] if each["done"]} == {1e-3}

@@ -22,8 +22,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_rows(tmp_path / "rows.jsonl", PAIRS)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "reference.mode=live",
             f"loss.beta={BETA}", f"optim.lr={LR}", f"optim.eps={EPS}", "optim.weight_decay=0.1",
-            "optim.schedule=constant",
-            "optim.warmup_ratio=0", "train.tokens_per_microbatch=300"]
+            "optim.schedule=constant", "optim.warmup_ratio=0", "train.tokens_per_microbatch=300"]
 
 
 def plain_tr_dpo(tmp_path: Path, alpha: float) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -68,8 +67,7 @@ def test_a_moving_reference_gives_what_a_plain_loop_gives(zero: str, engine: str
     sync = [f"reference.sync.mode={mode}", f"reference.sync.every_steps={EVERY}"]
     sync += [f"reference.sync.alpha={ALPHA}"] if mode == "soft" else []
     dpo_dist(*words, *sync, f"zero={zero}", f"reference={engine}", f"cluster.procs_per_node={world}",
-             f"train.pairs_per_step={PAIRS}",
-             f"train.max_steps={MOVES}", f"run.dir={tmp_path / 'run'}")
+             f"train.pairs_per_step={PAIRS}", f"train.max_steps={MOVES}", f"run.dir={tmp_path / 'run'}")
     assert [row["loss"] for row in metrics(tmp_path / "run")] == pytest.approx(wanted, abs=1e-6 if world == 1 else 5e-6)
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert max((trained[name] - weights[name]).abs().max().item() for name in trained) < (1e-6 if world == 1 else 1e-5)
@@ -82,8 +80,8 @@ def test_a_killed_run_goes_on_with_the_reference_where_it_was(tmp_path: Path, wo
     write_tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=128)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     words = [*words, "reference=zero", "reference.sync.mode=soft", "reference.sync.alpha=0.5",
-             "reference.sync.every_steps=2", "optim.lr=1e-3",
-             "train.pairs_per_step=24", f"train.max_steps={STEPS}", "train.save_every_steps=1"]
+             "reference.sync.every_steps=2", "optim.lr=1e-3", "train.pairs_per_step=24", f"train.max_steps={STEPS}",
+             "train.save_every_steps=1"]
     dpo_dist(*words, "cluster.procs_per_node=2", f"run.dir={tmp_path / 'straight'}")
     killed_after(3, [*words, "cluster.procs_per_node=2"], tmp_path / "killed")
     shutil.copytree(tmp_path / "killed", tmp_path / "other")

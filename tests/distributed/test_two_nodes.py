@@ -15,6 +15,8 @@ import pytest
 from conftest import REPO, dpo_dist, metrics, train_on, write_rows, write_tiny_llama
 from namespaces import Node, two_nodes
 
+from dpo_dist.runtime.ports import free_port
+
 pytestmark = pytest.mark.distributed
 
 TIMEOUT_SECONDS = 30                 # where a node is lost
@@ -38,15 +40,13 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
 
 def environment(rank: int, processes: int) -> dict[str, str]:
     return {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
-            "PROCS_PER_NODE": str(processes),
-            "GLOO_SOCKET_IFNAME": "eth0"}
+            "PYTHONUNBUFFERED": "1", "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "node-0",
+            "MASTER_PORT": "29500", "PROCS_PER_NODE": str(processes), "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 def run_on(nodes: tuple[Node, Node], words: list[str], folder: Path, processes: int) -> list[subprocess.Popen[str]]:
-    return [node.start([REPO / "launch" / "node.sh", *words], environment(rank, processes), folder) for rank,
-            node in enumerate(nodes)]
+    return [node.start([REPO / "launch" / "node.sh", *words], environment(rank, processes), folder)
+            for rank, node in enumerate(nodes)]
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
@@ -103,8 +103,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(
             [REPO / "launch" / "node.sh", *shared, f"{key}=relative"], cwd=tmp_path / f"node-{rank}", text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env={**os.environ, **environment(rank, 1), "MASTER_ADDR": "127.0.0.1",
-                                           "MASTER_PORT": port,
-                                           "GLOO_SOCKET_IFNAME": "lo"}))
+                                           "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}))
     for code, said in finish(jobs):
         assert code != 0
         assert f"error: {key}=relative is not one folder for all ranks" in said, said
@@ -112,12 +111,6 @@ def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(
         assert f"set {key} to the absolute path of a folder that every node mounts" in said
     assert not list(tmp_path.rglob(".seen-by-all-*"))
     assert not list(tmp_path.rglob("meta.json")), "nothing was tokenized"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], jobs: list[subprocess.Popen[str]], seconds: float = 120) -> None:

@@ -17,8 +17,8 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 30)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            "train.pairs_per_step=10",
-            "train.max_steps=4", "optim.lr=1e-3", "loss.beta=0.5", "train.tokens_per_microbatch=200"]
+            "train.pairs_per_step=10", "train.max_steps=4", "optim.lr=1e-3", "loss.beta=0.5",
+            "train.tokens_per_microbatch=200"]
 
 
 def losses(words: list[str], run_dir: Path, *more: str) -> list[float]:

@@ -100,8 +100,7 @@ def loss_config(case: str, args: dict[str, Any]) -> LossConfig:
         beta=args["beta"] if uses_beta else None,
         label_smoothing=smoothing or None,                  # 0.0 is TRL's way of saying none
         f_divergence=args.get("f_divergence_type"), f_alpha=args.get("f_alpha_divergence_coef"),
-        ld_alpha=args.get("ld_alpha"),
-        wpo=True if case.startswith("wpo_") else None))
+        ld_alpha=args.get("ld_alpha"), wpo=True if case.startswith("wpo_") else None))
 
 
 def pairs_of(case: str, precision: str) -> tuple[PairLogps, LossConfig, dict[str, Any]]:

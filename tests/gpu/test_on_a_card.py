@@ -18,8 +18,8 @@ pytestmark = [
 
 def test_golden_gradients_attention_head_and_kernels_are_right_on_this_card(tmp_path: Path):
     done = subprocess.run(["bash", "benchmarks/gpu.sh", "probes", "--only", "golden|attention|head|elementwise",
-                           "--out", tmp_path], cwd=REPO,
-                          capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+                           "--out", tmp_path], cwd=REPO, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     rows = [row for file in tmp_path.glob("gpu-*-probes.json") for row in json.loads(file.read_text())["rows"]]
     by_part = {

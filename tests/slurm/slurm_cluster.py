@@ -71,9 +71,8 @@ class Slurm:
         """Brings the test bed up; its files are in `state`. Several may run beside each other."""
         number = os.getpid() % 200
         cluster = cls({**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "STATE": str(state),
-                       "TAG": f"d{number}",
-                       "NET": f"10.77.{number}", "PORT": str(16000 + number), "SLURM_CONF": str(state / "slurm.conf"),
-                       "OMP_NUM_THREADS": "1"})
+                       "TAG": f"d{number}", "NET": f"10.77.{number}", "PORT": str(16000 + number),
+                       "SLURM_CONF": str(state / "slurm.conf"), "OMP_NUM_THREADS": "1"})
         up = subprocess.run(["bash", str(TESTBED), "up", "3"], env=cluster.environment, stdin=subprocess.DEVNULL,
                             capture_output=True, text=True)
         if up.returncode:

@@ -50,12 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path) -> list[str]:
     """Two nodes with two processes each, ZeRO-3, in fp32 on the CPU."""
     return [f"model.path={folder / 'm'}", train_on(folder / "rows.jsonl"), "cluster=slurm", "cluster.device=cpu",
-            "cluster.nodes=2",
-            "cluster.procs_per_node=2", "cluster.timeout_seconds=60", "cluster.slurm.preflight=false", WHOLE_NODES,
-            "model.dtype=fp32",
-            f"data.cache_dir={folder / 'tokens'}", f"reference.cache_dir={folder / 'reference'}", "data.max_length=256",
-            "train.pairs_per_step=8", f"train.max_steps={STEPS}", "train.epochs=10", "train.save_every_steps=10",
-            "optim.lr=1e-3"]
+            "cluster.nodes=2", "cluster.procs_per_node=2", "cluster.timeout_seconds=60",
+            "cluster.slurm.preflight=false", WHOLE_NODES, "model.dtype=fp32", f"data.cache_dir={folder / 'tokens'}",
+            f"reference.cache_dir={folder / 'reference'}", "data.max_length=256", "train.pairs_per_step=8",
+            f"train.max_steps={STEPS}", "train.epochs=10", "train.save_every_steps=10", "optim.lr=1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +131,8 @@ def test_a_job_submitted_by_hand_saves_when_it_is_cancelled_and_stays_cancelled(
     run_dir = folder / "cancelled"
     own = [*(word for word in words if not word.startswith("cluster")), "cluster.device=cpu", f"run.dir={run_dir}"]
     job = slurm.call("env", f"PYTHON={sys.executable}", "PROCS_PER_NODE=2", "PREFLIGHT=no", "sbatch", "--parsable",
-                     "--nodes=2",
-                     "--cpus-per-task=4", f"--output={folder}/by-hand.out", REPO / "slurm" / "train.sbatch",
-                     *own).strip()
+                     "--nodes=2", "--cpus-per-task=4", f"--output={folder}/by-hand.out",
+                     REPO / "slurm" / "train.sbatch", *own).strip()
     until_first_step(slurm, run_dir)
     slurm.call("scancel", job)
     slurm.until_state(job, "CANCELLED")
@@ -247,8 +244,7 @@ def test_a_server_that_does_not_start_fails_the_scoring_at_once(slurm: Slurm, fo
     run_dir, broken = folder / "unserved", folder / "broken.py"
     broken.write_text("raise SystemExit('out of memory')\n")
     ids = slurm.submit("run", [*words, *served(sys.executable, broken, "{port}"),
-                               f"reference.cache_dir={folder / 'unserved_reference'}",
-                               f"run.dir={run_dir}"])
+                               f"reference.cache_dir={folder / 'unserved_reference'}", f"run.dir={run_dir}"])
     slurm.until_state(ids["score"], "FAILED", seconds=200)           # not after reference.requests.wait_seconds
     slurm.until_state(ids["train"], "CANCELLED", seconds=120)
     assert re.search(r"error: node\d: reference.server=.* ended with code 1 before it answered: out of memory",
@@ -281,9 +277,9 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
 def test_the_sweep_command_waits_for_its_jobs_and_compares_them(slurm: Slurm, folder: Path, words: list[str]):
     write_rows(folder / "eval.jsonl", 8, seed=5)
     sweep = [*words, eval_on(folder / "eval.jsonl"), "cluster.nodes=1", "cluster.procs_per_node=1", "zero=none",
-             "train.max_steps=2",
-             "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'command_reference'}",
-             f"run.dir={folder / 'command'}", "loss.beta=0.05,0.3", "optim.lr=5e-4,1e-3"]
+             "train.max_steps=2", "cluster.slurm.extra=['--cpus-per-task=2']",
+             f"reference.cache_dir={folder / 'command_reference'}", f"run.dir={folder / 'command'}",
+             "loss.beta=0.05,0.3", "optim.lr=5e-4,1e-3"]
     first = slurm.dpo_dist("run", "-m", *sweep)
     assert re.search(r"sweep: 4 trainings are array \d+, after scoring job \d+", first)
     told = json.loads((folder / "command" / "sweep.json").read_text())

@@ -14,8 +14,7 @@ TRITON = triton_passes()
 
 
 def run(passes: Passes, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, upstream: torch.Tensor,
-        blocks: Blocks, scale: float,
-        softcap: float | None) -> list[torch.Tensor]:
+        blocks: Blocks, scale: float, softcap: float | None) -> list[torch.Tensor]:
     values, collision = BlockwiseLogps.apply(hidden, head.weight, head.bias, targets, scale, softcap, True, True,
                                              blocks, passes)
     return [values, collision, *torch.autograd.grad(values @ upstream, [hidden, head.weight, head.bias])]

@@ -16,6 +16,7 @@ from conftest import REPO, dpo_dist, train_on, write_rows, write_tiny_llama
 from dpo_dist.config.compose import compose
 from dpo_dist.launcher.doctor import folders
 from dpo_dist.launcher.doctor.services import slurm
+from dpo_dist.runtime.ports import free_port
 
 CHECKS = ("versions", "devices", "compiled ops", "ports", "shared folder", "clock", "disk", "wandb", "slurm")
 LEFT_OUT = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "WANDB_API_KEY", "NETRC")
@@ -27,8 +28,7 @@ def doctor(folder: Path, *words: object, code: int, path: Path | None = None, **
     clean = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     packages = os.pathsep.join([*([str(path)] if path else []), str(REPO)])
     done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "doctor", "cluster.device=cpu",
-                           *map(str, words)], cwd=folder,
-                          capture_output=True, text=True, timeout=120,
+                           *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120,
                           env={**clean, "PYTHONPATH": packages, **environment})
     assert done.returncode == code, done.stdout + done.stderr
     said: dict[str, str] = {}
@@ -57,11 +57,6 @@ def package(folder: Path, name: str, code: str) -> Path:
 def listening(port: int = 0) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", port)) as server:
         yield int(server.getsockname()[1])
-
-
-def free_port() -> int:
-    with listening() as port:
-        return port
 
 
 def test_on_a_sound_machine_all_is_green_and_nothing_is_left_behind(tmp_path: Path):

@@ -54,19 +54,15 @@ def test_a_run_is_scored_first_and_trained_after_unless_there_is_nothing_to_scor
 
 def test_every_option_of_a_job_reaches_its_script():
     slurm = {"partition": "gpu", "account": "lab", "qos": "high", "time_limit": "8:00:00", "signal_seconds": 600,
-             "exclude": "node9",
-             "preflight": "false"}
+             "exclude": "node9", "preflight": "false"}
     words = [*SLURM, *(f"cluster.slurm.{key}={value}" for key, value in slurm.items()),
-             "cluster.slurm.extra=['--mem=0']",
-             "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
+             "cluster.slurm.extra=['--mem=0']", "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
     score, train = jobs_of(*planned(words))
-    assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8",
-            "--signal=B:USR1@600", "--partition=gpu", "--account=lab", "--qos=high",
-            "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue",
+    assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8", "--signal=B:USR1@600", "--partition=gpu",
+            "--account=lab", "--qos=high", "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue",
             "--ntasks-per-node=1"} <= set(directives(train.script))
     assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8",
-                                       "RUN_DIR": "/runs/my run",
-                                       "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
+                                       "RUN_DIR": "/runs/my run", "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
     assert "    module load cuda\n    . venv/bin/activate\n" in score.script
     assert not any(line.startswith("--gpus")
                    for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[0].script))
@@ -93,8 +89,7 @@ def test_training_waits_for_scoring_and_is_cancelled_with_it():
 
 def test_the_stage_that_scores_gets_nodes_for_the_references_servers():
     served = [*SLURM, "cluster.slurm.extra=['--mem=0']", "reference=vllm", "reference.server=python",
-              "reference.nodes=3",
-              "reference.tensor_parallel_size=4", "cluster.slurm.server_extra=['--mem=1G']"]
+              "reference.nodes=3", "reference.tensor_parallel_size=4", "cluster.slurm.server_extra=['--mem=1G']"]
     score, train = jobs_of(*planned(served))
     ranks, servers = " ".join(directives(score.script)).split(" hetjob ")
     assert "--nodes=2 --gpus-per-node=8 --mem=0" in ranks
@@ -156,8 +151,7 @@ def test_plan_and_dry_run_answer_without_torch_and_write_nothing(words: list[str
 
 def test_plan_prints_the_command_that_run_starts():
     done = subprocess.run([sys.executable, "-m", "dpo_dist.launcher.cli", "plan", "model.path=m",
-                           "cluster.procs_per_node=2"], cwd=REPO,
-                          capture_output=True, text=True, check=True)
+                           "cluster.procs_per_node=2"], cwd=REPO, capture_output=True, text=True, check=True)
     assert "train, after score" in done.stdout and "ranks   2: 1 node with 2" in done.stdout
     assert "-m torch.distributed.run --nproc-per-node 2" in done.stdout
     assert "-m dpo_dist.train model.path=m" in done.stdout

@@ -49,8 +49,8 @@ def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def make_pairs(chosen: Any, rejected: Any, reference_chosen: Any = -20.0, reference_rejected: Any = -20.0, *,
                chosen_tokens: Any = 10.0, rejected_tokens: Any = 10.0, strength: Any = 1.0,
-               mean_chosen_tokens: float = 10.0,
-               wpo_weight: Any = 1.0, dtype: torch.dtype = torch.float64) -> PairLogps:
+               mean_chosen_tokens: float = 10.0, wpo_weight: Any = 1.0,
+               dtype: torch.dtype = torch.float64) -> PairLogps:
     """PairLogps of plain numbers, one for all pairs or one for each."""
     c, r = tensor(chosen, dtype), tensor(rejected, dtype)
 
@@ -59,9 +59,9 @@ def make_pairs(chosen: Any, rejected: Any, reference_chosen: Any = -20.0, refere
 
     return PairLogps(
         policy_chosen=c, policy_rejected=r, reference_chosen=like(reference_chosen),
-        reference_rejected=like(reference_rejected),
-        chosen_tokens=like(chosen_tokens), rejected_tokens=like(rejected_tokens), strength=like(strength),
-        mean_chosen_tokens=mean_chosen_tokens, wpo_weight=like(wpo_weight))
+        reference_rejected=like(reference_rejected), chosen_tokens=like(chosen_tokens),
+        rejected_tokens=like(rejected_tokens), strength=like(strength), mean_chosen_tokens=mean_chosen_tokens,
+        wpo_weight=like(wpo_weight))
 
 
 def random_pairs(n: int = 6, spread: float = 3.0, seed: int = 0) -> PairLogps:
@@ -72,8 +72,7 @@ def random_pairs(n: int = 6, spread: float = 3.0, seed: int = 0) -> PairLogps:
 
     logps = [draw(-20 - spread, -20 + spread) for _ in range(4)]
     return make_pairs(*logps, chosen_tokens=draw(2, 30).round(), rejected_tokens=draw(2, 30).round(),
-                      strength=draw(0.5, 4),
-                      wpo_weight=draw(0.1, 1))
+                      strength=draw(0.5, 4), wpo_weight=draw(0.1, 1))
 
 
 def slopes(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,11 +145,9 @@ def test_an_option_that_the_loss_does_not_use_is_refused_by_name(name: str, opti
 
 OPTION_VALUES: dict[str, dict[str, Any]] = {
     "beta": {"beta": 0.37}, "label_smoothing": {"label_smoothing": 0.23},
-    "f_divergence": {"f_divergence": "forward_kl"},
-    "f_alpha": {"f_divergence": "alpha_divergence", "f_alpha": 0.3}, "wpo": {"wpo": True},
-    "discopop_tau": {"discopop_tau": 2.0},
-    "simpo_gamma": {"simpo_gamma": 0.3}, "orpo_lambda": {"orpo_lambda": 0.7}, "cpo_alpha": {"cpo_alpha": 0.2},
-    "odpo_alpha": {"odpo_alpha": 0.4}}
+    "f_divergence": {"f_divergence": "forward_kl"}, "f_alpha": {"f_divergence": "alpha_divergence", "f_alpha": 0.3},
+    "wpo": {"wpo": True}, "discopop_tau": {"discopop_tau": 2.0}, "simpo_gamma": {"simpo_gamma": 0.3},
+    "orpo_lambda": {"orpo_lambda": 0.7}, "cpo_alpha": {"cpo_alpha": 0.2}, "odpo_alpha": {"odpo_alpha": 0.4}}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -375,8 +372,7 @@ def two_pair_batch() -> PackedBatch:
     lengths, none = torch.tensor([4, 1, 2, 3]), torch.empty(0, dtype=torch.int64)
     return PackedBatch(none[None], none[None], (), none, none, torch.repeat_interleave(torch.arange(4), lengths),
                        torch.cat([torch.arange(n) for n in lengths.tolist()]), lengths, torch.tensor([0, 1]),
-                       torch.tensor([2, 3]),
-                       (0, 1), torch.ones(2), torch.full((2,), math.nan))
+                       torch.tensor([2, 3]), (0, 1), torch.ones(2), torch.full((2,), math.nan))
 
 
 POLICY = tensor([-1, -2, -3, -4, -5, -6, -7, -8, -9, -10])

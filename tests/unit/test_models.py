@@ -21,8 +21,7 @@ from dpo_dist.types import PackedBatch, TokenizedPair
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2,
-         "eos_token_id": 1,
-         "initializer_range": 0.2}
+         "eos_token_id": 1, "initializer_range": 0.2}
 ARCHITECTURES = {
     "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Mistral": {"sliding_window": 6}, "Phi3": {},
     "Granite": {"logits_scaling": 4.0}, "Olmo2": {},

@@ -78,8 +78,8 @@ def test_print_reaches_the_terminal_when_asked(capture: str, tmp_path: Path):
     script = ("import sys\nfrom dpo_dist.runtime.process import run_entry\n"
               "sys.exit(run_entry(sys.argv[1:], lambda config, world, terminal: print('a look inside')))")
     done = subprocess.run([sys.executable, "-c", script, "model.path=m", "cluster.device=cpu",
-                           f"run.dir={tmp_path / 'run'}"],
-                          env={**os.environ, "DPO_DIST_CAPTURE": capture}, cwd=REPO, capture_output=True, text=True)
+                           f"run.dir={tmp_path / 'run'}"], env={**os.environ, "DPO_DIST_CAPTURE": capture}, cwd=REPO,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("a look inside" in done.stdout) == (capture == "0")
     assert ("a look inside" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()) == (capture == "1")

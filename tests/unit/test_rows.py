@@ -287,8 +287,7 @@ def test_nulls_that_a_parquet_schema_puts_into_messages_are_gone(tmp_path):
 
 def test_sharegpt_speakers_become_roles(tmp_path):
     says = [("system", "s"), ("human", "a"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
-            ("observation", "7"),
-            ("gpt", "b"), ("user", "c")]
+            ("observation", "7"), ("gpt", "b"), ("user", "c")]
     row = read_one(tmp_path, {"conversations": [{"from": f, "value": v} for f, v in says],
                               "chosen": {"from": "gpt", "value": "d"},
                               "rejected": [{"from": "assistant", "value": "e"}], "tools": "[]"})

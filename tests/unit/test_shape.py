@@ -32,8 +32,8 @@ from dpo_dist.sizing.shape import ModelShape, model_shape, read_shape
 REPO = Path(__file__).resolve().parents[2]
 PROMPT, COMPLETION = 64, 32
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "vocab_size": 96,
-                         "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+                         "num_key_value_heads": 2, "vocab_size": 96, "num_hidden_layers": 4, "pad_token_id": 0,
+                         "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE), "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama, biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
@@ -47,8 +47,7 @@ CONFIGS = {
     "gpt2": GPT2Config(n_embd=64, n_head=4, n_layer=4, n_inner=160, vocab_size=96, n_positions=128, bos_token_id=1,
                        eos_token_id=2),
     "gpt2, untied": GPT2Config(n_embd=64, n_head=4, n_layer=4, vocab_size=96, n_positions=128, bos_token_id=1,
-                               eos_token_id=2,
-                               tie_word_embeddings=False),
+                               eos_token_id=2, tie_word_embeddings=False),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
 SIMPLE = {name: config for name, config in CONFIGS.items() if "," not in name and name != "mixtral"}

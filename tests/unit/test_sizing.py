@@ -34,16 +34,15 @@ from dpo_dist.sizing.step_time import pair_flops, step_time
 REPO = Path(__file__).resolve().parents[2]
 LENGTHS = Lengths(256, 128, 128, 1000, "made up")
 SHAPE = model_shape({"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
-                     "num_attention_heads": 8,
-                     "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": False})
+                     "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192,
+                     "tie_word_embeddings": False})
 N = 21_238_272
 TWO = Hardware(1, 2, CPU)
 
 
 def config(*overrides: str) -> RunConfig:
     return compose(["model.path=nowhere", "cluster.device=cpu", "train.pairs_per_step=4",
-                    "train.tokens_per_microbatch=1024",
-                    "model.gradient_checkpointing=false", *overrides])
+                    "train.tokens_per_microbatch=1024", "model.gradient_checkpointing=false", *overrides])
 
 
 def published(name: str) -> ModelShape:
@@ -150,8 +149,8 @@ def test_the_cache_holds_four_bytes_a_completion_token():
     (("zero.stage=0",), 1, ("zero.stage=1", "zero.offload_optimizer=cpu"))])
 def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], ranks: int, wanted: tuple[str, ...]):
     eight = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-                         "num_hidden_layers": 32,
-                         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256})
+                         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                         "vocab_size": 128256})
     here = config("cluster.device=auto", "train.pairs_per_step=256", *overrides)
     world = Hardware(1, ranks, GPU_80GB)
     change = smallest_change(here, eight, LENGTHS, world)

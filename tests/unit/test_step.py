@@ -61,8 +61,7 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("loss", [LossConfig("sigmoid", beta=0.5), LossConfig("sft"), LossConfig("simpo"),
-                                  LossConfig("ipo", ld_alpha=0.5),
-                                  LossConfig("sigmoid", wpo=True),
+                                  LossConfig("ipo", ld_alpha=0.5), LossConfig("sigmoid", wpo=True),
                                   LossConfig("mixture", terms={"sigmoid": 1.0, "sft": 0.3})], ids=str)
 def test_the_gradient_does_not_depend_on_the_packs(gradient: Callable[..., dict[str, torch.Tensor]], tmp_path: Path,
                                                    loss: LossConfig):

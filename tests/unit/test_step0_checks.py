@@ -53,8 +53,7 @@ def test_a_planted_fault_stops_the_run_and_names_the_pairs(plant: str, tmp_path:
               "import sys\nfrom dpo_dist.runtime.process import run_entry\n"
               "from dpo_dist.train import train\nsys.exit(run_entry(sys.argv[1:], train))\n")
     words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "zero=none",
-             "train.pairs_per_step=12",
-             "train.max_steps=2", f"run.dir={tmp_path / 'run'}"]
+             "train.pairs_per_step=12", "train.max_steps=2", f"run.dir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "stopped at step 0" in done.stderr and "rows.jsonl:" in done.stderr and "Remedy" in done.stderr

@@ -81,13 +81,11 @@ def test_the_sweeps_folder_depends_on_what_is_swept_and_trained_not_on_the_value
 
 def test_runs_share_a_scoring_whatever_does_not_change_the_references_log_probs():
     same = ["loss.beta=0.3", "optim.lr=1e-3", "loss=ipo", "train.seed=4", "train.epochs=3", "zero=zero2",
-            "data.group_by_prompt=true",
-            "data.cache_dir=x", "train.pairs_per_step=8"]
+            "data.group_by_prompt=true", "data.cache_dir=x", "train.pairs_per_step=8"]
     plain = reference_group(job().config)
     assert {reference_group(job(word).config) for word in same} == {plain}
     other = ["reference.path=r", "model.dtype=bf16", "data.max_length=100", "data.truncation=keep_end",
-             "reference.cache_dir=x",
-             "reference=vllm"]
+             "reference.cache_dir=x", "reference=vllm"]
     assert len({reference_group(job(word).config) for word in other} | {plain}) == len(other) + 1
 
 

@@ -40,8 +40,7 @@ def test_what_is_said_reaches_stdout_and_everything_else_the_log(tmp_path: Path)
     assert done.stdout == "step 0: loss [bold]0.6931[/bold] :tada:\n" and done.stderr == ""
     log = (tmp_path / "logs" / "rank-0.log").read_text()
     for chatter in ("C on stdout", "C on stderr", "python on stdout", "python on stderr",
-                    "INFO library: through logging",
-                    "a warning", "a child process", "step 0: loss"):
+                    "INFO library: through logging", "a warning", "a child process", "step 0: loss"):
         assert chatter in log
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO library: through logging$", log, re.M)
 
@@ -185,7 +184,6 @@ def test_under_torchrun_each_rank_has_its_log_and_the_person_one_voice(tmp_path:
         terminal.say("hello")
     """))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           str(script)],
-                          env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+                           str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "hello\n" and "chatter" not in done.stderr
     assert all("chatter" in (tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1))

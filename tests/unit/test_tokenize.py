@@ -3,6 +3,7 @@ spot."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig, DatasetConfig
-from dpo_dist.data.rows import read_rows
-from dpo_dist.data.tokenize import Dropped, TruncationReport, make_tokenize, truncate
+from dpo_dist.data.rows import DataRow, read_rows
+from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -38,6 +39,13 @@ SPACED = """{%- for m in messages %}{{ m.role + ': ' + m.content | trim + '<|end
 OPENS_THINK = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}")
 ENDS_OTHERWISE = CHATML.replace("m.content + '<|im_end|>\\n'", "m.content + ('<|eom|>' if m.tool_calls else "
                                                                "'<|im_end|>\\n')")
+
+
+def make_tokenize(tokenizer: PreTrainedTokenizerFast | None,
+                  given: DataConfig) -> Callable[[DataRow], TokenizedPair | Dropped]:
+    """A function from a row to its pair, truncated."""
+    encoder = PairTokenizer.of(tokenizer, given)
+    return lambda row: truncate(encoder.encode([row])[0], given)
 
 
 def bpe(template: str | None = None, adds_bos: bool = False) -> PreTrainedTokenizerFast:

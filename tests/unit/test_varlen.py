@@ -36,8 +36,7 @@ def aligned_at_the_upper_left(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor,
 
 
 def one_key_too_many(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
-                     scale: float | None,
-                     window: int | None) -> Tensor:
+                     scale: float | None, window: int | None) -> Tensor:
     return plain(q, k, v, q_starts, k_starts, max_q, max_k, scale, 40)
 
 

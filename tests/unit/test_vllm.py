@@ -27,8 +27,7 @@ from dpo_dist.reference.vllm.process import command
 from dpo_dist.types import PackedBatch
 
 TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)),
-         Sequences((30,), ((31, 32, 33, 1), (34, 1))),
-         Sequences(tuple(range(3, 40)), (tuple(range(40, 60)),))]
+         Sequences((30,), ((31, 32, 33, 1), (34, 1))), Sequences(tuple(range(3, 40)), (tuple(range(40, 60)),))]
 N_SEQUENCES = 6
 
 
@@ -69,9 +68,8 @@ def write_qwen2(folder: Path) -> Path:
 
     torch.manual_seed(1)
     Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                 num_attention_heads=4,
-                                 num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-                                 initializer_range=0.2)).save_pretrained(folder)
+                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                                 tie_word_embeddings=True, initializer_range=0.2)).save_pretrained(folder)
     return folder
 
 
@@ -89,8 +87,7 @@ def test_the_request_is_prompts_as_token_ids_and_nothing_that_would_change_the_v
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     client(server).token_logps(pack_sequences(TREES[:1]))
     assert server.requests == [{"model": server.name, "prompt": [[5, 6, 7, 8, 9, 1], [5, 6, 7, 10, 11, 12, 13, 1]],
-                                "max_tokens": 1,
-                                "temperature": 0, "prompt_logprobs": 0}]
+                                "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}]
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
 

@@ -47,8 +47,7 @@ def test_vllm_agrees_with_the_plain_forward_in_fp32(tmp_path: Path, base: list[s
     write(tmp_path / "m")
     rows = write_rows(tmp_path / "rows.jsonl", 60, vocabulary=128, longest=100)
     words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), f"run.dir={tmp_path / 'run'}",
-             "reference=vllm",
-             "cluster.timeout_seconds=600", "reference.requests.wait_seconds=300",
+             "reference=vllm", "cluster.timeout_seconds=600", "reference.requests.wait_seconds=300",
              f"cluster.procs_per_node={processes}"]
     out = dpo_dist("score", *words, f"reference.server={PYTHON}", timeout=600).stdout
     assert out.strip().endswith("scored 120, cached 0")

@@ -1,5 +1,4 @@
-"""The reference's engines, each described in a file of its own without torch: keys, rules, recipe of its values,
-memory.
+"""The reference's engines. Each file describes one without torch: its keys, rules, cache recipe and memory.
 
 What computes is `open_engine` in dpo_dist/reference/<name>.py, imported when it is used.
 """

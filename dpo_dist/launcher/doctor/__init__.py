@@ -1,5 +1,4 @@
-"""`dpo-dist doctor [overrides]`: looks at this machine with the eyes of a run, and names a remedy for whatever would
-stop it."""
+"""`dpo-dist doctor [overrides]`: checks this machine for whatever would stop a run, and names a remedy for each."""
 from __future__ import annotations
 
 import os

@@ -1,5 +1,4 @@
-"""Can torch compute here, and does DeepSpeed load? Both are asked in a process of their own: the launcher imports
-neither."""
+"""Can torch compute here, and does DeepSpeed load? Separate processes find out; the launcher imports neither."""
 from __future__ import annotations
 
 import json

@@ -29,8 +29,7 @@ def shared_folder(config: RunConfig) -> Finding:
 
 
 def clock(config: RunConfig) -> Finding | None:
-    """The clock of this machine against that of the file system, which the other nodes go by as well; None where
-    nothing can be written."""
+    """This machine's clock against the file system's, which other nodes see too; None where nothing can be written."""
     folder = _nearest(_folders(config)["run.dir"])
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
@@ -124,16 +123,16 @@ def _file_system(folder: Path) -> str:
 
 
 def needed_bytes(config: RunConfig) -> tuple[int, str]:
-    """(what a run will write, for what): its checkpoints and the model where the model's size is known, else the
-    least."""
+    """(bytes that a run will write, for what): checkpoints and model where the model's size is known, else a
+    minimum."""
     parameters = _parameters(Path(config.model.path))
     if not parameters or config.model.lora.rank:
         return LEAST_FREE_GIB * GIB, "for a run whose size is not known"
     checkpoints = config.train.keep_checkpoints + 1      # the newest is written before the oldest goes
     apart = MODULE_BYTES if config.zero.stage in (0, 1, 2, "auto") else 0
     needed = parameters * ((STATE_BYTES + apart) * checkpoints + MODULE_BYTES)
-    return max(LEAST_FREE_GIB * GIB,
-               needed), f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
+    why = f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
+    return max(LEAST_FREE_GIB * GIB, needed), why
 
 
 def _parameters(folder: Path) -> int:

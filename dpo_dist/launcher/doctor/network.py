@@ -56,8 +56,8 @@ def _interface(name: str) -> Finding:
 
 
 def _own_name() -> Finding:
-    """Without GLOO_SOCKET_IFNAME gloo listens where the machine's own name leads, which the other nodes must be able to
-    reach."""
+    """Without GLOO_SOCKET_IFNAME gloo listens at the address of the machine's own name. Other nodes must be able to
+    reach it."""
     name = socket.gethostname()
     remedy = "set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
     try:

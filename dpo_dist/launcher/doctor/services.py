@@ -74,5 +74,5 @@ def _sinfo() -> tuple[str, str | None]:
     if done.returncode:
         return "", (done.stderr.strip() or "sinfo: failed").splitlines()[0]
     rows = [line.split() for line in done.stdout.splitlines()]
-    return (", ".join(f"{name} ({nodes} nodes {state})" for name, nodes, state in rows),
-            None) if rows else ("", "sinfo lists no partition")
+    shown = ", ".join(f"{name} ({nodes} nodes {state})" for name, nodes, state in rows)
+    return shown, None if rows else "sinfo lists no partition"

@@ -47,8 +47,8 @@ def _other_than_tested() -> Iterator[str]:
     lines = CONSTRAINTS.read_text().splitlines() if CONSTRAINTS.is_file() else []
     for pinned in (Requirement(line) for line in lines if line and not line.startswith("#")):
         found = _installed(pinned.name)
-        if pinned.name in SHOWN and found and (pinned.marker is None
-                                               or pinned.marker.evaluate()) and not pinned.specifier.contains(found):
+        applies = pinned.name in SHOWN and (pinned.marker is None or pinned.marker.evaluate())
+        if applies and found and not pinned.specifier.contains(found):
             yield f"{pinned.name}{pinned.specifier}"
 
 

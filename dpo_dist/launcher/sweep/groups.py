@@ -1,5 +1,4 @@
-"""What a sweep is: overrides → jobs, each in a folder of its own; jobs → groups that share the reference's log-probs.
-Runs nothing.
+"""What a sweep is: overrides → jobs with a folder each; jobs → groups that share reference log-probs. Runs nothing.
 
 A job's folder ends with a digest of what it trains (RunConfig.identity), so a sweep finds its runs again, whatever the
 order of its values, how a number was written, or which values and keys were added since.
@@ -52,16 +51,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs that need the same reference log-probs, and the first of them in a folder for scoring; None where nothing is
-    to be scored."""
+    """Jobs that need the same reference log-probs. `score`: the first of them, in a folder for scoring; None if not
+    needed."""
 
     jobs: tuple[Job, ...]
     score: Job | None
 
 
 def sweep_folder(words: Sequence[str], swept: Sequence[str]) -> str:
-    """The sweep's folder where run.dir does not say it: a function of what is swept and of the other words, but not of
-    the values."""
+    """The sweep's folder where run.dir does not set it. It follows from the swept keys and the other words, not the
+    values."""
     rest = sorted(word for word in words if not word.lstrip("+~").startswith(NOT_OF_THE_RUN)
                   and key_of(word) not in swept)
     digest = hashlib.sha256(json.dumps([sorted(swept), rest]).encode()).hexdigest()[:8]
@@ -69,8 +68,7 @@ def sweep_folder(words: Sequence[str], swept: Sequence[str]) -> str:
 
 
 def make_job(overrides: Sequence[str], fixed: Sequence[str], folder: Path) -> Job:
-    """The job that a sweeper proposed; `fixed` are the keys that are the same in all. Raises UserError for a bad
-    value."""
+    """The job that a sweeper proposed; `fixed`: keys that are the same in all jobs. UserError for a bad value."""
     config = compose([word for word in overrides if key_of(word) not in ("run.dir", "+sweep")])
     swept = {key_of(word): _value(config, word) for word in overrides if key_of(word) not in (*fixed, *OF_THE_SWEEP)}
     parts = [f"{_short(key)}_{shown(value)}" for key, value in swept.items()]
@@ -82,8 +80,7 @@ def make_job(overrides: Sequence[str], fixed: Sequence[str], folder: Path) -> Jo
 
 
 def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
-    """The jobs by what decides their reference's log-probs, each group to be scored once; first those that need no
-    scoring."""
+    """The jobs grouped by what decides their reference log-probs; those that need no scoring first."""
     groups: dict[str | None, list[Job]] = {}
     for job in jobs:
         groups.setdefault(reference_group(job.config), []).append(job)
@@ -92,8 +89,7 @@ def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
 
 
 def reference_group(config: RunConfig) -> str | None:
-    """A digest of what decides which reference log-probs a run needs, and their values; None where nothing is scored
-    ahead of training.
+    """A digest of what decides a run's reference log-probs; None where nothing is scored before training.
 
     From the config alone, so two names of the same weights are two groups; the second then finds in the cache what the
     first left there.

@@ -1,4 +1,4 @@
-"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; here they are scored once, trained, and
+"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; they are scored once, trained and
 compared."""
 from __future__ import annotations
 

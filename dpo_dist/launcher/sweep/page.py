@@ -1,5 +1,4 @@
-"""<sweep>/sweep.html: the table and the plots of a sweep in one file that needs no network. The plots are SVG, written
-out here."""
+"""<sweep>/sweep.html: a sweep's table and plots in one file that needs no network. The plots are written as SVG."""
 from __future__ import annotations
 
 import math
@@ -13,8 +12,7 @@ from dpo_dist.launcher.sweep.results import COLUMNS, DRIFT, KL, Result, best, co
 
 PLOTS = ("rewards/accuracies", "rewards/margins", KL, DRIFT)
 UNITS = {"rewards/accuracies": "share of held-out pairs", "rewards/margins": "beta × nats",
-         KL: "nats a token, k3 on the data's completions",
-         DRIFT: "nats a token, policy − reference"}
+         KL: "nats a token, k3 on the data's completions", DRIFT: "nats a token, policy − reference"}
 # Paul Tol's, which most eyes tell apart
 COLORS = ("#4477aa", "#ee6677", "#228833", "#aa7700", "#66ccee", "#aa3377", "#777777", "#000000")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 280, 62, 14, 14, 44      # of a plot and its margins, in pixels
@@ -46,17 +44,13 @@ def write_page(path: Path, results: Sequence[Result], objective: str) -> None:
     failed = "".join(f"<li>{escape(r.job.name)}: {escape(r.message)}</li>" for r in results if not r.done)
     path.write_text("\n".join([
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8"><title>dpo-dist sweep</title>',
-        f"<style>{STYLE}</style></head><body>",
-        f"<h1>{len(results)} runs, compared on held-out pairs</h1>",
+        f"<style>{STYLE}</style></head><body>", f"<h1>{len(results)} runs, compared on held-out pairs</h1>",
         _best(chosen, objective) if chosen else "<p>No run has a result yet.</p>",
         f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{cells}</table>",
-        f"<h2>Not done</h2><ul>{failed}</ul>" if failed else "",
-        "<h2>Plots</h2>", *plots(results),
+        f"<h2>Not done</h2><ul>{failed}</ul>" if failed else "", "<h2>Plots</h2>", *plots(results),
         '<p class="note">The KL estimate is taken on the completions of the data, not on samples of the policy: it '
-        'ranks these runs, and is '
-        "no KL to be quoted. A chosen drift below 0 means that the policy makes even the chosen completions less "
-        "likely.</p>",
-        "</body></html>", ""]))
+        "ranks these runs, and is no KL to be quoted. A chosen drift below 0 means that the policy makes even the "
+        "chosen completions less likely.</p>", "</body></html>", ""]))
 
 
 def _best(chosen: Result, objective: str) -> str:
@@ -73,8 +67,8 @@ def _row(cells: Sequence[str], kind: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[str]:
-    """Figures of each metric over the learning rate (else over the first number that is swept), a line for each value
-    of the rest.
+    """Plots of each metric over the learning rate (else the first swept number), with a line for each value of the
+    rest.
 
     Where the rest takes more values than there are colours, as in a random search: over each number that is swept,
     points alone.
@@ -107,8 +101,7 @@ def _number(result: Result, key: str) -> float | None:
 
 
 def figure(name: str, x_name: str, lines: Sequence[Line]) -> str:
-    """One plot as an SVG in a <figure>; x is logarithmic where all of it is above 0 and spans more than a factor of
-    3."""
+    """One plot as an SVG in a <figure>. x is logarithmic if all values are above 0 and span more than a factor of 3."""
     points = [point for line in lines for point in line.points]
     xs, ys = [p[0] for p in points] or [0.0], [p[1] for p in points] or [0.0]
     logarithmic = min(xs) > 0 and max(xs) > 3 * min(xs)
@@ -121,8 +114,8 @@ def figure(name: str, x_name: str, lines: Sequence[Line]) -> str:
     marks = [_line(line, color, at, up) for line, color in zip(lines, COLORS * len(lines), strict=False)]
     frame = (f'<path d="M{LEFT} {TOP} V{HEIGHT - BOTTOM} H{WIDTH - RIGHT}" fill="none" stroke="#999"/>'
              f'<text x="{(LEFT + WIDTH) // 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>')
-    legend = " ".join(f'<span style="color:{color}">● {escape(line.name)}</span>' for line,
-                      color in zip(lines, COLORS, strict=False))
+    legend = " ".join(f'<span style="color:{color}">● {escape(line.name)}</span>'
+                      for line, color in zip(lines, COLORS, strict=False))
     return (f'<figure><figcaption><b>{escape(COLUMNS[name])}</b> '
             f'<small>{escape(UNITS[name])}</small><br><small>{legend}</small></figcaption>'
             f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

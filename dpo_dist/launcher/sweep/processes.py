@@ -1,5 +1,4 @@
-"""Runs several dpo-dist commands as processes of their own, each in a place of its own: a share of the machine's
-devices."""
+"""Runs several dpo-dist commands as processes, each with its own share of the machine's devices."""
 from __future__ import annotations
 
 import os

@@ -1,5 +1,4 @@
-"""What the jobs of a sweep came to: their last held-out metrics, the best one, a table for the terminal, and
-<sweep>/sweep.json."""
+"""Results of a sweep's jobs: last held-out metrics, the best job, a table for the terminal, and <sweep>/sweep.json."""
 from __future__ import annotations
 
 import json
@@ -25,8 +24,7 @@ COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "K
 
 @dataclass(frozen=True)
 class Result:
-    """`metrics` are those of the last held-out evaluation, empty unless the job is done; `message` says why it is
-    not."""
+    """`metrics`: of the last held-out evaluation, empty unless the job is done. `message`: why it is not."""
 
     job: Job
     done: bool
@@ -45,7 +43,7 @@ def read_result(job: Job, why_not: str = "") -> Result:
 
 
 def best(results: Sequence[Result], objective: str) -> Result | None:
-    """The done job with the best objective; of equals the one closest to the reference. None where none has a finite
+    """The finished job with the best objective; among equals the closest to the reference. None if there is no finite
     one."""
     sign = 1 if OBJECTIVES[objective] == "minimize" else -1
     able = [r for r in results if math.isfinite(r.metrics.get(objective, math.nan))]
@@ -81,8 +79,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def write_results(folder: Path, results: Sequence[Result], objective: str) -> None:
-    """<folder>/sweep.json: every job with its values, folder and metrics, and the best one's command and whole
-    config."""
+    """<folder>/sweep.json: each job's values, folder and metrics, and the best job's command and config."""
     chosen = best(results, objective)
     content: dict[str, Any] = {
         "objective": objective,
@@ -90,8 +87,7 @@ def write_results(folder: Path, results: Sequence[Result], objective: str) -> No
         "jobs": [{"swept": r.job.swept, "run_dir": str(r.job.run_dir), "done": r.done, "message": r.message,
                   "metrics": {name: _jsonable(value) for name, value in r.metrics.items()}} for r in results],
         "best": chosen and {"swept": chosen.job.swept, "run_dir": str(chosen.job.run_dir),
-                            "command": command_of(chosen.job),
-                            "config": to_dict(chosen.job.config)},
+                            "command": command_of(chosen.job), "config": to_dict(chosen.job.config)},
     }
     write_json(folder / "sweep.json", content)
 

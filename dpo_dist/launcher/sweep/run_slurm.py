@@ -1,5 +1,5 @@
-"""Runs a sweep's groups on Slurm: a scoring job a group and an array of trainings after it; then waits, so that results
-can be compared."""
+"""Runs a sweep's groups on Slurm: a scoring job a group, then an array of trainings. Waits, then results are
+compared."""
 from __future__ import annotations
 
 import hashlib
@@ -26,16 +26,14 @@ from dpo_dist.launcher.sweep.groups import Group, Job
 
 @dataclass(frozen=True)
 class Submitted:
-    """Slurm's ids of a group's jobs: the scoring (None where there was none), and the array, whose task i is the
-    group's training i."""
+    """Slurm's ids of a group's jobs: the scoring job (None if none), and the array, whose task i is training i."""
 
     score: str | None
     array: str
 
 
 def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
-    """Returns when no job is left, however each ended; nothing is known here of why (hence {}): each run's folder says
-    it.
+    """Returns when no job is left. Why a job failed is in its run's folder, so nothing is returned here.
 
     Jobs that an earlier invocation submitted, and that are still pending or running, are waited for and not submitted
     again.
@@ -76,16 +74,14 @@ def submit(groups: Sequence[Group]) -> list[Submitted]:
 
 
 def rendered(groups: Sequence[Group]) -> str:
-    """The batch scripts and the sbatch commands that `submit` would use, as text for --dry-run; starts and writes
-    nothing."""
+    """The batch scripts and sbatch commands that `submit` would use, for --dry-run. Starts and writes nothing."""
     return "\n".join(text for group, folder in _with_folders(groups)
                      for text in (describe(_batch_jobs(group, folder)), f"# ---- {_tasks_file(folder)}",
                                   _task_lines(group)))
 
 
 def _with_folders(groups: Sequence[Group]) -> list[tuple[Group, Path]]:
-    """Each group's folder, named by its tasks: a later command never changes the lines that an array under way still
-    reads."""
+    """Each group's folder, named by its tasks: a later command never changes lines that a running array still reads."""
     return [(group, group.jobs[0].run_dir.parent / "slurm"
              / f"group-{hashlib.sha256(_task_lines(group).encode()).hexdigest()[:8]}")
             for group in groups]

@@ -35,8 +35,7 @@ def open_cache(cache: LogpCache, world: World) -> int:
 
 def plan_fill(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens_per_microbatch: int,
               windows: Indexes | None = None, padded: bool = False) -> tuple[ScoringPlan, int]:
-    """(what is missing, how many shards were damaged): made on rank 0, the same everywhere. `windows` and `padded` as
-    in plan_scoring."""
+    """(what is missing, how many shards were damaged), made on rank 0. `windows` and `padded`: as in plan_scoring."""
     damaged = open_cache(cache, world)
     return world.on_main(lambda: plan_scoring(cache, data_sets, tokens_per_microbatch, windows, padded)), damaged
 
@@ -71,9 +70,9 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
 
 def _scored(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool,
             while_waiting: Callable[[], None]) -> Iterator[Scored]:
-    """(pack, its log-probs on the CPU), in order. An engine in other processes says by `packs_at_once` how many it
-    takes at a time, so that its servers never wait for this process. pinned: packs are laid where a GPU copies from
-    without holding up the process."""
+    """(pack, its log-probs on the CPU), in order. An engine in other processes sets `packs_at_once`, so that its
+    servers never wait for this process. pinned: packs lie in memory from which a GPU copies without holding up the
+    process."""
     if engine.packs_at_once == 1:
         yield from _one_ahead(packs, engine, pinned)
         return

@@ -1,5 +1,4 @@
-"""In what order training asks for reference log-probs, as windows: what the scorer goes through, one after the other,
-to stay ahead.
+"""The order in which training asks for reference log-probs, as windows. The scorer works through them to stay ahead.
 
 Within a window pairs are scored in whatever order is best, and prompts are shared; so windows are small where training
 waits for them, and grow while it is at work.
@@ -18,9 +17,9 @@ NEVER = np.iinfo(np.int64).max      # the window of a pair that training does no
 
 
 def windows(order: Sampler, epochs: float, max_steps: int | None, n_train: int, n_held_out: int) -> Indexes:
-    """(n_train + n_held_out,) the window of each pair, training pairs first: step 1 (for the checks of step 0), then
-    the held-out pairs (evaluated before training), then the steps as they come. A pair belongs to the window that
-    first asks for it."""
+    """(n_train + n_held_out,) the window of each pair, training pairs first. Step 1 comes first (for the checks of step
+    0), then the held-out pairs (evaluated before training), then the other steps. A pair belongs to the first window
+    that asks for it."""
     window = np.full(n_train + n_held_out, NEVER)
     window[n_train:] = 1
     unasked, number, left, size = n_train, 0, 1, 1

@@ -1,5 +1,4 @@
-"""What the cache lacks of some data sets, as packs to score: each sequence once, those of one prompt in one tree, from
-contents alone.
+"""What the cache lacks of some data sets, as packs to score: each sequence once, those of one prompt in one tree.
 
 Sequence s of data sets laid end to end is pair s // 2's chosen completion where s is even, its rejected one where s is
 odd. Arrays throughout: a million pairs are planned in seconds and within 100 bytes a pair.
@@ -24,8 +23,7 @@ Keys = NDArray[np.uint64]               # (n, 2): 16 bytes as two numbers
 
 
 class ScoringPlan(NamedTuple):
-    """sequences to score; tree i holds those from trees[i] to trees[i + 1], pack j the trees from packs[j] to packs[j +
-    1]."""
+    """Sequences to score. Tree i is sequences[trees[i]:trees[i + 1]]; pack j is trees packs[j] to packs[j + 1]."""
 
     sequences: Indexes
     trees: Indexes
@@ -42,8 +40,7 @@ class ScoringPlan(NamedTuple):
 
 
 def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microbatch: int,
-                 windows: Indexes | None = None,
-                 padded: bool = False) -> ScoringPlan:
+                 windows: Indexes | None = None, padded: bool = False) -> ScoringPlan:
     """The plan for what `cache` lacks. Packs come longest trees first, so that those which run side by side are alike.
 
     windows: (pairs,) as in scoring_order.py: one after the other, prompts shared within each; pairs of NEVER are left
@@ -109,8 +106,8 @@ def _ranks(keys: Keys) -> NDArray[np.int32]:
 
 
 def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
-    """Whether each key, in this order, is another than the one before it. Block by block, so that no second copy of the
-    keys exists."""
+    """Whether each key, in this order, differs from the one before. Works by blocks, without a second copy of the
+    keys."""
     fresh = np.ones(len(order), dtype=bool)
     for at in range(1, len(order), AT_ONCE):
         end = min(at + AT_ONCE, len(order))
@@ -120,8 +117,8 @@ def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
 
 def _trees(starts_tree: NDArray[np.bool_], prompt_tokens: Ids, completion_tokens: Ids,
            budget: int) -> tuple[Indexes, Indexes]:
-    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: from each start to the next, cut where
-    it exceeds a pack."""
+    """(boundaries (trees + 1,), tokens (trees,)) of sequences sorted by prompt: from each start to the next, cut to fit
+    a pack."""
     if not len(starts_tree):
         return np.zeros(1, np.int64), np.empty(0, np.int64)
     starts = np.flatnonzero(starts_tree)

@@ -67,8 +67,8 @@ class LogpCache:
         self.open_shards(())
 
     def verified_shards(self, known: Collection[str] = ()) -> tuple[list[str], int]:
-        """(names of the whole shards, number of damaged ones), `known` ones left out. Damaged ones are set aside, so
-        their sequences count as missing."""
+        """(names of whole shards, number of damaged ones), without `known` ones. Damaged shards are set aside, so their
+        sequences count as missing."""
         whole, damaged = [], 0
         for path in sorted(path for path in self.folder.glob("*.safetensors") if path.name not in known):
             if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
@@ -82,16 +82,15 @@ class LogpCache:
         return whole, damaged
 
     def open_shards(self, names: Sequence[str]) -> None:
-        """Makes exactly these shards readable. All ranks open the list that one of them verified, so all agree on what
-        is missing."""
+        """Makes exactly these shards readable. All ranks open the list that one rank verified, so they agree on what is
+        missing."""
         self._shards: dict[str, safetensors.safe_open] = {}
         self._high, self._low = np.empty(0, "<u8"), np.empty(0, "<u8")
         self._where = np.empty((0, 3), np.int64)              # shard, start, end
         self.add_shards(names)
 
     def add_new_shards(self, world: World) -> bool:
-        """Makes the shards readable that have come since; whether there were any. All ranks call it, and open what rank
-        0 verified."""
+        """Makes new shards readable; whether there were any. All ranks call it, and open what rank 0 verified."""
         names, _ = world.on_main(lambda: self.verified_shards(self._shards))
         self.add_shards(names)
         return bool(names)
@@ -148,8 +147,8 @@ class LogpCache:
 
 
 class ShardWriter:
-    """Collects scored sequences and writes them as shards, often enough that a kill costs little, and a reader waits
-    little (`at_most_seconds`)."""
+    """Collects scored sequences and writes them as shards: often enough that a kill costs little, and that a reader
+    waits at most `at_most_seconds`."""
 
     def __init__(self, cache: LogpCache, at_most_seconds: float = math.inf):
         self._folder, self._at_most = cache.folder, at_most_seconds

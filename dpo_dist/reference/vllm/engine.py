@@ -75,8 +75,7 @@ class VllmReference(ReferenceEngine):
         return done
 
     def _check_lengths(self, sequences: Sequence[Continuation]) -> None:
-        """vLLM counts the token that it must generate, and refuses a whole request for one sequence that is too
-        long."""
+        """vLLM counts the token that it must generate, and refuses a whole request if one sequence is too long."""
         longest = max(len(s.prompt) + len(s.completion) for s in sequences)
         if self._longest is not None and longest + 1 > self._longest:
             raise UserError(f"a sequence of {longest} tokens needs servers with --max-model-len {longest + 1} or more, "
@@ -85,8 +84,8 @@ class VllmReference(ReferenceEngine):
 
 def continuations(batch: PackedBatch) -> list[Continuation]:
     """The pack's sequences, in its order."""
-    return [Continuation(tuple(prompt.tolist()), tuple(completion.tolist())) for prompt,
-            completion in batch.sequences()]
+    return [Continuation(tuple(prompt.tolist()), tuple(completion.tolist()))
+            for prompt, completion in batch.sequences()]
 
 
 @dataclass
@@ -98,8 +97,8 @@ class _Server:
 
 
 class _Servers:
-    """Who takes the next request: the server that is ready first, and of those the least busy. One that fails rests for
-    a while, and longer each time."""
+    """Picks the server for the next request: the one that is ready first, then the least busy. A server that fails
+    rests, longer each time."""
 
     def __init__(self, urls: Sequence[str]):
         self._all = [_Server(url) for url in urls]

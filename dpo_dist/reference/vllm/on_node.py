@@ -1,5 +1,5 @@
-"""One of the reference's servers, on a node of its own (reference.nodes): python -m dpo_dist.reference.vllm.on_node
-PORT key=value ...
+"""One of the reference's servers on its own node (reference.nodes): python -m dpo_dist.reference.vllm.on_node PORT
+key=value ...
 
 slurm/train.sbatch starts it beside the ranks, tells them its URL, and ends it when they have ended.
 """
@@ -23,8 +23,7 @@ from dpo_dist.runtime.world import device_of
 
 
 def main(words: Sequence[str]) -> int:
-    """Returns only where the server ended by itself, or did not start. A signal ends both
-    (dpo_dist/runtime/child_process.py)."""
+    """Returns only if the server ended by itself or did not start. A signal ends both (runtime/child_process.py)."""
     port, overrides = int(words[0]), words[1:]
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:

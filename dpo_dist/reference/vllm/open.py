@@ -1,5 +1,4 @@
-"""Which servers a run uses, what they must be, and the cache key that follows: the engine's version is part of what a
-value is."""
+"""Which servers a run uses, what is checked of them, and their cache key, of which vLLM's version is a part."""
 from __future__ import annotations
 
 import json
@@ -33,9 +32,8 @@ def recipe(version: str, quantization: str | None) -> str:
 
 
 def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
-    """The key of the servers' values. Their version is what the config says, what is installed, what the servers say,
-    or, where the servers are gone and the cache holds values of one version, that one. UserError where none of these
-    tells."""
+    """The key of the servers' values. The version comes from the config, from what is installed, or from the servers;
+    if they are gone and the cache holds values of one version, that one. UserError where none of these tells."""
     def key(version: str) -> ReferenceKey:
         return ReferenceKey(weights, dtype, recipe(version, config.quantization))
 
@@ -113,17 +111,16 @@ def _name(config: RunConfig) -> str:
 
 
 def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> ServerSpec:
-    """What reference.server is to serve, on so many GPUs of a machine. dtype: as in ReferenceKey; folder: the
-    reference's."""
+    """What reference.server should serve on this many GPUs of a machine. dtype: as in ReferenceKey; folder: the
+    model's."""
     r = served(config)
     assert r.server is not None
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     longest = config.data.max_length + 1
     split = r.tensor_parallel_size or 1
     return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization,
-                      longest if positions is None else min(longest, positions),
-                      split, max(1, gpus // split), NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE,
-                      config.run.offline)
+                      longest if positions is None else min(longest, positions), split, max(1, gpus // split),
+                      NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
 
 
 def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:

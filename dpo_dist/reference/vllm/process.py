@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -13,14 +12,15 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.reference.vllm.protocol import Unanswered, about
 from dpo_dist.runtime import child_process
+from dpo_dist.runtime.ports import free_port
 from dpo_dist.runtime.process_defaults import ALLOCATOR, EXPANDABLE
 
 # For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be
 # computed, not remembered.
 STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}",
-            "--dtype", "{dtype}",
-            "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}", "--skip-tokenizer-init",
-            "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}", "--tensor-parallel-size", "{gpus}")
+            "--dtype", "{dtype}", "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}",
+            "--skip-tokenizer-init", "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}",
+            "--tensor-parallel-size", "{gpus}")
 SECONDS_BETWEEN_LOOKS = 0.5
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 PLACES = ("TORCHELASTIC_", "GROUP_", "ROLE_")            # beginnings of names
@@ -56,9 +56,9 @@ class Server:
 
 def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "127.0.0.1",
                  port: int | None = None) -> Server:
-    """A server on this machine that answers; `host` and `port`: where it listens. UserError, with the end of its log,
-    where it ends or is not up in time."""
-    port = port or _free_port()
+    """A server on this machine that answers, listening at `host` and `port`. UserError, with the end of its log, if it
+    ends or is not up in time."""
+    port = port or free_port()
     environment = {**without_place(os.environ), "HF_HUB_OFFLINE": "1" if spec.offline else "0"}
     server = Server(f"http://127.0.0.1:{port}", child_process.start(command(spec, host, port), log, environment))
     until = time.monotonic() + wait_seconds
@@ -66,8 +66,7 @@ def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "
         while time.monotonic() < until:
             if server.watcher.poll() is not None:
                 raise UserError(f"reference.server={spec.server} ended with code {server.watcher.returncode} before it "
-                                "answered: "
-                                + end_of(log))
+                                f"answered: {end_of(log)}")
             try:
                 about(server.url, timeout_seconds=10)
                 return server
@@ -96,8 +95,8 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
         words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else []),
                   *(["--data-parallel-size", "{copies}"] if spec.copies > 1 else [])]
     fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length),
-            "gpus": str(spec.gpus),
-            "copies": str(spec.copies), "memory": str(spec.gpu_memory), "host": host, "port": str(port)}
+            "gpus": str(spec.gpus), "copies": str(spec.copies), "memory": str(spec.gpu_memory), "host": host,
+            "port": str(port)}
     for key, value in fill.items():                      # not str.format: JSON in an argument has braces of its own
         words = [word.replace("{" + key + "}", value) for word in words]
     return words
@@ -123,9 +122,3 @@ def end_of(log: Path) -> str:
     """The last lines of a server's log, in one, and where all of it is."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-SHOWN_LINES:]) + f" (all of it: {log})"
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

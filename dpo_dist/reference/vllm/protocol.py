@@ -26,8 +26,8 @@ TRY_AGAIN = (408, 425, 429)              # besides 5xx: the server asks for pati
 
 
 class Unanswered(Exception):
-    """The server is down, late or overloaded, or ended in the middle of its answer: another attempt may help, `refused`
-    or not."""
+    """The server is down, late or overloaded, or ended while answering. Trying again may help, whether `refused` or
+    not."""
 
     def __init__(self, message: str, refused: bool = False):
         super().__init__(message)
@@ -62,8 +62,8 @@ def about(url: str, timeout_seconds: float) -> About:
 
 
 def score(url: str, model: str, sequences: Sequence[Continuation], timeout_seconds: float) -> list[np.ndarray]:
-    """The log-probs of each sequence's completion tokens, (C,) float32, nats. Raises Unanswered; UserError for an
-    answer that is wrong."""
+    """Log-probs of each sequence's completion tokens: (C,) float32, nats. Raises Unanswered; UserError for a wrong
+    answer."""
     answer = _exchange(url, "/v1/completions", timeout_seconds, {
         "model": model, "prompt": [[*s.prompt, *s.completion] for s in sequences], "max_tokens": 1, "temperature": 0,
         "prompt_logprobs": 0})
@@ -102,8 +102,7 @@ def _logps(url: str, sequence: Continuation, entries: Sequence[Mapping[str, Any]
 
 
 def _exchange(url: str, path: str, timeout_seconds: float, content: Mapping[str, Any] | None = None) -> Any:
-    """The JSON that the server answers. A connection of its own each time: nothing to be shared by threads, nothing
-    stale."""
+    """The server's JSON answer. Each call opens its own connection: nothing is shared between threads."""
     where = urlsplit(url)
     kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
     headers = {"Content-Type": "application/json"}

@@ -1,5 +1,4 @@
-"""Where a run's numbers go: always <run.dir>/metrics.jsonl, and a copy where `tracking` says. Only the main process has
-any.
+"""Where a run's numbers go: always to <run.dir>/metrics.jsonl, and a copy where `tracking` says. Only rank 0 writes.
 
 A row is {"step": 12, "split": "train", "loss": 0.61, "rewards/chosen": 0.2, ...}. W&B and TensorBoard show a value as
 `train/rewards/chosen` against the step. Values that JSON has no number for stand in metrics.jsonl as the strings "nan",
@@ -15,8 +14,7 @@ MetricsRow = Mapping[str, Any]
 
 class Tracker(Protocol):
     def log(self, row: MetricsRow) -> None:
-        """Keeps one row: `step`, `split` and numbers. When it returns, the row in metrics.jsonl survives a kill and a
-        power cut."""
+        """Keeps one row: `step`, `split` and numbers. After it returns, the row survives a kill and a power cut."""
 
     def finish(self, summary: MetricsRow) -> None:
         """Keeps the run's last numbers, if there are any, and closes."""

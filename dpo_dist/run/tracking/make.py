@@ -12,8 +12,7 @@ from dpo_dist.runtime.run_dir import RunDir
 
 
 def open_tracker(config: RunConfig, run_dir: str | Path, is_main: bool, resumed_step: int) -> Tracker:
-    """The run's tracker. Rows after `resumed_step`, which the run is about to make again, are dropped; 0 = from the
-    start, so all.
+    """The run's tracker. Rows after `resumed_step`, which will be made again, are dropped; 0 = from the start.
 
     Raises UserError where W&B cannot be reached or has no login; it never asks for one.
     """

@@ -1,5 +1,4 @@
-"""<run.dir>/metrics.jsonl: one JSON object a row, always written, and read again by whoever resumes, compares or
-looks."""
+"""<run.dir>/metrics.jsonl: one JSON object a row, always written; resumes, sweeps and people read it."""
 from __future__ import annotations
 
 import json
@@ -32,8 +31,7 @@ class MetricsFile:
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Drops the rows of `path` after `step` (0 = all rows), and what a kill left half-written; the file is replaced in
-    one go."""
+    """Drops rows after `step` (0 = all), and what a kill left half-written. The file is replaced in one go."""
     if not path.exists():
         return
     old = path.read_bytes()

@@ -37,8 +37,7 @@ class Wandb:
         try:
             self._run = wandb.init(
                 project=t.project, entity=t.entity, mode=t.mode, dir=str(run_dir), id=_wandb_id(RunDir(run_dir)),
-                resume="allow",
-                name=run_dir.resolve().name, config=to_dict(config), allow_val_change=True,
+                resume="allow", name=run_dir.resolve().name, config=to_dict(config), allow_val_change=True,
                 settings=wandb.Settings(console="off"))        # terminal.py decides where stdout and stderr go
         except wandb.Error as error:
             raise UserError(f"tracking.mode={t.mode}: W&B could not start ({error}); set tracking.mode=offline and "
