@@ -28,18 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_part import arguments, is_wanted, rounded, tell
 from gpu_shapes import (
     SHAPES,
-    arguments,
     config_of,
     device,
-    is_wanted,
     median_seconds,
     on_gpu,
     relative_error,
-    rounded,
     synchronize,
-    tell,
     write_model,
     write_rows,
 )
@@ -330,7 +327,7 @@ def elementwise_ways(model: str) -> dict[str, Way]:
     if on_gpu():
         kernels = gpu_kernels()
     else:
-        sys.path += [str(REPO / "tests" / "unit")]
+        sys.path += [str(REPO / "tests")]
         from plain_kernels import PLAIN as kernels
     hidden, inner, _, heads, key_heads, *_ = SHAPES[model]
     size, tokens = hidden // heads, 64 if SMOKE else 16_384

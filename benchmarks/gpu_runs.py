@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_shapes import arguments, device, is_wanted, median_seconds, on_gpu, tell, write_model, write_rows
+from gpu_part import arguments, is_wanted, tell
 
 HERE = Path(__file__).parent
 STEPS, LEFT_OUT = 12, 3
@@ -68,6 +67,9 @@ def smoke(case: Case) -> Case:
 
 
 def run(part: str, case: Case, folder: Path) -> None:
+    import torch
+    from gpu_shapes import on_gpu, write_model, write_rows
+
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if "zero.offload_optimizer=cpu" in case.overrides and on_gpu() and host_bytes < 170e9:
         tell("ours", model=case.model, does_not_fit="the optimizer's state takes 129 GB of the host's memory, beside "
@@ -144,6 +146,9 @@ def spread(values: list[float]) -> float:
 
 
 def product_tflops() -> float:
+    import torch
+    from gpu_shapes import device, median_seconds, on_gpu
+
     n = 8192 if on_gpu() else 256
     a, b = (torch.randn(n, n, device=device()).to(torch.bfloat16) for _ in range(2))
     return 2 * n**3 / median_seconds(lambda: a @ b, repeats=20) / 1e12
@@ -158,6 +163,8 @@ def predicted(overrides: list[str]) -> float | None:
 
 
 def run_trl(case: Case, way: str, folder: Path) -> None:
+    from gpu_shapes import write_model, write_rows
+
     write_model(case.model, folder / case.model)
     write_rows(folder / "rows.jsonl", case.model, 4 * case.pairs, case.length, case.prompt_share)
     done = subprocess.run([sys.executable, HERE / "gpu_trl.py", folder / case.model, folder / "rows.jsonl", way,
@@ -172,18 +179,20 @@ def run_trl(case: Case, way: str, folder: Path) -> None:
 def main() -> None:
     given = arguments()
     case = smoke(CASES[given.part]) if given.smoke else CASES[given.part]
+    names = [name for name in [f"trl {way}" for way in case.trl] or ["ours"] if is_wanted(given, name)]
+    if not names:
+        return
+    from gpu_shapes import on_gpu  # torch and transformers: seconds, where there is work for them
+
     models = Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-dist-models"           # written once a machine
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models.mkdir(parents=True, exist_ok=True)
         (folder / case.model).symlink_to(models / (case.model + ("" if on_gpu() else "-cpu")), target_is_directory=True)
         (models / (case.model + ("" if on_gpu() else "-cpu"))).mkdir(exist_ok=True)
-        names = [f"trl {way}" for way in case.trl] or ["ours"]
         for name in names:
-            if is_wanted(given, name):
-                run_trl(case, name.removeprefix("trl "), folder) if case.trl else run(given.part, case, folder)
+            run_trl(case, name.removeprefix("trl "), folder) if case.trl else run(given.part, case, folder)
 
 
 if __name__ == "__main__":
-
     main()

@@ -1,10 +1,8 @@
 """The models of the GPU benchmarks: real shapes, random weights; and what their parts share."""
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -85,27 +83,3 @@ def synchronize() -> None:
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     found, wanted = found.double(), wanted.double()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-300))
-
-
-def arguments() -> argparse.Namespace:
-    """Of a part's process: which part, which cases are wanted, which are done."""
-    words = argparse.ArgumentParser()
-    words.add_argument("part")
-    words.add_argument("--cases", default=".*")
-    words.add_argument("--done", nargs="*", default=[])
-    words.add_argument("--smoke", action="store_true")
-    return words.parse_args()
-
-
-def is_wanted(given: argparse.Namespace, case: str) -> bool:
-    """Whether the case is to be measured: asked for, and not done already."""
-    return f"{given.part}/{case}" not in given.done and re.fullmatch(given.cases, case) is not None
-
-
-def tell(case: str, **figures: Any) -> None:
-    """One row of results, to the process that started this one."""
-    print(json.dumps({"case": case, **figures}), flush=True)
-
-
-def rounded(values: dict[str, float], digits: int = 5) -> dict[str, float]:
-    return {name: float(f"{value:.{digits}g}") for name, value in values.items()}

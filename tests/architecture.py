@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # From the ground up. A room may import rooms of lower floors, and its own; a room is a folder or a file of dpo_dist/.
@@ -56,11 +57,14 @@ def modules(package: Path) -> dict[str, Module]:
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = Module(name, path, ast.parse(path.read_text()))
+        found[name] = Module(name, path, _parsed(path.read_text()))
     return found
 
 
-def imports(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, str]]:
+_parsed = cache(ast.parse)                 # the same file is looked at for each violation that a test plants elsewhere
+
+
+def imports(module: Module, known: Set[str]) -> Iterator[tuple[int, str]]:
     """(line, whole name) of every module that is imported, wherever in the file and by whatever spelling: `import a.b
     as c`, `from a import b` where b is a module, `from . import b`, `import_module("a.b")`, `torch.distributed` by
     attribute."""
@@ -84,31 +88,34 @@ def imports(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, str
                 is_module = (inner.removeprefix(f"{package}.") in known if inner.startswith(f"{package}.")
                              else inner == "torch.distributed")
                 yield node.lineno, inner if is_module else base
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0],
-                                                                     ast.Constant) and isinstance(node.args[0].value,
-                                                                                                  str):
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
-                yield node.lineno, node.args[0].value
+                yield node.lineno, str(node.args[0].value)
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.Attribute) and node.attr == "distributed" and getattr(node.value, "id",
-                                                                                      None) in torch_names:
+        of_torch = isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in torch_names
+        if of_torch and node.attr == "distributed":
             yield node.lineno, "torch.distributed"
 
 
 def violations(package: Path) -> list[str]:
     """One line for each breach of the rules in this package's source."""
-    known, found = modules(package), []
-    for module in known.values():
-        if module.name and module.room not in FLOOR and module.room not in ("launcher", "demo"):
-            found.append(f"{module.name}: the room has no floor")
-        if module.path.stem in VAGUE:
-            found.append(f"{module.name}: a name that says nothing")
-        for line, name in imports(module, known):
-            found += [f"{module.name}:{line} imports {name}: {why}" for why in _breaches(module, name)]
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.ExceptHandler) and node.type is None:
-                found.append(f"{module.name}:{node.lineno} has a bare except")
+    known = modules(package)
+    return [breach for module in known.values() for breach in _of_module(module, frozenset(known))]
+
+
+@cache
+def _of_module(module: Module, known: frozenset[str]) -> list[str]:
+    found = []
+    if module.name and module.room not in FLOOR and module.room not in ("launcher", "demo"):
+        found.append(f"{module.name}: the room has no floor")
+    if module.path.stem in VAGUE:
+        found.append(f"{module.name}: a name that says nothing")
+    for line, name in imports(module, known):
+        found += [f"{module.name}:{line} imports {name}: {why}" for why in _breaches(module, name)]
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"{module.name}:{node.lineno} has a bare except")
     return found
 
 

@@ -19,6 +19,9 @@ from unittest import mock
 import pytest
 from template import Started, Template
 
+from dpo_dist.launcher.ranks import Place
+from dpo_dist.runtime.ports import free_port
+
 if TYPE_CHECKING:
     from dpo_dist.runtime.world import World
 
@@ -29,9 +32,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
-LONGEST_FIRST = ("test_slurm.py", "test_resume.py", "test_stop.py", "test_served_reference.py", "test_two_nodes.py",
-                 "test_reference_engines.py", "test_gpu_benchmark.py", "test_walks.py", "test_policy.py",
-                 "test_models.py")
+LONGEST_FIRST = ("test_slurm.py", "test_resume.py", "test_two_nodes.py", "test_gpu_benchmark.py", "test_demo_and_data.py",
+                 "test_stop.py", "test_served_reference.py", "test_ahead.py", "test_policy.py",
+                 "test_reference_engines.py", "test_walks.py", "test_launch_scripts.py", "test_sweep_command.py",
+                 "test_docker.py", "test_cache_and_score.py", "test_sync.py", "test_golden_trajectories.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,9 +101,22 @@ def dpo_dist(*words: object, code: int = 0, timeout: int = 300) -> subprocess.Co
 
 
 def start(*words: object) -> Started:
-    """The real command, started and not waited for, as from a script; forked from the template."""
-    command, environment = ["dpo_dist.launcher.cli", *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return template().start(command, environment, REPO)
+    """The real command, started and not waited for, as from a script."""
+    return forked("dpo_dist.launcher.cli", *words)
+
+
+def forked(*words: object, **environment: str) -> Started:
+    """A module, a file (*.py) or `-c CODE` with its arguments, as a process that is forked from the template."""
+    return template().start([*map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1", **environment}, REPO)
+
+
+def forked_ranks(size: int, *words: object) -> str:
+    """What rank 0 of so many ranks prints, each of which runs these words as in `forked`, and ends with code 0."""
+    place = Place(size, master_port=free_port())
+    ranks = [forked(*words, **place.environment(rank)) for rank in range(size)]
+    outputs = [rank.communicate(240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, "".join(err[-3000:] for _, err in outputs)
+    return outputs[0][0]
 
 
 @cache
@@ -151,9 +168,19 @@ def eval_on(path: Path) -> str:
 def processes_on(folder: Path) -> list[int]:
     """Processes whose command line names this folder: ranks, which lead sessions of their own."""
     commands = [(int(process.name), command_line(process)) for process in Path("/proc").glob("[0-9]*")]
-    if template.cache_info().currsize:
-        commands += template().processes()
+    commands += [(pid, words) for pid, words, _ in forked_processes()]
     return [pid for pid, words in commands if any(word.endswith(b"=" + os.fsencode(folder)) for word in words)]
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    """The process id of a forked rank of the run in this folder."""
+    ours = processes_on(folder)
+    return next(pid for pid, _, its_rank in forked_processes() if pid in ours and its_rank == str(rank))
+
+
+def forked_processes() -> list[tuple[int, list[bytes], str | None]]:
+    """As Template.processes; none before the template is started."""
+    return list(template().processes()) if template.cache_info().currsize else []
 
 
 def command_line(process: Path) -> list[bytes]:

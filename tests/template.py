@@ -3,8 +3,9 @@ runs on.
 
 Importing torch, transformers and DeepSpeed takes five seconds a process, which is most of a short run. A forked process
 has done that already. All else is real: the launcher, its ranks in sessions of their own, their logs, signals and exit
-codes. Only `python -m dpo_dist...` is forked instead of started; what a fresh process alone can show (imports, Ctrl-C)
-is tested with `subprocess`.
+codes. Forked instead of started are `python -m dpo_dist...`, and the programs that a test hands over (`forked`,
+`forked_ranks` of conftest.py). What only a fresh process can show (imports, a terminal's Ctrl-C, torchrun) is tested
+with `subprocess`.
 
     python tests/template.py SOCKET        serves until its standard input is closed
 """
@@ -31,7 +32,7 @@ IMPORTED = ("torch", "torch._dynamo", "transformers.modeling_utils", "transforme
             "dpo_dist.train", "dpo_dist.score", "dpo_dist.evaluate", "dpo_dist.export", "dpo_dist.policy.zero",
             "dpo_dist.reference.zero", "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm",
             "dpo_dist.run.tracking.tensorboard", "dpo_dist.launcher.cli", "dpo_dist.launcher.node")
-# beside the socket: a file for each forked process, named by its id, with its words
+# beside the socket: a file for each forked process, named by its id, with its words and rank
 PROCESSES = "processes"
 start_process = subprocess.Popen
 
@@ -97,9 +98,9 @@ def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, s
         import torch
 
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
-        (FOLDER / PROCESSES / str(os.getpid())).write_bytes(b"\0".join(map(os.fsencode, words)))
-        sys.argv = list(words)
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        known = {"words": words, "rank": environment.get("RANK")}
+        (FOLDER / PROCESSES / str(os.getpid())).write_text(json.dumps(known))
+        _run(words)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -109,6 +110,19 @@ def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, s
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _run(words: Sequence[str]) -> None:
+    """As `python` with these words, after `-m` where they begin with a module."""
+    sys.argv = list(words)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0].endswith(".py"):
+        sys.path.insert(0, os.path.dirname(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def _answer(connection: socket.socket) -> None:
@@ -198,7 +212,7 @@ class Template:
             select.select([], [], [], 0.05)
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path) -> Started:
-        """`python -m` with these words, in a session of its own."""
+        """A module, a file (*.py) or `-c CODE` with its arguments, as a process that leads a session of its own."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         connection = socket.socket(socket.AF_UNIX)
@@ -208,14 +222,16 @@ class Template:
         connection.sendall(json.dumps(request).encode() + b"\n")
         return Started(list(words), connection, out, err)
 
-    def processes(self) -> Iterator[tuple[int, list[bytes]]]:
-        """(id, words) of every forked process that lives. Their own command lines are the template's."""
+    def processes(self) -> Iterator[tuple[int, list[bytes], str | None]]:
+        """(id, words, rank) of every forked process that lives. Their command lines and environments in /proc are the
+        template's."""
         for entry in (self._folder / PROCESSES).iterdir():
             try:
                 # empty where it has ended and is not yet reaped
                 if Path(f"/proc/{entry.name}/cmdline").read_bytes():
-                    yield int(entry.name), entry.read_bytes().split(b"\0")
-            except OSError:
+                    known = json.loads(entry.read_text())
+                    yield int(entry.name), [os.fsencode(word) for word in known["words"]], known["rank"]
+            except (OSError, ValueError):                # it has ended, or has only begun
                 continue
 
     def close(self) -> None:

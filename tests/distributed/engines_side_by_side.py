@@ -1,5 +1,5 @@
-"""Run by torchrun: every reference engine scores this rank's packs, and rank 0 prints how far each is from the plain
-forward."""
+"""Run on several ranks: every reference engine scores this rank's packs, and rank 0 prints how far each is from the
+plain forward."""
 from __future__ import annotations
 
 import gc

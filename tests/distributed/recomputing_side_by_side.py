@@ -1,4 +1,4 @@
-"""Run by torchrun: gradients under ZeRO-3 with nothing kept whole, for each way to recompute, against one process that
+"""Run on two ranks: gradients under ZeRO-3 with nothing kept whole, for each way to recompute, against one process that
 keeps everything.
 
 Every weight is sharded and let go of at once (no persistent, live or reused parameters), so that what backward computes

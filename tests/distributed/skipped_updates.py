@@ -1,5 +1,4 @@
-"""An update that is to be skipped changes nothing, in every stage and dtype: torchrun ... skipped_updates.py MODEL
-ROWS; see test_policy.py."""
+"""Run on two ranks by test_policy.py: an update that is to be skipped changes nothing, in every stage and dtype."""
 from __future__ import annotations
 
 import sys

@@ -77,12 +77,13 @@ def wait_until(condition, what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("zero", "world", "procs"), [("none", 1, 2), ("zero3", 2, 1)])
 def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(
         zero: str, world: int, procs: int, tmp_path: Path, words: list[str]):
+    write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
     dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
     ahead = [*words, "reference.mode=ahead", f"reference.procs={procs}", f"reference.cache_dir={tmp_path / 'other'}"]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import REPO, dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
+from conftest import dpo_dist, eval_on, forked_ranks, metrics, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -166,12 +163,9 @@ def test_reference_free_losses_train_without_any_reference(tmp_path: Path, words
 def test_an_update_that_the_device_is_told_to_skip_changes_no_weight_in_any_stage(tmp_path: Path):
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 8)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         Path(__file__).parent / "skipped_updates.py", tmp_path / "m", tmp_path / "rows.jsonl", tmp_path / "tokens"],
-         capture_output=True, text=True, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(" ok") == 7
+    said = forked_ranks(2, Path(__file__).with_name("skipped_updates.py"), tmp_path / "m", tmp_path / "rows.jsonl",
+                        tmp_path / "tokens")
+    assert said.count(" ok") == 7
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])

@@ -2,13 +2,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, dpo_dist, metrics, train_on, write_rows, write_tiny_llama, write_tiny_qwen2
+from conftest import dpo_dist, forked_ranks, metrics, train_on, write_rows, write_tiny_llama, write_tiny_qwen2
 
 pytestmark = pytest.mark.distributed
 
@@ -26,13 +23,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_engine_agrees_with_the_plain_forward(models: list[Path], processes: int):
     used = models if processes == 2 else [models[0], models[3]]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                "localhost:0"]
-    done = subprocess.run([*torchrun, "--nproc-per-node", str(processes), "tests/distributed/engines_side_by_side.py",
-                           *map(str, used)], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True,
-                          text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = forked_ranks(processes, Path(__file__).with_name("engines_side_by_side.py"), *used)
+    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     sizes = {1: 1, 2: 2, 4: 3}[processes]
     assert len(rows) == len(used) * (5 + 2 * sizes)
     for row in rows:

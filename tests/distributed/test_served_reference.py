@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -19,8 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
+from conftest import (
+    REPO,
+    dpo_dist,
+    forked,
+    kill,
+    metrics,
+    processes_on,
+    start,
+    train_on,
+    write_rows,
+    write_tiny_llama,
+)
 from log_prob_server import Answer, LogProbServer, values
+from template import Started
 
 from dpo_dist.runtime.ports import free_port
 
@@ -187,14 +198,13 @@ def test_live_values_are_audited_too_and_train_as_cached_ones_do(tmp_path: Path,
 
 
 @contextmanager
-def server_process(folder: Path, port: int, answered: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, str(SERVER), "--model", str(folder), "--port", str(port),
-                                "--seconds-a-request", "0.05", "--answered", str(answered),
-                                *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def server_process(folder: Path, port: int, answered: Path, *more: str) -> Iterator[Started]:
+    process = forked(SERVER, "--model", folder, "--port", port, "--seconds-a-request", "0.05", "--answered", answered,
+                     *more)
     try:
         yield process
     finally:
-        process.kill()
+        kill([process.pid])
         process.wait()
 
 

@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import REPO, dpo_dist, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import (
+    REPO,
+    dpo_dist,
+    metrics,
+    process_of_rank,
+    processes_on,
+    start,
+    train_on,
+    write_rows,
+    write_tiny_llama,
+)
+from template import Started
 
 from dpo_dist.launcher.plan import Stage
 from dpo_dist.launcher.ranks import Place, Ranks, Work
@@ -34,16 +45,16 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
             "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "train.tokens_per_microbatch=600"]
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """As from a terminal, where Ctrl-C is heard: a job that a shell starts in the background has it ignored, and so
-    have its children."""
+def fresh(*words: object) -> subprocess.Popen[str]:
+    """The command as a person starts it, imports and all, in a terminal where Ctrl-C is heard: a job that a shell
+    starts in the background has it ignored, and so have its children."""
     return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *map(str, words)], cwd=REPO,
                             start_new_session=True, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | Started) -> None:
     deadline = time.monotonic() + 120
     while not true():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -62,12 +73,6 @@ def steps_logged(run_dir: Path) -> int:
     return len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
 
-def rank(n: int, run_dir: Path) -> int:
-    """The process id of a rank."""
-    return next(pid for pid in processes_on(run_dir)
-                if f"\0RANK={n}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
-
-
 def model_digest(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
 
@@ -75,7 +80,8 @@ def model_digest(run_dir: Path) -> str:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])
 def test_a_run_that_is_told_to_end_saves_first_and_goes_on_to_the_very_bits(
         sent: signal.Signals, tmp_path: Path, words: list[str]):
-    process = start("run", *words, f"run.dir={tmp_path / 'run'}")
+    begin = fresh if sent == signal.SIGINT else start
+    process = begin("run", *words, f"run.dir={tmp_path / 'run'}")
     wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process)
     os.killpg(process.pid, sent)                          # as a terminal does it: to the whole foreground group
     out, err = process.communicate(timeout=60)
@@ -97,7 +103,7 @@ def test_a_run_that_is_told_to_end_saves_first_and_goes_on_to_the_very_bits(
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: list[str]):
     process = start("train", *words, f"run.dir={tmp_path / 'run'}")
     wait_until(lambda: steps_logged(tmp_path / "run") >= 1, process)
-    os.kill(rank(1, tmp_path / "run"), signal.SIGSTOP)    # so the step never ends
+    os.kill(process_of_rank(1, tmp_path / "run"), signal.SIGSTOP)    # so the step never ends
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None, "the first waits for the step"
@@ -136,7 +142,7 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are
     wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process)
     with (tmp_path / "run" / "logs" / "rank-1.log").open("a") as log:
         log.write("the last words of rank 1\n")
-    os.kill(rank(1, tmp_path / "run"), signal.SIGKILL)
+    os.kill(process_of_rank(1, tmp_path / "run"), signal.SIGKILL)
     died = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.monotonic() - died < 30

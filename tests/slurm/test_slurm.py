@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO, eval_on, metrics, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
 from slurm_cluster import NEEDED, Slurm
 
 from dpo_dist.config.errors import UserError
@@ -48,20 +48,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(folder: Path) -> list[str]:
-    """Two nodes with two processes each, ZeRO-3, in fp32 on the CPU."""
+    """Two nodes with a process each, ZeRO-3, in fp32 on the CPU."""
     return [f"model.path={folder / 'm'}", train_on(folder / "rows.jsonl"), "cluster=slurm", "cluster.device=cpu",
-            "cluster.nodes=2", "cluster.procs_per_node=2", "cluster.timeout_seconds=60",
+            "cluster.nodes=2", "cluster.procs_per_node=1", "cluster.timeout_seconds=60",
             "cluster.slurm.preflight=false", WHOLE_NODES, "model.dtype=fp32", f"data.cache_dir={folder / 'tokens'}",
             f"reference.cache_dir={folder / 'reference'}", "data.max_length=256", "train.pairs_per_step=8",
             f"train.max_steps={STEPS}", "train.epochs=10", "train.save_every_steps=10", "optim.lr=1e-3"]
 
 
 @pytest.fixture(scope="module")
-def straight(slurm: Slurm, folder: Path, words: list[str]) -> Path:
-    """An uninterrupted run: scored, trained and exported as two jobs, after a look at the nodes."""
+def straight(folder: Path, words: list[str]) -> Path:
+    """The same run without Slurm and interruptions: as many processes on one machine."""
     run_dir = folder / "a straight run"
-    ids = slurm.submit("run", [*words, "cluster.slurm.preflight=true", f"run.dir={run_dir}"])
-    slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
+    local = [word for word in words if not word.startswith("cluster")]
+    dpo_dist("run", *local, "cluster.device=cpu", "cluster.procs_per_node=2", f"run.dir={run_dir}")
     return run_dir
 
 
@@ -94,15 +94,21 @@ def assert_went_on_to_the_same_bits(slurm: Slurm, job: str, run_dir: Path, strai
     assert digest(run_dir) == digest(straight)
 
 
-def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(slurm: Slurm, straight: Path):
-    assert (straight / "DONE").exists(), output(straight, "score") + output(straight)
-    written = json.loads((straight / "run.json").read_text())
+def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(
+        slurm: Slurm, folder: Path, words: list[str]):
+    """Scored, trained and exported as two jobs, after a look at the nodes."""
+    run_dir = folder / "two by two"
+    ids = slurm.submit("run", [*words, "cluster.procs_per_node=2", "cluster.slurm.preflight=true",
+                               f"run.dir={run_dir}"])
+    slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
+    assert (run_dir / "DONE").exists(), output(run_dir, "score") + output(run_dir)
+    written = json.loads((run_dir / "run.json").read_text())
     assert written["passport"]["ranks"] == 4 and written["config"]["zero"]["stage"] == 3
-    assert f"scored {2 * PAIRS}, cached 0" in output(straight, "score")
-    nodes = re.search(r"on (\S+) (\S+): dpo_dist.train", output(straight))
+    assert f"scored {2 * PAIRS}, cached 0" in output(run_dir, "score")
+    nodes = re.search(r"on (\S+) (\S+): dpo_dist.train", output(run_dir))
     assert nodes and nodes[1] != nodes[2]
-    assert len(list((straight / "logs" / "preflight").glob("*/*.joined"))) == 4          # two nodes, two jobs
-    told = slurm.dpo_dist("status", straight)
+    assert len(list((run_dir / "logs" / "preflight").glob("*/*.joined"))) == 4           # two nodes, two jobs
+    told = slurm.dpo_dist("status", run_dir)
     assert "state     done" in told and f"step      {STEPS} of {STEPS}" in told and "COMPLETED" in told
 
 

@@ -15,7 +15,7 @@ MISSING = importlib.util.find_spec("triton") is None and not (BESIDE / "triton")
 
 def check(program: str) -> None:
     """Runs tests/unit/<program>, which asserts what the kernels owe."""
-    found = [str(REPO), *([str(BESIDE)] if BESIDE.is_dir() else [])]
+    found = [str(REPO), str(REPO / "tests"), *([str(BESIDE)] if BESIDE.is_dir() else [])]
     done = subprocess.run([sys.executable, Path(__file__).parent / program], capture_output=True, text=True, cwd=REPO,
                           env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(found)})
     assert done.returncode == 0 and "the kernels agree" in done.stdout, done.stderr[-3000:]

@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import REPO, dpo_dist, train_on, write_rows, write_tiny_llama
 
 from dpo_dist.config.compose import compose
+from dpo_dist.launcher import cli
 from dpo_dist.launcher.doctor import folders
 from dpo_dist.launcher.doctor.services import slurm
 from dpo_dist.runtime.ports import free_port
@@ -31,8 +34,27 @@ def doctor(folder: Path, *words: object, code: int, path: Path | None = None, **
                            *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120,
                           env={**clean, "PYTHONPATH": packages, **environment})
     assert done.returncode == code, done.stdout + done.stderr
+    return findings(done.stdout)
+
+
+def doctor_here(folder: Path, *words: object, code: int, **environment: str) -> dict[str, str]:
+    """As `doctor`, in this process, which asks torch once for all tests: for what packages have no part in."""
+    clean, out = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}, StringIO()
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with mock.patch.dict(os.environ, {**clean, **environment}, clear=True), redirect_stdout(out):
+            found = cli.main(["doctor", "cluster.device=cpu", *map(str, words)])
+    finally:
+        os.chdir(before)
+    assert found == code, out.getvalue()
+    return findings(out.getvalue())
+
+
+def findings(shown: str) -> dict[str, str]:
+    """{check: what it said, with its remedy}."""
     said: dict[str, str] = {}
-    for line in done.stdout.splitlines():
+    for line in shown.splitlines():
         if line.startswith(("ok ", "RED")):
             name = next(name for name in CHECKS if line[5:].startswith(name))
             said[name] = line
@@ -100,35 +122,35 @@ def test_a_deepspeed_that_does_not_load_is_red_where_it_is_used(tmp_path: Path):
 
 def test_an_occupied_master_port_is_red_and_a_free_one_green(tmp_path: Path):
     with listening() as port:
-        said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT=str(port))
+        said = doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT=str(port))
     assert red(said) == ["ports"]
     assert f"MASTER_PORT={port} cannot be had" in said["ports"] and "set MASTER_PORT to a free port" in said["ports"]
-    assert f"port {port} is free" in doctor(tmp_path, "zero=none", code=0, MASTER_PORT=str(port))["ports"]
-    assert "is no port" in doctor(tmp_path, "zero=none", code=1, MASTER_PORT="http")["ports"]
+    assert f"port {port} is free" in doctor_here(tmp_path, "zero=none", code=0, MASTER_PORT=str(port))["ports"]
+    assert "is no port" in doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT="http")["ports"]
 
 
 def test_an_interface_that_is_not_there_is_red_and_a_real_one_green(tmp_path: Path):
-    said = doctor(tmp_path, "zero=none", code=1, GLOO_SOCKET_IFNAME="ib7")
+    said = doctor_here(tmp_path, "zero=none", code=1, GLOO_SOCKET_IFNAME="ib7")
     assert red(said) == ["ports"] and "ib7 is no interface" in said["ports"] and "lo" in said["ports"]
-    assert "lo (127.0.0.1) talks" in doctor(tmp_path, "zero=none", code=0, GLOO_SOCKET_IFNAME="lo")["ports"]
+    assert "lo (127.0.0.1) talks" in doctor_here(tmp_path, "zero=none", code=0, GLOO_SOCKET_IFNAME="lo")["ports"]
 
 
 def test_an_unknown_master_address_is_red(tmp_path: Path):
-    said = doctor(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid",
-                  GLOO_SOCKET_IFNAME="lo")
+    said = doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid",
+                       GLOO_SOCKET_IFNAME="lo")
     assert "MASTER_ADDR=nobody.invalid has no address" in said["ports"]
 
 
 def test_a_file_where_a_folder_should_be_is_red(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    said = doctor(tmp_path, "zero=none", f"data.cache_dir={tmp_path / 'file'}", code=1)
+    said = doctor_here(tmp_path, "zero=none", f"data.cache_dir={tmp_path / 'file'}", code=1)
     assert red(said) == ["shared folder"]
     assert "data.cache_dir=" in said["shared folder"]
     assert "set data.cache_dir to a folder that can be written" in said["shared folder"]
 
 
 def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
-    said = doctor(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT=str(free_port()))
+    said = doctor_here(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT=str(free_port()))
     assert red(said) == ["shared folder"]
     assert "a disk of this machine alone" in said["shared folder"] and "that every node mounts" in said["shared folder"]
 
@@ -150,12 +172,12 @@ def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
     if mounted.returncode:
         pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
     try:
-        said = doctor(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
+        said = doctor_here(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
         assert red(said) == ["disk"]
         assert "needs 1.0 GiB" in said["disk"]
         assert "set run.dir to a larger disk" in said["disk"]
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        said = doctor(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
+        said = doctor_here(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
         assert "shared folder" in red(said) and "Read-only file system" in said["shared folder"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -181,17 +203,17 @@ def test_the_room_that_is_asked_for_is_what_checkpoints_and_model_take(
 
 def test_wandb_online_needs_a_login_and_a_server_that_answers(tmp_path: Path):
     online = ["zero=none", "tracking=wandb", "tracking.mode=online"]
-    assert "offline" in doctor(tmp_path, "zero=none", "tracking=wandb", code=0)["wandb"]
+    assert "offline" in doctor_here(tmp_path, "zero=none", "tracking=wandb", code=0)["wandb"]
     nobody = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
-    said = doctor(tmp_path, *online, code=1, **nobody)
+    said = doctor_here(tmp_path, *online, code=1, **nobody)
     assert red(said) == ["wandb"]
     assert "there is no login for 127.0.0.1" in said["wandb"]
     assert "`wandb login`" in said["wandb"]
-    said = doctor(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
+    said = doctor_here(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
     assert "127.0.0.1 does not answer" in said["wandb"] and "tracking.mode=offline" in said["wandb"]
     with listening() as port:
-        said = doctor(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"},
-                      WANDB_API_KEY="k" * 40)
+        said = doctor_here(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"},
+                           WANDB_API_KEY="k" * 40)
     assert "a login is there" in said["wandb"]
 
 
@@ -203,7 +225,7 @@ def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_ne
     def say(script: str) -> str:
         sinfo.write_text(f"#!/bin/sh\n{script}\n")
         sinfo.chmod(0o755)
-        return doctor(tmp_path, "zero=none", code=0, PATH=f"{sinfo.parent}:{os.environ['PATH']}")["slurm"]
+        return doctor_here(tmp_path, "zero=none", code=0, PATH=f"{sinfo.parent}:{os.environ['PATH']}")["slurm"]
 
     assert "gpu (4 nodes idle)" in say("echo gpu 4 idle")
     assert ("Unable to contact slurm controller; only cluster=slurm needs it"

@@ -2,12 +2,10 @@
 code."""
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, train_on, write_rows, write_tiny_llama
+from conftest import forked, train_on, write_rows, write_tiny_llama
 
 PLANTS = {
     "completion mask off by one": """
@@ -54,7 +52,8 @@ def test_a_planted_fault_stops_the_run_and_names_the_pairs(plant: str, tmp_path:
               "from dpo_dist.train import train\nsys.exit(run_entry(sys.argv[1:], train))\n")
     words = [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "zero=none",
              "train.pairs_per_step=12", "train.max_steps=2", f"run.dir={tmp_path / 'run'}"]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=REPO)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "stopped at step 0" in done.stderr and "rows.jsonl:" in done.stderr and "Remedy" in done.stderr
+    process = forked("-c", script, *words)
+    out, err = process.communicate(120)
+    assert process.returncode == 2, out + err
+    assert "stopped at step 0" in err and "rows.jsonl:" in err and "Remedy" in err
     assert not (tmp_path / "run" / "checkpoints").exists()
