@@ -30,8 +30,7 @@ PAIRS_AT_ONCE = 1024                     # planned together; the result does not
 
 def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig,
              tokens_per_microbatch: int, flops: Flops, world: World) -> dict[str, float]:
-    """{metric: mean over all pairs}. All ranks call it, and each forwards its share. Stopped where a signal has
-    come."""
+    """{metric: mean over all pairs}. All ranks call it; each forwards its share. Stopped if a signal has come."""
     sums = MetricSums(loss, world.device)
     lengths, weights = pairs.lengths(), np.asarray(pairs.weight, dtype=np.float64)
     mean_chosen_tokens = float((weights * lengths[:, 1]).sum() / weights.sum())

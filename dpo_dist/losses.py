@@ -83,8 +83,7 @@ def _logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def _scores(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """f'(policy / reference) of chosen and rejected, each (B,); the log-ratio under reverse KL. f-DPO (arXiv
-    2309.16240).
+    """f'(policy / reference) of chosen and rejected, each (B,), log-ratios under reverse KL. f-DPO (arXiv 2309.16240).
 
     The constant of f' is such that f'(1) = 0: a policy equal to its reference scores 0. It cancels in the difference of
     the two, except in ipo and sigmoid_norm, which divide each by its own length (the golden ipo_forward_kl holds it
@@ -112,8 +111,7 @@ def _f_prime(logratio: Tensor, loss: LossConfig) -> Tensor:
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """(B,) e^x - 1. Where e^(4x) would overflow its tangent takes over: huge values keep their order and finite
-    squares."""
+    """(B,) e^x - 1; where e^(4x) would overflow, its tangent: huge values keep their order and finite squares."""
     bound = math.log(torch.finfo(x.dtype).max) / 4                   # 22 nats in fp32, 177 in fp64
     return x.clamp(max=bound).expm1() + math.exp(bound) * (x - bound).clamp(min=0)
 
@@ -125,8 +123,7 @@ def _margin(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def _implicit_rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """beta · logratio of chosen and rejected, each (B,), for losses that use each by itself (so without
-    f_divergence)."""
+    """beta · logratio of chosen and rejected, each (B,), for losses that use each by itself (no f_divergence)."""
     chosen, rejected = _logratios(pairs)
     return _number(loss.beta) * chosen, _number(loss.beta) * rejected
 
@@ -138,8 +135,7 @@ def _cross_entropy(logit: Tensor, label_smoothing: float | None) -> Tensor:
 
 
 def _whole(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """log policy of chosen and rejected, each (B,), nats: every token in full, even where ld_alpha shortens other
-    terms."""
+    """log policy of chosen and rejected, each (B,), nats: all tokens in full, even where ld_alpha shortens others."""
     if pairs.whole_chosen is None or pairs.whole_rejected is None:
         return pairs.policy_chosen, pairs.policy_rejected
     return pairs.whole_chosen, pairs.whole_rejected
@@ -307,8 +303,7 @@ def simpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def cpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
-    """(B,) nats. CPO (arXiv 2401.08417), eq. 3 with a uniform reference, plus cpo_alpha · sft. label_smoothing: as
-    cDPO.
+    """(B,) nats. CPO (arXiv 2401.08417), eq. 3 with a uniform reference, plus cpo_alpha · sft; label_smoothing: cDPO.
 
     The likelihood term is a token mean, as in the authors' code and TRL, where the paper writes sums over the
     completion.

@@ -61,8 +61,7 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
-    """The pair as the loss sees it. One that ignores the rejected completion gets the chosen one twice, computed
-    once."""
+    """The pair as the loss sees it. If that ignores the rejected completion, the chosen one stands twice."""
     return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
 
 

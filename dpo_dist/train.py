@@ -152,8 +152,7 @@ def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Chec
 
 
 def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
-    """(held-out means before training, those after the finished steps), once step 0's checks pass. All ranks call
-    it."""
+    """(held-out means before training, those after the steps done), once step 0's checks pass. All ranks call it."""
     config, inputs, world = run.config, run.inputs, run.world
     if config.reference.outside:
         # audited where it scores, before its first value

@@ -1,5 +1,4 @@
-"""The reference's keys that all engines share, and what callers ask an engine. config/engines/ has each engine's
-own."""
+"""The reference's keys that all engines share, and what callers ask an engine. Each engine's own: config/engines/."""
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -174,8 +174,7 @@ class RunConfig:
 
     @property
     def run_dir(self) -> str:
-        """Where the run lives. By default its name follows from what is trained, so the same command finds the run
-        again."""
+        """Where the run lives. By default it follows from what is trained: the same command finds the run again."""
         if self.run.dir:
             return self.run.dir
         model = self.model.path.rstrip("/").rsplit("/", 1)[-1]

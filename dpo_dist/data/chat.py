@@ -102,8 +102,7 @@ class ChatTemplate:
                              f"{whole[n:n + 30]!r} where generation has {prompt_text[n:n + 30]!r}")
 
     def _until_end_of_turn(self, text: str) -> str:
-        """The text cut after its end of turn: the first one among its closing special tokens, as data may bring its
-        own."""
+        """The text cut after its end of turn, the first of its closing special tokens: data may bring its own."""
         closing: list[tuple[str, int]] = []
         end = text.rstrip()
         while end.endswith(self.special):

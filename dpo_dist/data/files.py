@@ -59,8 +59,7 @@ def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
 
 
 def data_files(dataset: DatasetConfig) -> tuple[Path, ...] | None:
-    """The local files of a data set, sorted; None where `path` is a hub name. UserError where there is nothing to
-    read."""
+    """The local files of a data set, sorted; None if `path` is a hub name. UserError if there is nothing to read."""
     path = Path(dataset.path).expanduser()
     if path.is_dir():
         return _files_of_folder(path, dataset.split)

@@ -64,8 +64,7 @@ class StepPlan:
 
 
 class _Size(NamedTuple):
-    """What a forward computes: rows padded to the longest. Tokens laid end to end count as rows of one token: no
-    padding."""
+    """What a forward computes: rows padded to the longest. Tokens laid end to end are rows of one token."""
 
     rows: int
     longest: int
@@ -252,8 +251,7 @@ def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan
 
 
 def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[list[_Unit]]:
-    """Padded rows in as few packs a rank as the budget allows, sorted by length to keep padding low, of about equal
-    size."""
+    """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding."""
     order = sorted(units, key=lambda u: (-u.size.longest, u.members))
     packs = _in_order(order, budget)
     n_packs = -(-len(packs) // world_size) * world_size

@@ -61,8 +61,7 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class PairSampler:
-    """Shuffled epochs without end, cut into steps of `pairs_per_step`. A step may span two epochs; the last may be
-    short."""
+    """Shuffled epochs without end, cut into steps of `pairs_per_step`. A step may span two epochs."""
 
     shuffle: Shuffle
     pairs_per_step: int

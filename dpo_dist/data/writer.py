@@ -43,8 +43,7 @@ class Source:
 
 
 class PairWriter:
-    """Appends pairs to a new store. Holds a few thousand in memory, and 16 bytes for each earlier one to find
-    repeats."""
+    """Appends pairs to a new store. Holds a few thousand, and 16 bytes for each earlier one to find repeats."""
 
     def __init__(self, path: Path, sources: Sequence[Source]):
         path.mkdir(parents=True)

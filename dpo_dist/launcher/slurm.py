@@ -95,8 +95,7 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
 
 
 def sbatch_command(job: BatchJob, ids: Mapping[str, str]) -> list[str]:
-    """The command that submits the job, given the ids of those before it. Slurm cancels a job that can no longer
-    start."""
+    """The command that submits the job, given the ids of earlier ones. Slurm cancels a job that can no longer start."""
     wanted = [f"{how}:{':'.join(ids.get(name, f'<{name}>') for name in names)}"
               for how, names in (("afterok", job.after), ("after", job.served_by)) if names]
     before = [f"--dependency={','.join(wanted)}", "--kill-on-invalid-dep=yes"] if wanted else []

@@ -74,8 +74,7 @@ class Forest:
 def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
                      sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
-    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). Without a forest: causal
-    rows."""
+    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). No forest: causal rows."""
     if forest is None:
         rows = _attend(Forest(()), query, key, value, scaling, sliding_window, softcap)
         return rows.transpose(1, 2).contiguous(), None
@@ -178,8 +177,7 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
 
 
 def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
-    """The same architecture with 4 · scale heads of 8 (2 · scale key-value heads if fewer), and one layer of each
-    kind."""
+    """The same architecture with 4 · scale heads of 8 (or 2 · scale key-value heads), a layer of each kind."""
     small = copy.deepcopy(config)
     wider = {key: scale * _SMALL[key] for key in _WITH_HEADS}
     for key, value in {**_SMALL, **wider}.items():

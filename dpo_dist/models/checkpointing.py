@@ -69,8 +69,7 @@ def _flat_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts around a layer: in forward, where outputs of products and attention are kept; and when it is
-    recomputed."""
+    """Contexts for a layer: in forward, where outputs of products and attention are kept; and in its recomputation."""
     forward, again = create_selective_checkpoint_contexts(_policy)
     return _both(_NoneInPlace(), forward), again
 
@@ -118,8 +117,7 @@ def _written(operator: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def _is_dear(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True for what takes longer to compute than to read: products and attention. Not LoRA's B, which sums few
-    numbers."""
+    """True for what takes longer to compute than to read: products and attention, but not LoRA's small B."""
     if operator in _PRODUCTS:
         matrix = args[2 if operator is aten.addmm.default else 1]
         return matrix.shape[-1] < _MUCH_WIDER * matrix.shape[-2]

@@ -13,8 +13,7 @@ from dpo_dist.sizing.flops import Flops
 
 
 def forward_flops(config: PretrainedConfig) -> Flops:
-    """Flops of the architecture that `config` describes. In a mixture of experts only those that a token visits
-    count."""
+    """Flops of the architecture that `config` describes. Of experts, only those that a token visits count."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

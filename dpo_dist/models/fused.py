@@ -30,8 +30,7 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"            # what transformers' attenti
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of fused_kernels.py; tests use plain ones. `norm` is None if torch has no fused one (before
-    2.10)."""
+    """The functions of fused_kernels.py, or plain ones in tests. `norm`: None before torch 2.10, which has none."""
 
     norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] | None
     norm_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -260,8 +259,7 @@ def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
                           kernels: Kernels | None) -> list[Tensor] | None:
-    """Hidden states and each parameter's gradient, of the same random model every time; None if nothing can be
-    fused."""
+    """Hidden states and parameters' gradients of the same random model every time; None if nothing is fused."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager",
                                              dtype=torch.float32).train()
     generator = torch.Generator().manual_seed(0)
@@ -280,7 +278,6 @@ def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: 
 
 
 def _error(ours: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest distance of a tensor from the truth over its norm. Small gradients count as a thousandth of the
-    largest."""
+    """The largest error over the truth's norm, which counts as at least a thousandth of the largest gradient's."""
     floor = 1e-3 * max(t.norm().item() for t in truth[1:])
     return max(((a - b).norm() / max(b.norm().item(), floor)).item() for a, b in zip(ours, truth, strict=True))

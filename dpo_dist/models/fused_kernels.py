@@ -39,8 +39,7 @@ def _swiglu_backward(grad, gate, up, grad_gate, grad_up, n, WIDE: tl.constexpr, 
 def _rotate(x, cos, sin, out, tokens, heads, half, x_row, x_head, x_token, x_dim, out_row, out_head, out_token, out_dim,
             angle_row, angle_token, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
             HALF: tl.constexpr):
-    """HEADS heads of one token. The halves (a, b) become (a cos - b sin, b cos + a sin), or their transposed
-    rotation."""
+    """HEADS heads of one token: halves (a, b) become (a cos - b sin, b cos + a sin), or their transposed rotation."""
     row = tl.program_id(0).to(tl.int64) // tokens
     token = tl.program_id(0).to(tl.int64) % tokens
     head = (tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS))[:, None]

@@ -149,8 +149,7 @@ def triton_passes() -> Passes:
 
 @cache
 def kernels_misfit(device: torch.device) -> str | None:
-    """Why this GPU's head cannot use Triton's kernels, or None. They are tried: Triton may be there without a C
-    compiler."""
+    """Why this GPU's head cannot use Triton's kernels, or None. They are tried: a C compiler may be missing."""
     try:
         error = trial(triton_passes(), device, torch.bfloat16)
     except Exception as problem:         # whatever Triton raises: torch's operations give the same numbers, slower

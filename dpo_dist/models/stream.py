@@ -13,8 +13,7 @@ from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
 
 
 def load_streamed(folder: Path, dtype: torch.dtype, attention: str, device: torch.device) -> ScoredModel:
-    """A frozen ScoredModel on `device` that holds one layer at a time, in `dtype`. Its numbers are those of a whole
-    one.
+    """A frozen ScoredModel on `device` that holds a layer at a time, in `dtype`, with a whole one's numbers.
 
     Loaded in the files' own dtype, parameters are views of the mapped files: pages that the system reads when they are
     touched and drops when memory is wanted. UserError where transformers must rewrite weights while it loads them

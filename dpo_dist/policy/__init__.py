@@ -21,8 +21,7 @@ class Policy(Protocol):
         """Log-probs of the pack's completion tokens, with gradient outside `evaluating`."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Adds the gradient of this rank's share of the step's loss. The step's gradient is the SUM over ranks and
-        calls."""
+        """Adds the gradient of this rank's share of the loss. The step's gradient is the SUM over ranks and calls."""
 
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
         """Clips, updates the weights and clears the gradients. Returns the gradients' global norm before clipping, a
@@ -46,5 +45,4 @@ class Policy(Protocol):
         """The state that `save` wrote; at another number of ranks too."""
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name for from_pretrained, whole CPU tensor), adapters merged, one at a time; empty tensors except on rank
-        0."""
+        """(name for from_pretrained, whole CPU tensor) one at a time, adapters merged; empty except on rank 0."""

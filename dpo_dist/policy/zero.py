@@ -69,8 +69,7 @@ class ZeroPolicy:
         return torch.as_tensor(self._engine.get_global_grad_norm() if own is None else own)
 
     def _grad_norm(self) -> Tensor:
-        """In fp32, stage 0 has no DeepSpeed optimizer that knows the norm; each rank holds the whole, averaged
-        gradients."""
+        """In fp32, no DeepSpeed optimizer of stage 0 knows the norm; each rank holds whole, averaged gradients."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @contextmanager

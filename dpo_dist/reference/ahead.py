@@ -1,5 +1,4 @@
-"""reference.mode=ahead: other processes score into the cache while training runs; training waits for what is
-missing."""
+"""reference.mode=ahead: other processes score while training runs; training waits for what is missing."""
 from __future__ import annotations
 
 import time
@@ -49,8 +48,7 @@ class Scorer:
 
 
 class AheadReference(CachedReference):
-    """The cache while it is being filled. Ranks wait together in short turns, so all of them keep up with
-    collectives."""
+    """The cache while it is being filled. Ranks wait together in short turns, so all keep up with collectives."""
 
     def __init__(self, cache: LogpCache, world: World, scorer: Scorer, say: Callable[[str], None]):
         super().__init__(cache)
@@ -58,8 +56,7 @@ class AheadReference(CachedReference):
         self._waited_seconds = 0.0
 
     def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
-        """Raises, on all ranks alike, UserError if the values cannot come any more, and Stopped if a signal has
-        come."""
+        """Raises, on all ranks alike, UserError if the values cannot come, and Stopped if a signal has come."""
         began = time.perf_counter()
         self._scorer.answered()                          # while training computed, nobody asked
         wanted = [key for batch in batches for key in self.keys(batch)]

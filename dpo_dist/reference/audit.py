@@ -101,8 +101,7 @@ def believe_earlier_audit(config: RunConfig, key: ReferenceKey, dtype: torch.dty
 
 
 def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
-    """n pairs, chosen by content: the longest, up to n/2 that share their prompt with another, the rest by their
-    hash."""
+    """n pairs, chosen by content: the longest, up to n/2 that share their prompt, the rest by their hash."""
     content = np.concatenate([pairs.content for pairs in data_sets if len(pairs)])
     lengths = np.concatenate([pairs.lengths() for pairs in data_sets if len(pairs)])
     mixed = content[:, 0] ^ content[:, 1] ^ (content[:, 2] << np.uint64(1))
@@ -151,8 +150,7 @@ def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps
 
 
 def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.dtype, terminal: Terminal) -> None:
-    """Shows and keeps the figures. UserError if one is over its bound; then nothing is kept beside the cache's
-    values."""
+    """Shows and keeps the figures. UserError if one is over its bound; the cache then gets no audit."""
     beta = config.loss.beta or 1.0
     measured = {**asdict(parity), "margin_mean": beta * parity.margin_mean, "margin_max": beta * parity.margin_max}
     bounds = _bounds(_settings(config), dtype)

@@ -88,8 +88,7 @@ class TrDpoReference(ReferenceEngine):
     # ---------------------------------------------------------------------------------------------------------- on disk
 
     def save(self, folder: Path) -> None:
-        """reference-RANK.safetensors: each rank's parts, flat. If every rank holds the whole engine, only rank 0
-        writes."""
+        """reference-RANK.safetensors: each rank's parts, flat. If every rank holds all of it, only rank 0 writes."""
         if self._world.is_main or any(_is_sharded(weight) for weight in self._weights.values()):
             parts = {name: self._own_part(weight)[0].cpu().contiguous() for name, weight in self._weights.items()}
             safetensors.torch.save_file(parts, folder / f"reference-{self._world.rank:05d}.safetensors")

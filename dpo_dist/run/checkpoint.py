@@ -16,8 +16,7 @@ from dpo_dist.runtime.world import World
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is. The order of pairs, the learning rate and the packs follow from the step: nothing else is
-    needed."""
+    """Where a run is. The order of pairs, the learning rate and the packs follow from the step."""
 
     step: int                    # optimizer steps done
     zero_stage: int | None       # the layout of the policy's own files

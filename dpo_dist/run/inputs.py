@@ -130,8 +130,7 @@ def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dt
 
 
 def _check_quantization(config: RunConfig, policy: Path, reference: Path) -> None:
-    """UserError for a quantized policy, and for a quantized reference that the engine or this machine cannot
-    compute."""
+    """UserError for a quantized policy, or a quantized reference that cannot be computed here."""
     if how := quantization(read_config(policy)):
         raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full "
                         "weights, and the quantized ones as reference.path")

@@ -31,8 +31,7 @@ ORNAMENTS = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|SXM\d*|AC|HBM3E?|\d+G
 
 @dataclass(frozen=True)
 class Interval:
-    """Some steps of training as a Clock saw them on this rank. A GPU's times are events, which may not have happened
-    yet."""
+    """Some steps of training as a Clock saw them on this rank. A GPU's times are events, perhaps yet to come."""
 
     seconds: Mapping[str, float]                             # by part, on a CPU
     # (part, the event at its end); the first one is the beginning

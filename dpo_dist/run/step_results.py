@@ -63,16 +63,14 @@ class StepResults:
 
 
 class StepLog:
-    """Reads each step's results once the next step is queued, and writes the metrics rows. All ranks call its
-    methods."""
+    """Reads each step's results once the next step is queued, and writes metrics rows. All ranks call its methods."""
 
     def __init__(self, tracker: Tracker, bar: Progress, world: World):
         self._tracker, self._bar, self._world = tracker, bar, world
         self._waiting: StepResults | None = None
 
     def add(self, results: StepResults) -> None:
-        """Adds the results of the step just queued, and reads those of the step before. Raises as StepResults.check
-        does."""
+        """Adds the results of the step just queued, and reads those before. Raises as StepResults.check does."""
         self.catch_up()
         self._waiting = results
 

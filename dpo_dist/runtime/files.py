@@ -1,5 +1,4 @@
-"""Files that are whole or absent: a kill or a power cut leaves either what is written here, or what was there
-before."""
+"""Files that are whole or absent: a kill or a power cut leaves what is written here, or what was there before."""
 from __future__ import annotations
 
 import json
@@ -39,8 +38,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_file(file: IO[Any]) -> None:
-    """Returns when the file's content is on disk. Otherwise a rename could survive a power cut that its content does
-    not."""
+    """Returns when the file's content is on disk: else a rename could survive a power cut that its content does not."""
     file.flush()
     os.fsync(file.fileno())
 

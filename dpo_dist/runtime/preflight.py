@@ -19,8 +19,7 @@ SKEW_SECONDS = 30.0               # beyond it, checkpoints' and logs' times misl
 
 
 def main() -> int:
-    """0 where every rank got the right sum. Leaves $REPORTS/<node>.joined once this node's ranks have met the
-    others."""
+    """0 where every rank got the right sum. Leaves $REPORTS/<node>.joined once this node's ranks met the others."""
     config = compose(sys.argv[1:])
     reports, node = Path(os.environ["REPORTS"]), os.environ["NODE_NAME"]
     try:

@@ -23,8 +23,7 @@ def set_defaults() -> None:
 
 
 def threads_are_torchruns() -> bool:
-    """Whether OMP_NUM_THREADS=1 was set by torchrun: it does so where nobody else has, so its own environment lacks
-    it."""
+    """Whether OMP_NUM_THREADS=1 is torchrun's: it sets it where nobody has, so its own environment lacks it."""
     if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:

@@ -191,8 +191,7 @@ def _log_to(path: str) -> logging.FileHandler:
 
 
 def _open_standard_fds() -> None:
-    """A process may start without stdin, stdout or stderr. The next opened file would then silently take their
-    place."""
+    """If a process starts without stdin, stdout or stderr, the next opened file would silently take its place."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

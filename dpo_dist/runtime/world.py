@@ -111,8 +111,7 @@ class World:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """The result of `work()` on rank 0, on every rank. An exception there is raised on every rank, so that none
-        waits."""
+        """The result of `work()` on rank 0, on every rank. An exception there is raised on all, so none waits."""
         result: list[Any] = [None, None]
         if self.is_main:
             try:

@@ -31,8 +31,7 @@ class Flops:
         return cost
 
     def of_pairs(self, lengths: NDArray[np.integer]) -> tuple[Floats, Floats]:
-        """(prompts (n,), completions (n, 2)) of pairs of lengths (n, 3) prompt, chosen, rejected; completions with the
-        head."""
+        """(prompts (n,), completions with head (n, 2)) of pairs of lengths (n, 3) prompt, chosen, rejected."""
         prompt, completions = lengths[:, 0].astype(np.int64), lengths[:, 1:].astype(np.int64)
         after = self.of_tokens(np.broadcast_to(prompt[:, None], completions.shape), prompt[:, None] + completions)
         return self.of_tokens(np.zeros_like(prompt), prompt), after + self.per_completion_token * completions

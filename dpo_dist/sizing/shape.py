@@ -132,13 +132,11 @@ class ModelShape:
         return width * (h + attention + mlp) + (0.0 if f.eager else 4.0 * self.heads)
 
     def forward_workspace_bytes_per_token(self, width: int) -> float:
-        """Bytes in use at once while a layer that keeps nothing goes forward: the MLP's four tensors, and two
-        streams."""
+        """Bytes in use at once while a layer that keeps nothing goes forward: four of the MLP, and two streams."""
         return width * (4.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
     def training_workspace_bytes_per_token(self, width: int) -> float:
-        """Bytes of activation gradients in use at once in a layer's backward: the MLP's product, gate and up; two
-        streams."""
+        """Bytes of activation gradients in use at once in a layer's backward: three of the MLP, and two streams."""
         return width * (3.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
 

@@ -123,8 +123,7 @@ def _file_system(folder: Path) -> str:
 
 
 def needed_bytes(config: RunConfig) -> tuple[int, str]:
-    """(bytes that a run will write, for what): checkpoints and model where the model's size is known, else a
-    minimum."""
+    """(bytes that a run will write, for what): its checkpoints and model, or a minimum if the size is not known."""
     parameters = _parameters(Path(config.model.path))
     if not parameters or config.model.lora.rank:
         return LEAST_FREE_GIB * GIB, "for a run whose size is not known"

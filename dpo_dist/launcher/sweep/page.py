@@ -67,8 +67,7 @@ def _row(cells: Sequence[str], kind: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[str]:
-    """Plots of each metric over the learning rate (else the first swept number), with a line for each value of the
-    rest.
+    """Plots of each metric over the learning rate (else the first swept number), a line for each other value.
 
     Where the rest takes more values than there are colours, as in a random search: over each number that is swept,
     points alone.

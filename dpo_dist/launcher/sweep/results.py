@@ -43,8 +43,7 @@ def read_result(job: Job, why_not: str = "") -> Result:
 
 
 def best(results: Sequence[Result], objective: str) -> Result | None:
-    """The finished job with the best objective; among equals the closest to the reference. None if there is no finite
-    one."""
+    """The finished job with the best objective, among equals the closest to the reference; None if none is finite."""
     sign = 1 if OBJECTIVES[objective] == "minimize" else -1
     able = [r for r in results if math.isfinite(r.metrics.get(objective, math.nan))]
     return min(able, key=lambda r: (sign * r.metrics[objective], r.metrics.get(KL, 0.0)), default=None)

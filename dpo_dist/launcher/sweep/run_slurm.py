@@ -1,5 +1,4 @@
-"""Runs a sweep's groups on Slurm: a scoring job a group, then an array of trainings. Waits, then results are
-compared."""
+"""Runs a sweep's groups on Slurm: a scoring job a group, then an array of trainings; waits for them."""
 from __future__ import annotations
 
 import hashlib

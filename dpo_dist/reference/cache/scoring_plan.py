@@ -106,8 +106,7 @@ def _ranks(keys: Keys) -> NDArray[np.int32]:
 
 
 def _differs_from_before(keys: Keys, order: Indexes) -> NDArray[np.bool_]:
-    """Whether each key, in this order, differs from the one before. Works by blocks, without a second copy of the
-    keys."""
+    """Whether each key, in this order, differs from the one before. By blocks, without a second copy of the keys."""
     fresh = np.ones(len(order), dtype=bool)
     for at in range(1, len(order), AT_ONCE):
         end = min(at + AT_ONCE, len(order))

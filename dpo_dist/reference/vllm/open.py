@@ -111,8 +111,7 @@ def _name(config: RunConfig) -> str:
 
 
 def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> ServerSpec:
-    """What reference.server should serve on this many GPUs of a machine. dtype: as in ReferenceKey; folder: the
-    model's."""
+    """What reference.server should serve on a machine's GPUs. dtype: as in ReferenceKey; folder: the model's."""
     r = served(config)
     assert r.server is not None
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")

@@ -26,8 +26,7 @@ TRY_AGAIN = (408, 425, 429)              # besides 5xx: the server asks for pati
 
 
 class Unanswered(Exception):
-    """The server is down, late or overloaded, or ended while answering. Trying again may help, whether `refused` or
-    not."""
+    """The server is down, late or overloaded, or ended while answering. Trying again may help."""
 
     def __init__(self, message: str, refused: bool = False):
         super().__init__(message)
