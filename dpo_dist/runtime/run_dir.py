@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.runtime.files import write_atomic
+from dpo_dist.runtime.files import write_json
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
 COMPLETE = "COMPLETE"                  # in a checkpoint's folder, written last
@@ -23,9 +23,23 @@ class Failure:
     node: int = 0
 
 
-@dataclass(frozen=True)
 class RunDir:
-    path: Path
+    """A run's folder, which may not exist yet."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.run_json = path / "run.json"              # the resolved config and where the run's numbers come from
+        self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
+        self.model = path / "model"                    # what from_pretrained loads
+        self.eval_json = path / "eval.json"
+        self.parity_json = path / "parity.json"        # the audit of a served reference
+        self.data_summary = path / "data.txt"
+        self.wandb_id = path / "wandb_id"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+        self.launcher_log = self.logs / "launcher.log"
+        self.slurm = path / "slurm"                    # batch scripts and their output
+        self.slurm_jobs = path / "slurm.json"          # {stage: Slurm's id}
 
     def make(self) -> None:
         """Makes the folder, with that of its logs. UserError where that cannot be."""
@@ -35,46 +49,6 @@ class RunDir:
             raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
                             "written") from error
 
-    # ---------------------------------------------------------------------------------------------------------- results
-
-    @property
-    def run_json(self) -> Path:
-        """The resolved config and where the run's numbers come from."""
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """What from_pretrained loads."""
-        return self.path / "model"
-
-    @property
-    def eval_json(self) -> Path:
-        return self.path / "eval.json"
-
-    @property
-    def parity_json(self) -> Path:
-        """The audit of a served reference."""
-        return self.path / "parity.json"
-
-    @property
-    def data_summary(self) -> Path:
-        return self.path / "data.txt"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    # ------------------------------------------------------------------------------------------------------ checkpoints
-
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
@@ -82,18 +56,8 @@ class RunDir:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
 
-    # ------------------------------------------------------------------------------------------------------------- logs
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
-
-    @property
-    def launcher_log(self) -> Path:
-        return self.logs / "launcher.log"
 
     def node_log(self, node: int) -> Path:
         return self.logs / f"node-{node}.log"
@@ -104,16 +68,6 @@ class RunDir:
     def server_log(self, name: str | int) -> Path:
         """Of a server of the reference."""
         return self.logs / f"reference-server-{name}.log"
-
-    @property
-    def slurm(self) -> Path:
-        """Batch scripts and their output."""
-        return self.path / "slurm"
-
-    @property
-    def slurm_jobs(self) -> Path:
-        """{stage: Slurm's id}."""
-        return self.path / "slurm.json"
 
     # ---------------------------------------------------------------------------------------------------------- markers
 
@@ -134,7 +88,7 @@ class RunDir:
         return None if found is None else int(found["signal"])
 
     def mark_preempted(self, message: str, signal: int) -> None:
-        write_atomic(self.path / PREEMPTED, json.dumps({"message": message, "signal": signal}) + "\n")
+        write_json(self.path / PREEMPTED, {"message": message, "signal": signal})
 
     def failure(self) -> Failure | None:
         """What failed; None where nothing has, or where the marker is being written at this moment."""
