@@ -102,7 +102,7 @@ def run_part(call: str, part: str, limit: float, cases: str, done: set[str], smo
 
 def keep(file: Path, header: dict[str, Any], rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
     """Adds the row, in the place of an earlier one of the same name, and writes all of them."""
-    rows[:] = [each for each in rows if (each["part"], each["case"]) != (row["part"], row["case"])] + [row]
+    rows[:] = [other for other in rows if (other["part"], other["case"]) != (row["part"], row["case"])] + [row]
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
@@ -115,16 +115,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
 
     return "\n".join(
-        f"{row['part']}/{row['case']}: " + ", ".join(f"{k} {short(v)}" for k,
-                                                     v in row.items() if k not in ("part", "case")) for row in rows)
+        f"{row['part']}/{row['case']}: " + ", ".join(f"{key} {short(value)}" for key, value in row.items()
+                                                     if key not in ("part", "case")) for row in rows)
 
 
 def card() -> str:
     """The card's name as its driver tells it, or CPU. Without torch, whose import takes seconds."""
     try:
-        said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=20)
-        return said.stdout.splitlines()[0].strip() if said.returncode == 0 else "CPU"
+        shown = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                               text=True, timeout=20)
+        return shown.stdout.splitlines()[0].strip() if shown.returncode == 0 else "CPU"
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "CPU"
 

@@ -78,15 +78,15 @@ def machine(wanted: Callable[[str], bool]) -> None:
         "mm to fp32": overloads("mm"), "addmm to fp32": overloads("addmm"),
         "varlen_attn": list(inspect.signature(varlen.varlen_attn).parameters)}
     if on_gpu():
-        said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit",
-                               "--format=csv,noheader"],
-                              capture_output=True, text=True).stdout.strip()
+        shown = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit",
+                                "--format=csv,noheader"],
+                               capture_output=True, text=True).stdout.strip()
         from dpo_dist.runtime.process_defaults import set_defaults
 
         set_defaults()
         torch.ones(2**28, device="cuda")
         segments = torch.cuda.memory_snapshot()
-        found |= {"driver, clock, highest clock, power": said, "capability": torch.cuda.get_device_capability(),
+        found |= {"driver, clock, highest clock, power": shown, "capability": torch.cuda.get_device_capability(),
                   "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
                   "expandable segments": any(segment.get("is_expandable") for segment in segments)}
     tell("versions", **found)
@@ -193,8 +193,8 @@ def attention(wanted: Callable[[str], bool]) -> None:
         errors = {}
         if trees * (prompt + left) ** 2 * heads * 8 < 6e9 or SMOKE:          # fp64 scores that fit
             exact = by_branch(q, k, v, grad, forest, window)
-            errors = rounded({f"error_{n}": relative_error(a, b) for n, a,
-                              b in zip(("o", "dq", "dk", "dv"), both(), exact, strict=True)}, 3)
+            errors = rounded({f"error_{n}": relative_error(a, b)
+                              for n, a, b in zip(("o", "dq", "dk", "dv"), both(), exact, strict=True)}, 3)
         with torch.no_grad():
             ahead = median_seconds(forward)
         whole = median_seconds(both)
@@ -313,7 +313,7 @@ def elementwise(wanted: Callable[[str], bool]) -> None:
                     return (*outs, *torch.autograd.grad(outs, inputs, [torch.ones_like(o) for o in outs]))
 
                 seconds = median_seconds(both)
-                results.append([each.detach() for each in both()])
+                results.append([one.detach() for one in both()])
                 found |= {f"{label}_ms": round(1000 * seconds, 3), f"{label}_gb_a_second": round(least / seconds / 1e9)}
             errors = [relative_error(a, b) for a, b in zip(*results, strict=True)]
             tell(case, **found, largest_difference=float(f"{max(errors):.3g}"))
@@ -344,7 +344,7 @@ def elementwise_ways(model: str) -> dict[str, Way]:
             "swiglu": (lambda: torch.nn.functional.silu(gate) * up, lambda: SwiGLU.apply(gate, up, kernels), [gate, up],
                        8.0 * gate.nbytes),
             "rotary": (lambda: apply_rotary_pos_emb(q, k, cos, sin),
-                       lambda: tuple(Rotary.apply(each, cos, sin, kernels) for each in (q, k)), [q, k],
+                       lambda: tuple(Rotary.apply(one, cos, sin, kernels) for one in (q, k)), [q, k],
                        4.0 * (q.nbytes + k.nbytes))}
 
 
@@ -455,7 +455,7 @@ def device_time(recorded: Any) -> tuple[dict[str, float], list[str], int]:
     return dict(by_kind), [f"{name}: {1000 * seconds:.2f} ms" for name, seconds in by_name.most_common(12)], waits
 
 
-PARTS = {each.__name__: each for each in (machine, rates, golden, attention, head, elementwise, profile)}
+PARTS = {one.__name__: one for one in (machine, rates, golden, attention, head, elementwise, profile)}
 
 
 if __name__ == "__main__":

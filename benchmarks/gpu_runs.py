@@ -90,8 +90,8 @@ def run(part: str, case: Case, folder: Path) -> None:
     began = time.monotonic()
     # What comes after the last step, a checkpoint and an export of the weights, is no subject here and takes long: not
     # waited for.
-    said = folder / "said"
-    with said.open("w") as out:
+    log = folder / "said"
+    with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "dpo_dist.train", *overrides], stdout=out,
                                    stderr=subprocess.STDOUT, cwd=HERE.parent)
     rows = wait_for_steps(process, run_dir / "metrics.jsonl")
@@ -100,7 +100,7 @@ def run(part: str, case: Case, folder: Path) -> None:
         process.kill()
         process.wait()
     if len(rows) < STEPS - 1:
-        sys.exit(f"{part}: {len(rows)} of {STEPS} steps\n{said.read_text()[-2500:]}")
+        sys.exit(f"{part}: {len(rows)} of {STEPS} steps\n{log.read_text()[-2500:]}")
     timed = rows[LEFT_OUT:]
     seconds = statistics.median(case.pairs / row["perf/pairs_per_second"] for row in timed)
     figures: dict[str, Any] = {
@@ -112,8 +112,8 @@ def run(part: str, case: Case, folder: Path) -> None:
            if f"perf/{key}" in rows[0] and key != "step_seconds"},
         "update_seconds": round(statistics.median(row["perf/step_seconds"] for row in timed), 4),
         "peak_gib": round(rows[-1]["perf/peak_memory_gib"], 2), "predicted_gib": predicted(overrides),
-        "chosen": next((line for line in said.read_text().splitlines() if line.startswith("memory: ")), None),
-        "attention": next((line for line in said.read_text().splitlines() if line.startswith("attention: ")), None),
+        "chosen": next((line for line in log.read_text().splitlines() if line.startswith("memory: ")), None),
+        "attention": next((line for line in log.read_text().splitlines() if line.startswith("attention: ")), None),
         "start_to_last_step_seconds": round(wall, 1)}
     if "perf/mfu" in rows[0]:
         mfu = statistics.median(row["perf/mfu"] for row in timed)

@@ -37,8 +37,8 @@ def main(vocabularies: list[int]) -> None:
     written = {
         "pairs": PAIRS, "completion_tokens": 2 * PAIRS * COMPLETION, "threads": 1, "dtype": "fp32", "rows": rows,
         "largest over smallest vocabulary": {
-            name: {what: round(each[-1][what] / each[0][what], 3) for what in COMPARED}
-            for name, each in rows.items()},
+            name: {what: round(sizes[-1][what] / sizes[0][what], 3) for what in COMPARED}
+            for name, sizes in rows.items()},
     }
     (HERE / "results" / "memory.json").write_text(json.dumps(written, indent=2) + "\n")
     print(json.dumps(written, indent=2))

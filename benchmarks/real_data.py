@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parent / "results" / "real_data.json"
 
 
 def main(data: Path, out: Path) -> None:
-    results = {name: align(data / name, form, out / name.split(".")[0]) for name,
-               form in SETS.items() if (data / name).is_file()}
+    results = {name: align(data / name, form, out / name.split(".")[0]) for name, form in SETS.items()
+               if (data / name).is_file()}
     RESULTS.parent.mkdir(exist_ok=True)
     written = {"machine": f"{torch.get_num_threads()} CPU cores, fp32", "sets": results}
     RESULTS.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")

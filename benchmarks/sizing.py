@@ -43,16 +43,16 @@ SHAPES = {
 
 
 def main(names: list[str]) -> None:
-    told = json.loads(RESULTS.read_text())["told"] if RESULTS.exists() else {}
+    shown = json.loads(RESULTS.read_text())["told"] if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_rows(folder / "rows.jsonl")
         for shape in (name for name in names if name in SHAPES):
             write_model(folder / shape, SHAPES[shape][0])
             for stage, checkpointing in RUNS:
-                told[f"{shape} {stage} {checkpointing}"] = measure(folder, shape, stage, checkpointing)
-                RESULTS.write_text(json.dumps({"told": told}, indent=1) + "\n")
-    RESULTS.write_text(json.dumps({**compared(told), "told": told}, indent=1) + "\n")
+                shown[f"{shape} {stage} {checkpointing}"] = measure(folder, shape, stage, checkpointing)
+                RESULTS.write_text(json.dumps({"told": shown}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({**compared(shown), "told": shown}, indent=1) + "\n")
 
 
 def overrides(folder: Path, shape: str, stage: int, checkpointing: bool) -> list[str]:
@@ -76,13 +76,14 @@ def measure(folder: Path, shape: str, stage: int, checkpointing: bool) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compared(told: dict[str, dict]) -> dict:
+def compared(shown: dict[str, dict]) -> dict:
     """Prediction beside measurement for each run, the worst memory error, and the pairs of runs whose order in time is
     not as predicted."""
-    device = {key: median([one["device"][key] for one in told.values()]) for key in next(iter(told.values()))["device"]}
+    keys = next(iter(shown.values()))["device"]
+    device = {key: median([one["device"][key] for one in shown.values()]) for key in keys}
     world, lengths, runs = Hardware(1, RANKS, replace(CPU, **device)), Lengths(
         PROMPT, COMPLETION, COMPLETION, 64, "the benchmark's rows"), []
-    for name, one in told.items():
+    for name, one in shown.items():
         of, stage, checkpointing = name.split()
         config = compose(overrides(Path("somewhere"), of, int(stage), checkpointing == "True"))
         shape = model_shape({"model_type": "llama", **SHAPES[of][0]})

@@ -143,16 +143,16 @@ def main(steps: int, overrides: list[str]) -> None:
         cpu_seconds.append(time.process_time() - began_cpu)
         clock.mark("step")
         work = batches.work
-    told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline,
-            "peaks": {k: v - baseline for k, v in clock.peaks.items()}, "micro_steps": len(batches.batches),
-            "tokens": work.tokens, "flops": work.flops,
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.parameters())}
-    told["device"] = device_rates(folder, world)
-    everyone = world.gather(told)
+    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "baseline": baseline,
+                "peaks": {k: v - baseline for k, v in clock.peaks.items()}, "micro_steps": len(batches.batches),
+                "tokens": work.tokens, "flops": work.flops,
+                "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.parameters())}
+    measured["device"] = device_rates(folder, world)
+    everyone = world.gather(measured)
     if world.is_main:
         peaks = {phase: max(one["peaks"][phase] for one in everyone) for phase in PHASES}
-        told["cpu_seconds"] = np.mean([one["cpu_seconds"] for one in everyone], 0).tolist()
-        print(json.dumps({**told, "peaks": peaks, "peak": max(peaks.values())}))
+        measured["cpu_seconds"] = np.mean([one["cpu_seconds"] for one in everyone], 0).tolist()
+        print(json.dumps({**measured, "peaks": peaks, "peak": max(peaks.values())}))
 
 
 if __name__ == "__main__":

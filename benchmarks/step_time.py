@@ -50,11 +50,11 @@ def run(script: str, what: str, folder: Path, kind: str, steps: int) -> dict:
                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"{script} {what} failed:\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
     shares = [flops / seconds / rate for flops, seconds, rate in
-              zip(told.get("flops", []), told["seconds"], told.get("product_rates", []), strict=False)]
-    return {"seconds": statistics.median(told["seconds"][WARM_UP:]), "losses": told["losses"],
-            "peak_mib": told["peak_mib"], "share": statistics.median(shares[WARM_UP:]) if shares else None}
+              zip(measured.get("flops", []), measured["seconds"], measured.get("product_rates", []), strict=False)]
+    return {"seconds": statistics.median(measured["seconds"][WARM_UP:]), "losses": measured["losses"],
+            "peak_mib": measured["peak_mib"], "share": statistics.median(shares[WARM_UP:]) if shares else None}
 
 
 def summary(runs: list[dict]) -> dict:

@@ -36,10 +36,10 @@ def main(rounds: int, pairs: int) -> None:
         write_model(data / "model")
         seconds = []
         for i in range(rounds):
-            here = data / f"round{i}"
+            home = data / f"round{i}"
             variants = [("sweep", sweep), ("separate", separate)]
-            seconds.append({name: timed(run, data, here / name) for name,
-                            run in (variants if i % 2 == 0 else variants[::-1])})
+            seconds.append({name: timed(run, data, home / name)
+                            for name, run in (variants if i % 2 == 0 else variants[::-1])})
             print(json.dumps(seconds[-1]), flush=True)
         again = timed(sweep, data, data / "round0" / "sweep")
         results: dict[str, Any] = {

@@ -75,7 +75,7 @@ def other_table(memory: dict[str, Any], scaling: dict[str, Any]) -> str:
     growth, planning = memory["largest over smallest vocabulary"]["one_pack"], scaling["planning"]
     worst = {ranks: max(draw[ranks]["busiest"]["worst"] for draw in scaling["balance"].values())
              for ranks in ("2 ranks", "8 ranks")}
-    measured = max(each["measured, seconds"]["worst"] for each in scaling["measured"].values())
+    measured = max(entry["measured, seconds"]["worst"] for entry in scaling["measured"].values())
     return "\n".join([
         "| | measured |", "|---|---|",
         f"| peak memory of a step, vocabulary 131,072 over 4,096, {memory['completion_tokens']:,} completion tokens; "
@@ -142,7 +142,7 @@ def gpu_table() -> str:
 
 def gpu_line(card: str, row: dict[str, Any], trl: dict[tuple[str, int, str], dict[str, Any]]) -> str:
     ratios = [trl.get((row["model"], row["length"], f"trl {way}")) for way in ("live", "precomputed")]
-    beside = ", ".join(f"{each['step_seconds'] / row['step_seconds']:.2f}" if each else "-" for each in ratios)
+    beside = ", ".join(f"{entry['step_seconds'] / row['step_seconds']:.2f}" if entry else "-" for entry in ratios)
     share = f"{row['mfu']:.2f} ({row['of_product']:.2f})" if "mfu" in row else "-"
     return (f"| {card} | {row['model']}, {row['length']:,} tokens, prompt {row['prompt_share']:.0%}, "
             f"`{row['overrides']}` | {row['step_seconds']:.2f} | {share} | {row['peak_gib']}, {row['predicted_gib']} | "

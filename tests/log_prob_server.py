@@ -168,10 +168,10 @@ if __name__ == "__main__":
     parser.add_argument("--answered", type=Path, default=Path("/dev/null"))
     parser.add_argument("--killed-after", type=float, default=math.inf)
     parser.add_argument("--joins-a-group", type=int)
-    told = parser.parse_args()
-    if told.joins_a_group:                   # of one process, as vLLM's workers do
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{told.joins_a_group}", timedelta(seconds=10),
+    given = parser.parse_args()
+    if given.joins_a_group:                   # of one process, as vLLM's workers do
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{given.joins_a_group}", timedelta(seconds=10),
                                              world_size=1, rank=0)
-    server = Reporting(told.answered, told.killed_after, told.model, told.port, told.name, host=told.host)
-    server.seconds_a_request = told.seconds_a_request
+    server = Reporting(given.answered, given.killed_after, given.model, given.port, given.name, host=given.host)
+    server.seconds_a_request = given.seconds_a_request
     server.serve_forever()

@@ -28,7 +28,7 @@ from dpo_dist.data.writer import PairWriter, Source, hash64
 FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
 # what decides the tokens, for whoever looks for a store without reading the data
-ASKED = "asked.json"
+SETTINGS = "asked.json"
 
 
 def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> tuple[PairStore, PairStore]:
@@ -86,7 +86,7 @@ def _write(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
     dated = encoder.template is not None and "strftime_now" in encoder.template.text
     for writer, of_sources, repeated in ((train, reports, 0), (held_out, held_out_reports, shared)):
         writer.close({"sources": of_sources, "pairs_with_training_prompts": repeated, "template_asks_for_date": dated})
-    (folder / ASKED).write_text(json.dumps(deciding(config, TOKENS)))
+    (folder / SETTINGS).write_text(json.dumps(deciding(config, TOKENS)))
 
 
 def _fill(dataset: DatasetConfig, source: int, config: DataConfig, encoder: PairTokenizer, writer: PairWriter,

@@ -233,12 +233,12 @@ def _transcript(text: str, key: str) -> Turns:
     if head.strip():
         raise Unfit(f"{key} does not begin with 'Human:'", repr(head[:40]))
     turns: list[Message] = []
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+    for speaker, text_of_turn in zip(pieces[::2], pieces[1::2], strict=True):
         role = {"Human": "user", "Assistant": "assistant"}[speaker]
         if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + said.strip()
+            turns[-1]["content"] += "\n\n" + text_of_turn.strip()
         else:
-            turns.append({"role": role, "content": said.strip()})
+            turns.append({"role": role, "content": text_of_turn.strip()})
     return tuple(turns)
 
 

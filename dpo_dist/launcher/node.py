@@ -90,8 +90,8 @@ def _first_of_slurm(environment: Mapping[str, str]) -> str:
     try:
         shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        raise UserError(f"MASTER_ADDR is not set, and scontrol cannot read SLURM_JOB_NODELIST={nodelist} ({said}); "
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise UserError(f"MASTER_ADDR is not set, and scontrol cannot read SLURM_JOB_NODELIST={nodelist} ({reason}); "
                         f"{remedy}") from error
     return shown.stdout.split()[0]
 

@@ -9,9 +9,10 @@ class Later:
     """A copy of a tensor on its way from the device: `values` waits for it, and for nothing queued after it."""
 
     def __init__(self, tensor: Tensor):
-        self._here, self._copied = tensor.detach().clone(), None
+        self._values, self._copied = tensor.detach().clone(), None
         if tensor.is_cuda:
-            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values = pinned.copy_(tensor, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -19,7 +20,7 @@ class Later:
     def values(self) -> Tensor:
         if self._copied is not None:
             self._copied.synchronize()
-        return self._here
+        return self._values
 
     @property
     def is_on_its_way(self) -> bool:

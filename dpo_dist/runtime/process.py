@@ -23,7 +23,7 @@ from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
 from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, Failure, RunDir
 from dpo_dist.runtime.terminal import Terminal
-from dpo_dist.runtime.world import World, lost_peer, node_here, rank_here
+from dpo_dist.runtime.world import World, lost_peer, own_node, own_rank
 
 Work = Callable[[RunConfig, World, Terminal], None]
 
@@ -46,7 +46,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     except UserError as error:
         return _fail_early(str(error))
     _network(config.run.offline)
-    terminal = Terminal.start(str(run_dir.rank_log(rank_here())), is_main=rank_here() == 0,
+    terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
                               capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     try:
         return _work(config, work, run_dir, terminal, owns_run)
@@ -57,7 +57,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
         what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
-        return _fail(run_dir, terminal, f"{what} (rank {rank_here()}, see {run_dir.rank_log(rank_here())})", 1)
+        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
     finally:
         terminal.stop()
         del lock
@@ -67,10 +67,10 @@ def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
     """The run's folder with its lock, where this process holds it, and without the markers of an earlier start."""
     run_dir.make()
     try:
-        lock = hold_lock(run_dir.path) if owns_run and rank_here() == 0 else None
+        lock = hold_lock(run_dir.path) if owns_run and own_rank() == 0 else None
     except (OSError, UserError) as error:
         raise UserError(f"run.dir={run_dir.path} cannot be used: {error}; set another run.dir") from error
-    if rank_here() == 0:
+    if own_rank() == 0:
         run_dir.clear(PREEMPTED, FAILED, *([DONE] if owns_run else []))
     return lock
 
@@ -115,15 +115,15 @@ def _agree(config: RunConfig, world: World) -> None:
 
 def _fail_early(message: str) -> int:
     """Before there is a log: every rank would say the same."""
-    if rank_here() == 0:
+    if own_rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     return 2
 
 
 def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:
     logging.getLogger(__name__).error("%s", message)
-    node, local_rank = node_here()
-    is_first = run_dir.mark_failed(Failure(message, code, rank_here(), node), first_only=True)
+    node, local_rank = own_node()
+    is_first = run_dir.mark_failed(Failure(message, code, own_rank(), node), first_only=True)
     if is_first or (local_rank == 0 and not _node_has_spoken(run_dir, node)):
         terminal.error(f"error: {message}")
     return code

@@ -54,7 +54,7 @@ class World:
     def start(cls, cluster: ClusterConfig) -> World:
         """Joins the processes that torchrun (or the launcher) started; a process started alone is a world of one."""
         os.environ.update(cluster.environment or {})                  # NCCL and gloo read theirs when the group starts
-        rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", 1))
+        rank, size = own_rank(), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if cluster.procs_per_node not in (None, local_size):
@@ -136,12 +136,12 @@ class World:
         dist.all_reduce(torch.zeros(1))
 
 
-def rank_here() -> int:
+def own_rank() -> int:
     """This process's rank, known before any process group exists."""
     return int(os.environ.get("RANK", 0))
 
 
-def node_here() -> tuple[int, int]:
+def own_node() -> tuple[int, int]:
     """(this process's node, its rank on that node), both from 0, as torchrun numbers them."""
     return int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 

@@ -87,8 +87,8 @@ def test_training_beside_the_scoring_gives_the_very_bits_of_scoring_first(
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}"]
     dpo_dist(*words, f"run.dir={tmp_path / 'cached'}")
     ahead = [*words, "reference.mode=ahead", f"reference.procs={procs}", f"reference.cache_dir={tmp_path / 'other'}"]
-    said = dpo_dist(*ahead, f"run.dir={tmp_path / 'ahead'}").stdout
-    assert "reference: scored while training ran, which waited " in said
+    shown = dpo_dist(*ahead, f"run.dir={tmp_path / 'ahead'}").stdout
+    assert "reference: scored while training ran, which waited " in shown
     assert model_digest(tmp_path / "ahead") == model_digest(tmp_path / "cached")
     scored = entries(tmp_path / "other")
     assert len(scored) == len(set(scored)) == 2 * (STEPS * 24
@@ -105,10 +105,10 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
 
     process = start(*ahead, f"run.dir={run}")
     kill(stopped_midway(ahead, run, cache))
-    said = "".join(process.communicate(timeout=120))
+    shown = "".join(process.communicate(timeout=120))
     kept = len(entries(cache))
     assert process.returncode == 2 and 0 < kept < 2 * (STEPS * 24 + 10), "the kill came midway"
-    assert "the scoring processes have ended before all was scored: the score stage ended with code -9" in said
+    assert "the scoring processes have ended before all was scored: the score stage ended with code -9" in shown
     assert list(run.glob("checkpoints/*/COMPLETE")), "what was trained is saved"
 
     process = start(*ahead, f"run.dir={run}")
@@ -138,7 +138,7 @@ def test_a_run_that_is_told_to_end_while_it_waits_saves_and_both_sides_end(tmp_p
     process = start(*words, f"run.dir={run}")
     stopped_midway(words, run, tmp_path / "reference")   # nothing more comes: training went as far as it can, and waits
     process.send_signal(signal.SIGTERM)
-    said = "".join(process.communicate(timeout=120))
-    assert (run / "PREEMPTED").exists() and "training was waiting for the reference" in said, said
+    shown = "".join(process.communicate(timeout=120))
+    assert (run / "PREEMPTED").exists() and "training was waiting for the reference" in shown, shown
     assert list(run.glob("checkpoints/*/COMPLETE"))
     assert processes_on(run) == []

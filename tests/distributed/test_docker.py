@@ -88,8 +88,8 @@ def test_the_compose_file_trains_across_its_two_nodes(image: Path, tmp_path: Pat
         jobs = [machine.start([entrypoint(image), *service["command"], "train.max_steps=3"],
                               inside(image, **service["environment"]), volume)
                 for machine, service in zip(machines, services.values(), strict=True)]
-        for code, said in finish(jobs):
-            assert code == 0, said
+        for code, printed in finish(jobs):
+            assert code == 0, printed
     run_dir = volume / "demo" / "two_nodes"
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]
     assert json.loads((run_dir / "run.json").read_text())["passport"]["ranks"] == 2

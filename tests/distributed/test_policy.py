@@ -163,9 +163,9 @@ def test_reference_free_losses_train_without_any_reference(tmp_path: Path, words
 def test_an_update_that_the_device_is_told_to_skip_changes_no_weight_in_any_stage(tmp_path: Path):
     write_tiny_llama(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", 8)
-    said = forked_ranks(2, Path(__file__).with_name("skipped_updates.py"), tmp_path / "m", tmp_path / "rows.jsonl",
-                        tmp_path / "tokens")
-    assert said.count(" ok") == 7
+    shown = forked_ranks(2, Path(__file__).with_name("skipped_updates.py"), tmp_path / "m", tmp_path / "rows.jsonl",
+                         tmp_path / "tokens")
+    assert shown.count(" ok") == 7
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])

@@ -22,7 +22,7 @@ print(f"told: {os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()} {allocat
 """
 
 
-def told(folder: Path, **environment: str) -> set[str]:
+def shown(folder: Path, **environment: str) -> set[str]:
     """What two processes of torchrun have: OMP_NUM_THREADS, torch's threads, the allocator's settings."""
     (folder / "program.py").write_text(PROGRAM)
     ours = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -37,9 +37,9 @@ def told(folder: Path, **environment: str) -> set[str]:
 
 
 def test_bare_torchrun_shares_the_cores_among_its_processes(tmp_path: Path):
-    assert told(tmp_path) == {"4 4 expandable_segments:True"}
+    assert shown(tmp_path) == {"4 4 expandable_segments:True"}
 
 
 def test_what_a_person_sets_stays(tmp_path: Path):
-    assert told(tmp_path, OMP_NUM_THREADS="1", PYTORCH_CUDA_ALLOC_CONF="backend:native") == {"1 1 backend:native"}
-    assert told(tmp_path, OMP_NUM_THREADS="2", PYTORCH_ALLOC_CONF="backend:native") == {"2 2 backend:native"}
+    assert shown(tmp_path, OMP_NUM_THREADS="1", PYTORCH_CUDA_ALLOC_CONF="backend:native") == {"1 1 backend:native"}
+    assert shown(tmp_path, OMP_NUM_THREADS="2", PYTORCH_ALLOC_CONF="backend:native") == {"2 2 backend:native"}

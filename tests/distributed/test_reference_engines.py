@@ -23,8 +23,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_engine_agrees_with_the_plain_forward(models: list[Path], processes: int):
     used = models if processes == 2 else [models[0], models[3]]
-    said = forked_ranks(processes, Path(__file__).with_name("engines_side_by_side.py"), *used)
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    shown = forked_ranks(processes, Path(__file__).with_name("engines_side_by_side.py"), *used)
+    rows = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
     sizes = {1: 1, 2: 2, 4: 3}[processes]
     assert len(rows) == len(used) * (5 + 2 * sizes)
     for row in rows:
@@ -107,7 +107,7 @@ def test_a_quantized_reference_is_refused_where_its_library_is_missing(tmp_path:
     config["quantization_config"] = {"quant_method": "aqlm", "nbits_per_codebook": 16}
     (tmp_path / "ref" / "config.json").write_text(json.dumps(config))
     score = ["score", *words, f"run.dir={tmp_path / 'score'}", f"reference.path={tmp_path / 'ref'}"]
-    assert "is quantized (aqlm" in (said := dpo_dist(*score,
-                                                     code=2).stderr) and "aqlm" in said.split("cannot be computed "
-                                                                                              "here")[1]
+    assert "is quantized (aqlm" in (shown := dpo_dist(*score,
+                                                      code=2).stderr) and "aqlm" in shown.split("cannot be computed "
+                                                                                                "here")[1]
     assert "set reference=hf" in dpo_dist(*score, "reference=zero", code=2).stderr

@@ -101,8 +101,8 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
                                                                                        words: list[str]):
     words = [*words, "zero=none", f"run.dir={tmp_path / 'run'}"]
     dpo_dist(*words)
-    said = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
-    assert "holds another run (loss.beta was 0.5, is now 0.25)" in said and "choose another run.dir" in said
+    shown = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
+    assert "holds another run (loss.beta was 0.5, is now 0.25)" in shown and "choose another run.dir" in shown
     assert ("written with zero.stage=None, not 3; go on with the same zero.stage"
             in dpo_dist(*words, "zero=zero3", code=2).stderr)
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
@@ -116,8 +116,8 @@ def test_a_run_that_is_being_trained_is_not_trained_by_a_second_process(tmp_path
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = dpo_dist(*words, "zero=none", f"run.dir={tmp_path / 'run'}", code=2).stderr
-    assert "another process is at work there now" in said
+        shown = dpo_dist(*words, "zero=none", f"run.dir={tmp_path / 'run'}", code=2).stderr
+    assert "another process is at work there now" in shown
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

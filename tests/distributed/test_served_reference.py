@@ -54,7 +54,7 @@ def kept(cache_dir: Path) -> Counter[bytes]:
                    for key in safetensors.numpy.load_file(shard)["keys"])
 
 
-def told(tmp_path: Path) -> dict[str, Any]:
+def audit_of(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "parity.json").read_text())
 
 
@@ -83,7 +83,8 @@ def test_the_servers_values_are_the_oracles_and_stand_under_a_key_of_their_own(
         for name in ("chosen_ids", "rejected_ids"):
             served, oracle = (cache.logps(row["prompt_ids"], row[name]) for cache in caches)
             assert np.abs(served - oracle).max() < 5e-5
-    assert told(tmp_path)["passed"] and told(tmp_path)["token_max"] < 5e-5 and told(tmp_path)["servers"] == 2
+    found = audit_of(tmp_path)
+    assert found["passed"] and found["token_max"] < 5e-5 and found["servers"] == 2
 
 
 def test_servers_ahead_of_training_are_audited_before_it_begins(tmp_path: Path, words: list[str]):
@@ -143,8 +144,8 @@ def stale(server: LogProbServer) -> None:
         while tuple(prompt[:cached + 4]) in seen and cached + 4 <= len(prompt):
             cached += 4
         seen.update(tuple(prompt[:end]) for end in range(4, len(prompt) + 1, 4))
-        return [None, *({key: {**entry, "logprob": -1.0} if at < cached else entry for key,
-                         entry in (found or {}).items()}
+        return [None, *({key: {**entry, "logprob": -1.0} if at < cached else entry
+                         for key, entry in (found or {}).items()}
                         for at, found in enumerate(honest(prompt)[1:], 1))]
 
     server.prompt_logprobs = prompt_logprobs  # type: ignore[method-assign]
@@ -162,11 +163,11 @@ def test_a_planted_fault_is_caught_before_a_value_is_kept_and_the_worst_pairs_ar
                                                                                         words: list[str], plant):
     with LogProbServer(tmp_path / "m") as honest, LogProbServer(tmp_path / "m") as planted:
         plant(planted)
-        said = dpo_dist("score", *words, f"reference.urls=[{honest.url}, {planted.url}]", code=2).stderr
-    assert "the audit stopped the run before a value was used" in said and re.search(
-        r"Worst pairs, in nats: " r"\S+rows.jsonl:\d+", said), said
+        shown = dpo_dist("score", *words, f"reference.urls=[{honest.url}, {planted.url}]", code=2).stderr
+    assert "the audit stopped the run before a value was used" in shown and re.search(
+        r"Worst pairs, in nats: " r"\S+rows.jsonl:\d+", shown), shown
     assert not kept(tmp_path / "reference")
-    assert told(tmp_path)["passed"] is False
+    assert audit_of(tmp_path)["passed"] is False
 
 
 def test_a_planted_stale_prefix_is_right_the_first_time_so_that_one_pass_over_the_sample_would_not_do(tmp_path: Path):
@@ -283,9 +284,9 @@ def test_a_server_started_from_a_rank_of_torchrun_makes_a_process_group_of_its_o
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path, words: list[str]):
     broken = tmp_path / "broken.py"
     broken.write_text("print(1 / 0)\n")
-    said = dpo_dist("score", *words, f"reference.server='{sys.executable} {broken} {{port}}'", "reference.version=1",
-                    code=2).stderr
-    assert "ended with code 1 before it answered" in said and "ZeroDivisionError" in said
+    shown = dpo_dist("score", *words, f"reference.server='{sys.executable} {broken} {{port}}'", "reference.version=1",
+                     code=2).stderr
+    assert "ended with code 1 before it answered" in shown and "ZeroDivisionError" in shown
     assert "has no vLLM" in dpo_dist("score", *words, f"reference.server={sys.executable}", code=2).stderr
     assert "has values to score, but no servers" in dpo_dist("score", *words, "reference.version=1", code=2).stderr
 

@@ -54,12 +54,12 @@ def test_a_3_by_2_sweep_scores_each_sequence_once_and_the_second_invocation_trai
     assert first.stdout.count(f"scored {2 * (PAIRS + HELD_OUT)}, cached 0") == 1
     assert len(scorings(tmp_path)) == 2 * (PAIRS + HELD_OUT) and set(scorings(tmp_path).values()) == {1}
     jobs = summary(tmp_path)["jobs"]
-    assert len(jobs) == 6 and all(each["done"] and (Path(each["run_dir"]) / "DONE").exists() for each in jobs)
-    assert [each["swept"] for each in jobs] == [{"loss.beta": b, "optim.lr": lr} for b in (0.05, 0.1, 0.3)
-                                                for lr in (1e-3, 2e-3)]
-    for each in jobs:
-        last = metrics(Path(each["run_dir"]), "eval")[-1]
-        assert each["metrics"] == {name: value for name, value in last.items() if name not in ("step", "split")}
+    assert len(jobs) == 6 and all(job["done"] and (Path(job["run_dir"]) / "DONE").exists() for job in jobs)
+    assert [job["swept"] for job in jobs] == [{"loss.beta": b, "optim.lr": lr} for b in (0.05, 0.1, 0.3)
+                                              for lr in (1e-3, 2e-3)]
+    for job in jobs:
+        last = metrics(Path(job["run_dir"]), "eval")[-1]
+        assert job["metrics"] == {name: value for name, value in last.items() if name not in ("step", "split")}
         assert last["reference/kl_per_token"] > 0 and last["reference/chosen_drift_per_token"] != 0
     assert (tmp_path / "sweep" / "sweep.html").read_text().count("<svg") == 4
 
@@ -72,17 +72,17 @@ def test_a_3_by_2_sweep_scores_each_sequence_once_and_the_second_invocation_trai
 
 def test_a_swept_run_is_the_run_that_the_printed_command_trains(tmp_path: Path, words: list[str]):
     dpo_dist(*words, "loss.beta=0.1,0.3", "optim.lr=1e-3")
-    told = summary(tmp_path)["best"]
-    verb, *overrides = shlex.split(told["command"])[1:]
+    shown = summary(tmp_path)["best"]
+    verb, *overrides = shlex.split(shown["command"])[1:]
     dpo_dist(verb, *overrides, f"run.dir={tmp_path / 'alone'}")
-    assert metrics(tmp_path / "alone", "eval") == metrics(Path(told["run_dir"]), "eval")
+    assert metrics(tmp_path / "alone", "eval") == metrics(Path(shown["run_dir"]), "eval")
 
 
 def test_a_failed_run_stops_no_other_and_the_same_sweep_again_runs_what_is_missing(tmp_path: Path, words: list[str]):
     sweep = [*words, "optim.lr=1e-3,1e30,2e-3"]
     done = dpo_dist(*sweep, code=1)
     assert "failed: optim.lr=1e+30: FloatingPointError: the loss of step 2 is not finite" in done.stdout
-    assert [each["done"] for each in summary(tmp_path)["jobs"]] == [True, False, True]
+    assert [job["done"] for job in summary(tmp_path)["jobs"]] == [True, False, True]
     before = written(tmp_path)
     again = dpo_dist(*words, "optim.lr=1e-3,2e-3,3e-3")             # the bad one taken out, another put in
     assert "2 are done, 1 to run" in again.stdout and f"scored 0, cached {2 * (PAIRS + HELD_OUT)}" in again.stdout
@@ -97,7 +97,7 @@ def test_runs_whose_references_differ_are_scored_apart_and_a_failed_scoring_fail
     done = dpo_dist(*words, f"reference.path={tmp_path / 'm'},{tmp_path / 'r'},{tmp_path / 'missing'}", "optim.lr=1e-3",
                     code=1)
     assert done.stdout.count(f"scored {2 * (PAIRS + HELD_OUT)}, cached 0") == 2
-    assert [each["done"] for each in summary(tmp_path)["jobs"]] == [True, True, False]
+    assert [job["done"] for job in summary(tmp_path)["jobs"]] == [True, True, False]
     assert "its reference could not be scored" in done.stdout
     assert len({folder for folder, _ in scorings(tmp_path)}) == 2
 
@@ -115,7 +115,7 @@ def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Pat
     rest = process.stdout.read()
     assert process.wait(60) == 130 and "interrupted; the same command goes on with what is missing" in rest
     jobs = summary(tmp_path)["jobs"]
-    assert [each["done"] for each in jobs] == [True, False]
+    assert [job["done"] for job in jobs] == [True, False]
     assert not processes_on(Path(jobs[1]["run_dir"]))
     assert "1 are done, 1 to run" in dpo_dist(*sweep).stdout
 
@@ -125,9 +125,9 @@ def test_an_interrupted_sweep_ends_its_processes_and_goes_on_later(tmp_path: Pat
 def test_optuna_searches_by_the_held_out_metric_and_survives_a_failed_run(tmp_path: Path, words: list[str]):
     done = dpo_dist(*words, "sweep=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2",
                     "cluster.jobs_at_once=2", "optim.lr=choice(1e-3,1e30)", code=1, timeout=600)
-    told = summary(tmp_path)
-    assert {each["done"] for each in told["jobs"]} == {True, False}
-    assert {each["swept"]["optim.lr"] for each in told["jobs"] if each["done"]} == {1e-3}
-    best = max(each["metrics"]["rewards/accuracies"] for each in told["jobs"] if each["done"])
+    shown = summary(tmp_path)
+    assert {job["done"] for job in shown["jobs"]} == {True, False}
+    assert {job["swept"]["optim.lr"] for job in shown["jobs"] if job["done"]} == {1e-3}
+    best = max(job["metrics"]["rewards/accuracies"] for job in shown["jobs"] if job["done"])
     assert f"best_value: {best}" in (tmp_path / "sweep" / "optimization_results.yaml").read_text()
     assert done.stdout.count("cached 0") == 1, "scored in the first round alone"

@@ -52,16 +52,16 @@ def run_on(nodes: tuple[Node, Node], words: list[str], folder: Path, processes: 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
     """(exit code, output) of each, all waited for."""
     deadline = time.monotonic() + timeout
-    said = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    shown = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, shown, strict=True)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(
         processes: int, nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
     words = [*words, "train.max_steps=4"]
-    for code, said in finish(run_on(nodes, [*words, f"run.dir={tmp_path / 'two'}"], tmp_path, processes)):
-        assert code == 0, said
+    for code, shown in finish(run_on(nodes, [*words, f"run.dir={tmp_path / 'two'}"], tmp_path, processes)):
+        assert code == 0, shown
     dpo_dist("train", *words, f"cluster.procs_per_node={2 * processes}", f"run.dir={tmp_path / 'one'}")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["passport"]["ranks"] == 2 * processes
     for split in ("train", "eval"):
@@ -84,9 +84,9 @@ def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(
     began = time.monotonic()
     ended = finish(jobs, timeout=TIMEOUT_SECONDS + 90)
     assert time.monotonic() - began < TIMEOUT_SECONDS + 60, ended
-    for code, said in ended:                                     # each node has a terminal of its own
+    for code, shown in ended:                                     # each node has a terminal of its own
         assert code != 0
-        assert f"no answer from another rank for {TIMEOUT_SECONDS} s (cluster.timeout_seconds)" in said, said
+        assert f"no answer from another rank for {TIMEOUT_SECONDS} s (cluster.timeout_seconds)" in shown, shown
     assert not (run_dir / "DONE").exists()
 
 
@@ -104,11 +104,11 @@ def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env={**os.environ, **environment(rank, 1), "MASTER_ADDR": "127.0.0.1",
                                            "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}))
-    for code, said in finish(jobs):
+    for code, shown in finish(jobs):
         assert code != 0
-        assert f"error: {key}=relative is not one folder for all ranks" in said, said
-        assert f"{tmp_path / 'node-1' / 'relative'} on {socket.gethostname()}" in said
-        assert f"set {key} to the absolute path of a folder that every node mounts" in said
+        assert f"error: {key}=relative is not one folder for all ranks" in shown, shown
+        assert f"{tmp_path / 'node-1' / 'relative'} on {socket.gethostname()}" in shown
+        assert f"set {key} to the absolute path of a folder that every node mounts" in shown
     assert not list(tmp_path.rglob(".seen-by-all-*"))
     assert not list(tmp_path.rglob("meta.json")), "nothing was tokenized"
 

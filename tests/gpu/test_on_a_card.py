@@ -28,7 +28,7 @@ def test_golden_gradients_attention_head_and_kernels_are_right_on_this_card(tmp_
     assert exact["worst_loss"] < 2e-5 and exact["worst_grad_norm"] < 1e-4
     for row in by_part["attention"]:
         assert "FlashAttention" in row["kernel"]
-        assert max(row.get(f"error_{each}", 0) for each in ("o", "dq", "dk", "dv")) < 0.02, row
+        assert max(row.get(f"error_{tensor}", 0) for tensor in ("o", "dq", "dk", "dv")) < 0.02, row
     for row in by_part["head"]:
         assert row["kernels"] == "Triton's" and row["worst_nats"] < 0.05 and row["error_hidden_gradient"] < 0.02, row
     assert by_part["elementwise"] and all(row["largest_difference"] < 0.05 for row in by_part["elementwise"])

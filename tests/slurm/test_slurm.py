@@ -108,8 +108,8 @@ def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(
     nodes = re.search(r"on (\S+) (\S+): dpo_dist.train", output(run_dir))
     assert nodes and nodes[1] != nodes[2]
     assert len(list((run_dir / "logs" / "preflight").glob("*/*.joined"))) == 4           # two nodes, two jobs
-    told = slurm.dpo_dist("status", run_dir)
-    assert "state     done" in told and f"step      {STEPS} of {STEPS}" in told and "COMPLETED" in told
+    shown = slurm.dpo_dist("status", run_dir)
+    assert "state     done" in shown and f"step      {STEPS} of {STEPS}" in shown and "COMPLETED" in shown
 
 
 def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(
@@ -235,11 +235,12 @@ def test_the_reference_is_served_from_nodes_of_its_own(slurm: Slurm, folder: Pat
                                f"reference.cache_dir={folder / 'served_reference'}", f"run.dir={run_dir}"])
     slurm.until_state(ids["train"], "COMPLETED", "FAILED", "CANCELLED")
     assert (run_dir / "DONE").exists(), output(run_dir, "score") + output(run_dir)
-    told = output(run_dir, "score")
-    ranks = re.search(r"on (\S+): dpo_dist.score", told)
-    servers = re.search(r"from http://(\S+):\d+, http://(\S+):\d+", told)
+    shown = output(run_dir, "score")
+    ranks = re.search(r"on (\S+): dpo_dist.score", shown)
+    servers = re.search(r"from http://(\S+):\d+, http://(\S+):\d+", shown)
     assert ranks and servers and len({ranks[1], servers[1], servers[2]}) == 3
-    assert f"scored {2 * PAIRS}, cached 0" in told and json.loads((run_dir / "parity.json").read_text())["servers"] == 2
+    assert f"scored {2 * PAIRS}, cached 0" in shown
+    assert json.loads((run_dir / "parity.json").read_text())["servers"] == 2
     assert metrics(run_dir)[0]["loss"] == pytest.approx(math.log(2),
                                                         abs=1e-5), "the policy starts from the weights that are served"
     slurm.until("the end of the servers", lambda: not slurm.call("squeue", "--noheader", "--jobs", ids["score"],
@@ -268,8 +269,8 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
     (ids,) = submit(group_jobs(trainings, folder / "sweep"))
     wait_for([ids.score, ids.array], seconds_between=0.5)
     (scripts,) = (folder / "sweep" / "slurm").iterdir()
-    told = "".join(path.read_text() for path in scripts.glob("score-*.out"))
-    assert f"scored {2 * PAIRS}, cached 0" in told
+    shown = "".join(path.read_text() for path in scripts.glob("score-*.out"))
+    assert f"scored {2 * PAIRS}, cached 0" in shown
     finals = set()
     for i, job in enumerate(trainings):
         assert (job.run_dir / "DONE").exists(), list(scripts.iterdir())
@@ -288,6 +289,6 @@ def test_the_sweep_command_waits_for_its_jobs_and_compares_them(slurm: Slurm, fo
              "loss.beta=0.05,0.3", "optim.lr=5e-4,1e-3"]
     first = slurm.dpo_dist("run", "-m", *sweep)
     assert re.search(r"sweep: 4 trainings are array \d+, after scoring job \d+", first)
-    told = json.loads((folder / "command" / "sweep.json").read_text())
-    assert [job["done"] for job in told["jobs"]] == [True] * 4 and told["best"]
+    shown = json.loads((folder / "command" / "sweep.json").read_text())
+    assert [job["done"] for job in shown["jobs"]] == [True] * 4 and shown["best"]
     assert "4 are done, 0 to run" in slurm.dpo_dist("run", "-m", *sweep)

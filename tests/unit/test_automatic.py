@@ -33,18 +33,18 @@ def test_nothing_is_recomputed_where_all_fits():
 
 
 def test_on_a_cpu_memory_is_not_counted_and_nothing_is_recomputed():
-    here = config("zero=auto", "cluster.device=cpu")
-    assert chosen(here, 1, device=CPU) == (None, False)
-    assert chosen(here, 2, device=CPU) == (0, False)
+    given = config("zero=auto", "cluster.device=cpu")
+    assert chosen(given, 1, device=CPU) == (None, False)
+    assert chosen(given, 2, device=CPU) == (0, False)
 
 
 def test_as_many_layers_are_recomputed_as_memory_demands_and_no_more():
-    here = config("zero=zero3", "train.tokens_per_microbatch=32768")
-    stage, layers = chosen(here, 8)
+    given = config("zero=zero3", "train.tokens_per_microbatch=32768")
+    stage, layers = chosen(given, 8)
     assert stage == 3 and not isinstance(layers, bool) and 0 < layers < 32
 
     def fits(n: int) -> bool:
-        recomputing = replace(here, model=replace(here.model, gradient_checkpointing=n))
+        recomputing = replace(given, model=replace(given.model, gradient_checkpointing=n))
         return memory(recomputing, EIGHT, LENGTHS, Hardware(1, 8, GPU_80GB)).fits(GPU_80GB)
 
     assert fits(layers) and not fits(layers - 1)
@@ -81,8 +81,8 @@ def test_a_model_of_unknown_sizes_takes_the_least_on_a_gpu_and_the_fastest_on_a_
     there = without_sizes(config("zero=auto"), 8, True, "model_type=new")
     assert (there.config.zero.stage, there.config.model.gradient_checkpointing) == (3, True)
     assert there.line is not None and "model_type=new" in there.line
-    here = without_sizes(config("zero=auto", "cluster.device=cpu"), 2, False, "model_type=new").config
-    assert (here.zero.stage, here.model.gradient_checkpointing) == (0, False)
+    given = without_sizes(config("zero=auto", "cluster.device=cpu"), 2, False, "model_type=new").config
+    assert (given.zero.stage, given.model.gradient_checkpointing) == (0, False)
 
 
 @pytest.mark.parametrize(("overrides", "ranks", "width", "wanted"), [
@@ -95,6 +95,6 @@ def test_stages_that_other_keys_rule_out_are_not_chosen(overrides: tuple[str, ..
 
 
 def test_the_largest_pack_bounds_the_choice_where_pairs_are_uneven():
-    here = config("train.pairs_per_step=8")
-    packs = Packs.largest(here, LENGTHS, 9000, 8)
-    assert packs.tokens == 9000 and Packs.largest(here, LENGTHS, 20000, 8).tokens == 20000
+    given = config("train.pairs_per_step=8")
+    packs = Packs.largest(given, LENGTHS, 9000, 8)
+    assert packs.tokens == 9000 and Packs.largest(given, LENGTHS, 20000, 8).tokens == 20000

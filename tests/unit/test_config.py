@@ -218,12 +218,12 @@ def sections(kind: type) -> Iterator[type]:
     """The config dataclasses below one, itself first."""
     yield kind
     for hint in typing.get_type_hints(kind).values():
-        for each in (hint, *typing.get_args(hint)):
-            if each in VARIANTS:
-                for variant in VARIANTS[each][1].values():
+        for part in (hint, *typing.get_args(hint)):
+            if part in VARIANTS:
+                for variant in VARIANTS[part][1].values():
                     yield from sections(variant)
-            elif dataclasses.is_dataclass(each):
-                yield from sections(each)
+            elif dataclasses.is_dataclass(part):
+                yield from sections(part)
 
 
 def test_every_field_says_what_it_decides_and_only_what_is_trained_names_a_run():

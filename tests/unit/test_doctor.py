@@ -53,19 +53,19 @@ def doctor_here(folder: Path, *words: object, code: int, **environment: str) -> 
 
 def findings(shown: str) -> dict[str, str]:
     """{check: what it said, with its remedy}."""
-    said: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for line in shown.splitlines():
         if line.startswith(("ok ", "RED")):
             name = next(name for name in CHECKS if line[5:].startswith(name))
-            said[name] = line
+            seen[name] = line
         elif line.strip().startswith("remedy:"):
-            said[name] += line
-    assert all(("remedy: " in text) == text.startswith("RED") for text in said.values())
-    return said
+            seen[name] += line
+    assert all(("remedy: " in text) == text.startswith("RED") for text in seen.values())
+    return seen
 
 
-def red(said: dict[str, str]) -> list[str]:
-    return [name for name, text in said.items() if text.startswith("RED")]
+def red(seen: dict[str, str]) -> list[str]:
+    return [name for name, text in seen.items() if text.startswith("RED")]
 
 
 def package(folder: Path, name: str, code: str) -> Path:
@@ -82,10 +82,10 @@ def listening(port: int = 0) -> Iterator[int]:
 
 
 def test_on_a_sound_machine_all_is_green_and_nothing_is_left_behind(tmp_path: Path):
-    said = doctor(tmp_path, code=0)
-    assert [name for name in said if name != "slurm"] == ["versions", "devices", "compiled ops", "ports",
+    seen = doctor(tmp_path, code=0)
+    assert [name for name in seen if name != "slurm"] == ["versions", "devices", "compiled ops", "ports",
                                                           "shared folder", "clock", "disk"]
-    assert "torch 2" in said["versions"] and "cores" in said["devices"] and "none needed" in said["compiled ops"]
+    assert "torch 2" in seen["versions"] and "cores" in seen["devices"] and "none needed" in seen["compiled ops"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,16 +97,16 @@ def test_a_version_outside_the_supported_range_is_red(tmp_path: Path):
     about = tmp_path / "old" / "torch-2.1.0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.1.0\n")
-    said = doctor(tmp_path, code=1, path=tmp_path / "old")
-    assert red(said) == ["versions"]
-    assert "torch 2.1.0, needs >=2.8" in said["versions"] and "pip install -c constraints.txt" in said["versions"]
+    seen = doctor(tmp_path, code=1, path=tmp_path / "old")
+    assert red(seen) == ["versions"]
+    assert "torch 2.1.0, needs >=2.8" in seen["versions"] and "pip install -c constraints.txt" in seen["versions"]
 
 
 def test_a_torch_that_does_not_load_and_a_gpu_that_is_not_there_are_red(tmp_path: Path):
     broken = package(tmp_path / "broken", "torch", "raise ImportError('libcudart.so.12: cannot open shared object "
                                                    "file')")
-    said = doctor(tmp_path, code=1, path=broken)
-    assert "devices" in red(said) and "libcudart.so.12: cannot open" in said["devices"]
+    seen = doctor(tmp_path, code=1, path=broken)
+    assert "devices" in red(seen) and "libcudart.so.12: cannot open" in seen["devices"]
     hidden = doctor(tmp_path, "cluster.device=cuda", code=1, CUDA_VISIBLE_DEVICES="")
     assert "cluster.device=cuda, but torch sees no GPU" in hidden["devices"]
     assert "set cluster.device=cpu" in hidden["devices"]
@@ -114,52 +114,52 @@ def test_a_torch_that_does_not_load_and_a_gpu_that_is_not_there_are_red(tmp_path
 
 def test_a_deepspeed_that_does_not_load_is_red_where_it_is_used(tmp_path: Path):
     broken = package(tmp_path / "broken", "deepspeed", "raise RuntimeError('built for another torch')")
-    said = doctor(tmp_path, code=1, path=broken)
-    assert red(said) == ["compiled ops"]
-    assert "built for another torch" in said["compiled ops"] and "zero=none" in said["compiled ops"]
+    seen = doctor(tmp_path, code=1, path=broken)
+    assert red(seen) == ["compiled ops"]
+    assert "built for another torch" in seen["compiled ops"] and "zero=none" in seen["compiled ops"]
     assert "compiled ops" not in doctor(tmp_path, "zero=none", code=0, path=broken)
 
 
 def test_an_occupied_master_port_is_red_and_a_free_one_green(tmp_path: Path):
     with listening() as port:
-        said = doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT=str(port))
-    assert red(said) == ["ports"]
-    assert f"MASTER_PORT={port} cannot be had" in said["ports"] and "set MASTER_PORT to a free port" in said["ports"]
+        seen = doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT=str(port))
+    assert red(seen) == ["ports"]
+    assert f"MASTER_PORT={port} cannot be had" in seen["ports"] and "set MASTER_PORT to a free port" in seen["ports"]
     assert f"port {port} is free" in doctor_here(tmp_path, "zero=none", code=0, MASTER_PORT=str(port))["ports"]
     assert "is no port" in doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT="http")["ports"]
 
 
 def test_an_interface_that_is_not_there_is_red_and_a_real_one_green(tmp_path: Path):
-    said = doctor_here(tmp_path, "zero=none", code=1, GLOO_SOCKET_IFNAME="ib7")
-    assert red(said) == ["ports"] and "ib7 is no interface" in said["ports"] and "lo" in said["ports"]
+    seen = doctor_here(tmp_path, "zero=none", code=1, GLOO_SOCKET_IFNAME="ib7")
+    assert red(seen) == ["ports"] and "ib7 is no interface" in seen["ports"] and "lo" in seen["ports"]
     assert "lo (127.0.0.1) talks" in doctor_here(tmp_path, "zero=none", code=0, GLOO_SOCKET_IFNAME="lo")["ports"]
 
 
 def test_an_unknown_master_address_is_red(tmp_path: Path):
-    said = doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid",
+    seen = doctor_here(tmp_path, "zero=none", code=1, MASTER_PORT=str(free_port()), MASTER_ADDR="nobody.invalid",
                        GLOO_SOCKET_IFNAME="lo")
-    assert "MASTER_ADDR=nobody.invalid has no address" in said["ports"]
+    assert "MASTER_ADDR=nobody.invalid has no address" in seen["ports"]
 
 
 def test_a_file_where_a_folder_should_be_is_red(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    said = doctor_here(tmp_path, "zero=none", f"data.cache_dir={tmp_path / 'file'}", code=1)
-    assert red(said) == ["shared folder"]
-    assert "data.cache_dir=" in said["shared folder"]
-    assert "set data.cache_dir to a folder that can be written" in said["shared folder"]
+    seen = doctor_here(tmp_path, "zero=none", f"data.cache_dir={tmp_path / 'file'}", code=1)
+    assert red(seen) == ["shared folder"]
+    assert "data.cache_dir=" in seen["shared folder"]
+    assert "set data.cache_dir to a folder that can be written" in seen["shared folder"]
 
 
 def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
-    said = doctor_here(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT=str(free_port()))
-    assert red(said) == ["shared folder"]
-    assert "a disk of this machine alone" in said["shared folder"] and "that every node mounts" in said["shared folder"]
+    seen = doctor_here(tmp_path, "zero=none", code=1, NNODES="2", GLOO_SOCKET_IFNAME="lo", MASTER_PORT=str(free_port()))
+    assert red(seen) == ["shared folder"]
+    assert "a disk of this machine alone" in seen["shared folder"] and "that every node mounts" in seen["shared folder"]
 
 
 def test_a_clock_that_is_off_the_file_systems_is_red(tmp_path: Path):
     late = package(tmp_path / "late", "sitecustomize", "import time\nreal = time.time\ntime.time = lambda: real() - "
                                                        "3600\n")
-    said = doctor(tmp_path, "zero=none", code=1, path=late)
-    assert red(said) == ["clock"] and "-3600 s off" in said["clock"] and "NTP" in said["clock"]
+    seen = doctor(tmp_path, "zero=none", code=1, path=late)
+    assert red(seen) == ["clock"] and "-3600 s off" in seen["clock"] and "NTP" in seen["clock"]
 
 
 def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
@@ -172,13 +172,13 @@ def test_a_full_or_read_only_disk_is_red(tmp_path: Path):
     if mounted.returncode:
         pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
     try:
-        said = doctor_here(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
-        assert red(said) == ["disk"]
-        assert "needs 1.0 GiB" in said["disk"]
-        assert "set run.dir to a larger disk" in said["disk"]
+        seen = doctor_here(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
+        assert red(seen) == ["disk"]
+        assert "needs 1.0 GiB" in seen["disk"]
+        assert "set run.dir to a larger disk" in seen["disk"]
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        said = doctor_here(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
-        assert "shared folder" in red(said) and "Read-only file system" in said["shared folder"]
+        seen = doctor_here(tmp_path, "zero=none", f"run.dir={small / 'run'}", code=1)
+        assert "shared folder" in red(seen) and "Read-only file system" in seen["shared folder"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -205,16 +205,16 @@ def test_wandb_online_needs_a_login_and_a_server_that_answers(tmp_path: Path):
     online = ["zero=none", "tracking=wandb", "tracking.mode=online"]
     assert "offline" in doctor_here(tmp_path, "zero=none", "tracking=wandb", code=0)["wandb"]
     nobody = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
-    said = doctor_here(tmp_path, *online, code=1, **nobody)
-    assert red(said) == ["wandb"]
-    assert "there is no login for 127.0.0.1" in said["wandb"]
-    assert "`wandb login`" in said["wandb"]
-    said = doctor_here(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
-    assert "127.0.0.1 does not answer" in said["wandb"] and "tracking.mode=offline" in said["wandb"]
+    seen = doctor_here(tmp_path, *online, code=1, **nobody)
+    assert red(seen) == ["wandb"]
+    assert "there is no login for 127.0.0.1" in seen["wandb"]
+    assert "`wandb login`" in seen["wandb"]
+    seen = doctor_here(tmp_path, *online, code=1, **nobody, WANDB_API_KEY="k" * 40)
+    assert "127.0.0.1 does not answer" in seen["wandb"] and "tracking.mode=offline" in seen["wandb"]
     with listening() as port:
-        said = doctor_here(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"},
+        seen = doctor_here(tmp_path, *online, code=0, **{**nobody, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"},
                            WANDB_API_KEY="k" * 40)
-    assert "a login is there" in said["wandb"]
+    assert "a login is there" in seen["wandb"]
 
 
 def test_slurm_is_told_where_it_is_and_a_dead_controller_stops_only_runs_that_need_it(

@@ -57,8 +57,8 @@ def close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     """The same gradients; transformers' norms round to fp32 within fp64, and a gradient of 0 has no digits of its
     own."""
     scale = max(g.norm() for g in wanted.values())
-    return got.keys() == wanted.keys() and all((got[n] - g).norm() < 2e-6 * (g.norm() + 1e-2 * scale) for n,
-                                               g in wanted.items())
+    return got.keys() == wanted.keys() and all((got[n] - g).norm() < 2e-6 * (g.norm() + 1e-2 * scale)
+                                               for n, g in wanted.items())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.model_type)

@@ -36,7 +36,7 @@ def test_every_probe_gives_its_rows_and_they_are_right(tmp_path: Path):
     assert 1e-3 < rows["golden/bfloat16"]["worst_grad_norm"] < 0.3, "bf16 rounds, and no more than that"
     for name, row in rows.items():
         if name.startswith("attention/"):
-            assert max(row[f"error_{each}"] for each in ("o", "dq", "dk", "dv")) < 0.02, name
+            assert max(row[f"error_{tensor}"] for tensor in ("o", "dq", "dk", "dv")) < 0.02, name
         if name.startswith("head/"):
             assert row["worst_nats"] < 0.05 and row["error_hidden_gradient"] < 0.02, name
         if name.startswith("elementwise/"):

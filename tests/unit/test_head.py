@@ -123,8 +123,8 @@ def test_blocks_are_whole_tiles_wide_and_kept_where_they_are_small(
 
 
 def test_kernels_are_tried_before_they_are_used_and_wrong_ones_are_found_out() -> None:
-    here = torch.device("cpu")
-    assert trial(PLAIN, here, torch.bfloat16) == 0
+    mine = torch.device("cpu")
+    assert trial(PLAIN, mine, torch.bfloat16) == 0
 
     def forgets_the_target(*inputs: Any) -> Tensor:
         return PLAIN.differentiate(*inputs[:2], inputs[2] + 1, *inputs[3:])
@@ -133,8 +133,8 @@ def test_kernels_are_tried_before_they_are_used_and_wrong_ones_are_found_out() -
         PLAIN.absorb(*inputs)
         inputs[4].add_(0.5)
 
-    assert trial(Passes(PLAIN.absorb, forgets_the_target), here, torch.bfloat16) > TRIAL_ERROR
-    assert trial(Passes(doubles_the_normalizer, PLAIN.differentiate), here, torch.bfloat16) > TRIAL_ERROR
+    assert trial(Passes(PLAIN.absorb, forgets_the_target), mine, torch.bfloat16) > TRIAL_ERROR
+    assert trial(Passes(doubles_the_normalizer, PLAIN.differentiate), mine, torch.bfloat16) > TRIAL_ERROR
     if not torch.cuda.is_available():
         assert "Error" in str(kernels_misfit(torch.device("cuda",
                                                           0))), "there is no GPU, or no Triton: the reason is told"

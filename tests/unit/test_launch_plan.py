@@ -169,10 +169,10 @@ def test_status_tells_how_a_run_stands(tmp_path: Path):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000005" / "COMPLETE").touch()
     (tmp_path / "PREEMPTED").write_text(json.dumps({"message": "stopped by SIGUSR1", "signal": 10}))
-    told = status(tmp_path)
-    assert "7 of 20, loss 0.5000" in told
-    assert "saved     step-000005\n" in told + "\n"
-    assert "stopped early: stopped by SIGUSR1" in told
+    message = status(tmp_path)
+    assert "7 of 20, loss 0.5000" in message
+    assert "saved     step-000005\n" in message + "\n"
+    assert "stopped early: stopped by SIGUSR1" in message
     (tmp_path / "PREEMPTED").unlink()
     (tmp_path / "DONE").touch()
     assert "state     done" in status(tmp_path)
@@ -199,8 +199,8 @@ def test_a_node_finds_its_place_in_its_environment_or_in_slurms():
     ({"PROCS_PER_NODE": "-1"}, "PROCS_PER_NODE=-1 is not a whole number"),
     ({"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "no]list["}, r"SLURM_JOB_NODELIST=no\]list\[ .*; set it"),
 ])
-def test_a_node_that_cannot_know_its_place_says_what_to_set(environment: dict[str, str], said: str):
-    with pytest.raises(UserError, match=said):
+def test_a_node_that_cannot_know_its_place_says_what_to_set(environment: dict[str, str], shown: str):
+    with pytest.raises(UserError, match=shown):
         place_of(environment)
 
 

@@ -63,8 +63,9 @@ def test_a_lost_rank_is_told_by_all_names_that_nccl_and_the_store_have_for_it(wo
 
 def test_a_lost_rank_is_told_by_all_names_that_gloo_has_for_it():
     cluster = compose(["model.path=m", "cluster.timeout_seconds=30"]).cluster
-    for said in ("Timed out waiting 30000ms for send operation to complete", "Application timeout caused pair closure"):
-        assert "no answer from another rank for 30 s" in str(lost_peer(RuntimeError(said), cluster))
+    for message in ("Timed out waiting 30000ms for send operation to complete",
+                    "Application timeout caused pair closure"):
+        assert "no answer from another rank for 30 s" in str(lost_peer(RuntimeError(message), cluster))
     assert "closed its connection" in str(lost_peer(RuntimeError("Connection closed by peer [10.0.0.1]:1"), cluster))
     assert lost_peer(RuntimeError("something else"), cluster) is None
 

@@ -20,8 +20,8 @@ def test_the_first_step_comes_first_then_the_held_out_pairs_then_steps_in_window
     steps = order(400, 4)
     found = windows(steps, 1, None, 400, 7)
     of_step = [found[steps.pairs_of_step(step, 1, None)] for step in range(1, 101)]
-    assert all(len(set(each)) == 1 for each in of_step), "a step is never spread over windows"
-    firsts = [int(each[0]) for each in of_step]
+    assert all(len(set(windows_of_step)) == 1 for windows_of_step in of_step), "a step is never spread over windows"
+    firsts = [int(windows_of_step[0]) for windows_of_step in of_step]
     assert firsts[:8] == [0, 2, 3, 3, 4, 4, 4, 4] and firsts == sorted(firsts)
     assert set(found[400:]) == {1}
     assert max(firsts.count(w) for w in firsts) == MOST_STEPS
@@ -38,14 +38,14 @@ def test_pairs_that_a_short_run_never_reaches_are_not_asked_for_and_a_second_epo
 def test_the_plan_goes_through_the_windows_in_turn_and_scores_each_sequence_in_the_first_that_asks(tmp_path: Path):
     cache = LogpCache(str(tmp_path), ReferenceKey("weights", "float32"))
     train, held_out = random_rows(120), random_rows(20, seed=1)
-    asked = windows(order(120, 6), 1, 12, 120, 20)
+    window_of = windows(order(120, 6), 1, 12, 120, 20)
     rows = [*train.rows, *held_out.rows]
     first: dict[tuple, int] = {}
-    for window, row in zip(asked.tolist(), rows, strict=True):
+    for window, row in zip(window_of.tolist(), rows, strict=True):
         for completion in row[1:]:
             key = (tuple(row[0]), tuple(completion))
             first[key] = min(window, first.get(key, NEVER))
-    packs = texts(plan_scoring(cache, [train, held_out], 100, asked), [train, held_out])
+    packs = texts(plan_scoring(cache, [train, held_out], 100, window_of), [train, held_out])
     trees = [tree for pack in packs for tree in pack]
     scored = [s for tree in trees for s in tree]
     assert len(scored) == len(set(scored)) and set(scored) == {s for s, window in first.items() if window != NEVER}

@@ -39,7 +39,7 @@ def random_rows(n: int, seed: int = 0) -> Rows:
 
 def texts(plan: ScoringPlan, sets: list[Rows]) -> list[list[list[tuple]]]:
     """packs → trees → (prompt, completion)."""
-    rows = [row for each in sets for row in each.rows]
+    rows = [row for data_set in sets for row in data_set.rows]
     return [[[(tuple(rows[s // 2][0]), tuple(rows[s // 2][1 + s % 2])) for s in tree.tolist()] for tree in plan.pack(j)]
             for j in range(plan.n_packs)]
 
@@ -56,7 +56,7 @@ def test_every_sequence_of_all_data_sets_is_planned_once_under_its_prompt_within
     plan = plan_scoring(cache, sets, budget)
     packs = texts(plan, sets)
     found = [s for pack in packs for tree in pack for s in tree]
-    wanted = {(tuple(row[0]), tuple(c)) for each in sets for row in each.rows for c in row[1:]}
+    wanted = {(tuple(row[0]), tuple(c)) for data_set in sets for row in data_set.rows for c in row[1:]}
     assert len(found) == len(set(found)) == len(wanted) and set(found) == wanted
     for pack in packs:
         sizes = [len(tree[0][0]) + sum(len(c) for _, c in tree) for tree in pack]

@@ -28,8 +28,8 @@ def test_values_are_cut_where_the_tokens_of_a_sequence_end():
     batch = pack_sequences(TREES)
     assert [part.tolist() for part in batch.split(torch.arange(6.0))] == [[0], [1, 2, 3], [4, 5]]
     assert [len(part) for part in batch.split(batch.targets)] == batch.lengths.tolist()
-    assert torch.cat(batch.split(batch.targets)).tolist() == [token for _,
-                                                              completion in batch.sequences() for token in completion]
+    tokens = [token for _, completion in batch.sequences() for token in completion]
+    assert torch.cat(batch.split(batch.targets)).tolist() == tokens
 
 
 def test_a_shared_completion_is_one_sequence():

@@ -122,7 +122,7 @@ def test_traffic_is_that_of_rings():
     assert sent("zero.stage=3", "train.pairs_per_step=8") == 2 * sent("zero.stage=3")         # at every micro-step
     large = published("llama-3.1-70b")
     both = [config("zero.stage=3", f"model.gradient_checkpointing={again}") for again in ("false", "true")]
-    gathered = [step_time(each, large, LENGTHS, TWO).sent / (2 * large.parameters) for each in both]
+    gathered = [step_time(case, large, LENGTHS, TWO).sent / (2 * large.parameters) for case in both]
     assert gathered == [2 + 1, 3 + 1]                                    # the last: layers again
     assert step_time(config("zero.stage=null"), SHAPE, LENGTHS, Hardware(1, 1, CPU)).sent == 0
 
@@ -151,31 +151,31 @@ def test_the_smallest_change_that_fits_is_named(overrides: tuple[str, ...], rank
     eight = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
                          "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
                          "vocab_size": 128256})
-    here = config("cluster.device=auto", "train.pairs_per_step=256", *overrides)
+    given = config("cluster.device=auto", "train.pairs_per_step=256", *overrides)
     world = Hardware(1, ranks, GPU_80GB)
-    change = smallest_change(here, eight, LENGTHS, world)
+    change = smallest_change(given, eight, LENGTHS, world)
     assert change is not None and change.words == wanted
     assert memory(change.config, eight, LENGTHS, world).fits(GPU_80GB)
-    assert any("does not fit" in line for line in report(here, eight, LENGTHS, world)) == bool(wanted)
+    assert any("does not fit" in line for line in report(given, eight, LENGTHS, world)) == bool(wanted)
 
 
 def test_more_nodes_are_the_last_resort():
-    here, model = config("cluster.device=auto", "zero.stage=3",
-                         "train.tokens_per_microbatch=512"), published("llama-3.1-405b")
+    given, model = config("cluster.device=auto", "zero.stage=3",
+                          "train.tokens_per_microbatch=512"), published("llama-3.1-405b")
     # 18 bytes a parameter are 7.3 TB: too much for a host, too
-    change = smallest_change(here, model, LENGTHS, Hardware(1, 8, GPU_80GB))
+    change = smallest_change(given, model, LENGTHS, Hardware(1, 8, GPU_80GB))
     assert change is not None and change.nodes > 1 and change.words[-1] == f"cluster.nodes={change.nodes}"
     fewer = Hardware(change.nodes // 2, 4 * change.nodes, GPU_80GB)
-    everything = replace(here.zero, offload_optimizer="cpu", offload_parameters="cpu")
-    most = replace(here, zero=everything, model=replace(here.model, gradient_checkpointing=True))
+    everything = replace(given.zero, offload_optimizer="cpu", offload_parameters="cpu")
+    most = replace(given, zero=everything, model=replace(given.model, gradient_checkpointing=True))
     assert not memory(most, model, LENGTHS, fewer).fits(GPU_80GB)
 
 
 def test_a_reference_that_does_not_fit_names_the_engine_that_does():
-    here = config("cluster.device=auto", "zero.stage=3", "model.gradient_checkpointing=true")
+    given = config("cluster.device=auto", "zero.stage=3", "model.gradient_checkpointing=true")
     world = Hardware(8, 64, GPU_80GB)
-    assert scoring_memory(here, published("llama-3.1-70b"), LENGTHS, world) > GPU_80GB.memory
-    assert any("set reference=zero" in line for line in report(here, published("llama-3.1-70b"), LENGTHS, world))
+    assert scoring_memory(given, published("llama-3.1-70b"), LENGTHS, world) > GPU_80GB.memory
+    assert any("set reference=zero" in line for line in report(given, published("llama-3.1-70b"), LENGTHS, world))
 
 
 def test_the_reference_takes_what_its_engine_holds():
@@ -199,10 +199,10 @@ def test_lengths_come_from_tokenized_data_where_there_is_some(tmp_path: Path):
             for row in lengths]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"data.cache_dir={tmp_path / 'tokens'}", train_on(tmp_path / "rows.jsonl")]
-    here = config(*words, "data.max_length=100")
-    assert token_lengths(here) == worst_lengths(100)
-    prepare(here.data, None, None)
-    found = token_lengths(here)
+    given = config(*words, "data.max_length=100")
+    assert token_lengths(given) == worst_lengths(100)
+    prepare(given.data, None, None)
+    found = token_lengths(given)
     assert (found.prompt, found.chosen, found.rejected, found.pairs) == (3, 3, 2, 2)
     cut_otherwise = token_lengths(config(*words, "data.max_length=50"))
     assert cut_otherwise == worst_lengths(50), "cut otherwise, they would have other lengths"

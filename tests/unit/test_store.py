@@ -38,7 +38,7 @@ def random_rows(n: int, prompts: int | None = None) -> list[dict]:
 
 
 def write(path: Path, rows: list[dict]) -> DatasetConfig:
-    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
     return DatasetConfig(str(path))
 
 
@@ -151,7 +151,7 @@ def test_whatever_decides_the_tokens_makes_another_store(tmp_path):
     changed = [replace(original, **change) for change in (
         {"max_length": 900}, {"truncation": "keep_end"}, {"chat_template": "none"}, {"on_bad_row": "skip"},
         {"train": (replace(data, name="other"),)}, {"train": (replace(data, weight=2.0),)})]
-    paths = [prepare(each, tokenizer, "one")[0].path for each in (original, *changed)]
+    paths = [prepare(item, tokenizer, "one")[0].path for item in (original, *changed)]
     paths.append(prepare(original, tokenizer, "two")[0].path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "d"}')
     paths.append(prepare(original, tokenizer, "one")[0].path)

@@ -145,15 +145,15 @@ def test_of_equally_good_runs_the_one_closest_to_the_reference_is_best(tmp_path:
 def test_the_summary_has_every_run_why_one_failed_and_the_best_ones_command(tmp_path: Path):
     found = results(tmp_path)
     write_results(tmp_path, found, "rewards/accuracies")
-    told = json.loads((tmp_path / "sweep.json").read_text())
-    assert [each["done"] for each in told["jobs"]] == [True, True, True, False]
-    assert told["jobs"][3]["message"] == "the loss <of> step 3 is not finite"
-    assert told["jobs"][1]["metrics"]["rewards/accuracies"] == 0.8, (
+    summary = json.loads((tmp_path / "sweep.json").read_text())
+    assert [entry["done"] for entry in summary["jobs"]] == [True, True, True, False]
+    assert summary["jobs"][3]["message"] == "the loss <of> step 3 is not finite"
+    assert summary["jobs"][1]["metrics"]["rewards/accuracies"] == 0.8, (
         "the last held-out row, not the first and not a training row")
-    assert told["best"]["swept"] == {"loss.beta": 0.3, "optim.lr": 1e-6}
-    assert "loss.beta=0.3" in told["best"]["command"] and "run.dir" not in told["best"]["command"]
-    assert told["best"]["config"]["loss"]["beta"] == 0.3
-    assert told["best"]["command"] == command_of(found[2].job)
+    assert summary["best"]["swept"] == {"loss.beta": 0.3, "optim.lr": 1e-6}
+    assert "loss.beta=0.3" in summary["best"]["command"] and "run.dir" not in summary["best"]["command"]
+    assert summary["best"]["config"]["loss"]["beta"] == 0.3
+    assert summary["best"]["command"] == command_of(found[2].job)
     lines = table(found).splitlines()
     assert lines[0].split() == ["loss.beta", "optim.lr", "accuracy", "margin", "KL", "estimate", "chosen", "drift",
                                 "loss"]
@@ -306,7 +306,7 @@ def test_the_runs_of_a_sweep_read_an_experiment_file_of_ones_own(tmp_path: Path,
 def rerun(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     """What the jobs of a sweep differ in, by sweep.json; all of them must have been left in tmp_path as done."""
     assert multirun([*FIXED, f"run.dir={tmp_path}", *words]) == 0
-    return [each["swept"] for each in json.loads((tmp_path / "sweep.json").read_text())["jobs"]]
+    return [entry["swept"] for entry in json.loads((tmp_path / "sweep.json").read_text())["jobs"]]
 
 
 def test_every_combination_is_a_job_whether_swept_by_hand_or_by_a_ready_made_space(tmp_path: Path,
@@ -335,9 +335,9 @@ def test_optuna_is_told_the_objective_of_each_job_and_of_one_proposed_twice(tmp_
     for beta, accuracy in ((0.1, 0.6), (0.2, 0.9)):
         finish(job(f"loss.beta={beta}", "optim.lr=1e-6", folder=str(tmp_path)), **{"rewards/accuracies": accuracy})
     swept = rerun(tmp_path, "sweep=optuna", "hydra.sweeper.n_trials=14", "optim.lr=1e-6", "loss.beta=choice(0.1,0.2)")
-    assert sorted(each["loss.beta"] for each in swept) == [0.1, 0.2]
-    told = (tmp_path / "optimization_results.yaml").read_text()
-    assert "best_value: 0.9" in told and "loss.beta: 0.2" in told
+    assert sorted(entry["loss.beta"] for entry in swept) == [0.1, 0.2]
+    summary = (tmp_path / "optimization_results.yaml").read_text()
+    assert "best_value: 0.9" in summary and "loss.beta: 0.2" in summary
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None,

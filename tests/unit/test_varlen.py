@@ -58,8 +58,8 @@ def test_what_is_used_is_told_with_the_reasons_against_what_is_faster(monkeypatc
     there = torch.device("cuda", 0)
     for dtype, says in ((torch.float32, "not in float32"), (torch.bfloat16, "FlashAttention 3: ModuleNotFoundError")):
         # this machine has no GPU: every candidate fails, and says why
-        said = str(choose_kernel(there, dtype, 8, 2, 16))
-        assert says in said and said.startswith("one masked call for each prompt and branch, which is slow")
+        message = str(choose_kernel(there, dtype, 8, 2, 16))
+        assert says in message and message.startswith("one masked call for each prompt and branch, which is slow")
 
 
 def test_the_keys_of_torchs_own_kernel_are_repeated_only_as_a_last_resort():

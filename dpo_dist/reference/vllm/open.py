@@ -45,7 +45,7 @@ def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
         wait_seconds = 0 if len(held) == 1 else config.requests.wait_seconds
         for url in _urls(config.urls, wait_seconds):
             try:
-                return key(_told(url, wait_seconds).version)
+                return key(_about_once_up(url, wait_seconds).version)
             except Unanswered:
                 continue
     if len(held) == 1:
@@ -143,7 +143,7 @@ def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
     return urls
 
 
-def _told(url: str, wait_seconds: float) -> About:
+def _about_once_up(url: str, wait_seconds: float) -> About:
     """What the server says of itself, waited for as it may be starting. Raises Unanswered."""
     until = time.monotonic() + wait_seconds
     while True:
@@ -158,7 +158,7 @@ def _told(url: str, wait_seconds: float) -> About:
 def _checked(url: str, name: str, key: ReferenceKey, r: VllmConfig, requests: RequestsConfig) -> int | None:
     """The longest sequence that the server takes. UserError where it is not what the run is to use."""
     try:
-        server_says = _told(url, requests.wait_seconds)
+        server_says = _about_once_up(url, requests.wait_seconds)
     except Unanswered as failure:
         raise UserError(f"the reference's server {url} did not answer for {requests.wait_seconds:g} s ({failure}); "
                         "start it, or take it out of reference.urls") from failure

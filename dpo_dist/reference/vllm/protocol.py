@@ -119,16 +119,16 @@ def _exchange(url: str, path: str, timeout_seconds: float, content: Mapping[str,
     finally:
         connection.close()
     if status >= 500 or status in TRY_AGAIN:
-        raise Unanswered(f"{url}{path} answered {status}: {_told(answer)}")
+        raise Unanswered(f"{url}{path} answered {status}: {_server_message(answer)}")
     if status != 200:
-        raise UserError(f"{url}{path} refused the request with {status}: {_told(answer)}")
+        raise UserError(f"{url}{path} refused the request with {status}: {_server_message(answer)}")
     try:
         return json.loads(answer)
     except ValueError as error:
         raise Unanswered(f"{url}{path} ended in the middle of its answer ({len(answer)} bytes)") from error
 
 
-def _told(answer: bytes) -> str:
+def _server_message(answer: bytes) -> str:
     """The server's own message, in a line."""
     try:
         return str(json.loads(answer)["error"]["message"])[:300]
