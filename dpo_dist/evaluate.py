@@ -73,7 +73,7 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.eval):
         raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: "
                         "held_out.jsonl}]")
-    if config.reference.mode == "ahead":                  # which is a way to train; no processes beside this one score
+    if config.reference.mode == "ahead":                  # a mode of training: nothing else scores now
         config = replace(config, reference=replace(config.reference, mode="cached"))
     config = without_auto(config, inputs, world, terminal)
     policy, reference = open_models(config, inputs, [inputs.eval], world, terminal)

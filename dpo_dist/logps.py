@@ -58,7 +58,7 @@ def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor
 
     KL estimate: the mean over the pair's completion tokens of exp(r) - 1 - r with r = log reference - log policy,
     Schulman's k3 (joschu.net/blog/kl-approx.html), which is never negative. k3 estimates KL(policy || reference) on
-    tokens that the policy drew; these were drawn by whoever wrote the data, so it is a proxy: good for ranking runs on
+    tokens that the policy drew; these come from the data, so it is a proxy: good for ranking runs on
     the same pairs, not a KL to be quoted. Chosen drift: the mean over the chosen completion's tokens of log policy -
     log reference; below 0, the policy unlearns what it was shown as good. Every token counts in full, whatever
     loss.ld_alpha is.
@@ -73,7 +73,7 @@ def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor
 def plain_token_logps(model: nn.Module, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
     """(C,) log-probs of one completion after one prompt, by the model's own forward: no packing, no blocks.
 
-    The written-out definition that the packed path is held against, in tests and at step 0.
+    The plain definition that the packed path is compared with, in tests and at step 0.
     """
     ids = torch.cat([prompt_ids, completion_ids])[None]
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1:-1]

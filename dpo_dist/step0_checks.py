@@ -28,8 +28,8 @@ def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBa
 def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype: torch.dtype) -> None:
     """Raises where a packed, chunked forward and the model's own plain forward disagree on the step's shortest pairs.
 
-    This holds the positions, the branches, the completion mask and the head against one sequence after another.
-    Attention itself was held against the architecture's own before (models/load.py).
+    Compares positions, branches, completion mask and head with one sequence after another. Attention was compared
+    with the architecture's own before (models/load.py).
     """
     lengths = pairs.lengths()[pair_ids].sum(1)
     probed = [int(i) for i in pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]]]

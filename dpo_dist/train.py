@@ -155,7 +155,7 @@ def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, 
     """(held-out means before training, those after the steps done), once step 0's checks pass. All ranks call it."""
     config, inputs, world = run.config, run.inputs, run.world
     if config.reference.outside:
-        # audited where it scores, before its first value
+        # the scoring processes audit it before their first value
         if config.reference.mode == "ahead" and run.reference is not None:
             run.reference.wait_for(run.batches(min(done + 1, run.total)).batches)
             world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
@@ -167,7 +167,7 @@ def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, 
         means = run.evaluate(0)
         return means, means
     if run.evaluates_after(done):
-        # ended between saving and evaluating
+        # the last start ended between saving and evaluating
         if world.on_main(lambda: last_step(run.run_dir.metrics, "eval")) != done:
             return {}, run.evaluate(done)
         if done == run.total:

@@ -21,7 +21,7 @@ class ClusterConfig:
     environment: dict[str, str] | None = option()
     jobs_at_once: int | None = option(above=0)
 
-    # stages become jobs of a batch system, on other machines than this one
+    # stages become jobs of a batch system, on other machines
     submits: ClassVar[bool] = False
 
     def check(self, server_nodes: int) -> None:

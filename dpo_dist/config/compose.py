@@ -166,7 +166,7 @@ def yaml_comments(path: Path) -> list[tuple[str, str, str]]:
             rows.update({row[0]: row for row in yaml_comments(path.parent / f"{inherited[1]}.yaml")})
         match = re.match(r"^( *(?:- )?)(\w+):(?: +([^#\s][^#]*?))?(?:\s+#\s*(.*))?$", line)
         if not match:
-            further = re.match(r"^ {10,}# (.*)$", line)                  # a comment that goes on
+            further = re.match(r"^ {10,}# (.*)$", line)                  # a comment that continues on the next line
             if further and last in rows:
                 rows[last] = (*rows[last][:2], f"{rows[last][2]} {further[1]}")
             continue

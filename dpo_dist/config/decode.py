@@ -15,8 +15,7 @@ from dpo_dist.config.rules import resolve_loss, validate
 from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.config.tracking import TRACKERS, TrackingConfig
 
-# Sections that come in variants, each with keys of its own: (the key that names the variant, the variants by that
-# name).
+# Sections with variants, each with keys of its own: (the key that names the variant, {name: variant}).
 VARIANTS: dict[Any, tuple[str, Mapping[str, Any]]] = {
     ReferenceConfig: ("engine", ENGINES), ClusterConfig: ("name", CLUSTERS), TrackingConfig: ("name", TRACKERS)}
 ALIASES = {"float32": "fp32", "bfloat16": "bf16"}

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-RUN = "run"            # part of a run's identity: a run of another value is another run
+RUN = "run"            # part of a run's identity: another value makes another run
 TOKENS = "tokens"      # decides the tokenized pairs, besides the content of files and of the tokenizer
 VALUES = "values"      # decides the reference's log-probs, besides weights and tokens
 

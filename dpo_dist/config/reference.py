@@ -41,8 +41,8 @@ class ReferenceConfig:
     outside: ClassVar[bool] = False                # not of the training stack: see OutsideConfig
     uses_deepspeed: ClassVar[bool] = False
     gathers_weights: ClassVar[bool] = False        # sharded: a layer is made whole on every rank while it computes
-    may_follow: ClassVar[bool] = False             # its weights are at hand, so that it can follow the policy (TR-DPO)
-    needs_less: ClassVar[str] = "reference=zero"   # what to set where this engine does not fit
+    may_follow: ClassVar[bool] = False             # its weights can be changed, so it can follow the policy (TR-DPO)
+    needs_less: ClassVar[str] = "reference=zero"   # what to set if this engine does not fit in memory
 
     @property
     def computes_quantized(self) -> bool:

@@ -143,7 +143,7 @@ def _validate_sync(c: RunConfig) -> None:
 
 
 def _validate_zero(c: RunConfig) -> None:
-    # "auto" becomes the stage that fits, which then obeys these as well
+    # the stage that "auto" becomes obeys these as well
     zero, stage = c.zero, c.zero.stage
     if stage not in (3, "auto"):
         if zero.offload_parameters != "none":

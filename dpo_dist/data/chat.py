@@ -21,11 +21,10 @@ from dpo_dist.data.fields import Turns
 from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
-ANSWER = "dpo-dist-answer"                   # stands for an answer where we look for what a template puts around one
+ANSWER = "dpo-dist-answer"                   # placeholder that shows what a template puts around an answer
 # the date, for templates that ask for it: tokens must not depend on the day
 TODAY = datetime(2024, 7, 26)
-# transformers lets no function through to a template, so this one is Jinja; its trim_blocks eats the line break at the
-# end.
+# transformers passes no functions to a template, so this one is Jinja; trim_blocks removes the final line break.
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
     f" | replace('%{code}', '{TODAY.strftime('%' + code)}')"
     for code in (*"aAbBcdHIjmMpSxXyY", "-d", "-m")) + " }}{% endmacro %}\n"
@@ -41,7 +40,7 @@ def template_text(tokenizer: Any, setting: str | None) -> str | None:
     if tokenizer is None or setting == PLAIN:
         return None
     if setting is None:
-        own = tokenizer.chat_template        # several named ones: the default; get_chat_template picks it
+        own = tokenizer.chat_template        # of several named templates, get_chat_template picks the default
         return own if own is None or isinstance(own, str) else str(tokenizer.get_chat_template())
     if "{{" in setting or "{%" in setting:
         return setting

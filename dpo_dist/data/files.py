@@ -32,13 +32,13 @@ CHUNK_CHARS = 1 << 20
 @dataclass(frozen=True)
 class Record:
     where: str                               # "file:12" (line) or "file:row 12" (both from 1)
-    value: Any                               # the row as it stands there: a dict, where the file is sound
+    value: Any                               # the row as written: a dict, unless the file is wrong
 
 
 @dataclass(frozen=True)
 class BadRow:
     where: str
-    reason: str                              # one of few, so that bad rows can be counted by it
+    reason: str                              # one of a few fixed texts: bad rows are counted by it
     detail: str = ""
 
     def __str__(self) -> str:
@@ -96,8 +96,7 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
                    and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not found:
         raise UserError(f"data path '{folder}' is a folder without data files; known: {', '.join(SUFFIXES)}")
-    # Where files are named after splits (train-00000.parquet, test/…), only those of the asked split are read: never
-    # test as train.
+    # If files are named after splits (train-00000.parquet, test/…), only those of the requested split are read.
     splits = {p: SPLITS.findall(str(p.relative_to(folder)).lower()) for p in found}
     if not any(splits.values()):
         if split != "train":
@@ -184,7 +183,7 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
             line = lines_before + window.count("\n", 0, end) + 1
             raise UserError(f"{path}:{line}: broken JSON after row {row}: {failure}; mend the file, or write one "
                             "object a line (.jsonl), where a broken row can be skipped")
-        else:                                # the window doubles: a long row is decoded anew each time, linear overall
+        else:                                # the window doubles: decoding a long row again stays linear overall
             more = stream.read(max(CHUNK_CHARS, len(window)))
             at_end = not more
             lines_before += window.count("\n", 0, start)

@@ -22,7 +22,7 @@ from dpo_dist.sizing.flops import Flops
 
 Indexes = NDArray[np.int64]
 
-# what the slowest ranks may take over the mean before other ways to cut the step are tried
+# the slowest rank's time over the mean, above which other ways to cut the step are tried
 GOOD_BALANCE = 1.02
 
 
@@ -31,7 +31,7 @@ class PairShapes:
     """What the planner knows of n pairs."""
 
     lengths: NDArray[np.int32]              # (n, 3) tokens of prompt, chosen, rejected
-    content: NDArray[np.uint64]             # (n, 3) what they are: equal numbers, equal tokens
+    content: NDArray[np.uint64]             # (n, 3) hashes of their tokens
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from dpo_dist.data.writer import PairWriter, Source, hash64
 
 FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
-# what decides the tokens, for whoever looks for a store without reading the data
+# the settings that decide the tokens: finds a store without reading the data
 SETTINGS = "asked.json"
 
 
@@ -65,7 +65,7 @@ def _build(config: DataConfig, tokenizer: Any | None, folder: Path) -> None:
         _write(config, encoder, unfinished)
         try:
             unfinished.rename(folder)
-        except OSError:                      # another process was first: same content, by construction
+        except OSError:                      # another process was first, with the same content
             if not folder.is_dir():
                 raise
     finally:

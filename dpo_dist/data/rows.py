@@ -109,7 +109,7 @@ def _outcomes(record: Record | BadRow, report: ReadReport) -> Iterator[DataRow |
         for row in FORMATS[report.format].read(fields, record.where, report.source):
             try:
                 yield row if row is None else _checked(row)
-            except Unfit as unfit:           # one pair of a row of ratings may be bad while the others are not
+            except Unfit as unfit:           # one pair of a ratings row may be bad, the others good
                 yield BadRow(record.where, unfit.reason, unfit.detail)
     except Unfit as unfit:
         yield BadRow(record.where, unfit.reason, unfit.detail)

@@ -121,7 +121,7 @@ class PromptSampler:
             self._steps.clear()
             shuffled = self.shuffle.epoch(epoch)
             _, first, group = np.unique(self.prompts[shuffled], return_index=True, return_inverse=True)
-            place = first[group]                                     # a prompt stands where its first pair came
+            place = first[group]                                     # a prompt takes the place of its first pair
             order = np.argsort(place, kind="stable")
             starts = np.flatnonzero(np.diff(place[order], prepend=-1))
             self._steps[epoch] = shuffled[order], _whole_prompts(np.append(starts, len(order)), self.pairs_per_step)

@@ -40,7 +40,7 @@ class PairStore:
         path = Path(path)
         meta = json.loads((path / "meta.json").read_text())
         mapped: Literal["r"] | None = "r" if meta["pairs"] else None         # an empty file cannot be mapped
-        # As plain arrays over the maps: a slice of numpy's own memmap class costs ten times as much.
+        # Plain array views: slicing numpy's memmap class takes ten times as long.
         return PairStore(path, meta, **{name: np.load(path / f"{name}.npy", mmap_mode=mapped).view(np.ndarray)
                                         for name in ARRAYS})
 

@@ -26,7 +26,7 @@ ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns
     # (n, 2) index into meta's places, and the line or row number there (-1 = none)
     "where": ("<i8", 2),
 }
-# what training sees; where a row came from is no part of it
+# what training sees: not where a row came from
 IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128

@@ -55,7 +55,7 @@ def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequ
         pid.unlink(missing_ok=True)
     stopped_by = run_dir.preempted_by()
     if stopped_by is not None:
-        return 128 + stopped_by if stopped_by == signal.SIGINT else 0      # srun takes all but 0 for a node that failed
+        return 128 + stopped_by if stopped_by == signal.SIGINT else 0      # for srun, any other code is a failed node
     if code:
         print(f"error: node {place.node} ({socket.gethostname()}) ended with code {code}; its log is {log}",
               file=sys.stderr)

@@ -17,8 +17,8 @@ from typing import BinaryIO
 from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, RunDir
 
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_FOR_SURVIVORS = 10.0           # that the ranks beside a failed one get before they are killed
-# How ranks end that only saw another one go: the launcher's own TERM, and how NCCL gives up on a lost rank.
+SECONDS_FOR_SURVIVORS = 10.0           # for the other ranks to end after one failed, before they are killed
+# Signals that end ranks after another rank failed: the launcher's own TERM, and NCCL's ABRT for a lost rank.
 CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)
 
 

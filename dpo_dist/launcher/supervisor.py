@@ -36,7 +36,7 @@ def run(work: Work, received: Sequence[int], companions: Sequence[Work] = ()) ->
     if not ranks.code:
         return 0
     if received and _ended_by(received, ranks):
-        run_dir.clear(FAILED)                                    # of a rank that only saw another one go
+        run_dir.clear(FAILED)                                    # of a rank that only lost a peer
         return _ended_in(work, received)
     return report_failure(ranks)
 
@@ -113,7 +113,7 @@ def report_failure(ranks: Ranks) -> int:
     """Tells the person which rank failed, why, and where to read on; the exit code."""
     run_dir, place = ranks.work.run_dir, ranks.work.place
     rank_log = run_dir.rank_log(ranks.failed_rank)
-    if ranks.code < 0:                   # it could not speak; what the others say is only that it is gone
+    if ranks.code < 0:                   # a signal ended it, so others can only report a lost peer
         number = signal.Signals(-ranks.code)
         why = " (by the system, where memory ran out)" if number == signal.SIGKILL else ""
         message = f"rank {ranks.failed_rank} was ended by {number.name}{why}"
@@ -128,7 +128,7 @@ def report_failure(ranks: Ranks) -> int:
         return failure.exit_code
     lines = ranks.stderr().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
-    if errors:                           # said before there was a folder to leave a marker in
+    if errors:                           # printed before there was a folder for a marker
         print(errors[-1], file=sys.stderr)
         return 2
     message = f"error: the {ranks.work.name} stage ended with code {ranks.code}; its logs are in {run_dir.logs}"

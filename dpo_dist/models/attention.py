@@ -156,9 +156,8 @@ _WITH_HEADS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_k
 def branch_misfit(config: PretrainedConfig) -> str | None:
     """None where branch attention is exact for this architecture, else why not.
 
-    Found out, not looked up: a tiny random model of the same architecture computes two branches packed, and its twin
-    with the architecture's own attention computes each row alone. What the own attention knows and ours does not
-    (sinks, chunks) shows here.
+    Found by trying: a tiny random model of the same architecture computes two branches packed, and a copy with the
+    architecture's own attention computes each row alone. Features that ours lacks (sinks, chunks) show here.
     """
     try:
         small = shrink(config)
@@ -171,7 +170,7 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
                 parameter.normal_(0.0, 0.2)
             twin.load_state_dict(model.state_dict())
             error = _packed_error(model, twin)
-    except Exception as problem:         # a foreign architecture may fail in any way: it does not fit
+    except Exception as problem:         # an unknown architecture may fail in any way
         return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
     return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
 

@@ -22,8 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_dist.config.errors import UserError
 
 aten = torch.ops.aten
-# Written-out attention (bmm) is not among them: its scores grow with the square of the length, so they are computed
-# again.
+# Not eager attention's bmm: its scores grow with the square of the length, so they are recomputed.
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten._grouped_mm.default}
 # in names of operators: aten's, torch_attn's, flash_attn's
 _ATTENTION = ("_attention", "_attn", "flash_attn")
@@ -39,8 +38,8 @@ def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
     """False: backward finds everything kept. True: it recomputes every layer. N: it recomputes the first N layers, and
     only the cheap parts of the others.
 
-    Layers must not draw random numbers: the generators' states are not kept (load_causal_lm sees to it). UserError
-    where the model's layers cannot be recomputed, or are fewer than N.
+    Layers must not draw random numbers, as generators' states are not kept: load_causal_lm switches dropout off.
+    UserError where the model's layers cannot be recomputed, or are fewer than N.
     """
     if how is False:
         return

@@ -178,7 +178,7 @@ def _twin(module: nn.Module, **parts: nn.Module | nn.Parameter) -> nn.Module:
 def _agrees(compute: Callable[[], Tensor], wanted: Tensor) -> bool:
     try:
         got = compute()
-    except Exception:                    # a foreign module may fail on our small input in any way: it is another one
+    except Exception:                    # an unknown module may fail on our small input in any way
         return False
     return got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 

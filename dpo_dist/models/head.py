@@ -33,7 +33,7 @@ class LogpHead(nn.Module):
             return nn.functional.linear(hidden, self.weight, self.bias)
         blocks = plan_blocks(len(hidden), len(self.weight), self.weight.element_size(),
                              "cuda" if hidden.is_cuda else "cpu")
-        keep = torch.is_grad_enabled()                   # always off inside the function, so asked here
+        keep = torch.is_grad_enabled()                   # always off inside the autograd function, so read here
         return BlockwiseLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep,
                                     blocks, passes_for(hidden))
 
@@ -67,7 +67,7 @@ class BlockwiseLogps(torch.autograd.Function):
         kept: dict[int, Tensor] = {}
         logits = None
         for i, (first, end) in enumerate(blocks.spans):
-            logits = None                                                    # a block is gone before the next is made
+            logits = None                                                    # free a block before making the next
             logits = _product(hidden, weight, bias, first, end)
             passes.absorb(logits, first, targets, target_logit, normalizer, twice, scale, softcap)
             if keep and i >= len(blocks.spans) - blocks.kept:

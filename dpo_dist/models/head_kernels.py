@@ -1,6 +1,6 @@
 """The head's two Triton kernels: each reads a block of logits once, where torch's operations pass over it ten times.
 
-Imported on GPUs alone. What they compute is what head.py's plain functions compute, which tests hold them against.
+Imported only on GPUs. Tests compare them with head.py's plain functions.
 """
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
     else:
         try:
             model = load("sdpa")
-        except ValueError:                               # an architecture that only has its own
+        except ValueError:                               # the architecture has no sdpa attention
             model = load("eager")
     _without_dropout(model)
     model.config.use_cache = False

@@ -52,7 +52,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, key_head
         try:
             attend = load(device)
             error = trial(attend, device, dtype, heads, key_heads, head_dim)
-        except Exception as problem:                     # whatever a foreign kernel raises means: not this one
+        except Exception as problem:                     # any error of a kernel rules it out
             reasons.append(f"{name}: {_first_line(problem)}")
             continue
         if error < TRIAL_ERROR:

@@ -22,7 +22,7 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World, f
         lm = load_causal_lm(folder, dtype, attention, fused)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
         assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (sizing/automatic.py)"
-        # last: peft gives embeddings gradients where it sees it
+        # last: peft looks for checkpointing, and would give embeddings gradients
         checkpoint_layers(wrapped, config.model.gradient_checkpointing)
         return ScoredModel(wrapped, attention)
 

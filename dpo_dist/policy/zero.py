@@ -62,7 +62,7 @@ class ZeroPolicy:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if skip is not None and self._engine.zero_cpu_offload():
-            skip = skip.cpu()                            # AdamW would look at a copy that is still on its way
+            skip = skip.cpu()                            # AdamW would read a copy that has not arrived yet
         skip_update_if(self._adamw, skip)
         own = self._grad_norm() if self._stage == 0 else None
         self._engine.step()
@@ -111,7 +111,7 @@ class ZeroPolicy:
             self._engine._config.load_universal_checkpoint = False
         for state in self._engine.optimizer.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
-                # DeepSpeed gives all of them one tensor, which each would then advance
+                # DeepSpeed shares one tensor among all of them, and each would increment it
                 state["step"] = state["step"].clone()
         return loaded
 

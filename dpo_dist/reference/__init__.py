@@ -15,11 +15,10 @@ from dpo_dist.types import PackedBatch
 class ReferenceEngine(Protocol):
     """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (the law: one log-prob).
 
-    Engines inherit from this: what a frozen model with its values at hand has no need of stands here. All ranks call
-    every method.
+    Engines inherit from this; its methods do what is right for a frozen model. All ranks call every method.
     """
 
-    packs_at_once: int = 1                   # that are worth having under way: several where servers compute
+    packs_at_once: int = 1                   # how many to have in progress: several if servers compute
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where

@@ -27,7 +27,7 @@ class Scorer:
         self._patience, self._last_answer = patience_seconds, time.monotonic()
 
     def answered(self) -> None:
-        """Patience begins anew."""
+        """Starts the wait again."""
         self._last_answer = time.monotonic()
 
     def is_alive(self) -> bool:
@@ -58,7 +58,7 @@ class AheadReference(CachedReference):
     def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
         """Raises, on all ranks alike, UserError if the values cannot come, and Stopped if a signal has come."""
         began = time.perf_counter()
-        self._scorer.answered()                          # while training computed, nobody asked
+        self._scorer.answered()                          # the silence counts from now: nobody asked during the step
         wanted = [key for batch in batches for key in self.keys(batch)]
         waiting = False
         while self._world.max(any(key not in self._cache for key in wanted)):
@@ -67,7 +67,7 @@ class AheadReference(CachedReference):
             waiting = True
             if signal := self._world.max(preemption.received()):
                 raise preemption.Stopped(signal, "training was waiting for the reference")
-            # asked before the look, so that a last word is not missed
+            # checked before looking for shards, so that the last ones are not missed
             alive = self._world.on_main(self._scorer.is_alive)
             if self._cache.add_new_shards(self._world):
                 self._scorer.answered()
@@ -80,7 +80,7 @@ class AheadReference(CachedReference):
         self._waited_seconds += time.perf_counter() - began
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
-        return None                                      # they may still be on their way: wait_for sees to it
+        return None                                      # they may not be there yet: wait_for handles that
 
     def close(self) -> None:
         self._say(f"reference: scored while training ran, which waited {self._waited_seconds:.1f} s for it in all")

@@ -1,8 +1,8 @@
 """The parity audit: before values of an engine outside the training stack are used, the training stack rescores a
 sample.
 
-The sample goes through every server twice, in another order and in other company: values that depend on where a
-sequence stands, or on what was asked before it, are off in one of the two.
+Every server scores the sample twice, in different orders and batches: values that depend on a sequence's place in a
+request, or on earlier requests, differ in one of them.
 """
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class TensorParallelReference(ReferenceEngine):
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, world: World, size: int | None):
         prepare_deepspeed(world.device)
-        # takes over the processes that World joined
+        # uses the process group that World made
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         config = read_config(folder)
         size = _team_size(size, world, config)
@@ -110,7 +110,7 @@ def _split(lm: nn.Module, team: Team, device: torch.device) -> None:
 def _check_split(config: PretrainedConfig, team: Team, device: torch.device, attention: str) -> None:
     """UserError where splitting changes what this architecture computes, or spares little memory.
 
-    Found out, not looked up: a tiny model of the architecture is split and held against its whole twin.
+    Found by trying: a tiny model of the architecture is split and compared with a whole one.
     """
     refused = f"reference.engine=tensor_parallel does not fit this reference, a {config.model_type}: "
     with torch.random.fork_rng(), torch.no_grad():

@@ -68,7 +68,7 @@ class TrDpoReference(ReferenceEngine):
 
     def _move(self, weight: nn.Parameter, leading: nn.Parameter) -> None:
         part, start = self._own_part(weight)
-        # by the same ranks in the same way: nothing to gather
+        # both are sharded the same way: nothing to gather
         if _is_sharded(leading) and _is_sharded(weight):
             part.copy_(torch.lerp(part.float(), self._own_part(leading)[0].to(part.device).float(), self._alpha))
         else:
@@ -110,7 +110,7 @@ def _shape(weight: Any) -> tuple[int, ...]:
 
 
 def _forget_whole(weight: Any) -> None:
-    """ZeRO keeps small weights whole on every rank: to be gathered anew from the parts that have changed."""
+    """Drops ZeRO's whole copy of a small weight, so that it is gathered again from the changed parts."""
     if _is_sharded(weight) and weight.ds_status.name == "AVAILABLE":
         weight.partition()
 

@@ -86,5 +86,5 @@ def _complete(run_dir: RunDir, folder: Path, state: TrainState, keep: int) -> No
     (folder / COMPLETE).touch()
     sync_folder(folder)
     for old in run_dir.checkpoints()[:-keep]:
-        (old / COMPLETE).unlink()                          # first no longer whole, then gone
+        (old / COMPLETE).unlink()                          # first invalid, then removed
         shutil.rmtree(old)

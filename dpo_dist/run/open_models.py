@@ -32,9 +32,9 @@ from dpo_dist.sizing import estimate
 from dpo_dist.sizing.automatic import choose, is_automatic, without_sizes
 from dpo_dist.sizing.shape import read_shape
 
-# share of a GPU's memory that predictions may fill: they err, and allocators leave holes
+# share of a GPU's memory that predictions may fill: predictions err, and memory fragments
 USABLE = 0.9
-# what is scored ahead of training reaches it within this time, and within a second at the beginning
+# scores for a waiting training are written at least this often (at the beginning every second)
 SECONDS_BEFORE_SHARED = 30.0
 
 
@@ -95,7 +95,7 @@ def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore
         learner = policy()
         if config.reference.sync.mode == "none":
             return learner, engine
-        assert isinstance(engine, HasWeights), "rules.py has seen to it"
+        assert isinstance(engine, HasWeights), "checked in config/rules.py"
         return learner, TrDpoReference(engine, learner, config.reference.sync, world)
     if config.reference.mode == "ahead":
         cache = LogpCache(config.reference.cache_dir, inputs.reference_key)

@@ -39,7 +39,7 @@ def main(command: Sequence[str]) -> int:
         return 127
 
     def end_with_the_pipe() -> None:
-        # Nothing is left to read once nobody holds the other end. Not sys.stdin: a thread that waits keeps its lock.
+        # read() returns b"" once the other end is closed. Not sys.stdin: a waiting thread would keep its lock.
         while os.read(0, 1024):
             pass
         _end(process)

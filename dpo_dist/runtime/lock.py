@@ -9,7 +9,7 @@ from typing import TextIO
 from dpo_dist.config.errors import UserError
 
 LOCK = ".lock"
-SECONDS_FOR_A_LOOK = 1.0               # `is_held` holds a lock for a moment; whoever wants it outlasts that
+SECONDS_FOR_A_LOOK = 1.0               # `is_held` takes a lock for a moment; wait longer than that
 
 
 def hold_lock(folder: Path) -> TextIO:

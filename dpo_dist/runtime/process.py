@@ -31,12 +31,12 @@ Work = Callable[[RunConfig, World, Terminal], None]
 def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
     """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 otherwise.
 
-    The first rank to fail writes <run.dir>/FAILED with the message and the code, and tells the person; of the others,
-    one a node tells what it saw, as each node has a terminal of its own, and the rest only log. Work that was asked to
-    stop leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: one process group at a
-    time, and its success is <run.dir>/DONE.
+    The first rank to fail writes <run.dir>/FAILED with the message and the code, and shows it to the person. On other
+    nodes, which have terminals of their own, one rank shows what it saw; the rest only log. Work that was stopped
+    leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: only one process group at a
+    time, and success leaves <run.dir>/DONE.
     """
-    gc.freeze()                          # what is imported by now stays: no collection need look at it again
+    gc.freeze()                          # imported objects stay: no collection needs to look at them
     gc.enable()
     set_defaults()
     try:
@@ -84,7 +84,7 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         if world.is_main:
             run_dir.mark_preempted(str(stopped), stopped.signal)
             terminal.say(str(stopped))
-        world.barrier()                                          # a rank that left sooner would take the others with it
+        world.barrier()                                          # if a rank left sooner, the others would fail
         return stopped.exit_code
     if owns_run and world.is_main:
         run_dir.mark_done()
@@ -108,7 +108,7 @@ def _network(offline: bool) -> None:
 
 
 def _agree(config: RunConfig, world: World) -> None:
-    """UserError where ranks were started with different configs: they would wait for each other for ever."""
+    """UserError where ranks were started with different configs: they would wait for each other forever."""
     if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
         raise UserError("the ranks were started with different overrides; give every node the same command")
 

@@ -14,7 +14,7 @@ EXPANDABLE = "expandable_segments:True"
 def set_defaults() -> None:
     """Called before the first tensor is put on a GPU, when torch reads its allocator's settings."""
     if not any(name in os.environ for name in ALLOCATOR):
-        # packs differ in length: without it, memory taken for one length does not serve another, and runs out early
+        # packs differ in length: otherwise memory allocated for one length cannot serve another
         os.environ[ALLOCATOR[Version(torch.__version__) < Version("2.9")]] = EXPANDABLE
     if threads_are_torchruns():
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -3,8 +3,7 @@
 Importing torch and transformers makes a million objects that stay. Looking through them for garbage again and again
 takes a fifth of the time, so nothing is collected until the work begins (process.run_entry).
 
-A rank whose launcher is killed is sent TERM, on which it saves and ends: nobody is left who would pass on a signal or
-tell how it ended.
+If its launcher is killed, a rank gets TERM, saves and ends: otherwise nobody could stop it or report how it ended.
 """
 from __future__ import annotations
 

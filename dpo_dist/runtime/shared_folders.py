@@ -13,8 +13,7 @@ from dpo_dist.runtime.world import World
 def check_shared(config: RunConfig, world: World) -> None:
     """UserError, on every rank, where a rank finds another folder than rank 0 under a name that all of them must share.
 
-    Looked at before any work is done: checkpoints in which a node's shards are missing would only be noticed when they
-    are needed.
+    Checked before any work: otherwise a checkpoint without a node's shards would be noticed only when it is needed.
     """
     if world.size == 1:
         return
@@ -39,7 +38,7 @@ def _leave_token(folder: Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    except OSError:                                      # whoever must write there says so with its own key and remedy
+    except OSError:                                      # the code that must write there reports it
         return None
     return name
 

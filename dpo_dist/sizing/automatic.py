@@ -15,7 +15,7 @@ EVERYTHING, CHEAP_PARTS, ALL_LAYERS = False, 0, True
 
 @dataclass(frozen=True)
 class Choice:
-    config: RunConfig            # nothing in it is auto any more, of these two keys
+    config: RunConfig            # neither of the two keys is auto any more
     line: str | None             # what was chosen and why, for a person; None where there was nothing to weigh
 
 

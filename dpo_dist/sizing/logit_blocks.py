@@ -27,7 +27,7 @@ class Blocks:
 def plan_blocks(rows: int, vocabulary: int, bytes_each: int, device: str) -> Blocks:
     """The blocks of (rows, vocabulary) logits of so many bytes an element, on a "cpu" or "cuda" device.
 
-    At least the last block is kept: backward begins with it, when one block of logits must exist anyhow.
+    At least the last block is kept: backward begins with it, and needs one block of logits anyway.
     """
     rows = max(1, rows)
     width = max(COLUMNS, AT_ONCE[device] // rows // COLUMNS * COLUMNS)

@@ -25,7 +25,7 @@ class HfConfig(ReferenceConfig):
 
     @property
     def may_fuse(self) -> bool:
-        return self.offload == "none"                    # read from disk, the model's own code computes
+        return self.offload == "none"                    # weights read from disk are used by the model's own code
 
     def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
         return piece if self.offload == "disk" else 1.0

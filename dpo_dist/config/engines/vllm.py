@@ -52,7 +52,7 @@ class VllmConfig(OutsideConfig):
             raise UserError(f"reference.tensor_parallel_size={self.tensor_parallel_size} does nothing with "
                             "reference.engine=vllm and no reference.server, which it is for; remove it, or set "
                             "reference.server")
-        # of servers on nodes of their own, the job itself adds the URLs
+        # for servers on their own nodes, the job itself adds the URLs
         if self.urls and self.server and not self.nodes:
             raise UserError(f"reference.urls={self.urls} and reference.server={self.server} are both set; keep one of "
                             "them")

@@ -13,7 +13,7 @@ from dpo_dist.launcher.doctor.network import ports
 from dpo_dist.launcher.doctor.services import slurm, wandb
 from dpo_dist.launcher.doctor.versions import versions
 
-# In the order of how much depends on them. A check that has nothing to say, as there is no Slurm, gives None.
+# The most fundamental first. A check that does not apply (no Slurm here) returns None.
 CHECKS: dict[str, Callable[[RunConfig], Finding | None]] = {
     "versions": versions,
     "devices": devices,
@@ -25,7 +25,7 @@ CHECKS: dict[str, Callable[[RunConfig], Finding | None]] = {
     "wandb": wandb,
     "slurm": slurm,
 }
-UNSET = "unset"                    # a machine can be looked at before a model is chosen
+UNSET = "unset"                    # a machine can be checked before a model is chosen
 
 
 def doctor(config: RunConfig) -> int:

@@ -15,7 +15,7 @@ from dpo_dist.launcher.doctor.finding import Finding, together
 from dpo_dist.launcher.doctor.network import node_count
 
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay"}
-SKEW_SECONDS = 5                   # more, and files of different nodes cannot be put in order
+SKEW_SECONDS = 5                   # with more, files of different nodes cannot be ordered
 LEAST_FREE_GIB = 1
 # a parameter in a checkpoint: its fp32 value and Adam's two moments (measured: 12.03)
 STATE_BYTES = 12
@@ -37,7 +37,7 @@ def clock(config: RunConfig) -> Finding | None:
             file.flush()
             skew = time.time() - os.fstat(file.fileno()).st_mtime
     except OSError:
-        return None                # shared_folder tells
+        return None                # shared_folder reports it
     if abs(skew) > SKEW_SECONDS:
         return Finding(f"this machine's clock is {skew:+.0f} s off the file system's ({folder})",
                        "synchronise both with NTP (chronyd)")

@@ -51,12 +51,12 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     folder = Path(str(given.get("run.dir")
                       or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
     _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
-    # an experiment file of one's own has another name for Hydra
+    # Hydra knows a user's own experiment file by another name
     as_written = dict(zip(with_groups(words), words, strict=True))
     sweep = Sweep(folder, tuple(given), dry_run, as_written)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            # taken out of the context, as composing a job opens one of its own
+            # kept beyond the context: composing a job opens another one
             hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         # our launcher calls it for whole batches, not as Hydra calls a task
@@ -76,7 +76,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     except Exception as error:
         if not sweep.ended_badly:
             raise
-        # Optuna's, after as many failures as it was told; the table is shown all the same
+        # Optuna's own, after its limit of failures; the table is still shown
         print(f"sweep: the sweeper gave up: {error}")
     return sweep.report()
 

@@ -13,7 +13,7 @@ from dpo_dist.launcher.sweep.results import COLUMNS, DRIFT, KL, Result, best, co
 PLOTS = ("rewards/accuracies", "rewards/margins", KL, DRIFT)
 UNITS = {"rewards/accuracies": "share of held-out pairs", "rewards/margins": "beta × nats",
          KL: "nats a token, k3 on the data's completions", DRIFT: "nats a token, policy − reference"}
-# Paul Tol's, which most eyes tell apart
+# Paul Tol's colours, made for colour-blind readers too
 COLORS = ("#4477aa", "#ee6677", "#228833", "#aa7700", "#66ccee", "#aa3377", "#777777", "#000000")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 280, 62, 14, 14, 44      # of a plot and its margins, in pixels
 

@@ -14,8 +14,7 @@ from dpo_dist.launcher.sweep.groups import Job, Value, shown
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.run_dir import RunDir
 
-# What a sweep can be after, and in which direction. `loss` has another scale at every beta: compare by it only where
-# beta is not swept.
+# What a sweep can optimize, and in which direction. The scale of `loss` depends on beta: not for sweeps of beta.
 OBJECTIVES = {"rewards/accuracies": "maximize", "rewards/margins": "maximize", "loss": "minimize"}
 KL, DRIFT = "reference/kl_per_token", "reference/chosen_drift_per_token"
 COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "KL estimate", DRIFT: "chosen drift",

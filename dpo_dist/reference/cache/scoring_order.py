@@ -1,7 +1,7 @@
 """The order in which training asks for reference log-probs, as windows. The scorer works through them to stay ahead.
 
-Within a window pairs are scored in whatever order is best, and prompts are shared; so windows are small where training
-waits for them, and grow while it is at work.
+Within a window pairs are scored in any order, and prompts are shared. So windows are small at first, while training
+waits for them, and grow later.
 """
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def plan_scoring(cache: LogpCache, data_sets: Sequence[Pairs], tokens_per_microb
     missing = np.concatenate([part[~cache.holds(sequences[part])]
                               for part in np.array_split(wanted, 1 + len(wanted) // AT_ONCE)])
     n_cached = len(wanted) - len(missing)
-    del sequences, wanted                                                          # each byte counts a million times
+    del sequences, wanted                                                          # free memory: these are large
     window = np.zeros(len(prompt), np.int8) if windows is None else windows
     missing = missing[np.lexsort((missing, prompt[missing // 2], window[missing // 2]))]
     pair = missing // 2

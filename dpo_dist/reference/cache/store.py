@@ -120,7 +120,7 @@ class LogpCache:
             return np.zeros(len(keys), dtype=bool)
         at = np.minimum(np.searchsorted(self._high, keys[:, 0]), len(self) - 1)
         found = (self._high[at] == keys[:, 0]) & (self._low[at] == keys[:, 1])
-        # another key with the same first half comes before it
+        # another key with the same first half was found
         for i in np.flatnonzero((self._high[at] == keys[:, 0]) & ~found):
             found[i] = self._find(keys[i].tobytes()) is not None
         return found

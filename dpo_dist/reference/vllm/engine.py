@@ -1,4 +1,4 @@
-"""The reference in vLLM: a client that has servers score sequences, and bears with servers that fail."""
+"""The reference in vLLM: a client that has servers score sequences, and retries when servers fail."""
 from __future__ import annotations
 
 import math

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dpo_dist.reference.make import Setup
 
 LOOK_SECONDS = 10.0                      # for an answer to /version and /v1/models
-# shares of a GPU's memory that a server takes: the audit's oracle runs where the ranks are
+# shares of a GPU's memory for a server: on the ranks' node, the audit's oracle needs some too
 BESIDE_THE_ORACLE, NODE_OF_ITS_OWN = 0.5, 0.9
 
 

@@ -16,7 +16,7 @@ from dpo_dist.runtime.ports import free_port
 from dpo_dist.runtime.process_defaults import ALLOCATOR, EXPANDABLE
 
 # For reference.server=<python>. The tokens are made here, so the server needs no tokenizer; prompt log-probs must be
-# computed, not remembered.
+# computed, not cached.
 STANDARD = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--served-model-name", "{name}",
             "--dtype", "{dtype}", "--max-model-len", "{max_length}", "--host", "{host}", "--port", "{port}",
             "--skip-tokenizer-init", "--no-enable-prefix-caching", "--gpu-memory-utilization", "{memory}",
@@ -81,7 +81,7 @@ def start_server(spec: ServerSpec, log: Path, wait_seconds: float, host: str = "
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without this process's place among others, which torchrun has put there. A server that joins a
-    process group of its own would take torchrun's store for its master, and wait for it for ever."""
+    process group of its own would take torchrun's store for its master, and wait for it forever."""
     # set for this process, not for a server with an allocator of its own
     ours = dict.fromkeys(ALLOCATOR, EXPANDABLE)
     return {name: value for name, value in environment.items()

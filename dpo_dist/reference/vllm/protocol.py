@@ -22,7 +22,7 @@ from dpo_dist.config.errors import UserError
 
 CLAMPED = -9999.0                        # what vLLM writes for -inf, which JSON cannot say
 ROUNDING = 1e-4                          # nats by which a log-prob of nearly 0 may come out above 0
-TRY_AGAIN = (408, 425, 429)              # besides 5xx: the server asks for patience
+TRY_AGAIN = (408, 425, 429)              # besides 5xx: the server asks to try again later
 
 
 class Unanswered(Exception):
@@ -30,7 +30,7 @@ class Unanswered(Exception):
 
     def __init__(self, message: str, refused: bool = False):
         super().__init__(message)
-        self.refused = refused           # nobody listens: a smaller request would not help
+        self.refused = refused           # nobody listens there: a smaller request would not help
 
 
 @dataclass(frozen=True)

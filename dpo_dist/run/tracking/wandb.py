@@ -22,8 +22,7 @@ def open_tracker(config: RunConfig, run_dir: Path, resumed_step: int) -> Wandb:
 class Wandb:
     """A W&B run whose id is kept in <run.dir>/wandb_id, so that a resumed run goes on in the same place.
 
-    It is a copy for looking at: a kill takes the rows with it that W&B's own process had not written yet (offline about
-    15 seconds).
+    It is only a copy: a kill loses the rows that W&B's own process had not written yet (offline about 15 seconds).
     """
 
     def __init__(self, config: RunConfig, run_dir: Path):
