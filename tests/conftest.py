@@ -114,7 +114,11 @@ def forked_ranks(size: int, *words: object) -> str:
     """What rank 0 of so many ranks prints, each of which runs these words as in `forked`, and ends with code 0."""
     place = Place(size, master_port=free_port())
     ranks = [forked(*words, **place.environment(rank)) for rank in range(size)]
-    outputs = [rank.communicate(240) for rank in ranks]
+    try:
+        outputs = [rank.communicate(240) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        kill(rank.pid for rank in ranks)                 # they wait for each other
+        raise
     assert [rank.returncode for rank in ranks] == [0] * size, "".join(err[-3000:] for _, err in outputs)
     return outputs[0][0]
 

@@ -191,7 +191,7 @@ def test_a_node_finds_its_place_in_its_environment_or_in_slurms():
     assert place_of({}).environment(0) == {}, "a process that is alone has no place among others"
 
 
-@pytest.mark.parametrize("environment, said", [
+@pytest.mark.parametrize("environment, shown", [
     ({"NNODES": "2"}, "MASTER_ADDR is not set; set it"),
     ({"NNODES": "two"}, "NNODES=two is not a whole number of at least 1; set it"),
     ({"NNODES": "0"}, "NNODES=0 is not a whole number of at least 1; set it"),
