@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import random
@@ -9,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -138,6 +140,26 @@ def metrics(run_dir: Path, split: str = "train") -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl of one split."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["split"] == split]
+
+
+def steps_logged(run_dir: Path) -> int:
+    return len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def model_digest(run_dir: Path) -> str:
+    """Of the exported weights: equal digests, equal bits."""
+    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def wait_until(true: Callable[[], object], *processes: subprocess.Popen[str] | Started, what: str = "waited in vain",
+               seconds: float = 120) -> None:
+    """Returns once it is true. Fails where one of these processes ends before, with what it printed."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @pytest.fixture

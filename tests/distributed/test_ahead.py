@@ -1,18 +1,29 @@
 """reference.mode=ahead: the same weights as when the reference is scored first, and nothing lost whoever is killed."""
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from conftest import REPO, dpo_dist, eval_on, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
+from conftest import (
+    REPO,
+    dpo_dist,
+    eval_on,
+    kill,
+    model_digest,
+    processes_on,
+    start,
+    steps_logged,
+    train_on,
+    wait_until,
+    write_rows,
+    write_tiny_llama,
+)
 
 from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
@@ -34,18 +45,9 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
             "optim.lr=1e-3", "loss.beta=0.5", "train.tokens_per_microbatch=600"]
 
 
-def model_digest(run_dir: Path) -> str:
-    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
 def entries(cache_dir: Path) -> list[bytes]:
     return [key.tobytes() for shard in cache_dir.rglob("*.safetensors")
             for key in safetensors.numpy.load_file(shard)["keys"]]
-
-
-def trained(run: Path) -> int:
-    """How many steps are done."""
-    return len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def trainable(words: list[str], cache: Path) -> int:
@@ -63,21 +65,14 @@ def trainable(words: list[str], cache: Path) -> int:
 def stopped_midway(words: list[str], run: Path, cache: Path) -> list[int]:
     """The scorer's processes, stopped where the values of the first step and of the held-out pairs are there and the
     last step's are not."""
-    wait_until(lambda: len(entries(cache)) >= 2 * (24 + 10), "the first step's values")
+    wait_until(lambda: len(entries(cache)) >= 2 * (24 + 10), what="the first step's values")
     scorer = processes_on(run / "scoring")
     assert scorer, "there was something to stop"
     for pid in scorer:
         os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: trained(run) == trainable(words, cache) > 0, "what can be trained")
+    wait_until(lambda: steps_logged(run) == trainable(words, cache) > 0, what="what can be trained")
     assert trainable(words, cache) < STEPS, "the stop came midway"
     return scorer
-
-
-def wait_until(condition, what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("zero", "world", "procs"), [("none", 1, 2), ("zero3", 2, 1)])
@@ -112,7 +107,7 @@ def test_a_killed_scorer_ends_the_run_in_words_and_a_killed_trainer_the_scorer_a
     assert list(run.glob("checkpoints/*/COMPLETE")), "what was trained is saved"
 
     process = start(*ahead, f"run.dir={run}")
-    wait_until(lambda: len(entries(cache)) > kept, "more scored")
+    wait_until(lambda: len(entries(cache)) > kept, what="more scored")
     ranks = [pid for pid in processes_on(run) if pid != process.pid and pid not in processes_on(run / "scoring")]
     assert ranks, "there was something to kill"
     kill(ranks)

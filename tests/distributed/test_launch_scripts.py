@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, metrics, processes_on, train_on, write_rows, write_tiny_llama
+from conftest import REPO, processes_on, steps_logged, train_on, wait_until, write_rows, write_tiny_llama
 
 from dpo_dist.runtime.ports import free_port
 
@@ -36,16 +35,9 @@ def start(script: str, *words: str, **environment: str) -> subprocess.Popen[str]
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def wait_for_a_step(process: subprocess.Popen[str], run_dir: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
-
-
 def interrupt_after_a_step(process: subprocess.Popen[str], run_dir: Path) -> str:
     """What it printed, after a Ctrl-C in its terminal."""
-    wait_for_a_step(process, run_dir)
+    wait_until(lambda: steps_logged(run_dir) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)
     return process.communicate(timeout=60)[0]
 
@@ -94,7 +86,7 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
 def test_a_node_that_saved_after_a_signal_has_not_failed(tmp_path: Path, words: list[str]):
     """srun ends all nodes where one ends with another code than 0."""
     process = start("torchrun.sh", *words, PROCS_PER_NODE="2", MASTER_PORT=str(free_port()))
-    wait_for_a_step(process, tmp_path / "a run")
+    wait_until(lambda: steps_logged(tmp_path / "a run") >= 2, process)
     process.send_signal(signal.SIGUSR1)
     assert "stopped by SIGUSR1: step" in process.communicate(timeout=60)[0] and process.returncode == 0
 

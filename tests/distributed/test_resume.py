@@ -2,14 +2,24 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 import time
 from pathlib import Path
 
 import pytest
-from conftest import dpo_dist, eval_on, kill, metrics, processes_on, start, train_on, write_rows, write_tiny_llama
+from conftest import (
+    dpo_dist,
+    eval_on,
+    kill,
+    metrics,
+    model_digest,
+    processes_on,
+    start,
+    train_on,
+    write_rows,
+    write_tiny_llama,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -39,10 +49,6 @@ def killed_after(step: int, words: list[str], run_dir: Path) -> None:
     kill([process.pid, *processes_on(run_dir)])
     process.wait()
     assert not (run_dir / "DONE").exists(), "the kill came midway"
-
-
-def model_digest(run_dir: Path) -> str:
-    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from conftest import (
     processes_on,
     start,
     train_on,
+    wait_until,
     write_rows,
     write_tiny_llama,
 )
@@ -211,13 +212,6 @@ def server_process(folder: Path, port: int, answered: Path, *more: str) -> Itera
 
 def answered_lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
-
-
-def wait_until(true: Callable[[], object], seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

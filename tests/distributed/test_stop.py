@@ -2,7 +2,6 @@
 at once."""
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +16,16 @@ import pytest
 from conftest import (
     REPO,
     dpo_dist,
-    metrics,
+    model_digest,
     process_of_rank,
     processes_on,
     start,
+    steps_logged,
     train_on,
+    wait_until,
     write_rows,
     write_tiny_llama,
 )
-from template import Started
 
 from dpo_dist.launcher.plan import Stage
 from dpo_dist.launcher.ranks import Place, Ranks, Work
@@ -54,27 +53,9 @@ def fresh(*words: object) -> subprocess.Popen[str]:
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | Started) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-
-
 def gone(run_dir: Path) -> None:
     """Waits until no process of the run is left."""
-    deadline = time.monotonic() + 30
-    while processes_on(run_dir):
-        assert time.monotonic() < deadline, "its ranks are left behind"
-        time.sleep(0.05)
-
-
-def steps_logged(run_dir: Path) -> int:
-    return len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
-
-
-def model_digest(run_dir: Path) -> str:
-    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
+    wait_until(lambda: not processes_on(run_dir), what="its ranks are left behind", seconds=30)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])

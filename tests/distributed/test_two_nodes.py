@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO, dpo_dist, metrics, train_on, write_rows, write_tiny_llama
+from conftest import REPO, dpo_dist, metrics, steps_logged, train_on, wait_until, write_rows, write_tiny_llama
 from namespaces import Node, two_nodes
 
 from dpo_dist.runtime.ports import free_port
@@ -79,7 +79,7 @@ def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(
     run_dir = tmp_path / "run"
     jobs = run_on(nodes, [*words, f"cluster.timeout_seconds={TIMEOUT_SECONDS}", "train.epochs=500",
                           f"run.dir={run_dir}"], tmp_path, 1)
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) >= 2, jobs)
+    wait_until(lambda: steps_logged(run_dir) >= 2, *jobs)
     nodes[lost].cut_off()
     began = time.monotonic()
     ended = finish(jobs, timeout=TIMEOUT_SECONDS + 90)
@@ -111,11 +111,3 @@ def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(
         assert f"set {key} to the absolute path of a folder that every node mounts" in shown
     assert not list(tmp_path.rglob(".seen-by-all-*"))
     assert not list(tmp_path.rglob("meta.json")), "nothing was tokenized"
-
-
-def wait_for(condition: Callable[[], bool], jobs: list[subprocess.Popen[str]], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert all(job.poll() is None for job in jobs), finish(jobs)
-        assert time.monotonic() < deadline, "the run did not begin"
-        time.sleep(0.05)

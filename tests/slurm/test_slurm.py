@@ -2,7 +2,6 @@
 are left out."""
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO, dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
+from conftest import (
+    REPO,
+    dpo_dist,
+    eval_on,
+    metrics,
+    model_digest,
+    steps_logged,
+    train_on,
+    write_rows,
+    write_tiny_llama,
+)
 from slurm_cluster import NEEDED, Slurm
 
 from dpo_dist.config.errors import UserError
@@ -65,10 +74,6 @@ def straight(folder: Path, words: list[str]) -> Path:
     return run_dir
 
 
-def digest(run_dir: Path) -> str:
-    return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
 def output(run_dir: Path, stage: str = "train") -> str:
     return "".join(path.read_text() for path in (run_dir / "slurm").glob(f"{stage}-*.out"))
 
@@ -81,7 +86,7 @@ def under_way(slurm: Slurm, words: list[str], run_dir: Path) -> str:
 
 
 def until_first_step(slurm: Slurm, run_dir: Path) -> None:
-    slurm.until("the first step", lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) > 0)
+    slurm.until("the first step", lambda: steps_logged(run_dir) > 0)
 
 
 def assert_went_on_to_the_same_bits(slurm: Slurm, job: str, run_dir: Path, straight: Path) -> None:
@@ -91,7 +96,7 @@ def assert_went_on_to_the_same_bits(slurm: Slurm, job: str, run_dir: Path, strai
     assert "resumed from step-" in output(run_dir)
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in metrics(run_dir)] == [row["loss"] for row in metrics(straight)]
-    assert digest(run_dir) == digest(straight)
+    assert model_digest(run_dir) == model_digest(straight)
 
 
 def test_two_nodes_with_two_processes_score_and_train_with_zero_3_to_the_end(
@@ -276,7 +281,7 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
         assert (job.run_dir / "DONE").exists(), list(scripts.iterdir())
         assert json.loads((job.run_dir / "slurm.json").read_text()) == {"score": ids.score, "train": f"{ids.array}_{i}"}
         assert "COMPLETED" in slurm.dpo_dist("status", job.run_dir)
-        finals.add(digest(job.run_dir))
+        finals.add(model_digest(job.run_dir))
     assert len(finals) == 6
     assert "--array=0-5%3" in (scripts / "train.sbatch").read_text()
 
