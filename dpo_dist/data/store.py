@@ -94,7 +94,7 @@ class PairStore:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What was read, dropped, truncated and repeated on the way here; see audit.py."""
+        """What was read, dropped, truncated and repeated on the way here; see summary.py."""
         return dict(self.meta["report"])
 
 

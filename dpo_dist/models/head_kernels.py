@@ -4,7 +4,6 @@ Imported only on GPUs. Tests compare them with head.py's plain functions.
 """
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,8 +96,3 @@ def differentiate(logits: Tensor, first: int, targets: Tensor, normalizer: Tenso
 
 def _block(columns: int) -> int:
     return min(COLUMNS_AT_ONCE, triton.next_power_of_2(columns))
-
-
-def dtypes() -> tuple[torch.dtype, ...]:
-    """Of logits that the kernels take."""
-    return torch.float32, torch.bfloat16, torch.float16

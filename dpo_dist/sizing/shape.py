@@ -57,8 +57,6 @@ class ModelShape:
     intermediate: int                    # of one expert
     experts: int
     visited_experts: int                 # that a token goes through
-    attention_parameters: int            # of a layer
-    mlp_parameters: int                  # of a layer, all its experts
     layer: int                           # parameters of a layer
     embedding: int                       # token (and position) embeddings
     head: int                            # the output head's, also where it is the embedding
@@ -188,13 +186,14 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     visited_matrices = matrices * h * inner * visited + router
     per_token = 2.0 * layers * (attention_matrices + visited_matrices)
     spans = Counter(_windows(config, family, layers))
+    flops = Flops(per_token, 2.0 * head, tuple((4.0 * q * n, window) for window, n in spans.items()))
+    mlp_tensor = experts * (matrices - 1) * h * inner if experts > 1 else h * inner
     return ModelShape(
-        kind, h, layers, heads, vocabulary, q, kv, inner, experts, visited, attention, mlp,
-        attention + mlp + family.norms * norm, head + positions, head, tied,
-        max(head, experts * (matrices - 1) * h * inner if experts > 1 else h * inner, *(a * b for a, b in qkv), h * q,
-            positions),
-        (*qkv, (q, h), *mlp_sides), Flops(per_token, 2.0 * head,
-                                          tuple((4.0 * q * n, window) for window, n in spans.items())), norm, family)
+        model_type=kind, hidden=h, layers=layers, heads=heads, vocabulary=vocabulary, query_width=q, key_width=kv,
+        intermediate=inner, experts=experts, visited_experts=visited, layer=attention + mlp + family.norms * norm,
+        embedding=head + positions, head=head, tied=tied,
+        largest=max(head, mlp_tensor, *(a * b for a, b in qkv), h * q, positions),
+        linear_sides=(*qkv, (q, h), *mlp_sides), flops=flops, final_norm=norm, family=family)
 
 
 def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> list[int | None]:
