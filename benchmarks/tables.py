@@ -36,7 +36,7 @@ def filled(file: Path, marks: tuple[str, str], content: str, check: bool) -> boo
 
 def tables() -> str:
     return "\n\n".join([step_table(read("step_time")), other_table(read("memory"), read("scaling")),
-                        run_table(read("sweep"), read("ahead"), read("sizing"))])
+                        run_table(read("start"), read("sweep"), read("ahead"), read("sizing"))])
 
 
 def read(name: str) -> dict[str, Any]:
@@ -106,11 +106,14 @@ def growth_lines(steps: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"| {one['seconds_a_step'] / two['seconds_a_step']:.2f} |"]
 
 
-def run_table(sweep: dict[str, Any], ahead: dict[str, Any], sizing: dict[str, Any]) -> str:
+def run_table(start: dict[str, Any], sweep: dict[str, Any], ahead: dict[str, Any], sizing: dict[str, Any]) -> str:
+    one, two = start["1 processes"]["now"], start["2 processes"]["now"]
     cached, beside, ratio = ahead["cached"], ahead["ahead"], sweep["sweep / separate"]
     order = sizing["in_another_order_of_cpu_time"]
     return "\n".join([
         "| whole runs | measured |", "|---|---|",
+        "| from the command `dpo-dist train` to its first step, golden model, 1 and 2 processes: seconds | "
+        f"{one:.1f} and {two:.1f} |",
         "| a 3 × 2 sweep over six runs with a live reference: seconds, seconds on the processor, counted forwards and "
         f"backwards | {ratio['wall']:.2f}, {ratio['processor']:.2f}, {ratio['counted']:.2f} |",
         f"| the first step of a run over {ahead['pairs']} pairs, scored before and ahead of training: seconds from the "

@@ -64,8 +64,7 @@ def main(folder: Path, overrides: list[str]) -> int:
 
 def report(terminal: Terminal, folder: Path, held_out: list[tuple[str, str]]) -> None:
     """The table before/after, a few answers, and what to try next."""
-    rows = [json.loads(line) for line in RunDir(folder / "dpo").metrics.read_text().splitlines()]
-    before, *_, after = (row for row in rows if row["split"] == "eval")
+    before, *_, after = RunDir(folder / "dpo").rows("eval")
     questions = held_out * SAMPLES_A_PROMPT
     answers = {name: sample(RunDir(folder / name).model, [p for _, p in questions]) for name in ("sft", "dpo")}
     share = {name: sum(obeys(a, tone) for a, (tone, _) in zip(given, questions, strict=True)) / len(given)
@@ -96,7 +95,7 @@ def obeys(answer: str, tone: str) -> bool:
 
 
 def write_inputs(folder: Path) -> list[tuple[str, str]]:
-    """Writes the data and the model (base/); the held-out prompts as (tone, prompt)."""
+    """Writes the data and the model (base/), also for docker/compose.yaml; the held-out prompts as (tone, prompt)."""
     held_out = write_data(folder)
     write_model(folder / "base", (folder / "sft.jsonl").read_text())
     return held_out

@@ -3,13 +3,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import LossConfig, RunConfig
-from dpo_dist.data.store import PairStore
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.losses import preference_loss
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
@@ -22,25 +20,28 @@ from dpo_dist.runtime.process import exit_with, run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
-from dpo_dist.sizing.flops import Flops
 from dpo_dist.step import forward_pairs, gather_pairs, step_batches
 
 PAIRS_AT_ONCE = 1024                     # planned together; the result does not depend on it
 
 
-def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore, loss: LossConfig,
-             tokens_per_microbatch: int, flops: Flops, world: World) -> dict[str, float]:
-    """{metric: mean over all pairs}. All ranks call it; each forwards its share. Stopped if a signal has come."""
+def evaluate(config: RunConfig, inputs: Inputs, policy: Policy, reference: ReferenceEngine | None,
+             world: World) -> dict[str, float]:
+    """{metric: mean over all held-out pairs}; empty where there are none. All ranks call it; each forwards its share.
+    Stopped if a signal has come."""
+    pairs, loss = inputs.eval, config.loss
+    if not len(pairs):
+        return {}
     sums = MetricSums(loss, world.device)
-    lengths, weights = pairs.lengths(), np.asarray(pairs.weight, dtype=np.float64)
-    mean_chosen_tokens = float((weights * lengths[:, 1]).sum() / weights.sum())
+    chosen_tokens, weights = pairs.lengths()[:, 1], np.asarray(pairs.weight, dtype=np.float64)
+    mean_chosen_tokens = float(np.average(chosen_tokens, weights=weights))
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             if signal := world.max(preemption.received()):
                 raise preemption.Stopped(signal, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
-            part = step_batches(pairs, ids, loss, world, tokens_per_microbatch, flops, reference)
+            part = step_batches(pairs, ids, loss, world, config.train.tokens_per_microbatch, inputs.flops, reference)
             if reference is not None:
                 reference.wait_for(part.batches)
             for batch, at in zip(part.batches, part.positions, strict=True):
@@ -58,15 +59,6 @@ def evaluate(policy: Policy, reference: ReferenceEngine | None, pairs: PairStore
     return sums.means(world)
 
 
-def evaluate_run(config: RunConfig, inputs: Inputs, policy: Policy, reference: ReferenceEngine | None,
-                 world: World) -> dict[str, float]:
-    """`evaluate` on the run's held-out pairs; empty where it has none."""
-    if not len(inputs.eval):
-        return {}
-    return evaluate(policy, reference, inputs.eval, config.loss, config.train.tokens_per_microbatch, inputs.flops,
-                    world)
-
-
 def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Evaluates model.path against the reference on data.eval, and writes <run.dir>/eval.json."""
     inputs = read_inputs(config, world, terminal)
@@ -77,9 +69,9 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
         config = replace(config, reference=replace(config.reference, mode="cached"))
     config = without_auto(config, inputs, world, terminal)
     policy, reference = open_models(config, inputs, [inputs.eval], world, terminal)
-    means = evaluate_run(config, inputs, policy, reference, world)
+    means = evaluate(config, inputs, policy, reference, world)
     if world.is_main:
-        path = RunDir(Path(config.run_dir)).eval_json
+        path = RunDir(config.run_dir).eval_json
         write_json(path, {"model": config.model.path, "pairs": len(inputs.eval), **means})
         rows = [[name, f"{value:.4f}"] for name, value in means.items()]
         terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], rows)

@@ -12,10 +12,9 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.load import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
-from dpo_dist.policy.make import make_policy
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
-from dpo_dist.run.open_models import without_auto
+from dpo_dist.run.open_models import open_policy, without_auto
 from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.runtime.process import exit_with, run_entry
 from dpo_dist.runtime.run_dir import RunDir
@@ -46,16 +45,12 @@ def _start(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str,
     for name in COPIED:
         if (inputs.policy_folder / name).is_file():
             shutil.copyfile(inputs.policy_folder / name, partial / name)
-    _own_template(partial, config)
-    (partial / "README.md").write_text(model_card(inputs, config, held_out))
-
-
-def _own_template(partial: Path, config: RunConfig) -> None:
-    """A chat template given in the config belongs to the model from now on."""
     given, tokenizer = config.data.chat_template, load_tokenizer(partial)
     if given and given != "none" and tokenizer is not None:
+        # a chat template of the config belongs to the model from now on
         tokenizer.chat_template = Path(given).read_text() if Path(given).is_file() else given
         tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(inputs, config, held_out))
 
 
 def _finish(partial: Path, folder: Path) -> None:
@@ -87,7 +82,7 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
 
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Writes <run.dir>/model from the run's newest whole checkpoint."""
-    run_dir = RunDir(Path(config.run_dir))
+    run_dir = RunDir(config.run_dir)
     inputs = read_inputs(config, world, terminal)
     config = without_auto(config, inputs, world, terminal)
     world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
@@ -95,7 +90,7 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
                         "overrides")
-    policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
+    policy = open_policy(config, inputs, world)
     policy.load(resumed[0])
     model = export_model(run_dir, policy, inputs, config, {}, world)
     terminal.say(f"model: {model} (from {resumed[0].name})")

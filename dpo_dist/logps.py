@@ -15,7 +15,7 @@ def sequence_sums(values: Tensor, batch: PackedBatch, keep: Tensor | None = None
     """Sums of (N,) token values by sequence: (S,) float64, as a margin is a small difference of large sums. `keep` (N,)
     scales tokens."""
     values = values.double() if keep is None else values.double() * keep
-    return values.new_zeros(batch.n_sequences).index_add(0, batch.sequence, values)
+    return values.new_zeros(len(batch.lengths)).index_add(0, batch.sequence, values)
 
 
 def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None, loss: LossConfig,
@@ -58,10 +58,9 @@ def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor
 
     KL estimate: the mean over the pair's completion tokens of exp(r) - 1 - r with r = log reference - log policy,
     Schulman's k3 (joschu.net/blog/kl-approx.html), which is never negative. k3 estimates KL(policy || reference) on
-    tokens that the policy drew; these come from the data, so it is a proxy: good for ranking runs on
-    the same pairs, not a KL to be quoted. Chosen drift: the mean over the chosen completion's tokens of log policy -
-    log reference; below 0, the policy unlearns what it was shown as good. Every token counts in full, whatever
-    loss.ld_alpha is.
+    tokens that the policy drew; these come from the data, so it is a proxy: good for ranking runs on the same pairs,
+    not a KL to be quoted. Chosen drift: the mean over the chosen completion's tokens of log policy - log reference;
+    below 0, the policy unlearns what it was shown as good. Every token counts in full, whatever loss.ld_alpha is.
     """
     r = (reference - policy).detach().double()
     tokens = batch.lengths.double()

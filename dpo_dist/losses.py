@@ -48,8 +48,7 @@ def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
     """
     with torch.no_grad():
         if loss.needs_reference:
-            chosen, rejected = _logratios(pairs)
-            return _number(loss.beta) * chosen, _number(loss.beta) * rejected
+            return _implicit_rewards(pairs, loss)
         for options in map(LOSS_OPTIONS.__getitem__, loss.weights):
             if options.reward_scale is not None:
                 scale = _number(getattr(loss, options.reward_scale))
@@ -123,7 +122,8 @@ def _margin(pairs: PairLogps, loss: LossConfig) -> Tensor:
 
 
 def _implicit_rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """beta · logratio of chosen and rejected, each (B,), for losses that use each by itself (no f_divergence)."""
+    """beta · logratio of chosen and rejected, each (B,), whatever f_divergence is: for metrics, and for losses that use
+    each by itself."""
     chosen, rejected = _logratios(pairs)
     return _number(loss.beta) * chosen, _number(loss.beta) * rejected
 

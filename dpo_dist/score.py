@@ -38,7 +38,8 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
     else:
         inputs = read_inputs(config, world, terminal)
         config = without_auto(config, inputs, world, terminal)           # adapter_off scores with the policy
-        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)))
+        _, counts = fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)
+        terminal.say(counts)
 
 
 def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
@@ -50,8 +51,9 @@ def _score_ahead(config: RunConfig, world: World, terminal: Terminal) -> None:
         order = make_sampler(inputs.train, t, config.data.group_by_prompt)
         scoring_order = windows(order, t.epochs, t.max_steps, len(inputs.train), len(inputs.eval))
         look = _end_with(folder.parent) if world.is_main else (lambda: None)
-        terminal.say(str(fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=scoring_order,
-                                    progress=look)))
+        _, counts = fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal, windows=scoring_order,
+                               progress=look)
+        terminal.say(counts)
         world.on_main(RunDir(folder).mark_done)
 
 
@@ -61,7 +63,8 @@ def _begin(folder: Path, alive: ExitStack) -> None:
 
 
 def _end_with(training: Path) -> Callable[[], None]:
-    """A function that asks this process to stop once training was seen in its folder, and then no more."""
+    """A function that looks now and then whether training is at work in its folder. Where it was and has ended, this
+    process is asked to stop."""
     seen, last = False, time.monotonic()
 
     def look() -> None:

@@ -42,7 +42,9 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
                  flops: Flops, reference: ReferenceEngine | None = None) -> StepBatches:
     """This rank's packs of the step made of `pair_ids`, with the reference's values where it has them at hand; `flops`
     are of a forward and backward (or whatever is to be counted)."""
-    shapes = pairs.shapes(pair_ids) if loss.uses_rejected else _chosen_alone(pairs.shapes(pair_ids))
+    shapes = pairs.shapes(pair_ids)
+    if not loss.uses_rejected:                           # the shapes of pairs as `_computed` makes them
+        shapes = PairShapes(shapes.lengths[:, [0, 1, 1]], shapes.content[:, [0, 1, 1]])
     weights = np.asarray(pairs.weight[pair_ids], dtype=np.float64)
     share = loss.ld_alpha is None
     plan = plan_step(shapes, flops, world.size, tokens_per_microbatch, share)
@@ -55,7 +57,7 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
             batch = replace(batch, reference=reference.look_up(batch))
         batches.append(batch.pinned() if world.device.type == "cuda" else batch)
         positions.append(() if is_filler else members)
-    mean_chosen_tokens = float((weights * shapes.lengths[:, 1]).sum() / weights.sum())
+    mean_chosen_tokens = float(np.average(shapes.lengths[:, 1], weights=weights))
     work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops))
     return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), mean_chosen_tokens, work)
 
@@ -63,11 +65,6 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
     """The pair as the loss sees it. If that ignores the rejected completion, the chosen one stands twice."""
     return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
-
-
-def _chosen_alone(shapes: PairShapes) -> PairShapes:
-    """The shapes of pairs as `_computed` makes them for a loss that ignores the rejected completion."""
-    return PairShapes(shapes.lengths[:, [0, 1, 1]], shapes.content[:, [0, 1, 1]])
 
 
 def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,
@@ -110,7 +107,8 @@ def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatc
 
 
 def _linear(pairs: PairLogps, chosen_slope: Tensor, rejected_slope: Tensor) -> Tensor:
-    """A scalar whose gradient is the whole step's loss's, given its slopes; 0 times the sums for a filler."""
+    """A scalar that has the gradient of the whole step's loss, whose slopes are given. For a filler, which has none: 0
+    times its log-probs, so that backward runs there too."""
     if not len(chosen_slope):
         return 0.0 * (pairs.policy_chosen.sum() + pairs.policy_rejected.sum())
     return (pairs.policy_chosen * chosen_slope).sum() + (pairs.policy_rejected * rejected_slope).sum()

@@ -7,7 +7,7 @@ import torch
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.data.store import PairStore
-from dpo_dist.logps import plain_token_logps
+from dpo_dist.logps import plain_token_logps, sequence_sums
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import World
@@ -32,7 +32,7 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
     with the architecture's own before (models/load.py).
     """
     lengths = pairs.lengths()[pair_ids].sum(1)
-    probed = [int(i) for i in pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]]]
+    probed = pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]].tolist()
     batch = pack_pairs([pairs[i] for i in probed], probed, [1.0] * len(probed), share_completions=False)
     errors = []
     with policy.evaluating():
@@ -61,8 +61,7 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
             tokens = policy.token_logps(batch)
             on_device = batch.to(tokens.logps.device)
             difference = (tokens.logps - reference.token_logps(batch).to(tokens.logps.device)).abs()
-            sums = torch.zeros(on_device.n_sequences, device=difference.device)
-            mean = sums.index_add(0, on_device.sequence, difference) / on_device.lengths
+            mean = sequence_sums(difference, on_device) / on_device.lengths
             worst = torch.maximum(mean[on_device.chosen], mean[on_device.rejected]).tolist()
             if positions:
                 errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]

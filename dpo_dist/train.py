@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler, make_sampler
-from dpo_dist.evaluate import evaluate_run
+from dpo_dist.evaluate import evaluate
 from dpo_dist.export import export_model
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
@@ -23,7 +23,6 @@ from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.step_results import StepLog, StepResults
 from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import open_tracker
-from dpo_dist.run.tracking.metrics_file import last_step
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.prefetch import prefetched
 from dpo_dist.runtime.process import exit_with, run_entry
@@ -41,7 +40,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     config = without_auto(config, inputs, world, terminal)
-    run_dir = RunDir(Path(config.run_dir))
+    run_dir = RunDir(config.run_dir)
     sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
@@ -126,7 +125,7 @@ class Run:
             self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
 
     def is_due(self, every: int | None, step: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is done after this one."""
+        """Whether this step is a multiple of `every`, or the last one."""
         return step == self.total or bool(every and step % every == 0)
 
     def evaluates_after(self, step: int) -> bool:
@@ -134,7 +133,7 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
-        means = evaluate_run(self.config, self.inputs, self.policy, self.reference, self.world)
+        means = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
         if means:
             self.tracker.log({"step": step, "split": "eval", **means})
         return means
@@ -161,17 +160,18 @@ def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, 
             world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
         world.on_main(lambda: add_parity(run.run_dir))
     if done == 0:
-        same_start = run.reference if inputs.same_start else None
+        # where policy and reference start from the same weights, every first margin must be 0
+        same_start = run.reference if inputs.policy_digest == inputs.reference_digest else None
         first_pairs = run.sampler.pairs_of_step(1, config.train.epochs, config.train.max_steps)
         check_step_0(run.policy, same_start, run.batches(1), first_pairs, inputs.train, inputs.dtype, world)
         means = run.evaluate(0)
         return means, means
     if run.evaluates_after(done):
         # the last start ended between saving and evaluating
-        if world.on_main(lambda: last_step(run.run_dir.metrics, "eval")) != done:
+        if not world.on_main(lambda: any(row["step"] == done for row in run.run_dir.rows("eval"))):
             return {}, run.evaluate(done)
         if done == run.total:
-            return {}, evaluate_run(config, inputs, run.policy, run.reference, world)
+            return {}, evaluate(config, inputs, run.policy, run.reference, world)
     return {}, {}
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,10 +83,6 @@ class PackedBatch:
     def n_tokens(self) -> int:
         return self.input_ids.shape[1]
 
-    @property
-    def n_sequences(self) -> int:
-        return self.lengths.shape[0]
-
     def slices(self) -> Iterator[tuple[slice, slice]]:
         """Where in the pack the prompt and the completion of each of the S sequences stand, in order."""
         return ((slice(*tree.prompt), slice(*branch)) for tree in self.trees for branch in tree.branches)
@@ -102,12 +98,14 @@ class PackedBatch:
 
     def pinned(self) -> PackedBatch:
         """The same in page-locked memory, from which a copy to a GPU does not hold up the process."""
-        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return PackedBatch(**{**vars(self), **pinned})
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **pinned)
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return PackedBatch(**{**vars(self), **moved})
+        """The same on the device. From page-locked memory it is copied while the process goes on."""
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items()
+                                 if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

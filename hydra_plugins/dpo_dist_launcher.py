@@ -28,7 +28,7 @@ class DpoDistLauncher(Launcher):
         """One JobReturn a job: the objective, or, where the job failed, the exception. Raises what the user must
         mend."""
         values = self._run_jobs(job_overrides, objective=self._objective, sweeper=self._sweeper)
-        # Optuna's; Hydra's own would stop before its next batch
+        # Optuna's sweeper does; Hydra's own would stop at a failed job, before its next batch
         counts_failures = "max_failure_rate" in self._sweeper
         return [JobReturn(overrides=list(overrides), _return_value=value,
                           status=JobStatus.FAILED if isinstance(value, Exception) and counts_failures

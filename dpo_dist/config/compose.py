@@ -24,24 +24,25 @@ from dpo_dist.config.loss_options import MIXTURE
 from dpo_dist.config.schema import RunConfig
 
 
-def conf_dir() -> Path:
-    """Where the YAML files are: inside the installed package, or beside it in a checkout."""
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package: inside it once installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    inside = package / name
+    return inside if inside.exists() else package.parent / name
+
+
+def conf_dir() -> Path:
+    """Where the YAML files are."""
+    return shipped("conf")
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
     """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend."""
-    return decode(compose_raw(overrides))
-
-
-def compose_raw(overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed config as plain containers, before types and rules are checked."""
     try:
-        return _to_plain(_compose(overrides))
+        plain = _to_plain(_compose(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(overrides, error)) from error
+    return decode(plain)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

@@ -141,9 +141,8 @@ def _in_range(spec: dataclasses.Field[Any], value: Any, key: str) -> Any:
 def _decode_scalar(kind: type, value: Any, key: str) -> Any:
     if value is None or value == "???":                  # ??? is what Hydra shows for a value that must be given
         raise UserError(f"{key} is not set; set {key}=...")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):        # YAML reads 5e-7 as a string
+    # YAML reads 5e-7 as a string
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:

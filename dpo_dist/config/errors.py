@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """' Did you mean X?' for the closest valid name, or the list of them all where nothing is close."""
+    """did you mean 'X'?, with the closest valid name; or the list of all valid names where none is close."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(names)}"

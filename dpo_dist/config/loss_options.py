@@ -18,8 +18,8 @@ class LossOptions:
     uses_rejected: bool = True
     needs_strength: bool = False               # how much better chosen is than rejected, of every pair
     needs_smoothing: bool = False              # label_smoothing above 0
-    # The implicit reward without a reference: the scale's option, times log policy summed over the completion or a mean
-    # of its tokens.
+    # The implicit reward of a loss without a reference: the value of this option, times the completion's log-prob, as
+    # a sum over its tokens or as their mean.
     reward_scale: str | None = None
     reward_of: Literal["sum", "token mean"] = "token mean"
 

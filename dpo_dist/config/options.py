@@ -12,7 +12,8 @@ VALUES = "values"      # decides the reference's log-probs, besides weights and 
 
 def option(*decides: str, above: float | None = None, between: tuple[float, float] | None = None,
            default: Any = dataclasses.MISSING) -> Any:
-    """A field of a config dataclass. Without any of RUN, TOKENS and VALUES the key says where or how, not what."""
+    """A field of a config dataclass. decides: any of RUN, TOKENS and VALUES; a key with none of them changes where or
+    how a run computes, not what. above, between: the range of its value, which decode.py checks."""
     return dataclasses.field(default=default, metadata={"decides": decides, "above": above, "between": between})
 
 

@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import RUN, option
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ class ReferenceConfig:
     gathers_weights: ClassVar[bool] = False        # sharded: a layer is made whole on every rank while it computes
     may_follow: ClassVar[bool] = False             # its weights can be changed, so it can follow the policy (TR-DPO)
     needs_less: ClassVar[str] = "reference=zero"   # what to set if this engine does not fit in memory
+    # why this engine cannot score beside training (reference.mode=ahead); None where it can
+    why_not_ahead: ClassVar[str | None] = None
 
     @property
     def computes_quantized(self) -> bool:
@@ -75,11 +76,6 @@ class ReferenceConfig:
     def check(self, run: RunConfig) -> None:
         """UserError where this engine's keys contradict other keys. Rules for every engine are in rules.py."""
 
-    @property
-    def why_not_ahead(self) -> str | None:
-        """Why this engine cannot score beside training (reference.mode=ahead); None where it can."""
-        return None
-
 
 @dataclass(frozen=True)
 class AuditConfig:
@@ -107,7 +103,3 @@ class OutsideConfig(ReferenceConfig):
 
         return ENGINES[self.audit.oracle](self.path, self.audit.oracle, self.mode, self.procs, self.cache_dir,
                                           self.sync)
-
-
-def does_nothing(key: str, value: Any, why: str) -> UserError:
-    return UserError(f"{key}={value} would do nothing: {why}; remove it")

@@ -9,7 +9,6 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.loss_options import LOSS_OPTIONS, MIXTURE
-from dpo_dist.config.reference import does_nothing
 from dpo_dist.config.schema import LossConfig, RunConfig
 
 PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
@@ -74,10 +73,14 @@ def _validate_label_smoothing(loss: LossConfig) -> None:
         raise UserError("loss.label_smoothing=0.5 leaves no preference to learn; set it below 0.5")
 
 
+def _does_nothing(key: str, value: Any, why: str) -> UserError:
+    return UserError(f"{key}={value} would do nothing: {why}; remove it")
+
+
 def _validate_data(c: RunConfig) -> None:
     for i, dataset in enumerate(c.data.eval):
         if dataset.weight != 1.0:
-            raise does_nothing(f"data.eval[{i}].weight", dataset.weight, "held-out pairs are each counted once")
+            raise _does_nothing(f"data.eval[{i}].weight", dataset.weight, "held-out pairs are each counted once")
     if c.data.eval and c.data.eval_fraction:
         raise UserError(f"data.eval_fraction={c.data.eval_fraction} and data.eval are both set; keep one of them")
     if c.train.eval_every_steps and not c.data.eval and not c.data.eval_fraction:
@@ -113,14 +116,14 @@ def _validate_reference(c: RunConfig) -> None:
     if not c.loss.needs_reference:
         for key, default in (("path", None), ("engine", "hf"), ("mode", "cached")):
             if getattr(r, key) != default:
-                raise does_nothing(f"reference.{key}", getattr(r, key), f"loss.name={c.loss.name} uses no reference")
+                raise _does_nothing(f"reference.{key}", getattr(r, key), f"loss.name={c.loss.name} uses no reference")
 
 
 def _validate_sync(c: RunConfig) -> None:
     sync = c.reference.sync
     for key, value, modes in (("alpha", sync.alpha, ("soft",)), ("every_steps", sync.every_steps, ("soft", "hard"))):
         if value is not None and sync.mode not in modes:
-            raise does_nothing(f"reference.sync.{key}", value, f"reference.sync.mode={sync.mode}")
+            raise _does_nothing(f"reference.sync.{key}", value, f"reference.sync.mode={sync.mode}")
         if value is None and sync.mode in modes:
             raise UserError(f"reference.sync.{key} is not set; set "
                             f"reference.sync.{key}={0.6 if key == 'alpha' else 512}, or another value")
@@ -129,7 +132,7 @@ def _validate_sync(c: RunConfig) -> None:
     if sync.mode == "none":
         return
     if not c.loss.needs_reference:
-        raise does_nothing("reference.sync.mode", sync.mode, f"loss.name={c.loss.name} uses no reference")
+        raise _does_nothing("reference.sync.mode", sync.mode, f"loss.name={c.loss.name} uses no reference")
     if c.reference.mode != "live":
         raise UserError(f"reference.sync.mode={sync.mode} moves the reference while training runs, so its log-probs "
                         f"cannot be scored beforehand (reference.mode={c.reference.mode}); set reference.mode=live")

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.data.fields import Turns
+from dpo_dist.data.fields import Turns, n_shared
 from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
@@ -31,7 +31,7 @@ FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
-class TemplateMisfit(ValueError):
+class TemplateMisfit(Exception):
     """A row that the chat template refuses or renders without a boundary between prompt and completion."""
 
 
@@ -72,22 +72,17 @@ class ChatTemplate:
         """
         prompt = _as_turns(row.prompt, "user")
         chosen, rejected = _as_turns(row.chosen, "assistant"), _as_turns(row.rejected, "assistant")
-        self._check_tools(row.tools, prompt + chosen + rejected)
+        # a template that knows nothing of tools would leave them out silently
+        if row.tools and "tools" not in self.text:
+            raise TemplateMisfit("the row has tools, but the chat template does not show them")
+        if "tool_calls" not in self.text and any(turn.get("tool_calls") for turn in prompt + chosen + rejected):
+            raise TemplateMisfit("the row has tool calls, but the chat template does not show them")
         try:
             text = self.render(prompt, row.tools, generation=True)
-            completions = [self._completion(text, prompt, turns, row.tools) for turns in (chosen, rejected)]
-            return text, completions[0], completions[1]
-        except TemplateMisfit:
-            raise
+            return (text, self._completion(text, prompt, chosen, row.tools),
+                    self._completion(text, prompt, rejected, row.tools))
         except RENDER_ERRORS as error:
             raise TemplateMisfit(f"the chat template refuses the row ({error})") from error
-
-    def _check_tools(self, tools: tuple[dict[str, Any], ...], turns: Turns) -> None:
-        """Raises TemplateMisfit where the template knows nothing of tools, and would leave them out without a word."""
-        if tools and "tools" not in self.text:
-            raise TemplateMisfit("the row has tools, but the chat template does not show them")
-        if "tool_calls" not in self.text and any(turn.get("tool_calls") for turn in turns):
-            raise TemplateMisfit("the row has tool calls, but the chat template does not show them")
 
     def _completion(self, prompt_text: str, prompt: Turns, turns: Turns, tools: tuple[dict[str, Any], ...]) -> str:
         whole = self.render(prompt + turns, tools)
@@ -96,12 +91,13 @@ class ChatTemplate:
         header = self.render((*prompt, {"role": "assistant", "content": ANSWER}), tools).rpartition(ANSWER)[0]
         if header.rstrip() == prompt_text.rstrip() and whole.startswith(header):
             return self._until_end_of_turn(whole[len(header):])
-        n = next((i for i, (a, b) in enumerate(zip(whole, prompt_text, strict=False)) if a != b), len(prompt_text))
+        n = n_shared(whole, prompt_text)
         raise TemplateMisfit("the chat template renders the prompt otherwise once an answer follows: "
                              f"{whole[n:n + 30]!r} where generation has {prompt_text[n:n + 30]!r}")
 
     def _until_end_of_turn(self, text: str) -> str:
-        """The text cut after its end of turn, the first of its closing special tokens: data may bring its own."""
+        """The text, cut after its end of turn. Where several special tokens close it, as data may bring its own, the
+        first end of turn among them counts."""
         closing: list[tuple[str, int]] = []
         end = text.rstrip()
         while end.endswith(self.special):
@@ -131,10 +127,9 @@ def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
                         "mend it") from error
     header, found, tail = whole.rpartition(ANSWER)
     prompt = template.render(trial, generation=True)
-    hint = ""
-    if "enable_thinking" in text:
-        hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})"
     if not found or not (header.startswith(prompt) or header.rstrip() == prompt.rstrip()):
+        thinks = "enable_thinking" in text
+        hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})" if thinks else ""
         raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for "
                         f"generation ends {prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set "
                         "data.chat_template to a Jinja file that renders conversations as its generation prompts begin "
@@ -157,14 +152,13 @@ def _tail_within(template: ChatTemplate, trial: Turns) -> str:
 
 
 def _end_of_turn(tail: str, tail_within: str, special: set[str]) -> tuple[str, ...]:
-    """The special tokens that follow every answer; those that follow only the last one where there are no others.
+    """The special tokens that follow every answer; where there are none, the first that follows the last answer.
 
     A last answer may be followed by more, which ends the text and not the turn: Phi's "<|end|>" and then
     "<|endoftext|>".
     """
-    last, within = _first_special(tail, special), _first_special(tail_within, special)
-    n = next((i for i, (a, b) in enumerate(zip(last, within, strict=False)) if a != b), min(len(last), len(within)))
-    return last[:max(n, 1)]
+    last = _first_special(tail, special)
+    return last[:max(1, n_shared(last, _first_special(tail_within, special)))]
 
 
 def _first_special(tail: str, special: set[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_dist.types import Message
@@ -23,9 +23,15 @@ class Unfit(ValueError):
         self.reason, self.detail = reason, detail
 
 
+def need(fields: Fields, *keys: str) -> None:
+    """Unfit for the first of these keys that is missing."""
+    for key in keys:
+        if key not in fields:
+            raise Unfit(f"{key} is missing", f"fields: {', '.join(fields)}")
+
+
 def text_of(fields: Fields, key: str) -> str:
-    if key not in fields:
-        raise Unfit(f"{key} is missing", f"fields: {', '.join(fields)}")
+    need(fields, key)
     return sound_text(fields[key], key)
 
 
@@ -58,6 +64,11 @@ def judgment_of(fields: Fields) -> dict[str, Any]:
         raise Unfit("strength and margin are both given")
     strength = next((number(fields[key], key) for key in ("strength", "margin") if key in fields), None)
     return {"weight": weight, "strength": strength, "tags": {str(k): str(v) for k, v in tags.items()}}
+
+
+def n_shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many entries at the beginning of both are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # ------------------------------------------------------------------------------------------------------------- messages
@@ -149,5 +160,3 @@ def ids_of(fields: Fields, key: str) -> tuple[int, ...]:
     if ids and not (min(ids) >= 0 and max(ids) < 2**31):
         raise Unfit(f"{key} has an id out of range", f"from {min(ids)} to {max(ids)}")
     return tuple(ids)
-
-

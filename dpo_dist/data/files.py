@@ -162,20 +162,18 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
         return match.end()
 
     while True:
-        failure = "the list is not closed"
-        start = end = skip_blank(at)
+        start = skip_blank(at)
         if window[start:start + 1] == "]":
             return
-        value: Any = None
         try:
             value, end = decoder.raw_decode(window, start)
-            end = skip_blank(end)
-            separator = window[end:end + 1]
-            if separator and separator not in ",]":
-                failure = "',' or ']' expected"
         except json.JSONDecodeError as error:
             failure, separator, end = error.msg, "", error.pos
-        if separator in (",", "]") and separator:
+        else:
+            end = skip_blank(end)
+            separator = window[end:end + 1]
+            failure = "',' or ']' expected" if separator else "the list is not closed"
+        if separator in (",", "]"):
             row += 1
             yield Record(f"{path}:row {row}", value)
             at = end + (separator == ",")
@@ -221,12 +219,11 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
+def _stream_parquet(path: Path) -> Any:
     import datasets  # here, because its import takes longer than reading most files
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        return cast("Iterable[dict[str, Any]]", rows)
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path} is not a readable parquet file: {error}") from error
 
@@ -253,8 +250,11 @@ def _load_from_hub(dataset: DatasetConfig) -> Any:
         return datasets.load_dataset(dataset.path, split=dataset.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:    # offline and not found are OSErrors
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        no_network = "the network is off (HF_HUB_OFFLINE) and it is not in the local hub cache"
-        why = no_network if offline else str(error).splitlines()[0]
-        remedy = "set run.offline=false to download it, or give" if offline else "check the name and split, or give"
+        if offline:
+            why = "the network is off (HF_HUB_OFFLINE) and it is not in the local hub cache"
+            remedy = "set run.offline=false to download it, or give"
+        else:
+            why = str(error).splitlines()[0]
+            remedy = "check the name and split, or give"
         raise UserError(f"data path '{dataset.path}' (split '{dataset.split}') is no file or folder in {Path.cwd()}, "
                         f"and cannot be loaded as a hub data set: {why}; {remedy} a file") from error

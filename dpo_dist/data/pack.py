@@ -59,7 +59,6 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
     positions: list[np.ndarray] = []
     predict_at: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    sequence: list[np.ndarray] = []
     offset: list[np.ndarray] = []
     lengths: list[int] = []
     spans: list[Tree] = []
@@ -78,7 +77,6 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
             positions.append(np.arange(p, p + c))
             predict_at.append(np.concatenate([[root.end - 1], np.arange(at, at + c - 1)]))
             targets.append(ids[-1])
-            sequence.append(np.full(c, len(lengths)))
             offset.append(np.arange(c))
             lengths.append(c)
             at += c
@@ -89,7 +87,8 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
 
     return PackedBatch(
         input_ids=whole(ids)[None], position_ids=whole(positions)[None], trees=tuple(spans),
-        predict_at=whole(predict_at), targets=whole(targets), sequence=whole(sequence), offset=whole(offset),
+        predict_at=whole(predict_at), targets=whole(targets),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)), offset=whole(offset),
         lengths=torch.tensor(lengths, dtype=torch.int64), chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64), pair_ids=tuple(pair_ids),
         weight=torch.tensor(weights, dtype=torch.float32), strength=torch.tensor(strength, dtype=torch.float32))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dpo_dist.config.errors import UserError
 from dpo_dist.sizing.flops import Flops
 
+T = TypeVar("T")
 Indexes = NDArray[np.int64]
 
 # the slowest rank's time over the mean, above which other ways to cut the step are tried
@@ -172,22 +173,30 @@ def _filler(prompts: Iterable[_Prompt], budget: int, share: bool) -> _Unit:
 
 
 def _cut(prompts: Iterable[_Prompt], budget: int, part: float, share: bool) -> list[_Unit]:
-    """Each prompt's pairs whole, or where they cost more than `part`, in so many pieces as that goes into it, as equal
-    as they can be. More pieces only where the token budget wants them."""
+    """Each prompt's pairs whole or, where they cost more than `part`, in as many nearly equal pieces as it takes for a
+    piece to cost about that. The token budget may ask for more pieces."""
     units = []
     for prompt in prompts:
         pieces = _pieces(prompt, budget, math.inf, share)
         wanted = max(len(pieces), math.ceil(sum(piece.cost for piece in pieces) / part))
-        low, high = 0.0, max(piece.cost for piece in pieces)
-        for _ in range(8 if wanted > 1 and len(prompt.pairs) > 1 else 0):
-            middle = (low + high) / 2
-            other = _pieces(prompt, budget, middle, share)
-            if len(other) <= wanted:
-                pieces, high = other, middle
-            else:
-                low = middle
+        if wanted > 1 and len(prompt.pairs) > 1:
+            pieces = _evened(pieces, wanted, max(piece.cost for piece in pieces),
+                             partial(_pieces, prompt, budget, share=share))
         units += pieces
     return units
+
+
+def _evened(parts: list[T], most: int, cap: float, cut: Callable[[float], list[T]]) -> list[T]:
+    """`parts`, cut again with the lowest cap, found by bisection below `cap`, that gives at most `most` of them."""
+    low, high = 0.0, cap
+    for _ in range(8):
+        middle = (low + high) / 2
+        other = cut(middle)
+        if len(other) <= most:
+            parts, high = other, middle
+        else:
+            low = middle
+    return parts
 
 
 def _pieces(prompt: _Prompt, budget: int, cap: float, share: bool) -> list[_Unit]:
@@ -255,14 +264,7 @@ def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[li
     order = sorted(units, key=lambda u: (-u.size.longest, u.members))
     packs = _in_order(order, budget)
     n_packs = -(-len(packs) // world_size) * world_size
-    low, high = 0.0, float(budget)
-    for _ in range(8):
-        middle = (low + high) / 2
-        smaller = _in_order(order, middle)
-        if len(smaller) <= n_packs:
-            packs, high = smaller, middle
-        else:
-            low = middle
+    packs = _evened(packs, n_packs, budget, partial(_in_order, order))
     return packs + [[] for _ in range(n_packs - len(packs))]
 
 
@@ -335,15 +337,14 @@ def _largest_first(
     return packs, left
 
 
-def check_budget(lengths: NDArray[np.int32], where: Sequence[str] | None, tokens_per_microbatch: int,
+def check_budget(lengths: NDArray[np.int32], where: Callable[[int], str], tokens_per_microbatch: int,
                  padded: bool = False) -> None:
     """UserError where one pair is longer than a pack may be: as two padded rows with the prompt in each, or laid end to
-    end."""
+    end. `where` says where the pair of an index comes from."""
     tokens = 2 * (lengths[:, 0] + lengths[:, 1:].max(1)) if padded else lengths.sum(1)
     worst = int(tokens.argmax())
     if tokens[worst] > tokens_per_microbatch:
-        name = f" ({where[worst]})" if where is not None else ""
         how = ", as two padded rows" if padded else ""
         raise UserError(f"train.tokens_per_microbatch={tokens_per_microbatch} is less than the {tokens[worst]} tokens "
-                        f"of one pair{name}{how}; set train.tokens_per_microbatch={tokens[worst]} or more, or lower "
-                        "data.max_length")
+                        f"of one pair ({where(worst)}){how}; set train.tokens_per_microbatch={tokens[worst]} or more, "
+                        "or lower data.max_length")

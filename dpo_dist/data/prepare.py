@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from dpo_dist.config.options import TOKENS, deciding
 from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data.chat import template_text
 from dpo_dist.data.files import content_digest
-from dpo_dist.data.rows import DataRow, read_rows
+from dpo_dist.data.rows import read_rows
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.data.writer import PairWriter, Source, hash64
+from dpo_dist.runtime.files import write_json
 
 FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
-# the settings that decide the tokens: finds a store without reading the data
+# the file with the settings that decide the tokens: by it `plan` finds a store without reading the data
 SETTINGS = "asked.json"
 
 
@@ -45,12 +47,12 @@ def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | N
 
 def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> str:
     """sha256 of all that decides the stores' content: files, tokenizer, template and the values of DataConfig."""
-    # the template by its text, below, not by its file's name
-    values = {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"}
-    contents = [content_digest(dataset) for dataset in (*config.train, *config.eval)]
-    template = template_text(tokenizer, config.chat_template)
-    whole = {"version": FORMAT_VERSION, "values": values, "contents": contents, "tokenizer": tokenizer_digest,
-             "template": template}
+    whole = {
+        "version": FORMAT_VERSION,
+        "values": {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"},
+        "contents": [content_digest(dataset) for dataset in (*config.train, *config.eval)],
+        "tokenizer": tokenizer_digest,
+        "template": template_text(tokenizer, config.chat_template)}                # its text, not its file's name
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -77,7 +79,8 @@ def _write(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
     train = PairWriter(folder / "train", sources)
     held_out = PairWriter(folder / "eval", _sources(config.eval, "data.eval") if config.eval else sources)
     reports = [_fill(dataset, at, config, encoder, train, held_out) for at, dataset in enumerate(config.train)]
-    held_out_reports = [_fill(dataset, at, config, encoder, held_out) for at, dataset in enumerate(config.eval)]
+    held_out_reports = [_fill(dataset, at, config, encoder, held_out, held_out)
+                        for at, dataset in enumerate(config.eval)]
     if not held_out.pairs and config.eval:
         raise UserError(f"data.eval leaves no held-out pair: {_why_none(held_out_reports)}")
     if not held_out.pairs and config.eval_fraction:
@@ -86,26 +89,24 @@ def _write(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
     dated = encoder.template is not None and "strftime_now" in encoder.template.text
     for writer, of_sources, repeated in ((train, reports, 0), (held_out, held_out_reports, shared)):
         writer.close({"sources": of_sources, "pairs_with_training_prompts": repeated, "template_asks_for_date": dated})
-    (folder / SETTINGS).write_text(json.dumps(deciding(config, TOKENS)))
+    write_json(folder / SETTINGS, deciding(config, TOKENS))
 
 
 def _fill(dataset: DatasetConfig, source: int, config: DataConfig, encoder: PairTokenizer, writer: PairWriter,
-          held_out: PairWriter | None = None) -> dict[str, Any]:
+          held_out: PairWriter) -> dict[str, Any]:
     """Reads, tokenizes, truncates and writes one data set; returns its report.
 
-    With `held_out`, the pairs of data.eval_fraction of the prompts go there: which ones, the content of the whole
-    prompt decides.
+    The pairs of data.eval_fraction of the prompts go to `held_out`: which prompts, their whole content decides.
     """
     rows, read = read_rows(dataset, config.on_bad_row)
     cut = TruncationReport()
-    for chunk in _chunks(rows):
+    while chunk := list(islice(rows, ROWS_AT_ONCE)):
         for pair in encoder.encode(chunk):
             kept = truncate(pair, config)
             cut.add(pair, kept)
             if not isinstance(pair, Dropped) and not isinstance(kept, Dropped):
                 prompt = hash64(np.array(pair.prompt_ids, dtype="<i4").tobytes())
-                goes_out = held_out is not None and prompt < config.eval_fraction * 2**64
-                (held_out if held_out is not None and goes_out else writer).add(kept, source, prompt)
+                (held_out if prompt < config.eval_fraction * 2**64 else writer).add(kept, source, prompt)
     return {"read": dataclasses.asdict(read), "tokens": dataclasses.asdict(cut)}
 
 
@@ -119,15 +120,9 @@ def _sources(datasets: Iterable[DatasetConfig], key: str) -> list[Source]:
 
 def _why_none(reports: list[dict[str, Any]]) -> str:
     read = sum(report["read"]["rows"] for report in reports)
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for report in reports:
-        for counts in (report["read"]["bad"]["counts"], report["tokens"]["dropped"]["counts"]):
-            for reason, count in counts.items():
-                reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(report["read"]["bad"]["counts"])
+        reasons.update(report["tokens"]["dropped"]["counts"])
     return f"{read} row(s) read; " + ("; ".join(f"{reason}: {n}" for reason, n in reasons.items())
                                       or "all of them ties")
-
-
-def _chunks(rows: Iterator[DataRow]) -> Iterator[list[DataRow]]:
-    while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        yield chunk

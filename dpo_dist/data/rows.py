@@ -1,8 +1,8 @@
 """Records → PreferenceRows: one function a data format, and the table FORMATS.
 
 Every format may also carry `weight` (> 0, the pair's weight in the loss), `strength` or `margin` (how much better
-chosen is, in the data's own unit) and `tags` ({name: value}). What does not fit is a bad row, with file, line and
-reason: an error or counted.
+chosen is, in the data's own unit) and `tags` ({name: value}). A row that does not fit is a bad row, with file, line
+and reason: an error, or left out and counted (data.on_bad_row).
 """
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from dpo_dist.data.fields import (
     Unfit,
     ids_of,
     judgment_of,
+    n_shared,
+    need,
     number,
     sharegpt_turn,
     sound_text,
@@ -47,10 +49,6 @@ class Tally:
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES_PER_REASON:
             shown.append(example)
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
 
 
 @dataclass
@@ -90,7 +88,7 @@ def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterat
         raise UserError(f"data path '{dataset.path}' has no rows; give a file with rows, or remove it")
     if on_bad_row == "error" and report.bad.counts:
         shown = "".join(f"\n  {text}" for texts in report.bad.examples.values() for text in texts)
-        raise UserError(f"{report.bad.total} bad row(s) of {report.rows} in '{dataset.path}' (format "
+        raise UserError(f"{sum(report.bad.counts.values())} bad row(s) of {report.rows} in '{dataset.path}' (format "
                         f"{report.format}):{shown}\n"
                         "mend them, or set data.on_bad_row=skip to leave them out and count them")
 
@@ -160,15 +158,11 @@ def _is_empty(part: Any) -> bool:
     return not part
 
 
-def _n_shared(a: Turns, b: Turns) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _diverge(chosen: Turns, rejected: Turns, where: str, source: str, system: Fields, **rest: Any) -> PreferenceRow:
     """The row of two whole conversations: the prompt is what they share. They must part at an assistant turn."""
     if chosen == rejected:
         raise Unfit("chosen and rejected are identical")
-    n = _n_shared(chosen, rejected)
+    n = n_shared(chosen, rejected)
     for turns in (chosen, rejected):
         if turns[n:] and turns[n]["role"] != "assistant":
             raise Unfit(f"chosen and rejected part at a {turns[n]['role']} turn, not at an answer", f"turn {n + 1}")
@@ -191,9 +185,7 @@ def preference(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
 
 def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """Chat lists of {"role", "content"}. Without `prompt`, or where both repeat it, the prompt is what they share."""
-    for key in ("chosen", "rejected"):
-        if key not in fields:
-            raise Unfit(f"{key} is missing", f"fields: {', '.join(fields)}")
+    need(fields, "chosen", "rejected")
     chosen, rejected = (turns_of(fields[key], key, "assistant") for key in ("chosen", "rejected"))
     rest = {"tools": tools_of(fields), **judgment_of(fields)}
     prompt = turns_of(fields["prompt"], "prompt", "user") if "prompt" in fields else ()
@@ -208,9 +200,7 @@ def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
 
 def sharegpt(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one turn, or a list of turns."""
-    for key in ("conversations", "chosen", "rejected"):
-        if key not in fields:
-            raise Unfit(f"{key} is missing", f"fields: {', '.join(fields)}")
+    need(fields, "conversations", "chosen", "rejected")
     prompt = turns_of(fields["conversations"], "conversations", "user", sharegpt_turn)
     chosen, rejected = (turns_of(fields[key], key, "assistant", sharegpt_turn) for key in ("chosen", "rejected"))
     yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, tools=tools_of(fields),
@@ -249,9 +239,8 @@ def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]
     `responses` (texts or messages) with `ratings` or `scores` beside it, or a list of {"response" | "content" | "text",
     "rating" | "score"}; UltraFeedback's `instruction` and `completions` with `overall_score` as well.
     """
-    key = next((k for k in ("prompt", "instruction") if k in fields), None)
-    if key is None:
-        raise Unfit("prompt is missing", f"fields: {', '.join(fields)}")
+    key = "instruction" if "instruction" in fields and "prompt" not in fields else "prompt"
+    need(fields, key)
     rated = _rated(fields)
     judgment = {**judgment_of(fields), "tools": tools_of(fields)}
     as_text = (isinstance(fields[key], str) and all(isinstance(answer, str) for answer, _ in rated)

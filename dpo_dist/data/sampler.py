@@ -1,4 +1,4 @@
-"""Which pairs form step N: a function of seed, epoch and data digest: the law that order is a function."""
+"""Which pairs form step N. Seed, epoch and data digest alone decide it (the law: order is a function)."""
 from __future__ import annotations
 
 import hashlib

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.data.packing import PairShapes
-from dpo_dist.data.writer import ARRAYS, Source
+from dpo_dist.data.writer import ARRAYS
 from dpo_dist.types import TokenizedPair
 
 P = TypeVar("P", bound="Pairs")
-
+Parts = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class PairStore:
     def open(path: str | Path) -> PairStore:
         path = Path(path)
         meta = json.loads((path / "meta.json").read_text())
-        mapped: Literal["r"] | None = "r" if meta["pairs"] else None         # an empty file cannot be mapped
         # Plain array views: slicing numpy's memmap class takes ten times as long.
-        return PairStore(path, meta, **{name: np.load(path / f"{name}.npy", mmap_mode=mapped).view(np.ndarray)
+        return PairStore(path, meta, **{name: np.load(path / f"{name}.npy", mmap_mode="r").view(np.ndarray)
                                         for name in ARRAYS})
 
     def __len__(self) -> int:
@@ -54,10 +53,10 @@ class PairStore:
         place, number = self.where[index].tolist()
         where = self.meta["places"][place] + (str(number) if number >= 0 else "")
         strength = float(self.strength[index])
-        return TokenizedPair(prompt, chosen, rejected, where, self.sources[int(self.source[index])].name,
+        return TokenizedPair(prompt, chosen, rejected, where, self.meta["sources"][self.source[index]]["name"],
                              None if np.isnan(strength) else strength, float(self.weight[index]))
 
-    def parts(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    def parts(self, index: int) -> Parts:
         """(prompt, chosen, rejected) token ids as views into the map: no copy."""
         a, b, c, d = self.spans[index].tolist()
         return self.ids[a:b], self.ids[b:c], self.ids[c:d]
@@ -84,13 +83,9 @@ class PairStore:
         return str(self.meta["digest"])
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        return tuple(Source(**source) for source in self.meta["sources"])
-
-    @property
     def source_weights(self) -> tuple[float, ...]:
         """data.train[].weight of each source, by the index that `source` holds."""
-        return tuple(source.weight for source in self.sources)
+        return tuple(source["weight"] for source in self.meta["sources"])
 
     @property
     def report(self) -> dict[str, Any]:
@@ -103,7 +98,7 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def parts(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]: ...
+    def parts(self, index: int) -> Parts: ...
 
     def lengths(self) -> NDArray[np.int32]: ...
 
@@ -123,12 +118,12 @@ class PairStores(Generic[P]):
         store = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._stores[store], index - int(self._first[store])
 
-    def parts(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    def parts(self, index: int) -> Parts:
         """(prompt, chosen, rejected) token ids as views into the maps."""
         store, place = self.at(index)
         return store.parts(place)
 
-    def all_parts(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]]:
+    def all_parts(self) -> Iterator[Parts]:
         """`parts` of every pair in turn, without a search for each."""
         return (store.parts(i) for store in self._stores for i in range(len(store)))
 

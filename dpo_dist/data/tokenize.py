@@ -51,7 +51,7 @@ class PairTokenizer:
     template: ChatTemplate | None
     skip_misfits: bool                       # data.on_bad_row=skip
     anchored: bool = False                   # the tokenizer puts a space before any text
-    bos: tuple[int, ...] = ()                # what begins plain text
+    bos: tuple[int, ...] = ()                # what begins plain text; a chat template writes its own
 
     @staticmethod
     def of(tokenizer: Any | None, config: DataConfig) -> PairTokenizer:
@@ -65,23 +65,18 @@ class PairTokenizer:
         first = "".join(tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"]))
         begun = tokenizer("a")["input_ids"][:1]
         return PairTokenizer(tokenizer, template, skip, anchored=first[:1] in ("▁", "Ġ"),
-                             bos=tuple(begun) if begun == [tokenizer.bos_token_id] else ())
+                             bos=tuple(begun) if template is None and begun == [tokenizer.bos_token_id] else ())
 
     def encode(self, rows: Sequence[DataRow]) -> list[TokenizedPair | Dropped]:
         """A pair for each row, not truncated; rows of token ids pass through. Raises UserError."""
-        out: list[TokenizedPair | Dropped | None] = []
-        split: list[tuple[int, PreferenceRow, tuple[str, str, str]]] = []
-        for at, row in enumerate(rows):
-            texts = row if isinstance(row, TokenizedPair) else self._split(row)
-            out.append(None if isinstance(texts, tuple) else texts)
-            if isinstance(row, PreferenceRow) and isinstance(texts, tuple):
-                split.append((at, row, texts))
-        prompts = self._encode_prompts([texts[0] for _, _, texts in split])
-        completions = self.encode_completions([text for _, _, texts in split for text in texts[1:]])
-        for (at, row, _), prompt, chosen, rejected in zip(split, prompts, completions[::2], completions[1::2],
-                                                          strict=True):
-            out[at] = TokenizedPair(prompt, chosen, rejected, row.where, row.source, row.strength, row.weight)
-        return [pair for pair in out if pair is not None]
+        found = [row if isinstance(row, TokenizedPair) else self._split(row) for row in rows]
+        texts = [texts for texts in found if isinstance(texts, tuple)]
+        prompts = [tuple(ids) if tuple(ids[:1]) == self.bos else (*self.bos, *ids)
+                   for ids in self._ids([prompt for prompt, _, _ in texts])]
+        completions = self.encode_completions([text for _, chosen, rejected in texts for text in (chosen, rejected)])
+        ids = zip(prompts, completions[::2], completions[1::2], strict=True)
+        return [TokenizedPair(*next(ids), row.where, row.source, row.strength, row.weight)
+                if isinstance(entry, tuple) else entry for row, entry in zip(rows, found, strict=True)]
 
     def _split(self, row: PreferenceRow) -> tuple[str, str, str] | Dropped:
         if self.tokenizer is None:
@@ -106,10 +101,6 @@ class PairTokenizer:
             return []
         return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
                                    verbose=False)["input_ids"])
-
-    def _encode_prompts(self, texts: list[str]) -> list[tuple[int, ...]]:
-        bos = self.bos if self.template is None else ()      # a template writes its own
-        return [tuple(ids) if tuple(ids[:1]) == bos else (*bos, *ids) for ids in self._ids(texts)]
 
     def encode_completions(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Token ids of texts that continue a prompt, closed by an end-of-turn token.

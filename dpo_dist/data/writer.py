@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from array import array
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.runtime.files import sync_file
+from dpo_dist.runtime.files import sync_file, write_json
 from dpo_dist.types import TokenizedPair
 
 ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns = one-dimensional
@@ -53,9 +52,6 @@ class PairWriter:
         self.prompt_hashes, self.pair_hashes = array("Q"), array("Q")
         self.pairs = self.tokens = 0
         self.largest_id = -1
-        self._clear()
-
-    def _clear(self) -> None:
         self.waiting: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, pair: TokenizedPair, source: int, prompt_hash: int) -> None:
@@ -85,7 +81,7 @@ class PairWriter:
         if self.waiting["spans"]:
             for name, values in self.waiting.items():
                 self.files[name].append(np.concatenate(values) if name == "ids" else np.array(values))
-            self._clear()
+                values.clear()
 
     def close(self, report: dict[str, Any]) -> None:
         """Completes the files. `report` is stored as it is, with the repetitions among the pairs added."""
@@ -97,9 +93,7 @@ class PairWriter:
         meta = {"pairs": self.pairs, "tokens": self.tokens, "largest_id": self.largest_id, "digest": digest,
                 "sources": [vars(source) for source in self.sources], "places": list(self.places),
                 "report": {**report, **repeats}}
-        with open(self.path / "meta.json", "w") as stream:
-            json.dump(meta, stream, indent=1)
-            sync_file(stream)
+        write_json(self.path / "meta.json", meta)
 
 
 def hash64(content: bytes) -> int:
@@ -125,10 +119,10 @@ class _NpyFile:
     def close(self) -> str:
         """The sha256 of the content."""
         shape = (self.items // self.columns, self.columns) if self.columns else (self.items,)
-        header = repr({"descr": self.dtype, "fortran_order": False, "shape": shape}).encode()
-        room = NPY_HEADER_BYTES - len(np.lib.format.magic(1, 0)) - 2
         self.stream.seek(0)
-        self.stream.write(np.lib.format.magic(1, 0) + room.to_bytes(2, "little") + header.ljust(room - 1) + b"\n")
+        np.lib.format.write_array_header_1_0(
+            self.stream, {"descr": self.dtype, "fortran_order": False, "shape": shape})
+        assert self.stream.tell() == NPY_HEADER_BYTES, "numpy pads every header to this size"
         sync_file(self.stream)
         self.stream.close()
         return self.hash.hexdigest()

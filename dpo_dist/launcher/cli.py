@@ -1,5 +1,4 @@
-"""The command `dpo-dist VERB [key=value ...]`. No torch here, and each verb imports only what it needs: help is
-instant."""
+"""The command `dpo-dist VERB [key=value ...]`. Help is instant: no torch, and a verb imports only what it needs."""
 from __future__ import annotations
 
 import os
@@ -20,15 +19,12 @@ from dpo_dist.launcher.local import device_count
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
 
-STAGE_VERBS = {
+VERBS = {
     "run": "the whole way: score the reference, train, evaluate on held-out pairs, export",
     "score": "fill the cache with the reference's log-probs, and nothing else",
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
     "export": "write <run.dir>/model from the newest whole checkpoint",
-}
-VERBS = {
-    **STAGE_VERBS,
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
@@ -64,10 +60,8 @@ def _main(words: list[str]) -> int:
     if verb == "status":
         print(status(_run_dir(rest)))
         return 0
-    show, dry_run = _take_cfg(rest), _take_dry_run(rest)
-    sweeps = verb == "run" and not show and "-m" in rest
-    if sweeps:
-        rest.remove("-m")
+    show, dry_run = _take_cfg(rest), _take("--dry-run", rest)
+    sweeps = verb == "run" and not show and _take("-m", rest)
     for word in rest:
         if word.startswith("-"):
             raise UserError(f"unknown option '{word}': the options are --help, --cfg job, --dry-run, and -m for run "
@@ -87,8 +81,7 @@ def _main(words: list[str]) -> int:
         raise UserError(f"cluster.jobs_at_once={config.cluster.jobs_at_once} does nothing without a sweep; remove it, "
                         "or sweep with run -m")
     if show:
-        print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)),
-              end="\n" if show == "run_dir" else "")
+        print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)).rstrip())
         return 0
     launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
@@ -100,6 +93,7 @@ def _main(words: list[str]) -> int:
 
 
 def _take_cfg(rest: list[str]) -> str | None:
+    """What --cfg is to show, or None without it. Takes both words out of `rest`."""
     if "--cfg" not in rest:
         return None
     at = rest.index("--cfg")
@@ -110,11 +104,12 @@ def _take_cfg(rest: list[str]) -> str | None:
     return what[0]
 
 
-def _take_dry_run(rest: list[str]) -> bool:
-    if "--dry-run" not in rest:
-        return False
-    rest.remove("--dry-run")
-    return True
+def _take(option: str, rest: list[str]) -> bool:
+    """Whether the option is given. Takes it out of `rest`."""
+    given = option in rest
+    if given:
+        rest.remove(option)
+    return given
 
 
 def _run_dir(rest: list[str]) -> Path:
@@ -148,11 +143,10 @@ def _usage() -> str:
 
 
 def _verb_help(verb: str) -> str:
-    lines = [f"dpo-dist {verb} [key=value ...]: {VERBS[verb]}", "",
-             "Groups are chosen as in loss=ipo zero=zero2 tracking=wandb; keys are set as in loss.beta=0.3:", ""]
-    for key, default, meaning in documented_keys():
-        lines.append(f"  {key + '=' + default:<44} {meaning}")
-    return "\n".join(lines)
+    keys = [f"  {key + '=' + default:<44} {meaning}" for key, default, meaning in documented_keys()]
+    return "\n".join([
+        f"dpo-dist {verb} [key=value ...]: {VERBS[verb]}", "",
+        "Groups are chosen as in loss=ipo zero=zero2 tracking=wandb; keys are set as in loss.beta=0.3:", "", *keys])
 
 
 if __name__ == "__main__":

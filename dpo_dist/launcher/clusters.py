@@ -1,5 +1,4 @@
-"""What a cluster's module does for the command line. A new cluster is launcher/<cluster.name>.py and
-sweep/run_<name>.py."""
+"""What the modules of a cluster do for the command line: launcher/<name>.py, and launcher/sweep/run_<name>.py."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from dpo_dist.launcher.plan import LaunchPlan
 
 class Launcher(Protocol):
     def start(self, launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
-        """Runs or submits the stages; the command's exit code. dry_run: shows what would be submitted."""
+        """Runs or submits the stages; the command's exit code. dry_run: only shows what would be submitted."""
 
     def commands(self, launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
         """{stage: the command line that starts or submits it}."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
@@ -76,10 +74,11 @@ def by_hand(stage: Stage) -> list[str]:
 
 
 def _work(stage: Stage, run_dir: str, procs_on_machine: int, quiet: bool) -> Work:
-    folder = RunDir(Path(stage.run_dir or run_dir))
+    folder = RunDir(stage.run_dir or run_dir)
     environment = rank_environment(procs_on_machine)
     if stage.devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(stage.devices))
+        named = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(named[d] if named else str(d) for d in stage.devices)
     return Work(stage.name, stage.module, stage.overrides, folder, folder.launcher_log,
                 Place(stage.procs_per_node, master_port=free_port()), environment, quiet)
 
@@ -88,9 +87,3 @@ def rank_environment(procs_on_machine: int) -> dict[str, str]:
     """This process's environment, with an equal share of the processors for each rank unless a person has set one."""
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs_on_machine)), **os.environ,
             "PYTHONUNBUFFERED": "1"}
-
-
-def _visible(numbers: Sequence[int]) -> list[str]:
-    """The devices of these numbers, as CUDA_VISIBLE_DEVICES names them."""
-    named = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
-    return [named[d] if named else str(d) for d in numbers]

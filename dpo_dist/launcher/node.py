@@ -3,7 +3,7 @@ every node.
 
     NNODES  NODE_RANK  MASTER_ADDR   how many nodes, which of them this is (from 0), and the name or address of node 0
     MASTER_PORT                      a port that is free on node 0 (29500)
-    PROCS_PER_NODE                   processes on a node, the same on all (one a GPU, or one)
+    PROCS_PER_NODE                   processes on a node, the same on all (cluster.procs_per_node; else one a GPU)
     MODULE                           what runs: dpo_dist.train, dpo_dist.score, ... (dpo_dist.train)
     RUN_DIR                          where logs go (what the overrides say)
 
@@ -12,18 +12,16 @@ a Slurm job and the container.
 """
 from __future__ import annotations
 
-import glob
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.launcher.local import rank_environment
+from dpo_dist.launcher.local import device_count, rank_environment
 from dpo_dist.launcher.ranks import Place, Work
 from dpo_dist.launcher.signals import TO_END, receiving
 from dpo_dist.launcher.supervisor import run
@@ -34,8 +32,9 @@ def main(overrides: Sequence[str]) -> int:
     """0 where this node's ranks are done, or have saved after a signal; 130 after Ctrl-C. Failures are told on stderr,
     with the node's name."""
     try:
-        place = place_of(os.environ)
-        run_dir = RunDir(Path(os.environ.get("RUN_DIR") or compose(overrides).run_dir))
+        config = compose(overrides)
+        place = place_of(os.environ, config.cluster.procs_per_node or device_count(config.cluster))
+        run_dir = RunDir(os.environ.get("RUN_DIR") or config.run_dir)
         with receiving(*TO_END) as received:
             return _run(place, run_dir, overrides, received)
     except UserError as error:
@@ -62,8 +61,9 @@ def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequ
     return code
 
 
-def place_of(environment: Mapping[str, str]) -> Place:
-    """Where this node stands. UserError where it cannot know."""
+def place_of(environment: Mapping[str, str], procs: int) -> Place:
+    """Where this node stands, with so many processes unless the environment says otherwise. UserError where it cannot
+    know."""
     def read(*names: str, default: int, least: int = 1) -> int:
         name = next((name for name in names if environment.get(name)), None)
         if name is None:
@@ -79,8 +79,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
                         "next, and so on")
     master = environment.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_of_slurm(environment))
     port = read("MASTER_PORT", default=20000 + read("SLURM_JOB_ID", default=9500) % 10000)
-    procs = read("PROCS_PER_NODE", default=max(1, len(glob.glob("/dev/nvidia[0-9]*"))))
-    return Place(procs, node, nodes, master, port)
+    return Place(read("PROCS_PER_NODE", default=procs), node, nodes, master, port)
 
 
 def _first_of_slurm(environment: Mapping[str, str]) -> str:

@@ -1,13 +1,11 @@
-"""What a node finds wrong with itself before the work: python -m dpo_dist.launcher.node_check [overrides]. No torch
-here."""
+"""What a node finds wrong with itself before the work: python -m dpo_dist.launcher.node_check [overrides]."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +29,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".probe-{socket.gethostname()}-{os.getpid()}"
-        probe.write_text("written")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".probe-") as probe:
+            probe.write(b"written")
     except OSError as error:
         yield f"run.dir={run_dir} cannot be written: {error}"
         return

@@ -1,5 +1,4 @@
-"""RunConfig → the stages of a command: which entry point, on how many nodes, in how many processes, after what.
-Pure."""
+"""RunConfig → the stages of a command: which entry point, on how many nodes, in how many processes, after what."""
 from __future__ import annotations
 
 import re
@@ -73,6 +72,11 @@ def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices:
     return LaunchPlan(config.run_dir, tuple(stages))
 
 
+def quoted(text: str) -> str:
+    """The text as the value of an override, whatever characters it has."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
 def _server_nodes(name: str, config: RunConfig) -> int:
     """Only the stage that scores holds nodes for servers: the others find the values in the cache."""
     scores = "train" if config.reference.mode == "live" else "score"
@@ -88,8 +92,7 @@ def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -
     if not shared and trainers + scorers > devices:
         raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's "
                         f"{devices} devices; set cluster.procs_per_node={max(1, devices - scorers)}")
-    quoted = "'" + config.scorer_dir.replace("'", "\\'") + "'"
-    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+", config.scorer_dir) else quoted
+    folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+", config.scorer_dir) else quoted(config.scorer_dir)
     own = [f"run.dir={folder}", "cluster.nodes=1", f"cluster.procs_per_node={scorers}"]
     if config.zero.stage is None:
         own.append("zero.stage=0")                        # plain torch is for one process; scoring does not look at it

@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Work:
-    """What every rank of a machine runs, and where it leaves its words."""
+    """What every rank of a machine runs, and where its output goes."""
 
     name: str                                  # for messages: the stage
     module: str
@@ -113,8 +113,7 @@ class Ranks:
         until = time.monotonic() + SECONDS_FOR_SURVIVORS
         while self.running and time.monotonic() < until:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        if self.running:
-            self.kill()
+        self.kill()
 
     @property
     def code(self) -> int:

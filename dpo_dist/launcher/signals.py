@@ -1,4 +1,4 @@
-"""Signals that are noted where they come, and acted on where nothing is lost."""
+"""Signals are noted when they come, and acted on later, where nothing is lost."""
 from __future__ import annotations
 
 import signal
@@ -13,13 +13,12 @@ def receiving(*numbers: signal.Signals) -> Iterator[list[int]]:
     """Collects these signals while the block runs, in order; one that is ignored (nohup) stays ignored. They are noted,
     not raised: an exception while a process is being started would lose that process."""
     received: list[int] = []
-    former = {number: signal.getsignal(number) for number in numbers}
-    heard = [number for number, handler in former.items() if handler is not signal.SIG_IGN]
+    former = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
     note: Callable[..., None] = lambda number, frame: received.append(number)      # noqa: E731
-    for number in heard:
+    for number in former:
         signal.signal(number, note)
     try:
         yield received
     finally:
-        for number in heard:
-            signal.signal(number, former[number])
+        for number, handler in former.items():
+            signal.signal(number, handler)

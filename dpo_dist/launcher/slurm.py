@@ -1,5 +1,4 @@
-"""cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch, which also works by
-hand."""
+"""cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch."""
 from __future__ import annotations
 
 import json
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.cluster import SlurmClusterConfig, SlurmConfig
+from dpo_dist.config.compose import shipped
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
@@ -41,10 +41,17 @@ class BatchJob:
 
 
 def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
+    jobs, run_dir = jobs_of(launch, config), Path(launch.run_dir)
     if dry_run:
-        print(describe(jobs_of(launch, config)))
+        print(describe(jobs))
         return 0
-    for stage, job in submit(launch, config).items():
+    busy = [job for job in recorded_jobs(run_dir).values() if is_alive(job)]
+    if busy:
+        raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
+                        "with scancel")
+    ids = submit_jobs(jobs)
+    record(run_dir, ids)
+    for stage, job in ids.items():
         print(f"submitted {stage}: job {job}")
     print(f"output: {launch.run_dir}/slurm; where it is: dpo-dist status {launch.run_dir}")
     return 0
@@ -56,7 +63,8 @@ def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
 
 def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
     """The stages as jobs, in order. Writes nothing."""
-    folder = RunDir(Path(launch.run_dir)).slurm
+    folder = RunDir(launch.run_dir).slurm
+
     def job_of(stage: Stage) -> BatchJob:
         script = render(stage, config, job_name(launch.run_dir, stage.name), folder / f"{stage.name}-%j.out",
                         run_dir=stage.run_dir or launch.run_dir)
@@ -64,18 +72,6 @@ def jobs_of(launch: LaunchPlan, config: RunConfig) -> list[BatchJob]:
         return BatchJob(stage.name, script, folder / f"{stage.name}.sbatch", stage.overrides, stage.after, companions)
 
     return [job_of(stage) for stage in launch.stages]
-
-
-def submit(launch: LaunchPlan, config: RunConfig) -> dict[str, str]:
-    """Submits the stages; {stage: job id}, which is also kept in <run.dir>/slurm.json."""
-    jobs = jobs_of(launch, config)
-    busy = [job for job in recorded_jobs(Path(launch.run_dir)).values() if is_alive(job)]
-    if busy:
-        raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
-                        "with scancel")
-    ids = submit_jobs(jobs)
-    record(Path(launch.run_dir), ids)
-    return ids
 
 
 def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
@@ -130,34 +126,27 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
     slurm = config.cluster.slurm
     before, _, rest = shipped("slurm/train.sbatch").read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    options = _options(stage, config, slurm, name, output, array)
-    if stage.server_nodes:
-        options += ["hetjob", *_server_options(stage, config, slurm)]
-    options = [f"#SBATCH {option}" for option in options]
-    return "\n".join([before + BEGIN + "\n".join(options), *_variables(stage, config, slurm, run_dir, tasks),
-                      END + after])
+    options = [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
+               f"--signal=B:USR1@{slurm.signal_seconds}",
+               *_machines(stage.nodes, stage.procs_per_node, config.cluster)]
+    if stage.server_nodes:                # the second part of a heterogeneous job: nodes for the reference's servers
+        options += ["hetjob", "--ntasks-per-node=1", "--requeue",
+                    *_machines(stage.server_nodes, config.reference.server_gpus, config.cluster), *slurm.server_extra]
+    return "\n".join([before + BEGIN + "\n".join(f"#SBATCH {option}" for option in options),
+                      *_variables(stage, slurm, run_dir, tasks), END + after])
 
 
-def _options(stage: Stage, config: RunConfig, slurm: SlurmConfig, name: str, output: Path,
-             array: str | None) -> list[str]:
-    return [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
-            f"--signal=B:USR1@{slurm.signal_seconds}", *_machines(stage.nodes, stage.procs_per_node, config, slurm)]
-
-
-def _server_options(stage: Stage, config: RunConfig, slurm: SlurmConfig) -> list[str]:
-    """The second part of a heterogeneous job: nodes for the reference's servers."""
-    return ["--ntasks-per-node=1", "--requeue",
-            *_machines(stage.server_nodes, config.reference.server_gpus, config, slurm), *slurm.server_extra]
-
-
-def _machines(nodes: int, gpus: int, config: RunConfig, slurm: SlurmConfig) -> list[str]:
+def _machines(nodes: int, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
+    """The options of sbatch that ask for nodes."""
+    slurm = cluster.slurm
     optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit,
                 "exclude": slurm.exclude}
-    return [f"--nodes={nodes}", *([] if config.cluster.device == "cpu" else [f"--gpus-per-node={gpus}"]),
+    return [f"--nodes={nodes}", *([] if cluster.device == "cpu" else [f"--gpus-per-node={gpus}"]),
             *(f"--{key}={value}" for key, value in optional.items() if value is not None), *slurm.extra]
 
 
-def _variables(stage: Stage, config: RunConfig, slurm: SlurmConfig, run_dir: str, tasks: Path | None) -> list[str]:
+def _variables(stage: Stage, slurm: SlurmConfig, run_dir: str, tasks: Path | None) -> list[str]:
+    """The lines of bash that set what the rest of train.sbatch reads."""
     own_python = bool(slurm.setup) or slurm.container_image is not None
     container = []
     if slurm.container_image is not None:
@@ -177,13 +166,6 @@ def _variables(stage: Stage, config: RunConfig, slurm: SlurmConfig, run_dir: str
 def job_name(folder: str, stage: str) -> str:
     """A job's name: the run's folder and the stage, in letters that Slurm and file names take."""
     return re.sub(r"[^\w.-]", "-", f"{Path(folder).name}-{stage}")
-
-
-def shipped(name: str) -> Path:
-    """A folder or file of launch/ or slurm/: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / name
-    return inside if inside.exists() else package.parent / name
 
 
 # ------------------------------------------------------------------------------------------------------- jobs under way

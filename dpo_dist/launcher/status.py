@@ -11,14 +11,13 @@ from dpo_dist.runtime.run_dir import RunDir
 
 def status(run_dir: Path) -> str:
     """A few lines: how the run stands, its last step, its checkpoints, its jobs. UserError where there is no run."""
-    if not RunDir(run_dir).logs.is_dir() and not recorded_jobs(run_dir):
+    folder, jobs = RunDir(run_dir), recorded_jobs(run_dir)
+    if not folder.logs.is_dir() and not jobs:
         raise UserError(f"{run_dir} holds no run; give the run.dir of one, as in: dpo-dist status runs/my-run")
-    lines = [f"run       {run_dir}", f"state     {RunDir(run_dir).state()}", f"step      {_last_step(run_dir)}"]
-    saved = ", ".join(folder.name for folder in RunDir(run_dir).checkpoints())
-    lines.append(f"saved     {saved or 'nothing yet'}")
-    for stage, job in recorded_jobs(run_dir).items():
-        lines.append(f"{stage:<9} job {job}: {_job_state(job)}")
-    return "\n".join(lines)
+    saved = ", ".join(checkpoint.name for checkpoint in folder.checkpoints())
+    return "\n".join([f"run       {run_dir}", f"state     {folder.state()}", f"step      {_last_step(folder)}",
+                      f"saved     {saved or 'nothing yet'}",
+                      *(f"{stage:<9} job {job}: {_job_state(job)}" for stage, job in jobs.items())])
 
 
 def _job_state(job: str) -> str:
@@ -28,13 +27,10 @@ def _job_state(job: str) -> str:
         return f"unknown: {error}"
 
 
-def _last_step(run_dir: Path) -> str:
-    metrics, written = RunDir(run_dir).metrics, RunDir(run_dir).run_json
-    if not metrics.exists():
-        return "none yet"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-    train = [row for row in rows if row["split"] == "train"]
+def _last_step(folder: RunDir) -> str:
+    train = folder.rows("train")
     if not train:
         return "none yet"
+    written = folder.run_json
     most = json.loads(written.read_text())["config"]["train"]["max_steps"] if written.exists() else None
     return f"{train[-1]['step']}{f' of {most}' if most else ''}, loss {float(train[-1]['loss']):.4f}"

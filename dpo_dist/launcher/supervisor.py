@@ -17,7 +17,7 @@ TAIL_LINES = 20
 
 
 def run(work: Work, received: Sequence[int], companions: Sequence[Work] = ()) -> int:
-    """Starts the ranks, and companions that serve them, and waits; the exit code. Ranks' own words pass through.
+    """Starts the ranks, and companions that serve them, and waits; the exit code. What ranks print passes through.
 
     received: see signals.py. A signal goes to all ranks, which save first (runtime/preemption.py); a second Ctrl-C
     kills them. 128 and the signal's number where one ended the work in good order.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_dist.models.varlen import Attend, Kernel, choose_kernel
+from dpo_dist.models.trial import first_line
+from dpo_dist.models.varlen import Attend, choose_kernel, visible_keys
 from dpo_dist.types import Span, Tree
 
 
@@ -28,8 +29,12 @@ class Forest:
 
     def __init__(self, trees: Sequence[Tree]):
         self.lengths = [span.end - span.start for tree in trees for span in (tree.prompt, *tree.branches)]
-        self.branches = [len(tree.branches) for tree in trees]
-        self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        # for each prompt and branch: which of the `lengths` it sees, its prompt's and its own
+        self._sees: list[list[int]] = []
+        for tree in trees:
+            prompt = len(self._sees)
+            self._sees += [[prompt], *([prompt, prompt + i] for i in range(1, len(tree.branches) + 1))]
+        self.mask = cache(visible_keys)          # one for all layers
         self._starts: dict[torch.device, Tensor] = {}
 
     def keys_of_each(self, key: Tensor, dim: int) -> list[list[Tensor]]:
@@ -38,20 +43,13 @@ class Forest:
         Cut by one split: its backward is one concatenation, where each slice's own would fill a tensor of the whole
         pack.
         """
-        pieces, out = iter(key.split(self.lengths, dim)), []
-        for branches in self.branches:
-            prompt = next(pieces)
-            out += [[prompt], *([prompt, next(pieces)] for _ in range(branches))]
-        return out
+        pieces = key.split(self.lengths, dim)
+        return [[pieces[i] for i in seen] for seen in self._sees]
 
     @cached_property
     def seen(self) -> list[int]:
-        """Keys that each prompt and branch sees, itself included."""
-        lengths, out = iter(self.lengths), []
-        for branches in self.branches:
-            prompt = next(lengths)
-            out += [prompt, *(prompt + next(lengths) for _ in range(branches))]
-        return out
+        """How many keys each prompt and branch sees, its own included."""
+        return [sum(self.lengths[i] for i in seen) for seen in self._sees]
 
     def starts(self, device: torch.device) -> Tensor:
         """(2, prompts and branches + 1) int32: where the queries and the keys of each begin, and the last end."""
@@ -62,35 +60,21 @@ class Forest:
             self._starts[device] = starts.to(device, non_blocking=device.type == "cuda")
         return self._starts[device]
 
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """(queries, keys) bool: causal, aligned at the lower right, at most `window` keys back."""
-        at = (queries, keys, window, device)
-        if at not in self._masks:
-            visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-            self._masks[at] = visible if window is None else visible.triu(keys - queries - window + 1)
-        return self._masks[at]
-
 
 def branch_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
                      sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
-    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). No forest: causal rows."""
+    """(1, T, H, D) attention of a pack. query (1, H, T, D); key, value (1, Hkv, T, D). No forest: plain causal rows."""
     if forest is None:
         rows = _attend(Forest(()), query, key, value, scaling, sliding_window, softcap)
         return rows.transpose(1, 2).contiguous(), None
-    kernel = _kernel(query, key, softcap)
-    if kernel is not None:
-        return packed_attention(query, key, value, forest, scaling, sliding_window, kernel.attend), None
+    if query.is_cuda and softcap is None:
+        kernel = choose_kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]).kernel
+        if kernel is not None:
+            return packed_attention(query, key, value, forest, scaling, sliding_window, kernel.attend), None
     parts = zip(query.split(forest.lengths, 2), forest.keys_of_each(key, 2), forest.keys_of_each(value, 2), strict=True)
     out = [_attend(forest, q, torch.cat(k, 2), torch.cat(v, 2), scaling, sliding_window, softcap) for q, k, v in parts]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
-
-
-def _kernel(query: Tensor, key: Tensor, softcap: float | None) -> Kernel | None:
-    """The variable-length kernel that takes this layer, or None."""
-    if not query.is_cuda or softcap is not None:
-        return None
-    return choose_kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]).kernel
 
 
 def describe_attention(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -160,19 +144,21 @@ def branch_misfit(config: PretrainedConfig) -> str | None:
     architecture's own attention computes each row alone. Features that ours lacks (sinks, chunks) show here.
     """
     try:
-        small = shrink(config)
-        model = AutoModelForCausalLM.from_config(small, attn_implementation="branch", dtype=torch.float32).eval()
-        twin = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager",
-                                                dtype=torch.float32).eval()
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            for parameter in model.parameters():
-                parameter.normal_(0.0, 0.2)
-            twin.load_state_dict(model.state_dict())
-            error = _packed_error(model, twin)
+        error = _packed_error(tiny_model(config, "branch"), tiny_model(config, "eager"))
     except Exception as problem:         # an unknown architecture may fail in any way
-        return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+        return first_line(problem)
     return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
+
+
+def tiny_model(config: PretrainedConfig, attention: str, scale: int = 1) -> Any:
+    """A model of shrink(config, scale) in fp32, in evaluation mode, with the same random weights at every call."""
+    with torch.random.fork_rng(), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(shrink(config, scale), attn_implementation=attention,
+                                                 dtype=torch.float32).eval()
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2)
+    return model
 
 
 def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
@@ -184,21 +170,24 @@ def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
             setattr(small, key, value)
     if getattr(small, "num_key_value_heads", None) and config.num_key_value_heads == config.num_attention_heads:
         small.num_key_value_heads = small.num_attention_heads
-    kinds = getattr(config, "layer_types", None)
-    layers = max(2, len(set(kinds))) if kinds else 2
-    if kinds:                                                   # one layer of each kind
-        small.layer_types = (list(dict.fromkeys(kinds)) * 2)[:layers]
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    layers = max(2, len(kinds))
+    if kinds:
+        small.layer_types = (kinds * 2)[:layers]
     for key in ("num_hidden_layers", "n_layer"):
         if hasattr(small, key):
             setattr(small, key, layers)
     return small
 
 
+@torch.no_grad()
 def _packed_error(model: Any, twin: Any) -> float:
+    """The largest difference between the hidden states of a pack by `model` and of its rows by `twin`, over their
+    largest."""
     ids = torch.arange(3, 27)
     prompt, left, right = ids[:10], ids[10:18], ids[18:]
     tree = Tree(Span(0, 10), (Span(10, 18), Span(18, 24)))
-    positions = torch.cat([torch.arange(10), torch.arange(10, 18), torch.arange(10, 16)])
+    positions = torch.tensor([*range(10), *range(10, 18), *range(10, 16)])
     packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
                               forest=Forest([tree])).last_hidden_state[0]
     rows = [twin.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0]

@@ -63,7 +63,7 @@ def checkpoint_layers(model: nn.Module, how: bool | int) -> None:
 
 def _flat_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     """x W^T + b over rows of tokens: one operator with any F.linear. DeepSpeed's (ZeRO-3) adds the bias to a product of
-    three dimensions in place, which a kept product must not suffer: computed again, it would get its bias twice."""
+    three dimensions in place. If that product is kept, recomputing would add the bias a second time."""
     return F.linear(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias).view(*x.shape[:-1], -1)
 
 
@@ -76,7 +76,7 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 def _policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     """Depends on the operator and its shapes only: torch before 2.13 asks again when it recomputes, and needs the same
     answer."""
-    return CheckpointPolicy.MUST_SAVE if _is_dear(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_costly(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
@@ -86,8 +86,8 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
 
 
 class _NoneInPlace(TorchDispatchMode):
-    """Sees to it that no kept output is changed in place: kept as it is afterwards, it would be changed once more when
-    computed again. torch's own check does not see changes inside an autograd function."""
+    """Raises UserError where a kept output is changed in place: what is kept has the change already, and recomputing
+    would make it a second time. torch's own check does not see changes inside an autograd function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _NoneInPlace(TorchDispatchMode):
             raise UserError("model.gradient_checkpointing keeps the outputs of products, but this model changes one "
                             f"in place ({operator}); set model.gradient_checkpointing=true or false")
         out = operator(*args, **(kwargs or {}))
-        if _is_dear(operator, args):
+        if _is_costly(operator, args):
             self._kept.add(_storage(out[0] if isinstance(out, tuple) else out))
         return out
 
@@ -115,7 +115,7 @@ def _written(operator: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
             yield value
 
 
-def _is_dear(operator: Any, args: tuple[Any, ...]) -> bool:
+def _is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
     """True for what takes longer to compute than to read: products and attention, but not LoRA's small B."""
     if operator in _PRODUCTS:
         matrix = args[2 if operator is aten.addmm.default else 1]

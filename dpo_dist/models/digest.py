@@ -35,9 +35,8 @@ def _tensor_digests(file: Path) -> list[tuple[str, str, str]]:
     with file.open("rb") as f:
         header_size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(header_size))
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
             start, end = entry["data_offsets"]
             f.seek(8 + header_size + start)
             digest = hashlib.blake2b(digest_size=16)

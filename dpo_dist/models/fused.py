@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.attention import shrink
+from dpo_dist.models.trial import first_line, worst_error
 
 NORM, SWIGLU, ROTARY = "norms", "SwiGLU", "rotary embedding"
 ROTARY_FUNCTION = "apply_rotary_pos_emb"            # what transformers' attention modules call
@@ -30,7 +32,7 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"            # what transformers' attenti
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of fused_kernels.py, or plain ones in tests. `norm`: None before torch 2.10, which has none."""
+    """The functions of fused_kernels.py, or plain ones in tests. `norm` is None where torch has none (before 2.10)."""
 
     norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] | None
     norm_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -40,7 +42,7 @@ class Kernels:
 
 
 def gpu_kernels() -> Kernels:
-    """ImportError where Triton is missing."""
+    """The kernels of fused_kernels.py. ImportError where Triton is missing."""
     from dpo_dist.models import fused_kernels as k
 
     norm = k.norm if hasattr(torch.ops.aten, "_fused_rms_norm_backward") else None
@@ -89,21 +91,19 @@ class Rotary(Function):
 
 
 def fuse(model: nn.Module, kernels: Kernels | None = None) -> list[str]:
-    """Replaces the forwards of modules that compute what Llama's do; the kinds that were replaced."""
+    """Replaces the forwards of modules that compute what Llama's do. Returns the kinds that were replaced."""
     kernels = kernels or gpu_kernels()
     found: dict[str, None] = {}
-    rotating: dict[Any, Any] = {}
     with torch.random.fork_rng(devices=[]):
         for module in model.modules():
-            for kind, forward in _replacements(module, kernels, rotating):
+            for kind, forward in _replacements(module, kernels):
                 vars(module)["forward"] = MethodType(forward, module)
                 found[kind] = None
     return list(found)
 
 
-def _replacements(module: nn.Module, kernels: Kernels, rotating: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """(kind, forward) for a module that computes what Llama's does. `rotating` keeps one copy of each attention class's
-    forward."""
+def _replacements(module: nn.Module, kernels: Kernels) -> Iterator[tuple[str, Any]]:
+    """(kind, forward) of each kind of which the module computes what Llama's does."""
     if kernels.norm is not None and type(module).__name__.endswith("RMSNorm") and _computes_llamas_norm(module):
         yield NORM, _norm_forward(type(module).forward, kernels)
     mlp = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -111,11 +111,8 @@ def _replacements(module: nn.Module, kernels: Kernels, rotating: dict[Any, Any])
         yield SWIGLU, _mlp_forward(kernels)
     own = type(module).forward
     if (isinstance(own, FunctionType) and ROTARY_FUNCTION in own.__code__.co_names
-            and ROTARY_FUNCTION in own.__globals__):
-        if own not in rotating:
-            rotating[own] = _attention_forward(own, kernels)
-        if rotating[own] is not None:
-            yield ROTARY, rotating[own]
+            and ROTARY_FUNCTION in own.__globals__ and (forward := _attention_forward(own, kernels)) is not None):
+        yield ROTARY, forward
 
 
 def _eps(module: Any) -> float:
@@ -138,6 +135,7 @@ def _mlp_forward(kernels: Kernels) -> Any:
     return forward
 
 
+@cache                                              # one copy for all layers of a class
 def _attention_forward(own: FunctionType, kernels: Kernels) -> FunctionType | None:
     """The attention class's forward with our rotary function in place of the library's; None if that one computes
     something else.
@@ -240,26 +238,25 @@ def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
             kernels = gpu_kernels()
         small = shrink(config)
         truth = _states_and_gradients(small, torch.float32, device, None)
-        if truth is None:
+        if not truth[0].isfinite().all():
             return "its hidden states are not finite"
         fused = _states_and_gradients(small, torch.float32, device, kernels)
-        if fused is None:
+        if not fused:
             return "none of its norms, activations and rotary embeddings has a kernel"
-        if (error := _error(fused, truth)) > 1e-5:
+        if not (error := _error(fused, truth)) <= 1e-5:                     # also where it is NaN
             return f"hidden states and gradients differ by {error:.2g} in fp32"
         if dtype != torch.float32:
             own, ours = (_states_and_gradients(small, dtype, device, k) for k in (None, kernels))
-            assert own is not None and ours is not None
-            if (error := _error(ours, truth)) > 1.5 * (usual := _error(own, truth)):
+            if not (error := _error(ours, truth)) <= 1.5 * (usual := _error(own, truth)):
                 return f"in {dtype} hidden states and gradients are {error:.2g} from fp32, the model's own {usual:.2g}"
     except Exception as problem:                                # a missing library or compiler, a foreign architecture
-        return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+        return first_line(problem)
     return None
 
 
 def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
-                          kernels: Kernels | None) -> list[Tensor] | None:
-    """Hidden states and parameters' gradients of the same random model every time; None if nothing is fused."""
+                          kernels: Kernels | None) -> list[Tensor]:
+    """Hidden states and parameters' gradients of the same random model every time; empty if nothing is fused."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager",
                                              dtype=torch.float32).train()
     generator = torch.Generator().manual_seed(0)
@@ -269,15 +266,14 @@ def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: 
             parameter.copy_((0.2 * torch.randn(parameter.shape, generator=generator)).bfloat16())
     model = model.to(device, dtype)
     if kernels is not None and not fuse(model, kernels):
-        return None
+        return []
     states = model.base_model(input_ids=torch.arange(3, 51, device=device).reshape(2, 24),
                               use_cache=False).last_hidden_state
     upstream = torch.randn(states.shape, generator=generator).to(device, states.dtype)
     (states * upstream).sum().backward()
-    return [states.detach().float(), *(p.grad.float() for p in model.base_model.parameters() if p.grad is not None)]
+    return [states.detach(), *(p.grad for p in model.base_model.parameters() if p.grad is not None)]
 
 
 def _error(ours: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest error over the truth's norm, which counts as at least a thousandth of the largest gradient's."""
-    floor = 1e-3 * max(t.norm().item() for t in truth[1:])
-    return max(((a - b).norm() / max(b.norm().item(), floor)).item() for a, b in zip(ours, truth, strict=True))
+    """As worst_error, where a tensor's norm counts as at least a thousandth of the largest gradient's."""
+    return worst_error(ours, truth, floor=1e-3 * max(t.norm().item() for t in truth[1:]))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpo_dist.models.trial import first_line, worst_error
 from dpo_dist.sizing.logit_blocks import Blocks, plan_blocks
 
 TRIAL_ERROR = 0.01                         # bf16 rounds to about 0.003
@@ -65,7 +66,6 @@ class BlockwiseLogps(torch.autograd.Function):
         # log of the sum of exp(2 logit)
         twice = torch.full_like(target_logit, -torch.inf) if collision else None
         kept: dict[int, Tensor] = {}
-        logits = None
         for i, (first, end) in enumerate(blocks.spans):
             logits = None                                                    # free a block before making the next
             logits = _product(hidden, weight, bias, first, end)
@@ -141,7 +141,7 @@ def passes_for(hidden: Tensor) -> Passes:
 
 
 def triton_passes() -> Passes:
-    """ImportError where Triton is missing."""
+    """The passes of head_kernels.py. ImportError where Triton is missing."""
     from dpo_dist.models import head_kernels
 
     return Passes(head_kernels.absorb, head_kernels.differentiate)
@@ -153,7 +153,7 @@ def kernels_misfit(device: torch.device) -> str | None:
     try:
         error = trial(triton_passes(), device, torch.bfloat16)
     except Exception as problem:         # whatever Triton raises: torch's operations give the same numbers, slower
-        return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+        return first_line(problem)
     return None if error < TRIAL_ERROR else f"their numbers differ by {error:.2g}"
 
 
@@ -172,8 +172,7 @@ def trial(passes: Passes, device: torch.device, dtype: torch.dtype) -> float:
                                              Blocks(vocabulary, 2304, 2), passes)
             return [values.detach(), *torch.autograd.grad(values, (hidden, weight), upstream)]
 
-    pairs = zip(run(passes), run(PLAIN), strict=True)
-    return max(((found.float() - wanted.float()).norm() / wanted.float().norm()).item() for found, wanted in pairs)
+    return worst_error(run(passes), run(PLAIN))
 
 
 def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, normalizer: Tensor, twice: Tensor | None,
@@ -190,12 +189,12 @@ def absorb(logits: Tensor, first: int, targets: Tensor, target_logit: Tensor, no
 
 def differentiate(logits: Tensor, first: int, targets: Tensor, normalizer: Tensor, grad: Tensor, scale: float,
                   softcap: float | None) -> Tensor:
-    """(N, W): d (sum of grad * logp) / d (the head's raw output). The block of logits is used up."""
+    """(N, W): d (sum of grad * logp) / d (the head's raw output). May overwrite the block of logits."""
     bounded, slope = _bounded(logits, scale, softcap)
     column, inside = _within(first, logits.shape[1], targets)
     d = bounded.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])           # d logp / d logits = onehot - softmax
     d.scatter_add_(1, column[:, None], (grad * inside)[:, None])
-    return d if isinstance(slope, float) and slope == 1.0 else d.mul_(slope)
+    return d if softcap is None and scale == 1.0 else d.mul_(slope)
 
 
 PLAIN = Passes(absorb, differentiate)

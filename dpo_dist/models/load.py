@@ -30,12 +30,16 @@ class ScoredModel(nn.Module):
         self.lm: Any = lm                                     # a transformers model, or a peft model around one
         self.attention = attention
         causal = self.causal
-        head_name, head = _head(causal)
+        head = causal.get_output_embeddings()
+        names = [name for name, child in causal.named_children() if child is head]
+        if not names:
+            raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal "
+                            "language model")
+        self._head_name = names[0]
         if hasattr(head, "base_layer"):
-            raise UserError(f"model.lora.target_modules names the output head '{head_name}', which cannot have "
+            raise UserError(f"model.lora.target_modules names the output head '{self._head_name}', which cannot have "
                             "adapters here; leave it out")
-        setattr(causal, head_name, LogpHead(head, *_head_numerics(causal.config)))
-        self.head_name = head_name
+        setattr(causal, self._head_name, LogpHead(head, *_head_numerics(causal.config)))
 
     @property
     def causal(self) -> Any:
@@ -46,7 +50,7 @@ class ScoredModel(nn.Module):
 
     @property
     def head(self) -> LogpHead:
-        return getattr(self.causal, self.head_name)
+        return getattr(self.causal, self._head_name)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(N, hidden size): the last hidden state that predicts each completion token."""
@@ -58,8 +62,8 @@ class ScoredModel(nn.Module):
         return out.last_hidden_state[0][batch.predict_at]
 
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
-        """Each sequence in its own row, padded on the right, where causal attention never looks. The plan bounds rows
-        times longest."""
+        """Each sequence in its own row, padded on the right, where causal attention never looks. The plan of the packs
+        bounds rows times the longest."""
         ids = batch.input_ids[0]
         rows = [torch.cat([ids[prompt], ids[completion]]) for prompt, completion in batch.slices()]
         prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches],
@@ -73,15 +77,6 @@ def token_logps(model: nn.Module, batch: PackedBatch, collision: bool = False) -
     """TokenLogps of a pack by a ScoredModel, or by an engine that wraps one."""
     logps, log_collision = model(batch, collision)
     return TokenLogps(logps, log_collision if collision else None)
-
-
-def _head(causal: Any) -> tuple[str, nn.Module]:
-    head = causal.get_output_embeddings()
-    for name, child in causal.named_children():
-        if child is head:
-            return name, child
-    raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal language "
-                    "model")
 
 
 def _head_numerics(config: Any) -> tuple[float, float | None]:
@@ -162,7 +157,7 @@ def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of most weights in a model's files. Loaded in it, weights stay in the files, mapped page by page."""
     bytes_of: dict[torch.dtype, int] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in _weight_files(folder):
         with safe_open(file, framework="pt") as f:
             names = f.keys()
             for tensor in map(f.get_tensor, names):
@@ -170,11 +165,19 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return max(bytes_of, key=lambda dtype: bytes_of[dtype])
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The model's *.safetensors. UserError where there are none."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
+    return files
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool = False) -> PreTrainedModel:
     """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive.
     fused: with one kernel each for norms, rotary embedding and SwiGLU (fused.choose_kernels)."""
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
+    _weight_files(folder)
+
     def load(implementation: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation,
                                                     use_safetensors=True, local_files_only=True)
@@ -212,8 +215,8 @@ def release_memory(device: torch.device) -> None:
 
 
 def _without_dropout(model: PreTrainedModel) -> None:
-    """Log-probs of one model are one set of numbers: no dropout, whatever its config says: not in layers, nor as rates
-    that forwards read; and no noise on what routers of experts see."""
+    """Switches off dropout (layers, and rates that forwards read) and the noise on what routers of experts see,
+    whatever the config says: log-probs of one model are one set of numbers."""
     for owner in (*model.modules(), model.config):
         if isinstance(owner, nn.Dropout):
             owner.p = 0.0

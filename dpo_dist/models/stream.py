@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
@@ -42,15 +42,14 @@ def _units(model: ScoredModel) -> Iterator[nn.Module]:
 
 
 def _stream(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    parameters = list(module.parameters())
-    stored: list[Tensor] = [p.data for p in parameters]
+    stored = [(parameter, parameter.data) for parameter in module.parameters()]
 
     def bring(*_: Any) -> None:
-        for parameter, weights in zip(parameters, stored, strict=True):
+        for parameter, weights in stored:
             parameter.data = weights.to(device, dtype) if weights.is_floating_point() else weights.to(device)
 
     def drop(*_: Any) -> None:
-        for parameter, weights in zip(parameters, stored, strict=True):
+        for parameter, weights in stored:
             parameter.data = weights
 
     module.register_forward_pre_hook(bring)

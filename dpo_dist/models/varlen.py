@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpo_dist.models.trial import first_line, worst_error
 
 # (q (T, H, D), k, v (K, Hkv, D), starts of queries and of keys (S + 1,) int32, most queries, most keys, scale, window)
 # -> (T, H, D). Causal, aligned at the lower right where keys outnumber queries; a query sees at most `window` keys,
@@ -50,10 +52,10 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, heads: int, key_head
     reasons = []
     for name, load in CANDIDATES.items():
         try:
-            attend = load(device)
+            attend = load()
             error = trial(attend, device, dtype, heads, key_heads, head_dim)
         except Exception as problem:                     # any error of a kernel rules it out
-            reasons.append(f"{name}: {_first_line(problem)}")
+            reasons.append(f"{name}: {first_line(problem)}")
             continue
         if error < TRIAL_ERROR:
             return Chosen(Kernel(name, attend), tuple(reasons))
@@ -65,21 +67,19 @@ def trial(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, 
     """The worst relative error of output and gradients against fp32, for sequences with as many keys as queries, with
     more, and of one token."""
     queries, keys = [37, 130, 1, 64], [37, 300, 1, 65]
-    made = torch.Generator(device="cpu").manual_seed(0)
+    made = torch.Generator().manual_seed(0)
     shapes = [(sum(queries), heads), (sum(keys), key_heads), (sum(keys), key_heads), (sum(queries), heads)]
     q, k, v, grad = (torch.randn(*shape, head_dim, generator=made).to(device, dtype) for shape in shapes)
-    starts = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32, device=device)
-              for n in (queries, keys)]
+    starts = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (queries, keys)]
 
     def run(attend: Attend, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             out = attend(inputs[0], inputs[1], inputs[2], starts[0], starts[1], max(queries), max(keys), head_dim**-0.5,
                          None)
-            return [x.float() for x in (out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype)))]
+            return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
-    pairs = zip(run(attend, dtype), run(plain, torch.float32), strict=True)
-    return max(((found - wanted).norm() / wanted.norm()).item() for found, wanted in pairs)
+    return worst_error(run(attend, dtype), run(plain, torch.float32))
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
@@ -90,17 +90,21 @@ def plain(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, m
         groups = q.shape[1] // k.shape[1]
         keys, values = (x[c:d].repeat_interleave(groups, 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        seen = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril(d - c - (b - a))
-        if window is not None:
-            seen = seen.triu(d - c - (b - a) - window + 1)
+        seen = visible_keys(b - a, d - c, window, q.device)
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
     return torch.cat(out)
+
+
+def visible_keys(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: causal, aligned at the lower right; at most `window` keys a query, itself included."""
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return causal if window is None else causal.triu(keys - queries - window + 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the candidates
 
 
-def _flash_attention(module: str, device: torch.device) -> Attend:
+def _flash_attention(module: str) -> Attend:
     """FlashAttention's own package, version 4 (flash_attn.cute) or 3 (flash_attn_interface): the calls used here are
     the same."""
     call = import_module(module).flash_attn_varlen_func
@@ -119,12 +123,14 @@ def _flash_attention(module: str, device: torch.device) -> Attend:
     return attend
 
 
-def _torch(repeated: bool, device: torch.device) -> Attend:
+def _torch(repeated: bool) -> Attend:
     """torch.nn.attention.varlen, FlashAttention 2 in torch. It takes fewer key heads than query heads, in some releases
     only if told so; where one refuses, the keys are repeated to all heads, which costs memory and time."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:
+        raise ImportError("it has no causal mask that is aligned at the lower right before torch 2.11")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int,
                scale: float | None, window: int | None) -> Tensor:
@@ -136,17 +142,10 @@ def _torch(repeated: bool, device: torch.device) -> Attend:
         out: Any = varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, **options)
         return out
 
-    if "window_size" not in known:
-        raise ImportError("it has no causal mask that is aligned at the lower right before torch 2.11")
     return attend
 
 
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).splitlines()
-    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
-
-
-CANDIDATES: dict[str, Callable[[torch.device], Attend]] = {               # the fastest first
+CANDIDATES: dict[str, Callable[[], Attend]] = {                           # the fastest first
     "FlashAttention 4": partial(_flash_attention, "flash_attn.cute"),
     "FlashAttention 3": partial(_flash_attention, "flash_attn_interface"),
     "torch's FlashAttention 2": partial(_torch, False),

@@ -53,24 +53,23 @@ def _adapters(layer: Any) -> list[nn.Parameter]:
 def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: bool) -> None:
     """Writes model.safetensors, or numbered shards and their index if the model is larger. `write`: true on one rank
     only."""
-    shards: list[dict[str, Tensor]] = [{}]
+    if not write:
+        for _ in weights:                                # all ranks gather them together
+            pass
+        return
+    shard: dict[str, Tensor] = {}
     files: list[Path] = []
     index: dict[str, int] = {}
     total = used = 0
     for name, tensor in weights:
-        if not write:
-            continue
         size = tensor.numel() * tensor.element_size()
         if used and used + size > SHARD_BYTES:
-            files.append(_write_shard(folder, len(files), shards.pop()))
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor
+            files.append(_write_shard(folder, len(files), shard))
+            shard, used = {}, 0
+        shard[name] = tensor
         index[name] = len(files)
         used, total = used + size, total + size
-    if not write:
-        return
-    files.append(_write_shard(folder, len(files), shards.pop()))
+    files.append(_write_shard(folder, len(files), shard))
     if len(files) == 1:
         files[0].rename(folder / "model.safetensors")
         return

@@ -2,23 +2,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from dpo_dist.models.load import ScoredModel
+from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.types import PackedBatch, TokenLogps
 
 
 class Policy(Protocol):
-    """Where the model is sharded, all ranks call every method, the same number of times."""
+    """Where the model is sharded, all ranks call every method, the same number of times. Policies inherit from this."""
 
     model: ScoredModel
+    _engine: Any                             # what is called: the model itself, or DeepSpeed's engine around it
+    _device: torch.device
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
         """Log-probs of the pack's completion tokens, with gradient outside `evaluating`."""
+        return token_logps(self._engine, batch.to(self._device), collision)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Adds the gradient of this rank's share of the loss. The step's gradient is the SUM over ranks and calls."""
@@ -29,14 +33,22 @@ class Policy(Protocol):
         device, 1 to change no weight, else 0; the process does not wait for it.
         """
 
-    def evaluating(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
         """Inside: no gradients, no dropout."""
+        was_training = self._engine.training             # may be nested: adapter_off scores while an evaluation runs
+        self._engine.eval()
+        with torch.no_grad():
+            yield
+        self._engine.train(was_training)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """Inside: the base model without its LoRA adapters."""
+        return self.model.lm.disable_adapter()
 
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Inside: these of the model's parameters are whole on every rank."""
+        """Inside: these of the model's parameters are whole on every rank, as they always are unless it is sharded."""
+        return nullcontext()
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state, each rank its part."""

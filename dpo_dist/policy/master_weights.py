@@ -12,28 +12,22 @@ from torch import nn
 
 
 class MasterWeights:
-    """fp32 copies of the trained parameters that are not fp32; for those that are, the parameters themselves."""
+    """fp32 copies of the trained parameters that are bf16 or fp16; of others, the parameters themselves."""
 
     def __init__(self, trained: Iterable[nn.Parameter]):
-        self._weights = list(trained)
-        self.parameters = [nn.Parameter(p.detach().float()) if _is_narrow(p) else p for p in self._weights]
-        for weight, master in self._pairs():
+        weights = list(trained)
+        self.parameters = [nn.Parameter(p.detach().float()) if p.dtype in (torch.bfloat16, torch.float16) else p
+                           for p in weights]
+        both = zip(weights, self.parameters, strict=True)
+        self._pairs = [(weight, master) for weight, master in both if weight is not master]
+        for weight, master in self._pairs:
             weight.register_post_accumulate_grad_hook(lambda weight, master=master: _move_gradient(weight, master))
 
     def publish(self) -> None:
         """Rounds the masters into the weights, after an update."""
-        pairs = self._pairs()
-        if pairs:
+        if self._pairs:
             with torch.no_grad():
-                torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
-
-    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        both = zip(self._weights, self.parameters, strict=True)
-        return [(weight, master) for weight, master in both if weight is not master]
-
-
-def _is_narrow(parameter: nn.Parameter) -> bool:
-    return parameter.dtype in (torch.bfloat16, torch.float16)
+                torch._foreach_copy_([weight for weight, _ in self._pairs], [master for _, master in self._pairs])
 
 
 def _move_gradient(weight: nn.Parameter, master: nn.Parameter) -> None:

@@ -5,7 +5,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,21 @@ from torch import Tensor
 from dpo_dist.config.schema import OptimConfig, ZeroConfig
 from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import layer_elements
-from dpo_dist.models.load import ScoredModel, sharded_load, token_logps
+from dpo_dist.models.load import ScoredModel, sharded_load
 from dpo_dist.models.weights import merged_weights
-from dpo_dist.policy.skip import skip_update_if
+from dpo_dist.policy import Policy
+from dpo_dist.policy.skip import prepare_update
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.runtime.world import World, prepare_deepspeed
-from dpo_dist.types import PackedBatch, TokenLogps
 
 STATE = "state"                     # the tag under which DeepSpeed keeps its files in a checkpoint's folder
 
 
-class ZeroPolicy:
+class ZeroPolicy(Policy):
     def __init__(self, load_model: Callable[[], ScoredModel], zero: ZeroConfig, optim: OptimConfig, dtype: torch.dtype,
                  world: World):
         prepare_deepspeed(world.device)
-        self._world, self._stage = world, zero.stage
+        self._world, self._device, self._stage = world, world.device, zero.stage
         bf16, on_gpu = dtype == torch.bfloat16, world.device.type == "cuda"
         config = deepspeed_config(zero, optim, bf16, on_gpu)
         with sharded_load(config):
@@ -46,10 +46,7 @@ class ZeroPolicy:
         layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
         config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
         self._adamw = optimizer                          # DeepSpeed gives it the fp32 parts, and calls its step
-        self._engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
-
-    def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
-        return token_logps(self._engine, batch.to(self._world.device), collision)
+        self._engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)
@@ -59,31 +56,14 @@ class ZeroPolicy:
             self._engine.step()                          # tells the engine that a micro-step is over; changes no weight
 
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
         if skip is not None and self._engine.zero_cpu_offload():
             skip = skip.cpu()                            # AdamW would read a copy that has not arrived yet
-        skip_update_if(self._adamw, skip)
-        own = self._grad_norm() if self._stage == 0 else None
+        prepare_update(self._adamw, lr, skip)
+        # under stage 0 no optimizer of DeepSpeed's knows the norm, but every rank holds whole, averaged gradients
+        own = (torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+               if self._stage == 0 else None)
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm() if own is None else own)
-
-    def _grad_norm(self) -> Tensor:
-        """In fp32, no DeepSpeed optimizer of stage 0 knows the norm; each rank holds whole, averaged gradients."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        was_training = self._engine.training              # may be nested: adapter_off scores while an evaluation runs
-        self._engine.eval()
-        with torch.no_grad():
-            yield
-        self._engine.train(was_training)
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        with self.model.lm.disable_adapter():
-            yield
 
     def save(self, folder: Path) -> None:
         frozen = any(not p.requires_grad for p in self.model.parameters())
@@ -116,7 +96,7 @@ class ZeroPolicy:
         return loaded
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from merged_weights(self.model, self.gathered, keep=self._world.is_main)
+        return merged_weights(self.model, self.gathered, keep=self._world.is_main)
 
     def gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)

@@ -12,10 +12,11 @@ from torch import Tensor
 from dpo_dist.types import PackedBatch
 
 
-class ReferenceEngine(Protocol):
+class ReferenceEngine:
     """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (the law: one log-prob).
 
-    Engines inherit from this; its methods do what is right for a frozen model. All ranks call every method.
+    Engines inherit from this and write `token_logps`; the other methods do what is right for a frozen model. All ranks
+    call every method.
     """
 
     packs_at_once: int = 1                   # how many to have in progress: several if servers compute
@@ -23,7 +24,7 @@ class ReferenceEngine(Protocol):
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where
         the engine is sharded, all ranks call it the same number of times."""
-        ...
+        raise NotImplementedError
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
@@ -32,24 +33,19 @@ class ReferenceEngine(Protocol):
 
     def close(self) -> None:
         """Frees the model's memory."""
-        return None
 
     def wait_for(self, batches: Sequence[PackedBatch], before_waiting: Callable[[], None] = lambda: None) -> None:
         """Returns once this rank's packs can be answered for, on every rank; called before the packs of a step are
         forwarded. `before_waiting` is called, on all ranks alike, where that takes a while."""
-        return None
 
     def after_step(self, step: int) -> None:
         """The policy has made its optimizer step 1, 2, ...: a reference that follows it moves."""
-        return None
 
     def save(self, folder: Path) -> None:
         """Writes what a resumed run needs of it, each rank its part."""
-        return None
 
     def load(self, folder: Path) -> None:
         """The state that `save` wrote; at another number of ranks too."""
-        return None
 
 
 @runtime_checkable
@@ -59,5 +55,3 @@ class OutsideEngine(Protocol):
     urls: tuple[str, ...]
 
     def one_each(self) -> Iterable[ReferenceEngine]: ...
-
-    def token_logps(self, batch: PackedBatch) -> Tensor: ...

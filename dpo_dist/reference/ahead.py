@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.reference.cache.store import LogpCache
+from dpo_dist.reference.cache.store import LogpCache, sequence_key
 from dpo_dist.reference.cached import CachedReference
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.lock import is_held
@@ -59,7 +59,7 @@ class AheadReference(CachedReference):
         """Raises, on all ranks alike, UserError if the values cannot come, and Stopped if a signal has come."""
         began = time.perf_counter()
         self._scorer.answered()                          # the silence counts from now: nobody asked during the step
-        wanted = [key for batch in batches for key in self.keys(batch)]
+        wanted = [sequence_key(prompt, completion) for batch in batches for prompt, completion in batch.sequences()]
         waiting = False
         while self._world.max(any(key not in self._cache for key in wanted)):
             if not waiting:

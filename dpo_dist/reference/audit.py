@@ -131,29 +131,30 @@ def one_by_one(pairs: Sequence[TokenizedPair]) -> list[Sequences]:
 def compare(pairs: Sequence[TokenizedPair], wanted: Logps, found: Sequence[Logps], engine: str, oracle: str,
             servers: int) -> Parity:
     """The Parity of several scorings of the pairs with the oracle's."""
+    # one entry a pair; in the first three an array over all scorings
     tokens, sequences, margins, errors = [], [], [], []
     for pair in pairs:
-        for logps in found:
-            chosen, rejected = (logps[name].astype(np.float64) - wanted[name] for name in
-                                ((pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)))
-            tokens += [np.abs(chosen), np.abs(rejected)]
-            sequences += [abs(chosen.sum()), abs(rejected.sum())]
-            margins.append(abs(chosen.sum() - rejected.sum()))
-        runs = len(found)
-        errors.append(PairError(pair.where, float(max(entry.max() for entry in tokens[-2 * runs:])),
-                                float(max(sequences[-2 * runs:])), float(max(margins[-runs:]))))
-    token = np.concatenate(tokens)
+        # (scorings, tokens) each: the errors of the chosen and of the rejected completion
+        chosen, rejected = (np.stack([logps[pair.prompt_ids, ids].astype(np.float64) for logps in found])
+                            - wanted[pair.prompt_ids, ids] for ids in (pair.chosen_ids, pair.rejected_ids))
+        tokens.append(np.abs(np.hstack([chosen, rejected])).ravel())
+        sequences.append(np.abs([chosen.sum(1), rejected.sum(1)]).ravel())
+        margins.append(np.abs(chosen.sum(1) - rejected.sum(1)))
+        errors.append(PairError(pair.where, *(float(of[-1].max()) for of in (tokens, sequences, margins))))
     worst = sorted(errors, key=lambda e: -e.token)[:WORST_SHOWN]
+    token, sequence, margin = map(np.concatenate, (tokens, sequences, margins))
     return Parity(engine, oracle, servers, len(pairs), sum(map(len, wanted.values())), float(token.mean()),
-                  float(token.max()), float(np.mean(sequences)), float(max(sequences)), float(np.mean(margins)),
-                  float(max(margins)), tuple(worst))
+                  float(token.max()), float(sequence.mean()), float(sequence.max()), float(margin.mean()),
+                  float(margin.max()), tuple(worst))
 
 
 def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.dtype, terminal: Terminal) -> None:
     """Shows and keeps the figures. UserError if one is over its bound; the cache then gets no audit."""
     beta = config.loss.beta or 1.0
     measured = {**asdict(parity), "margin_mean": beta * parity.margin_mean, "margin_max": beta * parity.margin_max}
-    bounds = _bounds(_settings(config), dtype)
+    settings = _settings(config)
+    bounds = {name: default if getattr(settings, name) is None else getattr(settings, name)
+              for name, default in BOUNDS[dtype].items()}
     shown = {"token": "a token", "sequence": "a completion", "margin": f"a margin, times {beta:g}"}
     rows = [[name, f"{measured[f'{kind}_mean']:.2e}", f"{measured[f'{kind}_max']:.2e}", _shown(bounds, kind)]
             for kind, name in shown.items()]
@@ -162,8 +163,7 @@ def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.d
                    rows)
     over = [f"{name} {measured[name]:.3g} is over reference.audit.{name}={bound:g}" for name, bound in bounds.items()
             if not measured[name] <= bound]
-    write_json(RunDir(Path(config.run_dir)).parity_json, {**measured, "beta": beta, "bounds": bounds,
-                                                          "passed": not over})
+    write_json(RunDir(config.run_dir).parity_json, {**measured, "beta": beta, "bounds": bounds, "passed": not over})
     if over:
         worst = "; ".join(f"{e.where}: {e.token:.3g} a token, {e.sequence:.3g} a completion, "
                           f"{beta * e.margin:.3g} a margin" for e in parity.worst)
@@ -182,11 +182,6 @@ def _shown(bounds: dict[str, float], kind: str) -> str:
 def _settings(config: RunConfig) -> AuditConfig:
     assert isinstance(config.reference, OutsideConfig), "only an engine outside the training stack is audited"
     return config.reference.audit
-
-
-def _bounds(settings: AuditConfig, dtype: torch.dtype) -> dict[str, float]:
-    return {name: default if getattr(settings, name) is None else getattr(settings, name)
-            for name, default in BOUNDS[dtype].items()}
 
 
 def _scored(engine: ReferenceEngine, trees: Sequence[Sequences], tokens_per_pack: int) -> Logps:

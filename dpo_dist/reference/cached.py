@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.reference.cache.store import LogpCache, sequence_key
+from dpo_dist.reference.cache.store import LogpCache
 from dpo_dist.types import PackedBatch
 
 
@@ -20,7 +20,3 @@ class CachedReference(ReferenceEngine):
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         return self.token_logps(batch)
-
-    def keys(self, batch: PackedBatch) -> list[bytes]:
-        """What the pack's sequences are called in the cache."""
-        return [sequence_key(prompt, completion) for prompt, completion in batch.sequences()]

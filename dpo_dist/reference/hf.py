@@ -31,18 +31,13 @@ class HfReference(ReferenceEngine):
             model = load_streamed(folder, dtype, attention, device)
         else:
             model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).to(device)
-        self._model: ScoredModel | None = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._device = device
-
-    @property
-    def model(self) -> ScoredModel:
-        assert self._model is not None, "the engine is closed"
-        return self._model
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with torch.no_grad():
             return token_logps(self.model, batch.to(self._device)).logps
 
     def close(self) -> None:
-        self._model = None
+        del self.model
         release_memory(self._device)

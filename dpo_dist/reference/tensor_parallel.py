@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from dpo_dist.config.engines.tensor_parallel import TensorParallelConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.attention import shrink
+from dpo_dist.models.attention import tiny_model
 from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, release_memory, stored_dtype
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import Team, World, prepare_deepspeed
@@ -46,9 +47,8 @@ class TensorParallelReference(ReferenceEngine):
             _check_split(config, self._team, world.device, attention)
         # In the files' own dtype the weights are mapped, not read: a rank reads its slices only, and no node holds
         # whole copies.
-        self._model: ScoredModel | None = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention),
-                                                      attention).eval()
-        self._model.requires_grad_(False)
+        self._model = ScoredModel(load_causal_lm(folder, stored_dtype(folder), attention), attention)
+        self._model.eval().requires_grad_(False)
         _split(self._model.lm, self._team, world.device)
         for parameter in self._model.parameters():
             if parameter.is_floating_point():
@@ -56,7 +56,6 @@ class TensorParallelReference(ReferenceEngine):
         self._device = world.device
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        assert self._model is not None, "the engine is closed"
         with torch.no_grad():
             for member, pack in enumerate(self._team.gather(batch)):
                 hidden = self._model.hidden(pack.to(self._device))
@@ -65,7 +64,7 @@ class TensorParallelReference(ReferenceEngine):
             return self._model.head(own, batch.targets.to(self._device))[0]
 
     def close(self) -> None:
-        self._model = None
+        del self._model
         release_memory(self._device)
 
 
@@ -83,23 +82,14 @@ def _team_size(size: int | None, world: World, config: Any) -> int:
     return size
 
 
-class _Mpu:
-    """What DeepSpeed asks for a process group that is not the whole world."""
-
-    def __init__(self, team: Team):
-        self._team = team
-
-    def get_model_parallel_group(self) -> Any:
-        return self._team.group
-
-
 def _split(lm: nn.Module, team: Team, device: torch.device) -> None:
     """Replaces the decoder's linear layers, in place, by this rank's slices. The head, a LogpHead, stays whole."""
     if team.size > 1:
         exact = {name: buffer.clone() for name, buffer in lm.named_buffers()}
         dtype = next(lm.parameters()).dtype
-        # without tp_group nothing is split, silently
-        teams = {"tp_size": team.size, "tp_group": team.group, "mpu": _Mpu(team)}
+        # Without tp_group nothing is split, silently; without mpu, DeepSpeed takes the whole world for the team.
+        mpu = SimpleNamespace(get_model_parallel_group=lambda: team.group)
+        teams = {"tp_size": team.size, "tp_group": team.group, "mpu": mpu}
         deepspeed.init_inference(lm, dtype=dtype, replace_with_kernel_inject=False, tensor_parallel=teams)
         # DeepSpeed casts them too, and RoPE's frequencies would be rounded
         for name, buffer in lm.named_buffers():
@@ -113,13 +103,8 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
     Found by trying: a tiny model of the architecture is split and compared with a whole one.
     """
     refused = f"reference.engine=tensor_parallel does not fit this reference, a {config.model_type}: "
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        whole = AutoModelForCausalLM.from_config(shrink(config, team.size), dtype=torch.float32,
-                                                 attn_implementation="branch" if attention == "branch"
-                                                 else "eager").eval()
-        for parameter in whole.parameters():
-            parameter.normal_(0.0, 0.2)
+    with torch.no_grad():
+        whole = tiny_model(config, "branch" if attention == "branch" else "eager", team.size)
         split = ScoredModel(copy.deepcopy(whole), attention).lm
         ids = torch.arange(3, 27, device=device)[None]
         wanted = whole.to(device).base_model(input_ids=ids, use_cache=False).last_hidden_state

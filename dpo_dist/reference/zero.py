@@ -35,8 +35,8 @@ class ZeroReference(ReferenceEngine):
             "zero_optimization": {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})},
         }
         with sharded_load(config):
-            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).eval()
-        model.requires_grad_(False)
+            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention)
+        model.eval().requires_grad_(False)
         self._engine: Any = deepspeed.initialize(model=model, config=config)[0]
         self._engine.eval()
         self._device = device

@@ -49,7 +49,7 @@ def save_checkpoint(run_dir: RunDir, parts: Sequence[Checkpointed], state: Train
 
 def latest_checkpoint(run_dir: RunDir) -> Path | None:
     """The newest whole checkpoint, or None."""
-    return next(iter(run_dir.checkpoints()[::-1]), None)
+    return max(run_dir.checkpoints(), default=None)
 
 
 def read_state(folder: Path) -> TrainState:

@@ -30,7 +30,6 @@ from dpo_dist.models.load import (
     resolve,
     torch_dtype,
 )
-from dpo_dist.reference.adapter_off import HasAdapters
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
 from dpo_dist.runtime.run_dir import RunDir
@@ -44,14 +43,12 @@ from dpo_dist.sizing.flops import Flops
 @dataclass(frozen=True)
 class Inputs:
     policy_folder: Path
-    reference_folder: Path
     policy_digest: str
     reference_digest: str
     dtype: torch.dtype
     attention: str                       # how the policy's packs are computed: branch or padded
-    reference_attention: str
     fused: bool                          # whether one kernel each computes its norms, rotary embedding and SwiGLU
-    reference_fused: bool
+    reference_setup: Setup               # what the reference's engine is opened with
     reference_key: ReferenceKey          # what the cache's values are found by
     flops: Flops                         # of the policy's forward
     train: PairStore
@@ -66,16 +63,6 @@ class Inputs:
         means = Lengths(prompt, chosen, rejected, len(pairs), f"mean of {len(pairs):,} tokenized pairs")
         return means, int(tokens.sum(1).max())
 
-    def reference_setup(self, world: World, policy: HasAdapters | None = None, run: RunConfig | None = None) -> Setup:
-        """What the reference's engine is opened with."""
-        return Setup(self.reference_folder, self.dtype, self.reference_attention, world, policy, self.reference_fused,
-                     run, self.reference_key)
-
-    @property
-    def same_start(self) -> bool:
-        """True where the policy starts from the reference's weights, so that every first margin must be 0."""
-        return self.policy_digest == self.reference_digest
-
 
 def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
@@ -84,35 +71,31 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     reference_folder = policy_folder
     if config.loss.needs_reference:
         reference_folder = resolve(config.reference_path, "reference.path", config.run.offline)
-    _check_quantization(config, policy_folder, reference_folder)
-    policy_digest = world.on_main(lambda: model_digest(policy_folder))
-    reference_digest = policy_digest
-    if reference_folder != policy_folder:
-        reference_digest = world.on_main(lambda: model_digest(reference_folder))
+    model, reference_model = read_config(policy_folder), read_config(reference_folder)
+    _check_quantization(config, model, reference_model)
+    digest = world.on_main(lambda: model_digest(policy_folder))
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
-    reference_attention = attention
+    reference_digest, reference_attention = digest, attention
     if reference_folder != policy_folder:
+        reference_digest = world.on_main(lambda: model_digest(reference_folder))
         reference_attention = choose_attention(config.model, reference_folder)[0]
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
-    model = read_config(policy_folder)
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
     reference_fused = fused and (
-        reference_folder == policy_folder or fused_misfit(read_config(reference_folder), dtype, world.device) is None)
+        reference_folder == policy_folder or fused_misfit(reference_model, dtype, world.device) is None)
     setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused)
-    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup,
-                                              quantization(read_config(reference_folder))))
+    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, quantization(reference_model)))
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
             _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
-            _check_fits(pairs, read_config(reference_folder), f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, reference_folder, policy_digest, reference_digest, dtype, attention,
-                  reference_attention, fused, reference_fused, key, replace(forward_flops(model), padded=padded), train,
-                  held_out)
+            _check_fits(pairs, reference_model, f"reference.path={config.reference_path}")
+    return Inputs(policy_folder, digest, reference_digest, dtype, attention, fused, setup, key,
+                  replace(forward_flops(model), padded=padded), train, held_out)
 
 
 def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World,
@@ -129,17 +112,17 @@ def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dt
     return fused
 
 
-def _check_quantization(config: RunConfig, policy: Path, reference: Path) -> None:
-    """UserError for a quantized policy, or a quantized reference that cannot be computed here."""
-    if how := quantization(read_config(policy)):
+def _check_quantization(config: RunConfig, policy: Any, reference: Any) -> None:
+    """UserError for a quantized policy, or a quantized reference that cannot be computed here, by their configs."""
+    if how := quantization(policy):
         raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full "
                         "weights, and the quantized ones as reference.path")
-    if how := quantization(read_config(reference)):
+    if how := quantization(reference):
         if not config.reference.computes_quantized:
             raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which "
                             f"{_named(config.reference)} cannot compute; set reference=hf reference.offload=none")
         if not config.reference.outside:
-            check_quantized(read_config(reference), f"reference.path={config.reference_path}")
+            check_quantized(reference, f"reference.path={config.reference_path}")
 
 
 def _named(reference: ReferenceConfig) -> str:
@@ -150,13 +133,10 @@ def _named(reference: ReferenceConfig) -> str:
 def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:
     if not config.data.train and not config.data.eval:
         raise UserError("data.train=[] names no data; set data.train=[{path: rows.jsonl}]")
-
-    def read() -> tuple[PairStore, PairStore]:
-        return prepare(config.data, load_tokenizer(folder), tokenizer_digest(folder))
-
-    stores = world.on_main(lambda: [str(s.path) for s in read()])
-    train, held_out = (PairStore.open(path) for path in stores)
-    world.on_main(lambda: _show(train, held_out, RunDir(Path(config.run_dir)).data_summary, terminal))
+    paths = world.on_main(lambda: [store.path for store in prepare(config.data, load_tokenizer(folder),
+                                                                   tokenizer_digest(folder))])
+    train, held_out = map(PairStore.open, paths)
+    world.on_main(lambda: _show(train, held_out, RunDir(config.run_dir).data_summary, terminal))
     return train, held_out
 
 
@@ -176,7 +156,7 @@ def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
                         "remove them from the data")
     if config.loss.needs_strength:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
-    check_budget(pairs.lengths(), None, config.train.tokens_per_microbatch, padded)
+    check_budget(pairs.lengths(), lambda index: pairs[index].where, config.train.tokens_per_microbatch, padded)
 
 
 def _check_fits(pairs: PairStore, model: Any, key: str) -> None:

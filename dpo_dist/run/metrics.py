@@ -18,7 +18,8 @@ class MetricSums:
 
     def __init__(self, loss: LossConfig, device: torch.device, begun: list[float] | None = None):
         self._loss = loss
-        self._sums = torch.tensor(begun or [0.0] * (len(MEANS) + 1), dtype=torch.float64, device=device)
+        # float64, on the device: this rank's sums so far, in the order of MEANS, and the sum of the weights
+        self.tensor = torch.tensor(begun or [0.0] * (len(MEANS) + 1), dtype=torch.float64, device=device)
         self._has_rewards = True
 
     def add(self, pairs: PairLogps, per_pair_loss: Tensor, weight: Tensor) -> None:
@@ -35,26 +36,17 @@ class MetricSums:
             rows = torch.stack([per_pair_loss, chosen, rejected, margin, accuracy, pairs.policy_chosen,
                                 pairs.policy_rejected, kl, drift])
             total = (rows.double() * weight).sum(1)
-            self._sums += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
-
-    @property
-    def tensor(self) -> Tensor:
-        """This rank's sums so far, float64, on the device."""
-        return self._sums
+            self.tensor += torch.cat([total, weight.sum(dtype=torch.float64)[None]])
 
     def total(self, world: World) -> list[float]:
         """The sums over all ranks, with which one rank may begin. All ranks call it."""
-        return world.sum(self._sums).tolist()
+        return world.sum(self.tensor).tolist()
 
     def means(self, world: World, mine: Tensor | None = None) -> dict[str, float]:
         """{name: mean over all ranks' pairs}, without what the loss has none of. All ranks call it. mine: this rank's
         sums, if they are on the CPU already."""
-        *sums, weight = world.sum(self._sums if mine is None else mine).tolist()
-        named = {name: value / weight for name, value in zip(MEANS, sums, strict=True)}
-        if not self._has_rewards:
-            named = {name: value for name, value in named.items() if not name.startswith("rewards/")}
-        if not self._loss.needs_reference:
-            named = {name: value for name, value in named.items() if not name.startswith("reference/")}
-        if not self._loss.uses_rejected:
-            del named["logps/rejected"]
-        return named
+        *sums, weight = world.sum(self.tensor if mine is None else mine).tolist()
+        known = {"rewards/": self._has_rewards, "reference/": self._loss.needs_reference,
+                 "logps/rejected": self._loss.uses_rejected}
+        unknown = tuple(prefix for prefix, is_known in known.items() if not is_known)
+        return {name: value / weight for name, value in zip(MEANS, sums, strict=True) if not name.startswith(unknown)}

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,27 +38,15 @@ USABLE = 0.9
 SECONDS_BEFORE_SHARED = 30.0
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A cache that holds every pair, and how many sequences were computed now and found there."""
-
-    cache: LogpCache
-    scored: int
-    cached: int
-
-    def __str__(self) -> str:
-        return f"scored {self.scored}, cached {self.cached}"
-
-
 def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal) -> RunConfig:
     """The config with zero.stage and model.gradient_checkpointing chosen where they are `auto`, the same on every rank.
     A run that goes on keeps the stage of its checkpoint. All ranks call it."""
     if not is_automatic(config):
         return config
-    on_gpu, tells = world.device.type == "cuda", world.device.type == "cuda" or config.zero.stage == "auto"
-    saved = world.on_main(lambda: latest_checkpoint(RunDir(Path(config.run_dir))))
-    if config.zero.stage == "auto" and saved is not None:
-        config = estimate.with_zero(config, stage=read_state(saved).zero_stage)
+    on_gpu, stage_is_auto = world.device.type == "cuda", config.zero.stage == "auto"
+    saved = world.on_main(lambda: latest_checkpoint(RunDir(config.run_dir)))
+    if stage_is_auto and saved is not None:
+        config = estimate.with_keys(config, {"zero.stage": read_state(saved).zero_stage})
     device = estimate.CPU
     if on_gpu:
         memory = -world.max(-float(torch.cuda.get_device_properties(world.device).total_memory))
@@ -72,7 +60,7 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
         lengths, longest = inputs.lengths
         config = replace(config, model=replace(config.model, kernels="fused" if inputs.fused else "eager"))
         choice = choose(config, shape, lengths, machine, estimate.Packs.largest(config, lengths, longest, world.size))
-    if choice.line and tells:
+    if choice.line and (on_gpu or stage_is_auto):
         terminal.say(choice.line)
     return choice.config
 
@@ -80,51 +68,50 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
 def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World,
                  terminal: Terminal) -> tuple[Policy, ReferenceEngine | None]:
     """The policy, and where the reference log-probs of `data_sets` come from (None for a loss without a reference)."""
-    def policy() -> Policy:
-        return make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
-
     if not config.loss.needs_reference:
-        return policy(), None
-    if config.reference.is_policy:                       # it must be there first
-        learner = policy()
-        if config.reference.mode == "live":
-            return learner, make_reference(config.reference, inputs.reference_setup(world, learner))
-        return learner, CachedReference(fill_cache(config, inputs, data_sets, world, terminal, learner).cache)
+        return open_policy(config, inputs, world), None
+    # the policy is loaded first only where it is the reference; a reference that fills the cache is freed before that
+    policy = open_policy(config, inputs, world) if config.reference.is_policy else None
     if config.reference.mode == "live":
-        engine = _open_reference(config, inputs, data_sets, world, terminal)
-        learner = policy()
+        engine = _open_reference(config, inputs, data_sets, world, terminal, policy)
+        policy = policy or open_policy(config, inputs, world)
         if config.reference.sync.mode == "none":
-            return learner, engine
+            return policy, engine
         assert isinstance(engine, HasWeights), "checked in config/rules.py"
-        return learner, TrDpoReference(engine, learner, config.reference.sync, world)
+        return policy, TrDpoReference(engine, policy, config.reference.sync, world)
     if config.reference.mode == "ahead":
         cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
         open_cache(cache, world)
         scorer = Scorer(Path(config.scorer_dir), config.cluster.timeout_seconds)
-        return policy(), AheadReference(cache, world, scorer, terminal.say)
-    # the reference is freed before the policy is loaded
-    scored = fill_cache(config, inputs, data_sets, world, terminal)
-    return policy(), CachedReference(scored.cache)
+        return open_policy(config, inputs, world), AheadReference(cache, world, scorer, terminal.say)
+    cache, _ = fill_cache(config, inputs, data_sets, world, terminal, policy)
+    return policy or open_policy(config, inputs, world), CachedReference(cache)
+
+
+def open_policy(config: RunConfig, inputs: Inputs, world: World) -> Policy:
+    """The policy with its starting weights."""
+    return make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
 
 
 def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
                policy: Policy | None = None, windows: Indexes | None = None,
-               progress: Callable[[], None] = lambda: None) -> Scored:
-    """Scores what the cache does not hold of these pairs. The model is loaded only where something is missing.
+               progress: Callable[[], None] = lambda: None) -> tuple[LogpCache, str]:
+    """(the cache, which holds every pair now; how many sequences were computed and how many found there, for a person).
+    The model is loaded only where something is missing.
 
     windows: training waits for these values, in this order (see scoring_order.py), so they reach the disk soon.
     `progress` is called at every pack.
     """
     cache = LogpCache(config.reference.cache_dir, inputs.reference_key)
     # servers lay out rows themselves
-    padded = inputs.reference_attention == "padded" and not config.reference.outside
+    padded = inputs.reference_setup.attention == "padded" and not config.reference.outside
     scoring, damaged = plan_fill(cache, data_sets, world, config.train.tokens_per_microbatch, windows, padded)
     n_missing = len(scoring.sequences)
     if damaged:
         terminal.say(f"reference cache: {damaged} damaged shards set aside (*.corrupt in {cache.folder}); scored again")
     if n_missing:
         if config.reference.is_policy and policy is None:
-            policy = make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
+            policy = open_policy(config, inputs, world)
         engine = _open_reference(config, inputs, data_sets, world, terminal, policy)
         with terminal.progress(n_missing, description="reference") as bar:
             def tell(done: int) -> None:
@@ -135,13 +122,14 @@ def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore]
         engine.close()
     elif config.reference.outside:
         world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
-    return Scored(cache, n_missing, scoring.n_cached)
+    return cache, f"scored {n_missing}, cached {scoring.n_cached}"
 
 
 def _open_reference(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,
                     policy: Policy | None = None) -> ReferenceEngine:
-    """The engine, whose values may be believed: one outside the training stack is audited first."""
-    setup, reference = inputs.reference_setup(world, policy, config), config.reference
+    """The reference's engine; one outside the training stack is audited before its values are used."""
+    reference = config.reference
+    setup = replace(inputs.reference_setup, policy=policy, run=config, key=inputs.reference_key)
     engine = make_reference(reference, setup)
     if not isinstance(reference, OutsideConfig):
         return engine

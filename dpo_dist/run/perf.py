@@ -15,7 +15,7 @@ import torch
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.flops import StepWork
 
-# waiting for packs; ...; for the slowest rank; clipping and the update
+# of a step's time. data: waiting for packs; wait: for the slowest rank; step: clipping and the update
 PARTS = ("data", "forward", "backward", "wait", "step")
 # by the device's name, ORNAMENTS aside; vendors' data sheets
 DENSE_BF16_TFLOPS = {

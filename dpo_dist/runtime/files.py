@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """As write_atomic: the content as indented JSON."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """The value as it is; a number that JSON does not have as text: "nan", "inf" or "-inf"."""
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -58,9 +64,6 @@ def sync_tree(folder: Path) -> None:
     """Returns when all files below the folder, and their names, are on disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            number = os.open(Path(parent) / name, os.O_RDONLY)
-            try:
-                os.fsync(number)
-            finally:
-                os.close(number)
+            with (Path(parent) / name).open("rb") as file:
+                sync_file(file)
         sync_folder(Path(parent))

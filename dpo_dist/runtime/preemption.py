@@ -33,7 +33,7 @@ def listen() -> None:
 
 
 def receive(number: signal.Signals) -> None:
-    """As if this rank had been sent the signal."""
+    """Notes the signal, as if this rank had been sent it."""
     global _received
     _received = max(_received, number)
 

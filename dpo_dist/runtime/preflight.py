@@ -1,5 +1,4 @@
-"""All ranks of all nodes meet once before the work: a sum over them, and a look at their clocks. For
-launch/preflight."""
+"""For launch/preflight: all ranks of all nodes meet once before the work: a sum over them, a look at their clocks."""
 from __future__ import annotations
 
 import dataclasses

@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn, TextIO
 
 import huggingface_hub.constants
@@ -41,11 +40,15 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     set_defaults()
     try:
         config = compose(overrides)
-        run_dir = RunDir(Path(config.run_dir))
+        run_dir = RunDir(config.run_dir)
         lock = _prepare(run_dir, owns_run)                       # held until the process ends
     except UserError as error:
-        return _fail_early(str(error))
-    _network(config.run.offline)
+        if own_rank() == 0:                                      # every rank would say the same, and has no log yet
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
+    os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
+    huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline
     terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
                               capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     try:
@@ -64,7 +67,8 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
 
 
 def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
-    """The run's folder with its lock, where this process holds it, and without the markers of an earlier start."""
+    """Makes the run's folder and removes the markers of an earlier start. The folder's lock, if this process takes it;
+    None on the other ranks, and for work that does not own the run."""
     run_dir.make()
     try:
         lock = hold_lock(run_dir.path) if owns_run and own_rank() == 0 else None
@@ -77,7 +81,9 @@ def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
 
 def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, owns_run: bool) -> int:
     world = World.start(config.cluster)
-    _agree(config, world)
+    # ranks that were started with different configs would wait for each other forever
+    if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
+        raise UserError("the ranks were started with different overrides; give every node the same command")
     try:
         work(config, world, terminal)
     except Stopped as stopped:
@@ -99,25 +105,6 @@ def exit_with(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _network(offline: bool) -> None:
-    """Hugging Face's libraries read the variable when they are imported, which may be over by now: tell both."""
-    os.environ["HF_HUB_OFFLINE"] = "1" if offline else "0"
-    huggingface_hub.constants.HF_HUB_OFFLINE = offline
-
-
-def _agree(config: RunConfig, world: World) -> None:
-    """UserError where ranks were started with different configs: they would wait for each other forever."""
-    if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
-        raise UserError("the ranks were started with different overrides; give every node the same command")
-
-
-def _fail_early(message: str) -> int:
-    """Before there is a log: every rank would say the same."""
-    if own_rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:

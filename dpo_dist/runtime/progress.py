@@ -24,8 +24,6 @@ class Progress:
     def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
                pairs_per_second: float | None = None) -> None:
         """Tells that `step` of `total` steps are done; the other values are shown beside them."""
-
-    def _measures(self, step: int, loss: float | None, accuracy: float | None, pairs_per_second: float | None) -> str:
         done, left = step - self._first, self.total - step
         parts = [
             f"loss {loss:.4f}" if loss is not None else "",
@@ -34,7 +32,10 @@ class Progress:
             f"{timedelta(seconds=round((time.monotonic() - self._started) / done * left))} left" if done > 0
             and left > 0 else "",
         ]
-        return "  ".join(part for part in parts if part)
+        self._show(step, "  ".join(part for part in parts if part))
+
+    def _show(self, step: int, measures: str) -> None:
+        """Shows the step, with the other values and the time that is left as text."""
 
 
 class Lines(Progress):
@@ -44,9 +45,7 @@ class Lines(Progress):
         super().__init__(total, done, description)
         self._say, self._next_line_at, self._held_back = say, 0.0, ""
 
-    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
-               pairs_per_second: float | None = None) -> None:
-        measures = self._measures(step, loss, accuracy, pairs_per_second)
+    def _show(self, step: int, measures: str) -> None:
         self._held_back = "  ".join(part for part in (self._description, f"{step}/{self.total}", measures) if part)
         if time.monotonic() >= self._next_line_at or step >= self.total:
             self.last()
@@ -64,9 +63,8 @@ class _Bar(Progress):
         self._rich, self._redraw_at = rich, 0.0
         self.task: TaskID = rich.add_task(description, total=total, completed=done, measures="")
 
-    def update(self, step: int, loss: float | None = None, accuracy: float | None = None,
-               pairs_per_second: float | None = None) -> None:
-        self._rich.update(self.task, completed=step, measures=self._measures(step, loss, accuracy, pairs_per_second))
+    def _show(self, step: int, measures: str) -> None:
+        self._rich.update(self.task, completed=step, measures=measures)
         if time.monotonic() >= self._redraw_at or step >= self.total:
             self._rich.refresh()
             self._redraw_at = time.monotonic() + SECONDS_BETWEEN_REDRAWS
@@ -76,8 +74,8 @@ class Bars:
     """The bars on the terminal, one below the other: an evaluation's bar may come and go below the training's."""
 
     def __init__(self, console: Console):
-        self._console, self._count = console, 0
-        self._rich: RichProgress | None = None
+        self._console = console
+        self._rich: RichProgress | None = None         # while there are bars
 
     @contextmanager
     def bar(self, total: int, done: int, description: str) -> Iterator[Progress]:
@@ -88,15 +86,13 @@ class Bars:
                 TextColumn("{task.fields[measures]}", markup=False), console=self._console, auto_refresh=False,
                 redirect_stdout=False, redirect_stderr=False)
             self._rich.start()
-        self._count += 1
         bar = _Bar(total, done, description, self._rich)
         self._rich.refresh()
         try:
             yield bar
         finally:
-            self._count -= 1
-            if self._count:
+            if len(self._rich.tasks) > 1:
                 self._rich.remove_task(bar.task)
-            else:
+            else:                                      # the last one stays on the screen
                 self._rich.stop()
                 self._rich = None

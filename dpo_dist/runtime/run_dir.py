@@ -26,8 +26,8 @@ class Failure:
 class RunDir:
     """A run's folder, which may not exist yet."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, folder: str | Path):
+        self.path = path = Path(folder)
         self.run_json = path / "run.json"              # the resolved config and where the run's numbers come from
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.model = path / "model"                    # what from_pretrained loads
@@ -69,6 +69,12 @@ class RunDir:
         """Of a server of the reference."""
         return self.logs / f"reference-server-{name}.log"
 
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl of one split, oldest first. A last line that is only half written is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row for row in rows if row["split"] == split]
+
     # ---------------------------------------------------------------------------------------------------------- markers
 
     def clear(self, *markers: str) -> None:
@@ -96,7 +102,7 @@ class RunDir:
         return None if found is None else Failure(**found)
 
     def mark_failed(self, failure: Failure, first_only: bool = False) -> bool:
-        """Whether the marker is this one: with `first_only` another rank's stays."""
+        """Writes the marker; whether it is this failure's now. With `first_only` another rank's marker stays."""
         try:
             with (self.path / FAILED).open("x" if first_only else "w") as file:
                 json.dump(vars(failure), file)

@@ -4,10 +4,21 @@ from __future__ import annotations
 import socket
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.runtime.world import World
+
+if TYPE_CHECKING:                          # `dpo-dist doctor` asks for the folders, and does without torch
+    from dpo_dist.runtime.world import World
+
+
+def shared_folders(config: RunConfig) -> dict[str, Path]:
+    """{key: folder} of the folders that one rank writes and the others read."""
+    folders = {"run.dir": Path(config.run_dir), "data.cache_dir": Path(config.data.cache_dir)}
+    if config.loss.needs_reference and config.reference.mode != "live":
+        folders["reference.cache_dir"] = Path(config.reference.cache_dir)
+    return folders
 
 
 def check_shared(config: RunConfig, world: World) -> None:
@@ -17,9 +28,7 @@ def check_shared(config: RunConfig, world: World) -> None:
     """
     if world.size == 1:
         return
-    folders = {"run.dir": Path(config.run_dir), "data.cache_dir": Path(config.data.cache_dir)}
-    if config.loss.needs_reference and config.reference.mode != "live":
-        folders["reference.cache_dir"] = Path(config.reference.cache_dir)
+    folders = shared_folders(config)
     tokens = world.on_main(lambda: {key: _leave_token(folder) for key, folder in folders.items()})
     unseen = [(key, f"{folders[key].absolute()} on {socket.gethostname()}") for key, name in tokens.items()
               if name is not None and not (folders[key] / name).exists()]

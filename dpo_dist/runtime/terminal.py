@@ -31,7 +31,8 @@ class Terminal:
         self._stdout, self._stderr = _Output(1), _Output(2)
         self._out, self._err = _console(self._stdout), _console(self._stderr)
         self._capture, self._bars = capture, Bars(self._out)
-        self._log_handler = _log_to(log_path)
+        self._log_handler = logging.FileHandler(log_path, encoding="utf-8")
+        self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._former_handlers, self._former_level = logging.root.handlers[:], logging.root.level
         self._former_hook: Callable[..., object] = sys.excepthook
 
@@ -117,7 +118,7 @@ class Terminal:
                 lines.last()
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Python's own last word goes to the log; the person is told where."""
+        """Writes an exception that nobody caught to the log, and tells the person where that is."""
         self._former_hook(kind, error, trace)
         if issubclass(kind, Exception):
             self.error(f"{kind.__name__}: {error}\nThe traceback is in {self.log_path}")
@@ -182,12 +183,6 @@ def _console(output: _Output) -> Console:
 
 def _print(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True)
-
-
-def _log_to(path: str) -> logging.FileHandler:
-    handler = logging.FileHandler(path, mode="a", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    return handler
 
 
 def _open_standard_fds() -> None:

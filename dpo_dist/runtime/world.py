@@ -112,15 +112,15 @@ class World:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """The result of `work()` on rank 0, on every rank. An exception there is raised on all, so none waits."""
-        result: list[Any] = [None, None]
+        result: list[Any] = [None, None]                      # what `work` returned; what it raised
         if self.is_main:
             try:
                 result[0] = work()
+            except UserError as error:
+                result[1] = error
             except Exception as error:
-                result[1] = error if isinstance(error, UserError) else RuntimeError(f"rank 0 failed: {error!r}")
-                if not isinstance(error, UserError):
-                    dist.broadcast_object_list(result, src=0)
-                    raise
+                dist.broadcast_object_list([None, RuntimeError(f"rank 0 failed: {error!r}")], src=0)
+                raise
         dist.broadcast_object_list(result, src=0)
         if result[1] is not None:
             raise result[1]
@@ -162,22 +162,18 @@ def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Called before DeepSpeed's first use; spares each process what DeepSpeed would do and nobody here needs."""
+    """Switches off what DeepSpeed would do at its first use and nobody here needs. Called before that."""
     import deepspeed.ops  # only where DeepSpeed is used: the import takes seconds
 
     # it would compile a shared-memory op; gloo does that work, with the same numbers
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _import_muon_uncompiled()
-
-
-def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer to check whether ours is one. Its decorators would load torch's compiler for
-    two seconds; nobody here calls what they decorate."""
+    # DeepSpeed imports its Muon optimizer to check whether ours is one. The decorators there would load torch's
+    # compiler, which takes two seconds; nobody here calls what they decorate.
     compiling = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        import deepspeed.runtime.zero.muon.muon_optimizer
     except ImportError:                                  # another version of DeepSpeed has it elsewhere: only slower
         pass
     finally:

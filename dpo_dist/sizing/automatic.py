@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.sizing.estimate import GIB, Hardware, Lengths, Packs, dtype_bytes, memory, with_zero
+from dpo_dist.sizing.estimate import GIB, Hardware, Lengths, Packs, dtype_bytes, memory, override, with_keys
 from dpo_dist.sizing.shape import ModelShape
 
-# of model.gradient_checkpointing: what is kept, or computed again
+# values of model.gradient_checkpointing: everything is kept; cheap parts are recomputed; all layers are recomputed
 EVERYTHING, CHEAP_PARTS, ALL_LAYERS = False, 0, True
 
 
@@ -33,17 +32,13 @@ def choose(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     if not is_automatic(config):
         return Choice(config, None)
 
-    def fits(candidate: RunConfig) -> bool:
-        return memory(candidate, shape, lengths, world, packs).fits(world.device)
-
     chosen = next((c for c in _candidates(config, shape.layers, world.ranks, dtype_bytes(config, world.device))
-                   if fits(c)), None)
+                   if memory(c, shape, lengths, world, packs).fits(world.device)), None)
     config = chosen or _least(config, world.ranks)
     peak = memory(config, shape, lengths, world, packs).peak
     ends = "" if chosen else ", which is more than there is: `dpo-dist plan` names what would fit"
-    keys = _keys(config)
-    return Choice(config, f"memory: {keys} of {shape.layers} layers; predicted {peak / GIB:.1f} GiB a rank, of "
-                          f"{world.device.memory / GIB:.1f}{ends}")
+    return Choice(config, f"memory: {_keys(config)} of {shape.layers} layers; predicted {peak / GIB:.1f} GiB a rank, "
+                          f"of {world.device.memory / GIB:.1f}{ends}")
 
 
 def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choice:
@@ -51,9 +46,8 @@ def without_sizes(config: RunConfig, ranks: int, on_gpu: bool, why: str) -> Choi
     if not is_automatic(config):
         return Choice(config, None)
     config = _least(config, ranks) if on_gpu else next(_candidates(config, 1, ranks, 4))
-    keys = _keys(config)
-    return Choice(config, f"memory: {keys}, as sizes are not known here ({why}); set both for more speed where memory "
-                          "allows")
+    return Choice(config, f"memory: {_keys(config)}, as sizes are not known here ({why}); set both for more speed "
+                          "where memory allows")
 
 
 def _candidates(config: RunConfig, layers: int, ranks: int, width: int) -> Iterator[RunConfig]:
@@ -86,14 +80,10 @@ def stages(config: RunConfig, ranks: int, width: int) -> list[int | None]:
     return [2, 3] if width == 2 else [0, 1, 2, 3]
 
 
-def _with(config: RunConfig, stage: int | None, again: Any) -> RunConfig:
-    return with_zero(replace(config, model=replace(config.model, gradient_checkpointing=again)), stage=stage)
+def _with(config: RunConfig, stage: int | None, again: bool | int | str) -> RunConfig:
+    return with_keys(config, {"zero.stage": stage, "model.gradient_checkpointing": again})
 
 
 def _keys(config: RunConfig) -> str:
-    return (f"zero.stage={_word(config.zero.stage)}, "
-            f"model.gradient_checkpointing={_word(config.model.gradient_checkpointing)}")
-
-
-def _word(value: str | bool | int | None) -> str:
-    return "null" if value is None else str(value).lower()
+    return (f"{override('zero.stage', config.zero.stage)}, "
+            f"{override('model.gradient_checkpointing', config.model.gradient_checkpointing)}")

@@ -7,7 +7,9 @@ not.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.sizing.logit_blocks import AT_ONCE, plan_blocks
@@ -125,7 +127,7 @@ class Packs:
     @classmethod
     def of(cls, config: RunConfig, lengths: Lengths, ranks: int) -> Packs:
         a_rank = math.ceil(config.train.pairs_per_step / ranks) * lengths.pair
-        # whole pairs alone fit into a pack
+        # packs hold whole pairs only
         room = max(1, config.train.tokens_per_microbatch // lengths.pair) * lengths.pair
         steps = max(1, math.ceil(a_rank / room))
         return cls(a_rank / steps, steps, (lengths.chosen + lengths.rejected) / lengths.pair)
@@ -164,7 +166,8 @@ class Memory:
 
     @property
     def moments(self) -> dict[str, float]:
-        """{moment: bytes} of the five that may be the peak. Whole weights go when backward is through with them."""
+        """{moment: bytes} of the five that may be the peak. Backward frees gathered weights when it is done with them.
+        """
         always = (self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets
                   + self.reference)
         kept = always + self.gathered + self.activations
@@ -189,10 +192,9 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     packs = packs or Packs.of(config, lengths, ranks)
     trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
     everything = shape.parameters + (trained if config.model.lora.rank else 0)
-    again = packs.micro_steps > 1
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
-    terms |= _model_terms(config, width, everything, trained, ranks, shape, again, device)
-    # the pass over the optimizer's state is done there
+    terms |= _model_terms(config, width, everything, trained, ranks, shape, packs.micro_steps > 1, device)
+    # the optimizer steps on the host, where its state and the gradients are
     if config.zero.offload_optimizer == "cpu":
         terms["host"] += terms["master_weights"] + terms["optimizer"] + 4.0 * trained / ranks
         terms |= {"master_weights": 0.0, "optimizer": 0.0, "gradients": 0.0, "update": 0.0}
@@ -200,12 +202,13 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
         terms["host"] += terms["weights"]
         terms["weights"] = 0.0
     terms |= _pack_terms(config, shape, lengths, packs, width, device)
+    terms["framework"] = device.framework
     if config.loss.needs_reference and config.reference.mode == "live" and not config.reference.is_policy:
         terms["reference"] = reference_weights(config, shape, world)
     # offloading moves nothing where there is one kind of memory
-    if device is CPU or not math.isfinite(device.memory):
+    if not math.isfinite(device.memory):
         terms["framework"] += terms["host"]
-    return Memory(**{**terms, "framework": terms["framework"] + device.framework})
+    return Memory(**terms)
 
 
 def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape,
@@ -214,7 +217,7 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
     stage, part = config.zero.stage, trained / ranks
     size = bucket_elements(shape.layer)
     travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
-    bucket = width * (size if device.whole_buckets else min(trained, size))
+    elements = size if device.whole_buckets else min(trained, size)      # of a bucket
     # fp32 master weights, whose gradients add up in fp32 as they come
     if stage is None and width == 2:
         return {"weights": 2.0 * everything, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained,
@@ -231,8 +234,7 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
     if stage in (1, 2):
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
         # the bucket and its all-reduced copy on a CPU; two buckets in turn on a GPU
-        staged = 2 * bucket
-        staged += (travels - width) * (size if device.whole_buckets else min(trained, size))
+        staged = (width + travels) * elements
         # what earlier buckets brought, in fp32
         reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))
         return {"weights": width * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
@@ -240,12 +242,12 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
                 "reduction": reduced + (0.0 if device.whole_buckets else staged),
                 "update": 8.0 * part - min(held, 4.0 * part)}
     assert stage == 3, f"zero.stage={stage} is chosen before sizes are predicted"
-    # one rank's part is the whole
+    # one rank holds all weights anyway
     gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0
-    # hpZ's copy
+    # the copy that hpZ keeps, one for each group of that many ranks
     nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0
     return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
-            "gradients": 4.0 * part, "buckets": bucket, "gathered": gathered,
+            "gradients": 4.0 * part, "buckets": width * elements, "gathered": gathered,
             "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
             # a larger tensor goes alone
             "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}
@@ -256,10 +258,12 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     """Terms that depend on the tokens of a pack."""
     scores = lengths.mask(shape.family.eager) if device.masks or shape.family.eager else 0.0
 
+    # norms, rotary embedding and SwiGLU are one kernel each, which keeps its inputs alone
+    fused = config.model.kernels == "fused" or (config.model.kernels == "auto" and device.whole_buckets)
+
     def kept(recompute: bool) -> float:
         return packs.tokens * shape.saved_bytes_per_token(width, lengths.seen_keys / lengths.pair,
-                                                          scores / lengths.pair, device.pieces,
-                                                          fused=fused_kernels(config, device), recompute=recompute)
+                                                          scores / lengths.pair, device.pieces, fused, recompute)
 
     layer, stream = kept(recompute=False), packs.tokens * width * shape.hidden
     whole, others_recompute = recomputed_layers(config, shape.layers)
@@ -268,9 +272,8 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     head_gradient = 0.0 if config.model.lora.rank else float(width * shape.head)
     logits, at_once = _logits(shape, rows, width, device)
     in_forward = logits + (width if device.whole_buckets else 8.0 + (width if width == 2 else 0)) * at_once
-    in_backward = logits + (width if device.whole_buckets
-                            else 4.0 + (width if width == 2 else 0)) * at_once + head_gradient
-    in_backward += rows * shape.hidden * 4.0
+    in_backward = (logits + (width if device.whole_buckets else 4.0 + (width if width == 2 else 0)) * at_once
+                   + head_gradient + rows * shape.hidden * 4.0)
     return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
             "passing": packs.tokens * shape.forward_workspace_bytes_per_token(width) if whole else 0.0,
             "recomputed": layer if whole else layer - other,
@@ -298,11 +301,6 @@ def recomputed_layers(config: RunConfig, layers: int) -> tuple[int, bool]:
     return min(how, layers), True
 
 
-def fused_kernels(config: RunConfig, device: Device) -> bool:
-    """Whether norms, rotary embedding and SwiGLU are one kernel each, which keep their inputs alone."""
-    return config.model.kernels == "fused" or (config.model.kernels == "auto" and device.whole_buckets)
-
-
 def dtype_bytes(config: RunConfig, device: Device) -> int:
     """Bytes of a weight or an activation: model.dtype, where auto is bf16 on a GPU and fp32 on a CPU."""
     return 4 if config.model.dtype == "fp32" or (config.model.dtype == "auto" and not device.overlaps) else 2
@@ -314,8 +312,8 @@ def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world
     tokens = config.train.tokens_per_microbatch
     gathered = 0.0
     if config.reference.gathers_weights:
-        gathered = width * (
-            min(shape.parameters, LIVE + REFERENCE_PREFETCH) + min(shape.parameters, REFERENCE_PREFETCH))
+        gathered = width * (min(shape.parameters, LIVE + REFERENCE_PREFETCH)
+                            + min(shape.parameters, REFERENCE_PREFETCH))
     weights = reference_weights(config, shape, world)
     layer = tokens * shape.training_workspace_bytes_per_token(width) + 4 * tokens * width * shape.hidden
     logits = 8.0 * AT_ONCE["cuda" if world.device.whole_buckets else "cpu"]
@@ -334,6 +332,14 @@ def cache_bytes(lengths: Lengths) -> float | None:
     return None if lengths.pairs is None else lengths.pairs * (4.0 * (lengths.chosen + lengths.rejected) + 2 * 24)
 
 
-def with_zero(config: RunConfig, **changes: object) -> RunConfig:
-    """The config with these keys of its zero section changed."""
-    return replace(config, zero=replace(config.zero, **changes))  # type: ignore[arg-type]
+def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with these keys changed, as in {"zero.stage": 2}."""
+    for key, value in values.items():
+        section, name = key.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def override(key: str, value: Any) -> str:
+    """The key and its value as a person writes them in a command."""
+    return f"{key}={'null' if value is None else str(value).lower()}"

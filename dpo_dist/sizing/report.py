@@ -3,11 +3,11 @@ here."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from dpo_dist.sizing.estimate import (
     Memory,
     cache_bytes,
     memory,
+    override,
     scoring_memory,
-    with_zero,
+    with_keys,
     worst_lengths,
 )
 from dpo_dist.sizing.shape import ModelShape, read_shape
@@ -59,8 +60,7 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     config = chosen.config
     need, time = memory(config, shape, lengths, world), step_time(config, shape, lengths, world)
     moment, peak = max(need.moments.items(), key=lambda entry: entry[1])
-    shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name in (f.name for f in fields(Memory))
-             if (value := getattr(need, name))]
+    shown = [f"{name.replace('_', ' ')} {value / GIB:.2f}" for name, value in vars(need).items() if value]
     unproven = "" if world.device.measured else "; never held against a GPU's own figures"
     lines = [
         f"model     {shape.parameters / 1e9:.2f} B parameters ({shape.model_type}), {world.ranks} ranks on "
@@ -75,15 +75,16 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
         f"assumed   {world.device.name}: {world.device.flops / 1e12:.4g} TFLOP/s at {world.device.efficiency:.0%}, "
         f"{world.link / 1e9:.3g} GB/s between ranks, {world.device.bandwidth / 1e9:.4g} GB/s of memory"]
     seconds, stored = scoring_seconds(config, shape, lengths, world), cache_bytes(lengths)
-    if config.loss.needs_reference and config.reference.mode != "live":
-        lines.append(f"scoring   {scoring_memory(config, shape, lengths, world) / GIB:.2f} GiB a rank; " + (
+    scores = config.loss.needs_reference and config.reference.mode != "live"
+    scorer = scoring_memory(config, shape, lengths, world)               # bytes of a rank that scores
+    if scores:
+        lines.append(f"scoring   {scorer / GIB:.2f} GiB a rank; " + (
             f"{seconds:.3g} s on all ranks, cache {stored / 2**20:.3g} MiB" if seconds is not None
             and stored is not None
             else "time and cache size need the number of pairs, known once the data is tokenized"))
     if not need.fits(world.device):
         lines += too_large(config, shape, lengths, world, need)
-    scores_here = config.loss.needs_reference and config.reference.mode != "live" and not config.reference.outside
-    if scores_here and scoring_memory(config, shape, lengths, world) > world.device.memory:
+    if scores and not config.reference.outside and scorer > world.device.memory:
         lines.append(f"scoring does not fit with reference.engine={config.reference.engine}; set "
                      f"{config.reference.needs_less}")
     return lines
@@ -123,15 +124,13 @@ def smallest_change(config: RunConfig, shape: ModelShape, lengths: Lengths, worl
 
 def _changes(config: RunConfig, lengths: Lengths) -> Iterator[list[tuple[tuple[str, ...], RunConfig]]]:
     """For each number of keys, from none up: every way to change as many, as (overrides, config)."""
-    steps = _single_changes(config, lengths)
-    for size in range(len({word.split("=")[0] for word, _ in steps}) + 1):
+    single = _single_changes(config, lengths)
+    for size in range(len(dict(single)) + 1):
         found = []
-        for chosen in combinations(steps, size):
-            changed = config
-            for _, change in chosen:
-                changed = change(changed)
-            if len({word.split("=")[0] for word, _ in chosen}) == size and _allowed(changed):
-                found.append((tuple(word for word, _ in chosen), changed))
+        for chosen in combinations(single, size):
+            changed = with_keys(config, dict(chosen))
+            if len(dict(chosen)) == size and _allowed(changed):          # each key once
+                found.append((tuple(override(key, value) for key, value in chosen), changed))
         yield found
 
 
@@ -142,32 +141,20 @@ def _allowed(config: RunConfig) -> bool:
             and (zero.offload_optimizer == "none" or zero.stage not in (None, 0)))
 
 
-def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
-    """(override, what it does) of each key that makes room."""
-    def tokens(count: int) -> Callable[[RunConfig], RunConfig]:
-        return lambda c: replace(c, train=replace(c.train, tokens_per_microbatch=count))
-
-    def stage(number: int) -> Callable[[RunConfig], RunConfig]:
-        return lambda c: with_zero(c, stage=number)
-
-    def again(how: bool | int) -> Callable[[RunConfig], RunConfig]:
-        return lambda c: replace(c, model=replace(c.model, gradient_checkpointing=how))
-
-    changes: list[tuple[str, Callable[[RunConfig], RunConfig]]] = []
-    changes += [(f"zero.stage={number}", stage(number)) for number in (1, 2, 3)
-                if number > (config.zero.chosen_stage or 0)]
+def _single_changes(config: RunConfig, lengths: Lengths) -> list[tuple[str, Any]]:
+    """(key, value) of each change that makes room; a key may have several values."""
+    changes: list[tuple[str, Any]] = [
+        ("zero.stage", stage) for stage in (1, 2, 3) if stage > (config.zero.chosen_stage or 0)]
     fewer = config.train.tokens_per_microbatch // 2
     while fewer >= lengths.pair:
-        changes.append((f"train.tokens_per_microbatch={fewer}", tokens(fewer)))
+        changes.append(("train.tokens_per_microbatch", fewer))
         fewer //= 2
     if config.model.gradient_checkpointing is False:
-        changes.append(("model.gradient_checkpointing=0", again(0)))
+        changes.append(("model.gradient_checkpointing", 0))
     if config.model.gradient_checkpointing is not True:
-        changes.append(("model.gradient_checkpointing=true", again(True)))
-    if config.zero.offload_optimizer == "none":
-        changes.append(("zero.offload_optimizer=cpu", lambda c: with_zero(c, offload_optimizer="cpu")))
-    if config.zero.offload_parameters == "none":
-        changes.append(("zero.offload_parameters=cpu", lambda c: with_zero(c, offload_parameters="cpu")))
+        changes.append(("model.gradient_checkpointing", True))
+    changes += [(f"zero.{key}", "cpu") for key in ("offload_optimizer", "offload_parameters")
+                if getattr(config.zero, key) == "none"]
     return changes
 
 

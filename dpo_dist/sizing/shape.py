@@ -1,4 +1,4 @@
-"""A model's size from config.json alone: parameters, FLOPs, and what a token leaves for backward. No torch here.
+"""A model's size from config.json alone: parameters, FLOPs, and what is kept of a token for backward. No torch here.
 
 Counted from the architecture's published definition; tests hold the counts against the real model's parameters, against
 models/cost.py, and against the tensors that autograd really saves.
@@ -30,7 +30,8 @@ class _Family:
     eager: bool = False                  # attention by written-out scores (a soft cap)
     tied: bool = False                   # where config.json does not say
     head_dim: int | None = None          # where config.json does not say; None = hidden size / heads
-    sliding: str = "where named"         # which layers have the window: "where named", "every other", "where used"
+    # which layers have the window: "where named" (by layer_types), "all", "every other", "where used" (a switch)
+    sliding: str = "where named"
 
 
 FAMILIES = {
@@ -94,12 +95,12 @@ class ModelShape:
             norms, fp32 = 2.0 * f.norms * h, 2.0 * f.norms              # input and output; mean and deviation
         elif fused:
             norms, fp32 = 2.0 * f.norms * h, float(f.norms)             # input and output; the root mean square
+        elif width == 4:                                 # the same as below, where the input is in fp32 anyway
+            norms, fp32 = f.norms * 3.0 * h - f.post_norms * h, float(f.norms)
         else:                                            # input in fp32, normalized, output; the root mean square
             wide = (2 if f.wide_norm else 1) * h
             norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
             fp32 = f.norms * (wide + 1.0)
-            if width == 4:
-                norms, fp32 = f.norms * 3.0 * h - f.post_norms * h, float(f.norms)
         if f.head_norms:
             norms, fp32 = norms + (q + kv), fp32 + (0 if fused else q + kv) + (q + kv) * self.heads / q
         keys = 2.0 * keys_per_token * (q if f.eager else kv)
@@ -169,8 +170,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     vocabulary = config["vocab_size"]
     tied = bool(get("tie_word_embeddings", default=family.tied))
 
-    biases = (q + 2 * kv + (h if kind == "gpt2" or get("attention_bias") else 0)
-              if family.qkv_bias or kind == "gpt2" or get("attention_bias") else 0)
+    all_biased = kind == "gpt2" or get("attention_bias")
+    biases = (q + 2 * kv if family.qkv_bias or all_biased else 0) + (h if all_biased else 0)
     attention_matrices = 2 * h * q + 2 * h * kv
     attention = attention_matrices + biases + (2 * head_dim if family.head_norms else 0)
     matrices = 3 if family.gated else 2
@@ -183,8 +184,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     qkv = [(h, q + 2 * kv)] if kind == "gpt2" else [(h, q), (h, kv), (h, kv)]
     mlp_sides = [(h, inner)] * (matrices - 1) + [(inner, h)] if experts == 1 else []
 
-    visited_matrices = matrices * h * inner * visited + router
-    per_token = 2.0 * layers * (attention_matrices + visited_matrices)
+    per_token = 2.0 * layers * (attention_matrices + matrices * h * inner * visited + router)
     spans = Counter(_windows(config, family, layers))
     flops = Flops(per_token, 2.0 * head, tuple((4.0 * q * n, window) for window, n in spans.items()))
     mlp_tensor = experts * (matrices - 1) * h * inner if experts > 1 else h * inner

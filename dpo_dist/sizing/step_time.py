@@ -63,7 +63,8 @@ def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
 
 
 def pair_flops(shape: ModelShape, lengths: Lengths, frozen: bool, recomputed: float) -> float:
-    """FLOPs of a pair of mean length, there and back, and the forward of this share of the layers once more."""
+    """FLOPs of a pair of mean length: forward, backward, and once more the forward of that share of the layers which
+    backward recomputes."""
     whole = np.array([[lengths.prompt, lengths.chosen, lengths.rejected]]).round().astype(np.int64)
     forward = sum(float(part.sum()) for part in shape.flops.of_pairs(whole))
     total = sum(float(part.sum()) for part in shape.flops.training(frozen).of_pairs(whole))

@@ -75,8 +75,8 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
     """Nobody else would end them: the other node is never started, and they wait for it."""
     (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'dpo_dist.train' in sys.orig_argv: "
                                                "os.kill(os.getppid(), 15)\n")
-    process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(free_port()), RUN_DIR=str(tmp_path / "run"),
+    process = start("node.sh", "model.path=m", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0",
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RUN_DIR=str(tmp_path / "run"),
                     PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     shown = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in shown
@@ -85,8 +85,9 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
 
 def test_a_node_that_saved_after_a_signal_has_not_failed(tmp_path: Path, words: list[str]):
     """srun ends all nodes where one ends with another code than 0."""
-    process = start("torchrun.sh", *words, PROCS_PER_NODE="2", MASTER_PORT=str(free_port()))
+    process = start("torchrun.sh", *words, "cluster.procs_per_node=2", MASTER_PORT=str(free_port()))
     wait_until(lambda: steps_logged(tmp_path / "a run") >= 2, process)
+    assert (tmp_path / "a run" / "logs" / "rank-1.log").exists(), "two processes, as the config says"
     process.send_signal(signal.SIGUSR1)
     assert "stopped by SIGUSR1: step" in process.communicate(timeout=60)[0] and process.returncode == 0
 
@@ -100,8 +101,8 @@ for _ in range(2):
     time.sleep(1)
 time.sleep(600)
 """)
-    process = start("node.sh", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1",
-                    MODULE="heedless", RUN_DIR=str(tmp_path / "run"),
+    process = start("node.sh", "model.path=m", f"run.dir={tmp_path / 'run'}", NNODES="2", NODE_RANK="0",
+                    MASTER_ADDR="127.0.0.1", MODULE="heedless", RUN_DIR=str(tmp_path / "run"),
                     PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT and "node 0: ended by INT at once" in shown
@@ -110,7 +111,7 @@ time.sleep(600)
 
 def test_a_node_whose_folder_cannot_be_made_says_so(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    process = start("node.sh", RUN_DIR=str(tmp_path / "file" / "run"))
+    process = start("node.sh", "model.path=m", RUN_DIR=str(tmp_path / "file" / "run"))
     shown = process.communicate(timeout=30)[0]
     assert process.returncode == 2 and "Traceback" not in shown
     assert "cannot be made" in shown and "set run.dir to" in shown

@@ -148,10 +148,15 @@ def test_the_probe_passes_exact_kernels_and_names_what_is_wrong_with_others():
     def never_back(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
         return plain_kernels.rotate(x, cos, sin, False)           # backward is not the transposed rotation
 
+    def no_number(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = PLAIN.swiglu_backward(*inputs)
+        return gate * torch.nan, up
+
     for kind in (Qwen2Config, MixtralConfig):
         for dtype in (torch.float32, torch.bfloat16):
             assert fused_misfit(kind(), dtype, CPU, PLAIN) is None
     for wrong in (Kernels(PLAIN.norm, PLAIN.norm_backward, worse, PLAIN.swiglu_backward, PLAIN.rotate),
+                  Kernels(PLAIN.norm, PLAIN.norm_backward, PLAIN.swiglu, no_number, PLAIN.rotate),
                   Kernels(PLAIN.norm, PLAIN.norm_backward, PLAIN.swiglu, PLAIN.swiglu_backward, never_back)):
         assert "differ by" in (fused_misfit(Qwen2Config(), torch.float32, CPU, wrong) or "")
     assert "none of its" in (fused_misfit(GPT2Config(), torch.float32, CPU, PLAIN) or "")

@@ -133,6 +133,10 @@ def test_kernels_are_tried_before_they_are_used_and_wrong_ones_are_found_out() -
         PLAIN.absorb(*inputs)
         inputs[4].add_(0.5)
 
+    def gives_no_number(*inputs: Any) -> Tensor:
+        return PLAIN.differentiate(*inputs) * torch.nan
+
+    assert not trial(Passes(PLAIN.absorb, gives_no_number), mine, torch.bfloat16) < TRIAL_ERROR, "NaN is not small"
     assert trial(Passes(PLAIN.absorb, forgets_the_target), mine, torch.bfloat16) > TRIAL_ERROR
     assert trial(Passes(doubles_the_normalizer, PLAIN.differentiate), mine, torch.bfloat16) > TRIAL_ERROR
     if not torch.cuda.is_available():

@@ -180,15 +180,14 @@ def test_status_tells_how_a_run_stands(tmp_path: Path):
 
 def test_a_node_finds_its_place_in_its_environment_or_in_slurms():
     place = place_of({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
-                      "PROCS_PER_NODE": "4"})
+                      "PROCS_PER_NODE": "4"}, procs=1)
     assert place == Place(4, 1, 2, "node-0", 29500)
     assert place.environment(3) == {
         "RANK": "7", "LOCAL_RANK": "3", "GROUP_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
     assert place_of({"SLURM_JOB_NUM_NODES": "3", "SLURM_NODEID": "2", "MASTER_ADDR": "a",
-                     "SLURM_JOB_ID": "70123"}) == Place(
-        1, 2, 3, "a", 20123)
-    assert place_of({}).environment(0) == {}, "a process that is alone has no place among others"
+                     "SLURM_JOB_ID": "70123"}, procs=8) == Place(8, 2, 3, "a", 20123)
+    assert place_of({}, procs=1).environment(0) == {}, "a process that is alone has no place among others"
 
 
 @pytest.mark.parametrize("environment, shown", [
@@ -201,7 +200,7 @@ def test_a_node_finds_its_place_in_its_environment_or_in_slurms():
 ])
 def test_a_node_that_cannot_know_its_place_says_what_to_set(environment: dict[str, str], shown: str):
     with pytest.raises(UserError, match=shown):
-        place_of(environment)
+        place_of(environment, procs=1)
 
 
 def test_help_ends_in_a_pipe_without_a_traceback():

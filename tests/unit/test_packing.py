@@ -172,8 +172,8 @@ def test_the_plan_is_the_same_every_time():
 def test_a_pair_longer_than_a_pack_is_refused_with_the_key_to_change():
     with pytest.raises(UserError, match=r"train\.tokens_per_microbatch=10 .* 60 tokens .*row 7.* set "
                                         r"train\.tokens_per_microbatch=60"):
-        check_budget(np.array([[20, 20, 20]]), ["row 7"], 10)
-    check_budget(np.array([[20, 20, 20]]), None, 60)
-    with pytest.raises(UserError, match=r"the 80 tokens of one pair, as two padded rows; set "
+        check_budget(np.array([[20, 20, 20]]), ["row 7"].__getitem__, 10)
+    check_budget(np.array([[20, 20, 20]]), ["row 7"].__getitem__, 60)
+    with pytest.raises(UserError, match=r"the 80 tokens of one pair \(row 7\), as two padded rows; set "
                                         r"train\.tokens_per_microbatch=80"):
-        check_budget(np.array([[20, 20, 20]]), None, 60, padded=True)
+        check_budget(np.array([[20, 20, 20]]), ["row 7"].__getitem__, 60, padded=True)

@@ -49,7 +49,12 @@ def test_a_kernel_with_wrong_gradients_alone_fails_the_trial():
     def forgets_the_prompts_gradient(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
         return plain(q, k.detach() + 0 * k, v, *rest)
 
+    def gives_no_number_to_the_values(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+        v.register_hook(lambda gradient: gradient * torch.nan)
+        return plain(q, k, v, *rest)
+
     assert trial(forgets_the_prompts_gradient, CPU, torch.bfloat16, 8, 2, 16) > TRIAL_ERROR
+    assert not trial(gives_no_number_to_the_values, CPU, torch.bfloat16, 8, 2, 16) < TRIAL_ERROR, "NaN is not small"
 
 
 def test_what_is_used_is_told_with_the_reasons_against_what_is_faster(monkeypatch: pytest.MonkeyPatch):

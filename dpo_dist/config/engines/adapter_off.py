@@ -17,6 +17,8 @@ class AdapterOffConfig(ReferenceConfig):
     engine: Literal["adapter_off"] = option()
 
     is_policy = True
+    why_not_ahead = ("with reference.engine=adapter_off the reference is the policy itself; set reference.mode=cached "
+                     "or live, or reference.engine=hf")
 
     def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
         return 1.0 / ranks if policy_is_sharded else 1.0
@@ -29,8 +31,3 @@ class AdapterOffConfig(ReferenceConfig):
             raise UserError(f"reference.path={self.path} differs from model.path={run.model.path}, but adapter_off "
                             "takes the policy's own base weights as reference; remove reference.path or set "
                             "reference.engine=hf")
-
-    @property
-    def why_not_ahead(self) -> str | None:
-        return ("with reference.engine=adapter_off the reference is the policy itself; set reference.mode=cached or "
-                "live, or reference.engine=hf")

@@ -13,6 +13,8 @@ from pathlib import Path
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.doctor.finding import Finding, together
 from dpo_dist.launcher.doctor.network import node_count
+from dpo_dist.runtime.shared_folders import shared_folders
+from dpo_dist.sizing.estimate import GIB
 
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay"}
 SKEW_SECONDS = 5                   # with more, files of different nodes cannot be ordered
@@ -21,16 +23,15 @@ LEAST_FREE_GIB = 1
 STATE_BYTES = 12
 # ZeRO 0 to 2 keep the module's own weights beside them; the exported model has them too
 MODULE_BYTES = 4
-GIB = 2**30
 
 
 def shared_folder(config: RunConfig) -> Finding:
-    return together([_usable(key, folder, node_count(config)) for key, folder in _folders(config).items()])
+    return together([_usable(key, folder, node_count(config)) for key, folder in shared_folders(config).items()])
 
 
 def clock(config: RunConfig) -> Finding | None:
     """This machine's clock against the file system's, which other nodes see too; None where nothing can be written."""
-    folder = _nearest(_folders(config)["run.dir"])
+    folder = _nearest(Path(config.run_dir))
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
             file.write(b"now")
@@ -45,20 +46,13 @@ def clock(config: RunConfig) -> Finding | None:
 
 
 def disk(config: RunConfig) -> Finding:
-    folder = _nearest(_folders(config)["run.dir"])
+    folder = _nearest(Path(config.run_dir))
     needed, why = needed_bytes(config)
     free = shutil.disk_usage(folder).free
     if free < needed:
         return Finding(f"{free / GIB:.1f} GiB free in {folder}, needs {needed / GIB:.1f} GiB {why}",
                        "make room, set run.dir to a larger disk, or lower train.keep_checkpoints")
     return Finding(f"{free / GIB:.1f} GiB free in {folder}, {why}")
-
-
-def _folders(config: RunConfig) -> dict[str, Path]:
-    folders = {"run.dir": Path(config.run_dir), "data.cache_dir": Path(config.data.cache_dir)}
-    if config.loss.needs_reference and config.reference.mode == "cached":
-        folders["reference.cache_dir"] = Path(config.reference.cache_dir)
-    return folders
 
 
 def _usable(key: str, folder: Path, nodes: int) -> Finding:
@@ -69,13 +63,9 @@ def _usable(key: str, folder: Path, nodes: int) -> Finding:
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".doctor-") as scratch:
             _rename(Path(scratch))
+            locked = _locks(Path(scratch))
     except OSError as error:
         return Finding(f"{key}={folder} cannot be written: {error.strerror} ({there})", remedy)
-    try:
-        with tempfile.TemporaryDirectory(dir=there, prefix=".doctor-") as scratch:
-            locked = _locks(Path(scratch))
-    except OSError:
-        locked = False
     if not locked:
         return Finding(f"{key}={folder} is on {kind}, where flock does not work",
                        f"{remedy} and locked; Lustre needs the mount option flock")
@@ -95,20 +85,18 @@ def _rename(scratch: Path) -> None:
 def _locks(scratch: Path) -> bool:
     """True where a second lock is refused while the first is held."""
     with (scratch / "lock").open("w") as first, (scratch / "lock").open("w") as second:
-        fcntl.flock(first, fcntl.LOCK_EX)
         try:
+            fcntl.flock(first, fcntl.LOCK_EX)
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+        except OSError as error:
+            return isinstance(error, BlockingIOError)           # any other: flock does not work here at all
     return False
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or where it would be made: a look leaves nothing behind."""
+    """The folder, or the nearest one above it that exists: the doctor makes no folder of a run."""
     folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _file_system(folder: Path) -> str:

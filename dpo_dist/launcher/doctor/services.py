@@ -6,12 +6,12 @@ import os
 import shutil
 import socket
 import subprocess
-from importlib import metadata
 from urllib.parse import urlsplit
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking import WandbConfig
 from dpo_dist.launcher.doctor.finding import Finding
+from dpo_dist.launcher.doctor.versions import installed
 
 ANSWER_SECONDS = 5
 WANDB_URL = "https://api.wandb.ai"
@@ -20,9 +20,8 @@ WANDB_URL = "https://api.wandb.ai"
 def wandb(config: RunConfig) -> Finding | None:
     if not isinstance(config.tracking, WandbConfig):
         return None
-    try:
-        version = metadata.version("wandb")
-    except metadata.PackageNotFoundError:
+    version = installed("wandb")
+    if version is None:
         return Finding("tracking=wandb, but wandb is not installed",
                        "pip install -c constraints.txt . or set tracking=none")
     if config.tracking.mode != "online":

@@ -29,14 +29,14 @@ def versions(_: RunConfig) -> Finding:
     for needed in map(Requirement, metadata.requires("dpo-dist") or []):
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue
-        found = _installed(needed.name)
+        found = installed(needed.name)
         if found is None:
             wrong.append(f"{needed.name} is missing")
         elif not needed.specifier.contains(found, prereleases=True):
             wrong.append(f"{needed.name} {found}, needs {needed.specifier}")
     if wrong:
         return Finding("; ".join(wrong), "pip install -c constraints.txt . installs the tested versions")
-    shown = ", ".join(f"{name} {_installed(name)}" for name in SHOWN)
+    shown = ", ".join(f"{name} {installed(name)}" for name in SHOWN)
     untested = list(_other_than_tested())
     return Finding(f"Python {platform.python_version()}, {shown}"
                    + (f" (supported; not the tested {', '.join(untested)})" if untested else ""))
@@ -46,13 +46,14 @@ def _other_than_tested() -> Iterator[str]:
     """`name==version` of constraints.txt for each shown package that is installed in another version."""
     lines = CONSTRAINTS.read_text().splitlines() if CONSTRAINTS.is_file() else []
     for pinned in (Requirement(line) for line in lines if line and not line.startswith("#")):
-        found = _installed(pinned.name)
+        found = installed(pinned.name)
         applies = pinned.name in SHOWN and (pinned.marker is None or pinned.marker.evaluate())
         if applies and found and not pinned.specifier.contains(found):
             yield f"{pinned.name}{pinned.specifier}"
 
 
-def _installed(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The installed version of a package."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -18,6 +18,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, VALUES, deciding, to_dict
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.launcher.plan import quoted
 from dpo_dist.runtime.run_dir import RunDir
 
 Value = str | float | int | bool | None
@@ -29,11 +30,16 @@ NOT_OF_THE_RUN = ("run.", "cluster", "tracking", "zero", "hydra")
 
 @dataclass(frozen=True)
 class Job:
-    """One training of a sweep. `config` has its run.dir, and so do `overrides`, which compose it in another process."""
+    """One training of a sweep."""
 
     swept: dict[str, Value]              # {key that differs between jobs: its value here}
-    overrides: tuple[str, ...]
-    config: RunConfig
+    words: tuple[str, ...]               # its overrides, without run.dir
+    config: RunConfig                    # with its run.dir
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What composes `config` in another process."""
+        return (*self.words, f"run.dir={quoted(self.config.run_dir)}")
 
     @property
     def run_dir(self) -> Path:
@@ -75,8 +81,7 @@ def make_job(overrides: Sequence[str], fixed: Sequence[str], folder: Path) -> Jo
     name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:100]
     digest = config.identity()[:8]
     job_folder = next(folder.glob(f"*-{digest}"), folder / f"{name}-{digest}")
-    return _in(job_folder, Job(swept, (*(word for word in overrides if key_of(word) not in OF_THE_SWEEP),
-                                       "run.dir=null"), config))
+    return _in(job_folder, Job(swept, tuple(word for word in overrides if key_of(word) not in OF_THE_SWEEP), config))
 
 
 def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
@@ -137,15 +142,10 @@ def shown(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def run_dir_override(folder: Path) -> str:
-    """run.dir=..., quoted for Hydra."""
-    return "run.dir='" + str(folder).replace("'", "\\'") + "'"
-
-
 def _in(folder: Path, job: Job) -> Job:
-    """The job in another folder. Its run.dir is always the last override."""
-    config = dataclasses.replace(job.config, run=dataclasses.replace(job.config.run, dir=str(folder)))
-    return Job(job.swept, (*job.overrides[:-1], run_dir_override(folder)), config)
+    """The job in another folder."""
+    run = dataclasses.replace(job.config.run, dir=str(folder))
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, run=run))
 
 
 def _value(config: RunConfig, word: str) -> Value:

@@ -1,11 +1,10 @@
-"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; they are scored once, trained and
-compared."""
+"""`dpo-dist run -m`: Hydra's sweeper proposes jobs, all at once or in rounds; here they are run and compared."""
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config.compose import compose, conf_dir, explain, with_groups
+from dpo_dist.config.compose import choices, compose, conf_dir, explain, with_groups
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.launcher.clusters import sweep_launcher_of
+from dpo_dist.launcher.plan import quoted
 from dpo_dist.launcher.sweep.groups import (
     Job,
     check_comparable,
@@ -26,7 +26,6 @@ from dpo_dist.launcher.sweep.groups import (
     group_jobs,
     key_of,
     make_job,
-    run_dir_override,
     sweep_folder,
 )
 from dpo_dist.launcher.sweep.page import write_page
@@ -49,7 +48,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
                         "loss.beta=0.05,0.1,0.3 or sweep=beta_lr")
     given = {o.get_key_element(): o.value() for o in overrides if not o.is_sweep_override()}
     folder = Path(str(given.get("run.dir")
-                      or sweep_folder(words, [*swept, *(str(given[key]) for key in given if key == "+sweep")])))
+                      or sweep_folder(words, [*swept, *([str(given["+sweep"])] if "+sweep" in given else [])])))
     _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
     # Hydra knows a user's own experiment file by another name
     as_written = dict(zip(with_groups(words), words, strict=True))
@@ -61,12 +60,12 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         assert hydra is not None
         # our launcher calls it for whole batches, not as Hydra calls a task
         run_jobs: Any = sweep.run_jobs
-        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", _in_folder(folder), *with_groups(words)],
-                       with_log_configuration=False)
+        hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", f"hydra.sweep.dir={quoted(str(folder))}",
+                                            *with_groups(words)], with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
-        _blame(words, error)
-    except UserError:
-        raise
+        if any("optuna" in word for word in words) and not find_spec("hydra_plugins.hydra_optuna_sweeper"):
+            raise UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'") from error
+        raise UserError(str(error).splitlines()[0]) from error
     except _Shown as shown:
         print(shown)
         return 0
@@ -74,7 +73,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         print("sweep: interrupted; the same command goes on with what is missing")
         return 130
     except Exception as error:
-        if not sweep.ended_badly:
+        if isinstance(error, UserError) or not sweep.ended_badly:
             raise
         # Optuna's own, after its limit of failures; the table is still shown
         print(f"sweep: the sweeper gave up: {error}")
@@ -82,7 +81,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
 
 
 class _Shown(Exception):
-    """Ends a dry run; what it would have submitted."""
+    """Ends a dry run. Its text is what would be submitted."""
 
 
 class Sweep:
@@ -160,9 +159,9 @@ def _check_objective(objective: str, sweeper: Any) -> None:
 
 
 def _sweep_choice(word: str) -> str:
-    choice, choices = word.partition("=")[2], sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))
-    if choice not in choices:
-        raise UserError(f"sweep={choice} is not a choice: {nearest(choice, choices)}")
+    choice, valid = word.partition("=")[2], choices("sweep")
+    if choice not in valid:
+        raise UserError(f"sweep={choice} is not a choice: {nearest(choice, valid)}")
     return f"+{word}"
 
 
@@ -171,10 +170,6 @@ def _parse(words: Sequence[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(list(words))
     except HydraException as error:
         raise UserError(explain(words, error)) from error
-
-
-def _in_folder(folder: Path) -> str:
-    return run_dir_override(folder).replace("run.dir", "hydra.sweep.dir", 1)
 
 
 def _compose_each(overrides: Sequence[Override]) -> None:
@@ -186,10 +181,3 @@ def _compose_each(overrides: Sequence[Override]) -> None:
                 for o in ours]
         for job in itertools.product(*values):
             compose(job)
-
-
-def _blame(words: Sequence[str], error: Exception) -> None:
-    """Raises the UserError that says what is wrong."""
-    if any("optuna" in word for word in words) and not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"):
-        raise UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'") from error
-    raise UserError(str(error).splitlines()[0]) from error

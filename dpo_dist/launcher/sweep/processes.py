@@ -8,13 +8,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.launcher.local import devices
+from dpo_dist.launcher.local import devices, rank_environment
 from dpo_dist.launcher.signals import receiving
 
 POLL_SECONDS = 0.1
@@ -37,8 +37,8 @@ def places(cluster: ClusterConfig) -> list[Place]:
         return [{}]
     found = devices(cluster)
     if not found:                                        # processors are shared by the system; threads are not
-        threads = max(1, (os.cpu_count() or 1) // (n * (cluster.procs_per_node or 1)))
-        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * n
+        threads = rank_environment(n * (cluster.procs_per_node or 1))["OMP_NUM_THREADS"]
+        return [{"OMP_NUM_THREADS": threads}] * n
     if len(found) % n:
         raise UserError(f"cluster.jobs_at_once={n} does not divide the {len(found)} devices of this machine; set it to "
                         "a divisor")
@@ -84,11 +84,9 @@ def run_commands(commands: Sequence[Command], where: Sequence[Place], began: Cal
 
 
 def _start(command: Command, place: Place) -> subprocess.Popen[bytes]:
-    with ExitStack() as files:
-        out = None
-        if command.output is not None:
-            command.output.parent.mkdir(parents=True, exist_ok=True)
-            out = files.enter_context(command.output.open("ab"))
+    if command.output is not None:
+        command.output.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if command.output is None else command.output.open("ab") as out:
         return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *command.words],
                                 env={**os.environ, **place},
                                 stdout=out, stderr=None if out is None else subprocess.STDOUT)

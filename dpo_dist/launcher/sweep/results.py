@@ -1,7 +1,6 @@
 """Results of a sweep's jobs: last held-out metrics, the best job, a table for the terminal, and <sweep>/sweep.json."""
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.options import to_dict
-from dpo_dist.launcher.sweep.groups import Job, Value, shown
-from dpo_dist.runtime.files import write_json
+from dpo_dist.launcher.sweep.groups import Job, shown
+from dpo_dist.runtime.files import jsonable, write_json
 from dpo_dist.runtime.run_dir import RunDir
 
 # What a sweep can optimize, and in which direction. The scale of `loss` depends on beta: not for sweeps of beta.
@@ -32,10 +31,12 @@ class Result:
 
 
 def read_result(job: Job, why_not: str = "") -> Result:
-    """What the job's folder says; `why_not` is what is known besides of a job that could not be started."""
+    """What the job's folder says. `why_not`: why the job could not be started, where that is known."""
+    folder = RunDir(job.run_dir)
     if job.is_done():
-        return Result(job, True, _last_held_out(RunDir(job.run_dir).metrics))
-    failure = RunDir(job.run_dir).failure()
+        last = (folder.rows("eval") or [{}])[-1]
+        return Result(job, True, {name: float(value) for name, value in last.items() if name not in ("step", "split")})
+    failure = folder.failure()
     if not why_not and failure is not None:
         why_not = failure.message
     return Result(job, False, {}, why_not or "it did not finish; the same sweep goes on with it")
@@ -50,7 +51,7 @@ def best(results: Sequence[Result], objective: str) -> Result | None:
 
 def command_of(job: Job) -> str:
     """The command that trains what the job trained, in a folder of its own, ready to be copied."""
-    return shlex.join(["dpo-dist", "run", *job.overrides[:-1]])
+    return shlex.join(["dpo-dist", "run", *job.words])
 
 
 def columns(results: Sequence[Result]) -> tuple[list[str], list[str]]:
@@ -83,21 +84,8 @@ def write_results(folder: Path, results: Sequence[Result], objective: str) -> No
         "objective": objective,
         "direction": OBJECTIVES[objective],
         "jobs": [{"swept": r.job.swept, "run_dir": str(r.job.run_dir), "done": r.done, "message": r.message,
-                  "metrics": {name: _jsonable(value) for name, value in r.metrics.items()}} for r in results],
+                  "metrics": {name: jsonable(value) for name, value in r.metrics.items()}} for r in results],
         "best": chosen and {"swept": chosen.job.swept, "run_dir": str(chosen.job.run_dir),
                             "command": command_of(chosen.job), "config": to_dict(chosen.job.config)},
     }
     write_json(folder / "sweep.json", content)
-
-
-def _last_held_out(path: Path) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        if row["split"] == "eval":
-            found = {name: float(value) for name, value in row.items() if name not in ("step", "split")}
-    return found
-
-
-def _jsonable(value: float) -> Value:
-    return value if math.isfinite(value) else str(value)

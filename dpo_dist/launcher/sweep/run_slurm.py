@@ -56,9 +56,8 @@ def submit(groups: Sequence[Group]) -> list[Submitted]:
 
     Batch scripts and the tasks' overrides are written beside the runs, where every node sees them. An array starts when
     its own group's scoring has succeeded, and is cancelled when that has failed; a failed training stops no other. Each
-    run's job ids are kept in its
-    <run.dir>/slurm.json, which `dpo-dist status` reads. UserError where a group's trainings differ in `cluster`, or
-    Slurm refuses a job.
+    run's job ids are kept in its <run.dir>/slurm.json, which `dpo-dist status` reads. UserError where a group's
+    trainings differ in `cluster`, or Slurm refuses a job.
     """
     submitted = []
     for group, folder in _with_folders(groups):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 
-import numpy as np
 from torch import Tensor
 
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.data.store import Pairs, PairStores
 from dpo_dist.reference import ReferenceEngine
-from dpo_dist.reference.cache.scoring_plan import Indexes, ScoringPlan, plan_scoring
+from dpo_dist.reference.cache.scoring_order import Indexes
+from dpo_dist.reference.cache.scoring_plan import ScoringPlan, plan_scoring
 from dpo_dist.reference.cache.store import LogpCache, ShardWriter, sequence_key
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.later import Later
@@ -42,8 +42,8 @@ def plan_fill(cache: LogpCache, data_sets: Sequence[Pairs], world: World, tokens
 
 def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], engine: ReferenceEngine, world: World,
          progress: Callable[[int], None] = lambda done: None, flush_seconds: float = math.inf) -> None:
-    """Scores the plan's packs into the cache, what is scored reaching the disk within `flush_seconds`; `progress` is
-    told how many sequences are done on this rank's side of the world.
+    """Scores the plan's packs into the cache. What is scored reaches the disk within `flush_seconds`. After each of
+    this rank's packs, `progress` is told how many sequences the packs of all ranks up to there hold.
 
     Raises Stopped, with what is scored kept, where any rank was asked to end.
     """
@@ -93,18 +93,13 @@ def _scored(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool,
 
 def _one_ahead(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool) -> Iterator[Scored]:
     """As _scored: while a GPU computes a pack, the next one is laid out and queued, and the one before is kept."""
-    before: tuple[PackedBatch, Later] | None = None
-    for pack in packs:
-        queued = pack, Later(engine.token_logps(pack.pinned() if pinned else pack))
-        if before is not None:
-            yield before[0], before[1].values
-        if queued[1].is_on_its_way:
-            before = queued
-        else:
-            yield queued[0], queued[1].values
-            before = None
-    if before is not None:
-        yield before[0], before[1].values
+    under_way: deque[tuple[PackedBatch, Later]] = deque()
+    for pack in chain(packs, [None]):
+        if pack is not None:
+            under_way.append((pack, Later(engine.token_logps(pack.pinned() if pinned else pack))))
+        while under_way and (pack is None or len(under_way) == 2 or not under_way[0][1].is_on_its_way):
+            first, answer = under_way.popleft()
+            yield first, answer.values
 
 
 def _keep(writer: ShardWriter, pack: PackedBatch, logps: Tensor) -> None:
@@ -115,8 +110,6 @@ def _keep(writer: ShardWriter, pack: PackedBatch, logps: Tensor) -> None:
 
 def _sequences(tree: Indexes, pairs: PairStores[Pairs]) -> Sequences:
     """The token ids of a tree, by its sequences' places in the data."""
-    prompt, completions = np.empty(0, np.int32), []
-    for sequence in tree.tolist():
-        prompt, *both = pairs.parts(sequence // 2)
-        completions.append(tuple(both[sequence % 2].tolist()))
-    return Sequences(tuple(prompt.tolist()), tuple(completions))
+    prompt = pairs.parts(int(tree[0]) // 2)[0]
+    completions = [pairs.parts(sequence // 2)[1 + sequence % 2] for sequence in tree.tolist()]
+    return Sequences(tuple(prompt.tolist()), tuple(tuple(completion.tolist()) for completion in completions))

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from dpo_dist.data.packing import filled_in_turn
 from dpo_dist.data.store import Pairs, PairStores
-from dpo_dist.reference.cache.scoring_order import NEVER
+from dpo_dist.reference.cache.scoring_order import NEVER, Indexes
 from dpo_dist.reference.cache.store import LogpCache, sequence_key
 
 AT_ONCE = 2**16                    # keys that are compared at once
 Ids = NDArray[np.int32]
-Indexes = NDArray[np.int64]
 Keys = NDArray[np.uint64]               # (n, 2): 16 bytes as two numbers
 
 
@@ -84,8 +83,7 @@ def _keys(pairs: PairStores) -> tuple[Keys, Keys]:
 
 def _first_of_each(keys: Keys) -> Indexes:
     """Where each distinct key (16 bytes as two numbers) occurs first, in order of occurrence."""
-    # stable: equal keys stay in order
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    order = np.lexsort((keys[:, 1], keys[:, 0]))         # stable: equal keys stay in order
     return np.sort(order[_differs_from_before(keys, order)])
 
 

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.runtime.files import write_atomic
+from dpo_dist.runtime.files import write_atomic, write_json
 from dpo_dist.runtime.world import World
 
 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
@@ -63,7 +63,7 @@ class LogpCache:
                             "written") from error
         described = self.folder / "key.json"
         if not described.exists():
-            write_atomic(described, json.dumps(asdict(key), indent=2).encode())
+            write_json(described, asdict(key))
         self.open_shards(())
 
     def verified_shards(self, known: Collection[str] = ()) -> tuple[list[str], int]:
@@ -122,7 +122,7 @@ class LogpCache:
         found = (self._high[at] == keys[:, 0]) & (self._low[at] == keys[:, 1])
         # another key with the same first half was found
         for i in np.flatnonzero((self._high[at] == keys[:, 0]) & ~found):
-            found[i] = self._find(keys[i].tobytes()) is not None
+            found[i] = keys[i].tobytes() in self
         return found
 
     def logps(self, prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -36,7 +36,11 @@ class VllmReference(ReferenceEngine):
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         sequences = continuations(batch)
-        self._check_lengths(sequences)
+        longest = max(len(s.prompt) + len(s.completion) for s in sequences)
+        # vLLM counts the token that it must generate, and refuses a whole request if one sequence is too long
+        if self._longest is not None and longest + 1 > self._longest:
+            raise UserError(f"a sequence of {longest} tokens needs servers with --max-model-len {longest + 1} or more, "
+                            f"not {self._longest}; start them so, or set data.max_length={self._longest - 1}")
         n = self._requests.sequences
         parts = self._threads.map(self._answered, [sequences[i:i + n] for i in range(0, len(sequences), n)])
         return torch.from_numpy(np.concatenate([logps for part in parts for logps in part]))
@@ -73,13 +77,6 @@ class VllmReference(ReferenceEngine):
                 half = len(part) if failure.refused else (len(part) + 1) // 2
                 todo += [p for p in (part[half:], part[:half]) if p]
         return done
-
-    def _check_lengths(self, sequences: Sequence[Continuation]) -> None:
-        """vLLM counts the token that it must generate, and refuses a whole request if one sequence is too long."""
-        longest = max(len(s.prompt) + len(s.completion) for s in sequences)
-        if self._longest is not None and longest + 1 > self._longest:
-            raise UserError(f"a sequence of {longest} tokens needs servers with --max-model-len {longest + 1} or more, "
-                            f"not {self._longest}; start them so, or set data.max_length={self._longest - 1}")
 
 
 def continuations(batch: PackedBatch) -> list[Continuation]:

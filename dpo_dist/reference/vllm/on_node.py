@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -32,7 +31,7 @@ def main(words: Sequence[str]) -> int:
         device = device_of(config.cluster, 0)
         dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
-        run_dir = RunDir(Path(config.run_dir))
+        run_dir = RunDir(config.run_dir)
         run_dir.make()
         log = run_dir.server_log(node)
         server = start_server(server_spec(config, dtype, folder, gpus), log, served(config).requests.wait_seconds,

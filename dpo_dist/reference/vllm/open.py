@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.engines.vllm import RequestsConfig, VllmConfig
+from dpo_dist.config.engines.vllm import VllmConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.reference.cache.store import ReferenceKey
@@ -16,7 +16,6 @@ from dpo_dist.reference.vllm.engine import VllmReference
 from dpo_dist.reference.vllm.process import Server, ServerSpec, installed_version, start_server
 from dpo_dist.reference.vllm.protocol import About, Unanswered, about
 from dpo_dist.runtime.run_dir import RunDir
-from dpo_dist.runtime.world import World
 
 if TYPE_CHECKING:
     from dpo_dist.reference.make import Setup
@@ -57,46 +56,39 @@ def reference_key(config: VllmConfig, weights: str, dtype: str) -> ReferenceKey:
 
 
 def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
-    assert setup.run is not None and setup.key is not None
-    return open_served(setup.run, setup.key, setup.folder, setup.world)
-
-
-def open_served(config: RunConfig, key: ReferenceKey, folder: Path, world: World) -> VllmReference:
-    """The engine on servers that were looked at: they serve the model under its name, in the version of `key`.
+    """The engine on servers that were looked at: they serve the model under its name, in the version of the key.
 
     With reference.server, the first rank of each machine starts one, and that machine's ranks use it. All ranks call
     it.
     """
-    r = served(config)
-    requests = r.requests
+    run, key, world, requests = setup.run, setup.key, setup.world, config.requests
+    assert run is not None and key is not None
+    name = _name(run)
     server: Server | None = None
     copies = 1                                           # of the model, in each server
-    if r.urls:
-        urls, sharing = _urls(r.urls, requests.wait_seconds), world.size
-    elif r.nodes:
-        raise UserError(f"the cache lacks values, and reference.nodes={r.nodes} servers are started by the job that "
-                        "scores; run `dpo-dist score` with the same keys first")
-    elif r.server:
+    if config.urls:
+        urls, sharing = _urls(config.urls, requests.wait_seconds), world.size
+    elif config.nodes:
+        raise UserError(f"the cache lacks values, and reference.nodes={config.nodes} servers are started by the job "
+                        "that scores; run `dpo-dist score` with the same keys first")
+    elif config.server:
         gpus = world.local_size if world.device.type == "cuda" else 1
-        spec = server_spec(config, key.dtype, folder, gpus)
+        spec = server_spec(run, key.dtype, setup.folder, gpus)
         copies = spec.copies
         if world.local_rank == 0:
-            log = RunDir(Path(config.run_dir)).server_log(world.rank)
+            log = RunDir(run.run_dir).server_log(world.rank)
             server = start_server(spec, log, requests.wait_seconds)
-        started = world.gather(server.url if server else None)                       # by the first rank of each machine
-        first = world.rank - world.local_rank
-        others = [url is None for url in started[first + 1:]]
-        urls, sharing = [str(started[first])], 1 + (others.index(False) if False in others else len(others))
+        started = world.gather(server.url if server else None)
+        urls, sharing = [str(started[world.rank - world.local_rank])], world.local_size
     else:
         raise UserError("reference.engine=vllm has values to score, but no servers: set "
                         "reference.urls=[http://host:8000], or reference.server to the python of an environment that "
                         "holds vLLM")
-    longest = [_checked(url, _name(config), key, r, requests) for url in urls]
+    longest = [_checked(url, name, key, config) for url in urls]
     # ranks begin with different servers
     turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]
     at_once = max(1, requests.at_once * copies * len(urls) // sharing)
-    return VllmReference(turned, _name(config), min((n for n in longest if n is not None), default=None), requests,
-                         at_once,
+    return VllmReference(turned, name, min((n for n in longest if n is not None), default=None), requests, at_once,
                          on_close=server.stop if server else lambda: None)
 
 
@@ -144,7 +136,7 @@ def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
 
 
 def _about_once_up(url: str, wait_seconds: float) -> About:
-    """What the server says of itself, waited for as it may be starting. Raises Unanswered."""
+    """What the server says of itself; it may still be starting. Raises Unanswered after `wait_seconds`."""
     until = time.monotonic() + wait_seconds
     while True:
         try:
@@ -155,14 +147,15 @@ def _about_once_up(url: str, wait_seconds: float) -> About:
             time.sleep(1.0)
 
 
-def _checked(url: str, name: str, key: ReferenceKey, r: VllmConfig, requests: RequestsConfig) -> int | None:
+def _checked(url: str, name: str, key: ReferenceKey, config: VllmConfig) -> int | None:
     """The longest sequence that the server takes. UserError where it is not what the run is to use."""
+    wait_seconds = config.requests.wait_seconds
     try:
-        server_says = _about_once_up(url, requests.wait_seconds)
+        server_says = _about_once_up(url, wait_seconds)
     except Unanswered as failure:
-        raise UserError(f"the reference's server {url} did not answer for {requests.wait_seconds:g} s ({failure}); "
-                        "start it, or take it out of reference.urls") from failure
-    if recipe(server_says.version, r.quantization) != key.recipe:
+        raise UserError(f"the reference's server {url} did not answer for {wait_seconds:g} s ({failure}); start it, or "
+                        "take it out of reference.urls") from failure
+    if recipe(server_says.version, config.quantization) != key.recipe:
         raise UserError(f"{url} is vllm {server_says.version}, but this run's values are of '{key.recipe}'; use one "
                         f"version, or set reference.version={server_says.version} to score all of them with it")
     if name not in server_says.longest:

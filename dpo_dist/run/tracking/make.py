@@ -17,29 +17,21 @@ def open_tracker(config: RunConfig, run_dir: str | Path, is_main: bool, resumed_
     Raises UserError where W&B cannot be reached or has no login; it never asks for one.
     """
     if not is_main:
-        return Silent()
+        return Trackers()
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(RunDir(run_dir).metrics, resumed_step)
     if isinstance(config.tracking, NoTracking):
         return metrics
     module = import_module(f"dpo_dist.run.tracking.{config.tracking.name}")
-    return Both(metrics, module.open_tracker(config, run_dir, resumed_step))
+    return Trackers(metrics, module.open_tracker(config, run_dir, resumed_step))
 
 
-class Silent:
-    """What every process but the main one has."""
+class Trackers:
+    """Several trackers as one. Processes other than the main one have none: nothing is kept there."""
 
-    def log(self, row: MetricsRow) -> None:
-        pass
-
-    def finish(self, summary: MetricsRow) -> None:
-        pass
-
-
-class Both:
-    def __init__(self, first: Tracker, second: Tracker):
-        self._trackers = (first, second)
+    def __init__(self, *trackers: Tracker):
+        self._trackers = trackers
 
     def log(self, row: MetricsRow) -> None:
         for tracker in self._trackers:

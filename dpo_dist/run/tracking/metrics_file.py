@@ -3,13 +3,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 from dpo_dist.run.tracking import MetricsRow
-from dpo_dist.runtime.files import write_atomic
+from dpo_dist.runtime.files import jsonable, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +20,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, row: MetricsRow) -> None:
-        self._file.write(json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({key: jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n")
         self._file.flush()
         os.fdatasync(self._file.fileno())               # 0.2 ms on a local disk: nothing beside a step
 
@@ -42,19 +40,9 @@ def keep_rows_until(path: Path, step: int) -> None:
     write_atomic(path, kept)
 
 
-def last_step(path: Path, split: str) -> int | None:
-    """The step of the last row of a split in a metrics.jsonl that is whole; None where there is none."""
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return max((row["step"] for row in rows if row["split"] == split), default=None)
-
-
 def _is_row_until(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except ValueError:
         log.warning("a line of metrics.jsonl was not whole and is dropped: %r", line[:80])
         return False
-
-
-def _jsonable(value: Any) -> Any:
-    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value

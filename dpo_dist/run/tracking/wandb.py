@@ -41,8 +41,8 @@ class Wandb:
         except wandb.Error as error:
             raise UserError(f"tracking.mode={t.mode}: W&B could not start ({error}); set tracking.mode=offline and "
                             "send the run later with `wandb sync`, or set tracking=none") from error
-        # W&B drops rows whose own step number it has seen, as after a resume from an older checkpoint; so ours is a
-        # value.
+        # W&B drops a row whose step number it has seen already, as happens after a resume from an older checkpoint. So
+        # our step is a value of the row, not W&B's own step number.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: MetricsRow) -> None:
