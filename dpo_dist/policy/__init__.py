@@ -1,10 +1,11 @@
 """The policy: what the training loop needs of the model that learns. zero.py uses DeepSpeed, single.py plain torch."""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.types import PackedBatch, TokenLogps
 
 
-class Policy(Protocol):
-    """Where the model is sharded, all ranks call every method, the same number of times. Policies inherit from this."""
+class Policy(ABC):
+    """Where the model is sharded, all ranks call every method, the same number of times."""
 
     model: ScoredModel
     _engine: Any                             # what is called: the model itself, or DeepSpeed's engine around it
@@ -24,9 +25,11 @@ class Policy(Protocol):
         """Log-probs of the pack's completion tokens, with gradient outside `evaluating`."""
         return token_logps(self._engine, batch.to(self._device), collision)
 
+    @abstractmethod
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Adds the gradient of this rank's share of the loss. The step's gradient is the SUM over ranks and calls."""
 
+    @abstractmethod
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
         """Clips, updates the weights and clears the gradients. Returns the gradients' global norm before clipping, a
         scalar on any device; negative or not finite where the gradients are not finite. skip: a float32 scalar on the
@@ -50,11 +53,14 @@ class Policy(Protocol):
         """Inside: these of the model's parameters are whole on every rank, as they always are unless it is sharded."""
         return nullcontext()
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Weights and optimizer state, each rank its part."""
 
+    @abstractmethod
     def load(self, folder: Path) -> None:
         """The state that `save` wrote; at another number of ranks too."""
 
+    @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name for from_pretrained, whole CPU tensor) one at a time, adapters merged; empty except on rank 0."""
