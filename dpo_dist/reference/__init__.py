@@ -1,8 +1,10 @@
 """The reference: a ReferenceEngine answers with log-probs of a pack; a cache keeps them.
 
 An engine is its file here, its options in config/engines/ and its YAML in conf/reference/."""
+# ruff: noqa: B027                       # methods that do nothing are meant: a frozen model needs no more
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,7 +14,7 @@ from torch import Tensor
 from dpo_dist.types import PackedBatch
 
 
-class ReferenceEngine:
+class ReferenceEngine(ABC):
     """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (the law: one log-prob).
 
     Engines inherit from this and write `token_logps`; the other methods do what is right for a frozen model. All ranks
@@ -21,10 +23,10 @@ class ReferenceEngine:
 
     packs_at_once: int = 1                   # how many to have in progress: several if servers compute
 
+    @abstractmethod
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where
         the engine is sharded, all ranks call it the same number of times."""
-        raise NotImplementedError
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
