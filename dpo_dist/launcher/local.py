@@ -28,10 +28,15 @@ def devices(cluster: ClusterConfig) -> list[str]:
     """The GPUs that the processes would see, as CUDA_VISIBLE_DEVICES names them; empty where the CPU does the work."""
     if cluster.device == "cpu":
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [d.strip() for d in visible.split(",") if d.strip() and d.strip() != "-1"]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return _visible_devices()
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def _visible_devices() -> list[str]:
+    """The names in CUDA_VISIBLE_DEVICES; none where it is not set, or hides all devices."""
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [name for name in names if name and name != "-1"]
 
 
 def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
@@ -77,7 +82,7 @@ def _work(stage: Stage, run_dir: str, procs_on_machine: int, quiet: bool) -> Wor
     folder = RunDir(stage.run_dir or run_dir)
     environment = rank_environment(procs_on_machine)
     if stage.devices is not None:
-        named = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+        named = _visible_devices()
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(named[d] if named else str(d) for d in stage.devices)
     return Work(stage.name, stage.module, stage.overrides, folder, folder.launcher_log,
                 Place(stage.procs_per_node, master_port=free_port()), environment, quiet)

@@ -181,7 +181,7 @@ def test_a_random_search_is_plotted_over_each_number_and_not_as_lines(tmp_path: 
 
 
 def test_devices_are_divided_among_the_jobs_that_run_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,6,7,")
     cluster = job("cluster.jobs_at_once=2").config.cluster
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(cluster)] == ["4,5", "6,7"]
     with pytest.raises(UserError, match=r"cluster\.jobs_at_once=3 does not divide the 4 devices"):
