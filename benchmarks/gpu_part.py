@@ -1,5 +1,5 @@
-"""What the process of a part of gpu.py is told, and what it tells. No torch: a part with nothing left to do ends at
-once."""
+"""A part of gpu.py as a process of its own: its arguments, and the rows of results that it prints. No torch here: a
+part with nothing left to do ends at once."""
 from __future__ import annotations
 
 import argparse
@@ -24,7 +24,7 @@ def is_wanted(given: argparse.Namespace, case: str) -> bool:
 
 
 def tell(case: str, **figures: Any) -> None:
-    """One row of results, to the process that started this one."""
+    """Prints one row of results, which gpu.py reads."""
     print(json.dumps({"case": case, **figures}), flush=True)
 
 

@@ -90,7 +90,7 @@ def run(part: str, case: Case, folder: Path) -> None:
     began = time.monotonic()
     # What comes after the last step, a checkpoint and an export of the weights, is no subject here and takes long: not
     # waited for.
-    log = folder / "said"
+    log = folder / "output.txt"
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "dpo_dist.train", *overrides], stdout=out,
                                    stderr=subprocess.STDOUT, cwd=HERE.parent)

@@ -219,11 +219,12 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def _stream_parquet(path: Path) -> Any:
+def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
     import datasets  # here, because its import takes longer than reading most files
 
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        return rows
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path} is not a readable parquet file: {error}") from error
 

@@ -92,8 +92,8 @@ class World:
         return total.item()
 
     def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
-        """1 where the flag, a bool scalar on the device, is true on any rank, else 0; a float32 scalar. It takes the
-        way of gradients: on GPUs no process waits."""
+        """1 where the flag, a bool scalar on the device, is true on any rank, else 0: a float32 scalar there. On GPUs
+        no process waits for it."""
         highest = flag.float()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return highest

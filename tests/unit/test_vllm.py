@@ -53,8 +53,8 @@ def pack() -> PackedBatch:
 
 def client(*servers: LogProbServer | str, sequences: int = 64, timeout_seconds: float = 10,
            wait_seconds: float = 20) -> VllmReference:
-    urls = [server_or_url if isinstance(server_or_url, str) else server_or_url.url for server_or_url in servers]
-    name = next(server_or_url.name for server_or_url in servers if not isinstance(server_or_url, str))
+    urls = [server if isinstance(server, str) else server.url for server in servers]
+    name = next(server.name for server in servers if not isinstance(server, str))
     return VllmReference(urls, name, 256, RequestsConfig(sequences, 2, timeout_seconds, wait_seconds), at_once=2)
 
 
@@ -259,11 +259,11 @@ def test_version_dtype_and_quantization_each_make_a_key_of_their_own(tmp_path: P
     def key(*more: str, dtype: str = "float32") -> ReferenceKey:
         return reference_key(reference(tmp_path, *more), "weights", dtype)
 
-    their_key = key(f"reference.urls=[{server.url}]")
-    assert their_key == key("reference.version=0.0.test") and "vllm 0.0.test" in their_key.recipe
+    of_server = key(f"reference.urls=[{server.url}]")
+    assert of_server == key("reference.version=0.0.test") and "vllm 0.0.test" in of_server.recipe
     others = [key("reference.version=2"), key("reference.version=0.0.test", "reference.quantization=fp8"),
               key("reference.version=0.0.test", dtype="bfloat16"), ReferenceKey("weights", "float32")]
-    assert len({server_or_url.folder for server_or_url in (their_key, *others)}) == 5
+    assert len({one.folder for one in (of_server, *others)}) == 5
 
 
 def test_when_the_servers_are_gone_the_cache_tells_the_version_unless_there_are_two(tmp_path: Path):
