@@ -20,6 +20,7 @@ from dpo_dist.launcher import cli
 from dpo_dist.launcher.doctor import folders
 from dpo_dist.launcher.doctor.services import slurm
 from dpo_dist.runtime.ports import free_port
+from dpo_dist.runtime.shared_folders import shared_folders
 
 CHECKS = ("versions", "devices", "compiled ops", "ports", "shared folder", "clock", "disk", "wandb", "slurm")
 LEFT_OUT = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "WANDB_API_KEY", "NETRC")
@@ -147,6 +148,14 @@ def test_a_file_where_a_folder_should_be_is_red(tmp_path: Path):
     assert red(seen) == ["shared folder"]
     assert "data.cache_dir=" in seen["shared folder"]
     assert "set data.cache_dir to a folder that can be written" in seen["shared folder"]
+
+
+def test_the_cache_of_the_reference_is_looked_at_where_it_is_written(tmp_path: Path):
+    def looked_at(mode: str) -> bool:
+        config = compose([f"model.path={tmp_path}", f"reference.mode={mode}"])
+        return "reference.cache_dir" in shared_folders(config)
+
+    assert looked_at("cached") and looked_at("ahead") and not looked_at("live")
 
 
 def test_a_disk_of_this_machine_alone_is_red_for_several_nodes(tmp_path: Path):
