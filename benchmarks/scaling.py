@@ -49,9 +49,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_dist.config.compose import compose
-from dpo_dist.data.packing import PairShapes, plan_step
+from dpo_dist.data.packing import plan_step
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.sampler import PairSampler, Shuffle
+from dpo_dist.data.units import PairShapes
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.load import ScoredModel, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy

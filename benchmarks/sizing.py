@@ -23,7 +23,9 @@ from statistics import median
 
 from dpo_dist.config.compose import compose
 from dpo_dist.runtime.ports import free_port
-from dpo_dist.sizing.estimate import CPU, Hardware, Lengths, memory
+from dpo_dist.sizing.estimate import memory
+from dpo_dist.sizing.hardware import CPU, Hardware
+from dpo_dist.sizing.lengths import Lengths
 from dpo_dist.sizing.shape import model_shape
 from dpo_dist.sizing.step_time import step_time
 

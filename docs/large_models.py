@@ -4,7 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo_dist.config.compose import compose
-from dpo_dist.sizing.estimate import GPU_80GB, Hardware, Lengths, memory, scoring_memory
+from dpo_dist.sizing.estimate import memory, scoring_memory
+from dpo_dist.sizing.hardware import GPU_80GB, Hardware
+from dpo_dist.sizing.lengths import Lengths
 from dpo_dist.sizing.report import smallest_change
 from dpo_dist.sizing.shape import read_shape
 from dpo_dist.sizing.step_time import scoring_seconds, step_time

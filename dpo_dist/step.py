@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dpo_dist.config.schema import LossConfig
 from dpo_dist.data.pack import pack_pairs
-from dpo_dist.data.packing import PairShapes, distinct_flops, plan_step
+from dpo_dist.data.packing import distinct_flops, plan_step
 from dpo_dist.data.store import PairStore
+from dpo_dist.data.units import PairShapes
 from dpo_dist.logps import pair_logps
 from dpo_dist.losses import preference_loss
 from dpo_dist.policy import Policy

@@ -34,3 +34,8 @@ def _plain(value: Any, what: str) -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
     """A plain, JSON-ready copy of a config dataclass (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def override(key: str, value: Any) -> str:
+    """The key and its value as a person writes them in a command."""
+    return f"{key}={'null' if value is None else str(value).lower()}"

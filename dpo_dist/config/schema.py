@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dpo_dist.config.cluster import ClusterConfig
@@ -191,3 +192,11 @@ class RunConfig:
 
     def identity_dict(self) -> dict[str, Any]:
         return deciding(self, RUN)
+
+
+def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with these keys changed, as in {"zero.stage": 2}."""
+    for key, value in values.items():
+        section, name = key.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config

@@ -1,7 +1,7 @@
 """Which rank forwards which pairs at which micro-step. Lengths and contents alone decide, the same way on every rank.
 
-Pairs that share a prompt are kept in one pack, where the prompt, and a completion that several of them name, is
-computed once. Packs keep to a token budget (of padded rows: rows times the longest), are equally many on every rank
+Pairs that share a prompt are kept in one pack (units.py), where the prompt, and a completion that several of them name,
+is computed once. Packs keep to a token budget (of padded rows: rows times the longest), are equally many on every rank
 (the law: equal forwards), and those of one micro-step cost nearly the same.
 """
 from __future__ import annotations
@@ -12,27 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.data.units import PairShapes, Size, Unit, by_prompt, cheapest_pair, cut_prompts, evened
 from dpo_dist.sizing.flops import Flops
 
-T = TypeVar("T")
 Indexes = NDArray[np.int64]
 
 # the slowest rank's time over the mean, above which other ways to cut the step are tried
 GOOD_BALANCE = 1.02
-
-
-@dataclass(frozen=True)
-class PairShapes:
-    """What the planner knows of n pairs."""
-
-    lengths: NDArray[np.int32]              # (n, 3) tokens of prompt, chosen, rejected
-    content: NDArray[np.uint64]             # (n, 3) hashes of their tokens
 
 
 @dataclass(frozen=True)
@@ -64,47 +55,6 @@ class StepPlan:
         return max(loads) * len(loads) / sum(loads)
 
 
-class _Size(NamedTuple):
-    """What a forward computes: rows padded to the longest. Tokens laid end to end are rows of one token."""
-
-    rows: int
-    longest: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.longest
-
-    def beside(self, other: _Size) -> _Size:
-        return _Size(self.rows + other.rows, max(self.longest, other.longest))
-
-
-NOTHING = _Size(0, 0)
-
-
-class _Unit(NamedTuple):
-    """Pairs of one prompt that stay in one pack."""
-
-    members: tuple[int, ...]
-    size: _Size
-    cost: float
-
-
-class _Pair(NamedTuple):
-    """A pair as the planner sees it: (content, size, cost) of its completions."""
-
-    at: int
-    chosen: tuple[int, _Size, float]
-    rejected: tuple[int, _Size, float]
-
-
-class _Prompt(NamedTuple):
-    """Pairs, and what is computed once for them all: the prompt, or nothing where each row repeats it."""
-
-    size: _Size
-    cost: float
-    pairs: list[_Pair]
-
-
 def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_microbatch: int,
               share_completions: bool = True) -> StepPlan:
     """Spreads a step's pairs over ranks and micro-steps: the fewest micro-steps that the token budget allows, and packs
@@ -114,12 +64,12 @@ def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_micr
     after the other, one micro-step more, and prompts cut smaller are tried, and what ends sooner is taken: a prompt
     computed twice may cost less than ranks that wait. Padded rows go with those of like length instead.
     """
-    prompts = _prompts(shapes, flops)
-    filler = _filler(prompts, tokens_per_microbatch, share_completions)
-    whole = _cut(prompts, tokens_per_microbatch, math.inf, share_completions)
+    prompts = by_prompt(shapes, flops)
+    filler = cheapest_pair(prompts, tokens_per_microbatch, share_completions)
+    whole = cut_prompts(prompts, tokens_per_microbatch, math.inf, share_completions)
     mean = sum(u.cost for u in whole) / world_size
     if flops.padded:
-        cuts = (_cut(prompts, tokens_per_microbatch, part, share_completions)
+        cuts = (cut_prompts(prompts, tokens_per_microbatch, part, share_completions)
                 for part in (math.inf, mean, mean / 2, mean / 4))
         plans = (_assign(_rows_alike(units, world_size, tokens_per_microbatch), filler, world_size) for units in cuts)
         return min(plans, key=lambda plan: plan.makespan)
@@ -130,7 +80,7 @@ def plan_step(shapes: PairShapes, flops: Flops, world_size: int, tokens_per_micr
                                             (pack / 4, 0, False)):
         if best.makespan <= GOOD_BALANCE * mean:
             break
-        units = whole if part == math.inf else _cut(prompts, tokens_per_microbatch, part, share_completions)
+        units = whole if part == math.inf else cut_prompts(prompts, tokens_per_microbatch, part, share_completions)
         best = min(best, _spread(units, filler, world_size, tokens_per_microbatch, more_micro_steps, in_turn),
                    key=lambda plan: plan.makespan)
     return best
@@ -146,89 +96,7 @@ def distinct_flops(shapes: PairShapes, flops: Flops) -> float:
     return float(total + completion_cost.ravel()[once].sum())
 
 
-def _prompts(shapes: PairShapes, flops: Flops) -> list[_Prompt]:
-    """The pairs by prompt."""
-    prompt_cost, completion_cost = flops.of_pairs(shapes.lengths)
-    found: dict[int, _Prompt] = {}
-    rows = zip(shapes.content.tolist(), shapes.lengths.tolist(), prompt_cost.tolist(), completion_cost.tolist(),
-               strict=True)
-    for at, ((prompt, chosen, rejected), (p, c, r), cost, (chosen_cost, rejected_cost)) in enumerate(rows):
-        if flops.padded:
-            once = _Prompt(NOTHING, 0.0, [])
-            pair = _Pair(at, (chosen, _Size(1, p + c), cost + chosen_cost),
-                         (rejected, _Size(1, p + r), cost + rejected_cost))
-        else:
-            once = _Prompt(_Size(p, 1), cost, [])
-            pair = _Pair(at, (chosen, _Size(c, 1), chosen_cost), (rejected, _Size(r, 1), rejected_cost))
-        found.setdefault(prompt, once).pairs.append(pair)
-    return list(found.values())
-
-
-def _filler(prompts: Iterable[_Prompt], budget: int, share: bool) -> _Unit:
-    """The cheapest pair: what a rank with nothing to do forwards."""
-    alone = ((prompt.cost + _added(pair, set(), share)[1], pair.at, prompt, pair) for prompt in prompts
-             for pair in prompt.pairs)
-    _, _, prompt, pair = min(alone)
-    return _pieces(prompt._replace(pairs=[pair]), budget, math.inf, share)[0]
-
-
-def _cut(prompts: Iterable[_Prompt], budget: int, part: float, share: bool) -> list[_Unit]:
-    """Each prompt's pairs whole or, where they cost more than `part`, in as many nearly equal pieces as it takes for a
-    piece to cost about that. The token budget may ask for more pieces."""
-    units = []
-    for prompt in prompts:
-        pieces = _pieces(prompt, budget, math.inf, share)
-        wanted = max(len(pieces), math.ceil(sum(piece.cost for piece in pieces) / part))
-        if wanted > 1 and len(prompt.pairs) > 1:
-            pieces = _evened(pieces, wanted, max(piece.cost for piece in pieces),
-                             partial(_pieces, prompt, budget, share=share))
-        units += pieces
-    return units
-
-
-def _evened(parts: list[T], most: int, cap: float, cut: Callable[[float], list[T]]) -> list[T]:
-    """`parts`, cut again with the lowest cap, found by bisection below `cap`, that gives at most `most` of them."""
-    low, high = 0.0, cap
-    for _ in range(8):
-        middle = (low + high) / 2
-        other = cut(middle)
-        if len(other) <= most:
-            parts, high = other, middle
-        else:
-            low = middle
-    return parts
-
-
-def _pieces(prompt: _Prompt, budget: int, cap: float, share: bool) -> list[_Unit]:
-    """The prompt's pairs, filled in turn into units within both bounds; a pair is never cut."""
-    units: list[_Unit] = []
-    members: list[int] = []
-    seen: set[int] = set()
-    size, cost = prompt.size, prompt.cost
-    for pair in prompt.pairs if len(prompt.pairs) == 1 else sorted(prompt.pairs, key=lambda p: p.chosen):
-        more, more_cost = _added(pair, seen, share)
-        if members and (size.beside(more).tokens > budget or cost + more_cost > cap):
-            units.append(_Unit(tuple(members), size, cost))
-            members, seen = [], set()
-            size, cost = prompt.size, prompt.cost
-            more, more_cost = _added(pair, seen, share)
-        members.append(pair.at)
-        seen |= {pair.chosen[0], pair.rejected[0]}
-        size, cost = size.beside(more), cost + more_cost
-    return [*units, _Unit(tuple(members), size, cost)]
-
-
-def _added(pair: _Pair, seen: set[int], share: bool) -> tuple[_Size, float]:
-    """(size, cost) of the pair's completions that are not computed yet."""
-    (chosen, chosen_size, chosen_cost), (rejected, rejected_size, rejected_cost) = pair.chosen, pair.rejected
-    if share and (rejected in seen or rejected == chosen):
-        return (NOTHING, 0.0) if chosen in seen else (chosen_size, chosen_cost)
-    if share and chosen in seen:
-        return rejected_size, rejected_cost
-    return chosen_size.beside(rejected_size), chosen_cost + rejected_cost
-
-
-def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int, more_micro_steps: int = 0,
+def _spread(units: Sequence[Unit], filler: Unit, world_size: int, budget: int, more_micro_steps: int = 0,
             in_turn: bool = False) -> StepPlan:
     """The plan with as few micro-steps as the budget allows, or so many more."""
     order = sorted(units, key=lambda u: (-u.cost, u.members))
@@ -239,14 +107,14 @@ def _spread(units: Sequence[_Unit], filler: _Unit, world_size: int, budget: int,
     return _assign(bins, filler, world_size)
 
 
-def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan:
+def _assign(bins: list[list[Unit]], filler: Unit, world_size: int) -> StepPlan:
     """Packs, world_size for each micro-step. Packs of a micro-step cost about the same; the busiest rank gets the
     cheapest."""
     bins.sort(key=lambda units: (-sum(u.cost for u in units), units))
     load = [0.0] * world_size
     packs, fillers, costs, tokens = [], [], [], 0
     for m in range(len(bins) // world_size):
-        row: list[list[_Unit]] = [[]] * world_size
+        row: list[list[Unit]] = [[]] * world_size
         ranks = sorted(range(world_size), key=lambda r: load[r])
         for rank, pack in zip(ranks, bins[m * world_size:(m + 1) * world_size], strict=True):
             row[rank] = pack
@@ -254,21 +122,21 @@ def _assign(bins: list[list[_Unit]], filler: _Unit, world_size: int) -> StepPlan
         full = [pack or [filler] for pack in row]
         packs.append(tuple(tuple(i for unit in pack for i in unit.members) for pack in full))
         costs.append(tuple(sum(unit.cost for unit in pack) for pack in full))
-        tokens += sum(reduce(_Size.beside, (unit.size for unit in pack)).tokens for pack in full)
+        tokens += sum(reduce(Size.beside, (unit.size for unit in pack)).tokens for pack in full)
         load = [a + b for a, b in zip(load, costs[-1], strict=True)]
     return StepPlan(tuple(packs), tuple(fillers), tuple(costs), tokens)
 
 
-def _rows_alike(units: Iterable[_Unit], world_size: int, budget: int) -> list[list[_Unit]]:
+def _rows_alike(units: Iterable[Unit], world_size: int, budget: int) -> list[list[Unit]]:
     """Padded rows in as few packs a rank as the budget allows, by length, so that little is padding."""
     order = sorted(units, key=lambda u: (-u.size.longest, u.members))
     packs = _in_order(order, budget)
     n_packs = -(-len(packs) // world_size) * world_size
-    packs = _evened(packs, n_packs, budget, partial(_in_order, order))
+    packs = evened(packs, n_packs, budget, partial(_in_order, order))
     return packs + [[] for _ in range(n_packs - len(packs))]
 
 
-def _in_order(order: Sequence[_Unit], cap: float) -> list[list[_Unit]]:
+def _in_order(order: Sequence[Unit], cap: float) -> list[list[Unit]]:
     """Packs of units as they come, of at most `cap` tokens, or of one unit that has more."""
     sizes = np.array([unit.size for unit in order], dtype=np.int64).reshape(-1, 2)
     return [list(order[start:end]) for start, end in pairwise(filled_in_turn(sizes[:, 0], sizes[:, 1], cap).tolist())]
@@ -294,16 +162,16 @@ def filled_in_turn(rows: Indexes, longest: Indexes, cap: float) -> Indexes:
     return np.array([*bounds, len(rows)], dtype=np.int64)
 
 
-def _fill(order: Iterable[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
+def _fill(order: Iterable[Unit], micro_steps: int, world_size: int, budget: int) -> list[list[Unit]] | None:
     """All packs alike: each unit into the cheapest pack that has room. None where a unit finds none."""
     packs, left = _largest_first(order, micro_steps * world_size, budget, math.inf)
     return None if left else packs
 
 
-def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, budget: int) -> list[list[_Unit]] | None:
+def _fill_in_turn(order: Sequence[Unit], micro_steps: int, world_size: int, budget: int) -> list[list[Unit]] | None:
     """One micro-step after the other, each as costly as its largest unit requires. Packs are alike within a micro-step
     only."""
-    packs: list[list[_Unit]] = []
+    packs: list[list[Unit]] = []
     left = list(order)
     for more in range(micro_steps, 0, -1):
         mean = sum(u.cost for u in left) / (more * world_size)
@@ -314,10 +182,10 @@ def _fill_in_turn(order: Sequence[_Unit], micro_steps: int, world_size: int, bud
 
 
 def _largest_first(
-        order: Iterable[_Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[_Unit]], list[_Unit]]:
+        order: Iterable[Unit], n_packs: int, budget: int, cap: float) -> tuple[list[list[Unit]], list[Unit]]:
     """(packs, units that found no room): each unit, in order, into the cheapest pack with room for its tokens and its
     cost."""
-    packs: list[list[_Unit]] = [[] for _ in range(n_packs)]
+    packs: list[list[Unit]] = [[] for _ in range(n_packs)]
     used = [0] * n_packs
     heap = [(0.0, b) for b in range(n_packs)]
     left = []

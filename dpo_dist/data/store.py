@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.data.packing import PairShapes
+from dpo_dist.data.units import PairShapes
 from dpo_dist.data.writer import ARRAYS
 from dpo_dist.types import TokenizedPair
 

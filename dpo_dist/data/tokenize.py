@@ -13,7 +13,8 @@ from typing import Any
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.chat import PLAIN, ChatTemplate, TemplateMisfit, chat_template
-from dpo_dist.data.rows import DataRow, Tally
+from dpo_dist.data.formats import DataRow
+from dpo_dist.data.rows import Tally
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 ANCHOR = "\n"                                # see PairTokenizer.encode_completions

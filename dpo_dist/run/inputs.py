@@ -36,8 +36,8 @@ from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.shared_folders import check_shared
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
-from dpo_dist.sizing.estimate import Lengths
 from dpo_dist.sizing.flops import Flops
+from dpo_dist.sizing.lengths import Lengths
 
 
 @dataclass(frozen=True)

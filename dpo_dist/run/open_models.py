@@ -10,7 +10,7 @@ import torch
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import OutsideConfig
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import RunConfig, with_keys
 from dpo_dist.data.store import PairStore
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
@@ -28,8 +28,9 @@ from dpo_dist.run.inputs import Inputs
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
-from dpo_dist.sizing import estimate
 from dpo_dist.sizing.automatic import choose, is_automatic, without_sizes
+from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
+from dpo_dist.sizing.lengths import Packs
 from dpo_dist.sizing.shape import read_shape
 
 # share of a GPU's memory that predictions may fill: predictions err, and memory fragments
@@ -46,12 +47,12 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
     on_gpu, stage_is_auto = world.device.type == "cuda", config.zero.stage == "auto"
     saved = world.on_main(lambda: latest_checkpoint(RunDir(config.run_dir)))
     if stage_is_auto and saved is not None:
-        config = estimate.with_keys(config, {"zero.stage": read_state(saved).zero_stage})
-    device = estimate.CPU
+        config = with_keys(config, {"zero.stage": read_state(saved).zero_stage})
+    device = CPU
     if on_gpu:
         memory = -world.max(-float(torch.cuda.get_device_properties(world.device).total_memory))
-        device = replace(estimate.GPU_80GB, name=torch.cuda.get_device_name(world.device), memory=USABLE * memory)
-    machine = estimate.Hardware(world.size // world.local_size, world.size, device)
+        device = replace(GPU_80GB, name=torch.cuda.get_device_name(world.device), memory=USABLE * memory)
+    machine = Hardware(world.size // world.local_size, world.size, device)
     try:
         shape = read_shape(inputs.policy_folder)
     except UserError as unknown:
@@ -59,7 +60,7 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
     else:
         lengths, longest = inputs.lengths
         config = replace(config, model=replace(config.model, kernels="fused" if inputs.fused else "eager"))
-        choice = choose(config, shape, lengths, machine, estimate.Packs.largest(config, lengths, longest, world.size))
+        choice = choose(config, shape, lengths, machine, Packs.largest(config, lengths, longest, world.size))
     if choice.line and (on_gpu or stage_is_auto):
         terminal.say(choice.line)
     return choice.config

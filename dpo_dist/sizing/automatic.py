@@ -4,8 +4,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.sizing.estimate import GIB, Hardware, Lengths, Packs, dtype_bytes, memory, override, with_keys
+from dpo_dist.config.options import override
+from dpo_dist.config.schema import RunConfig, with_keys
+from dpo_dist.sizing.estimate import GIB, dtype_bytes, memory
+from dpo_dist.sizing.hardware import Hardware
+from dpo_dist.sizing.lengths import Lengths, Packs
 from dpo_dist.sizing.shape import ModelShape
 
 # values of model.gradient_checkpointing: everything is kept; cheap parts are recomputed; all layers are recomputed

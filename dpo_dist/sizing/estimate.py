@@ -1,17 +1,16 @@
 """A rank's memory, predicted from config and config.json before a job is queued (time: step_time.py). No torch here.
 
 Every figure is a sum of named terms, each written from what the code and DeepSpeed 0.19 allocate; nothing is fitted.
-What a device is assumed to do stands in Device. The CPU's terms were measured (benchmarks/sizing.py), the GPU's were
-not.
+What a device is assumed to do stands in hardware.py.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.sizing.hardware import Device, Hardware
+from dpo_dist.sizing.lengths import Lengths, Packs
 from dpo_dist.sizing.logit_blocks import AT_ONCE, plan_blocks
 from dpo_dist.sizing.shape import ModelShape
 
@@ -31,113 +30,6 @@ def bucket_elements(layer: int) -> int:
     Large enough for the network, small enough that most of a backward is still ahead when the first one leaves.
     """
     return min(max(LAYERS_IN_A_BUCKET * layer, SMALLEST_BUCKET), LARGEST_BUCKET)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What one rank runs on, and what is assumed of it."""
-
-    name: str
-    measured: bool
-    memory: float                    # bytes a rank may hold
-    host_memory: float               # bytes of the node's CPU memory that a rank may use, for offloading
-    # bytes that libraries take at first use, beside the model: contexts, workspaces, communicators
-    framework: float
-    flops: float                     # a second, the matrix units' peak
-    efficiency: float                # share of that peak which a step's matrix products reach
-    bandwidth: float                 # bytes a second of the rank's memory, for the optimizer's pass over its state
-    host_bandwidth: float            # the same of the CPU memory that offloading uses, for one rank's share of the host
-    link: float                      # bytes a second that a rank sends, and receives, in a collective inside a node
-    node_link: float                 # the same across nodes
-    latency: float                   # seconds a collective takes however little it moves
-    overlaps: bool                   # communication behind computation
-    whole_buckets: bool              # a buffer costs what is asked for (GPU), not what is touched (CPU)
-    # copies of attention's output that are kept; 2 where branches are computed in turn and joined
-    pieces: int
-    masks: bool                      # attention over a branch keeps its mask
-    flat_copies: int                 # of a bucket in ZeRO-3's reduce-scatter: interleaved by rank, and gloo's own
-    # of link, which is an all-reduce's: what ZeRO-3's gathers and scatters reach, copies among them
-    sharded_share: float
-    hook: float                      # seconds of Python that ZeRO-3 adds to a layer's pass, where nothing hides it
-
-
-CPU = Device(
-    "CPU core", measured=True, memory=math.inf, host_memory=math.inf, framework=24e6, flops=1.0e11, efficiency=0.75,
-    bandwidth=5e9, host_bandwidth=5e9, link=1e9, node_link=1e9, latency=3e-4, overlaps=False, whole_buckets=False,
-    pieces=2, masks=True, flat_copies=2, sharded_share=0.25, hook=1e-3)
-GPU_80GB = Device(
-    "GPU of 80 GB", measured=False, memory=80e9, host_memory=200e9, framework=4e9, flops=989e12, efficiency=0.40,
-    bandwidth=2.5e12, host_bandwidth=20e9, link=300e9, node_link=40e9, latency=3e-5, overlaps=True, whole_buckets=True,
-    pieces=1, masks=False, flat_copies=1, sharded_share=1.0, hook=0.0)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Ranks, and the device that each has."""
-
-    nodes: int
-    ranks: int
-    device: Device
-
-    @property
-    def link(self) -> float:
-        return self.device.link if self.nodes == 1 else self.device.node_link
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens of a pair, how many pairs there are (None: not known), and where that is from."""
-
-    prompt: float
-    chosen: float
-    rejected: float
-    pairs: int | None
-    source: str
-
-    @property
-    def pair(self) -> float:
-        return self.prompt + self.chosen + self.rejected
-
-    @property
-    def seen_keys(self) -> float:
-        """Keys laid out for attention: a prompt's stand before each of its completions again."""
-        return 3 * self.prompt + self.chosen + self.rejected
-
-    def mask(self, whole: bool) -> float:
-        """Queries x keys of a pair's completions, and of its prompt where scores are written out (`whole`)."""
-        branches = sum(c * (self.prompt + c) for c in (self.chosen, self.rejected))
-        return branches + (self.prompt**2 if whole else 0)
-
-
-def worst_lengths(max_length: int) -> Lengths:
-    """Half of data.max_length for the prompt, half for each completion: the most tokens of a pair with equal parts."""
-    half = max_length / 2
-    return Lengths(half, half, half, None, f"worst case: every pair as long as data.max_length={max_length} allows, "
-                                           "half of it prompt")
-
-
-@dataclass(frozen=True)
-class Packs:
-    """What a rank forwards at once, and how often in a step."""
-
-    tokens: float
-    micro_steps: int
-    completion_share: float          # of the tokens: those that the head sees
-
-    @classmethod
-    def of(cls, config: RunConfig, lengths: Lengths, ranks: int) -> Packs:
-        a_rank = math.ceil(config.train.pairs_per_step / ranks) * lengths.pair
-        # packs hold whole pairs only
-        room = max(1, config.train.tokens_per_microbatch // lengths.pair) * lengths.pair
-        steps = max(1, math.ceil(a_rank / room))
-        return cls(a_rank / steps, steps, (lengths.chosen + lengths.rejected) / lengths.pair)
-
-    @classmethod
-    def largest(cls, config: RunConfig, lengths: Lengths, longest: int, ranks: int) -> Packs:
-        """The most that a rank may be given at once, where the longest pair has so many tokens."""
-        usual = cls.of(config, lengths, ranks)
-        tokens = min(config.train.tokens_per_microbatch, math.ceil(config.train.pairs_per_step / ranks) * longest)
-        return cls(max(tokens, longest), usual.micro_steps, usual.completion_share)
 
 
 @dataclass(frozen=True)
@@ -330,16 +222,3 @@ def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> 
 def cache_bytes(lengths: Lengths) -> float | None:
     """Of the reference cache: a float32 a completion token, and 24 bytes of key and offset a sequence."""
     return None if lengths.pairs is None else lengths.pairs * (4.0 * (lengths.chosen + lengths.rejected) + 2 * 24)
-
-
-def with_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The config with these keys changed, as in {"zero.stage": 2}."""
-    for key, value in values.items():
-        section, name = key.split(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return config
-
-
-def override(key: str, value: Any) -> str:
-    """The key and its value as a person writes them in a command."""
-    return f"{key}={'null' if value is None else str(value).lower()}"

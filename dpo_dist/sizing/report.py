@@ -12,23 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.options import TOKENS, deciding
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.options import TOKENS, deciding, override
+from dpo_dist.config.schema import RunConfig, with_keys
 from dpo_dist.sizing.automatic import choose
-from dpo_dist.sizing.estimate import (
-    CPU,
-    GIB,
-    GPU_80GB,
-    Hardware,
-    Lengths,
-    Memory,
-    cache_bytes,
-    memory,
-    override,
-    scoring_memory,
-    with_keys,
-    worst_lengths,
-)
+from dpo_dist.sizing.estimate import GIB, Memory, cache_bytes, memory, scoring_memory
+from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
+from dpo_dist.sizing.lengths import Lengths, worst_lengths
 from dpo_dist.sizing.shape import ModelShape, read_shape
 from dpo_dist.sizing.step_time import scoring_seconds, step_time
 

@@ -10,16 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.sizing.estimate import (
-    LIVE,
-    WHOLE_BUCKET,
-    Hardware,
-    Lengths,
-    Packs,
-    bucket_elements,
-    dtype_bytes,
-    recomputed_layers,
-)
+from dpo_dist.sizing.estimate import LIVE, WHOLE_BUCKET, bucket_elements, dtype_bytes, recomputed_layers
+from dpo_dist.sizing.hardware import Hardware
+from dpo_dist.sizing.lengths import Lengths, Packs
 from dpo_dist.sizing.shape import ModelShape
 
 

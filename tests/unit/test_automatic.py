@@ -8,7 +8,9 @@ import pytest
 from dpo_dist.config.compose import compose
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.sizing.automatic import choose, stages, without_sizes
-from dpo_dist.sizing.estimate import CPU, GPU_80GB, Hardware, Lengths, Packs, memory
+from dpo_dist.sizing.estimate import memory
+from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
+from dpo_dist.sizing.lengths import Lengths, Packs
 from dpo_dist.sizing.shape import model_shape
 
 EIGHT = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -8,7 +8,8 @@ import pytest
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.pack import pack_pairs
-from dpo_dist.data.packing import PairShapes, StepPlan, check_budget, distinct_flops, plan_step
+from dpo_dist.data.packing import StepPlan, check_budget, distinct_flops, plan_step
+from dpo_dist.data.units import PairShapes
 from dpo_dist.sizing.flops import Flops
 from dpo_dist.types import TokenizedPair
 

@@ -12,7 +12,8 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data import files
 from dpo_dist.data.files import read_records
-from dpo_dist.data.rows import FORMATS, DataRow, ReadReport, detect_format, read_rows
+from dpo_dist.data.formats import FORMATS, DataRow, detect_format
+from dpo_dist.data.rows import ReadReport, read_rows
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 SHARED = Path(os.environ.get("DPO_DIST_SHARED", Path(__file__).parents[3] / "shared")) / "data"

@@ -14,19 +14,9 @@ from conftest import train_on
 from dpo_dist.config.compose import compose
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prepare import prepare
-from dpo_dist.sizing.estimate import (
-    CPU,
-    GPU_80GB,
-    Hardware,
-    Lengths,
-    Packs,
-    bucket_elements,
-    cache_bytes,
-    memory,
-    reference_weights,
-    scoring_memory,
-    worst_lengths,
-)
+from dpo_dist.sizing.estimate import bucket_elements, cache_bytes, memory, reference_weights, scoring_memory
+from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
+from dpo_dist.sizing.lengths import Lengths, Packs, worst_lengths
 from dpo_dist.sizing.report import report, smallest_change, token_lengths
 from dpo_dist.sizing.shape import ModelShape, model_shape
 from dpo_dist.sizing.step_time import pair_flops, step_time

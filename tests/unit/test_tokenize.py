@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig, DatasetConfig
-from dpo_dist.data.rows import DataRow, read_rows
+from dpo_dist.data.formats import DataRow
+from dpo_dist.data.rows import read_rows
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
