@@ -24,7 +24,9 @@ class PreferenceRow:
     strength: float | None = None            # how much better chosen is (difference of ratings), in the data's own unit
     weight: float = 1.0                      # this pair's weight in the loss
     tools: tuple[dict[str, Any], ...] = ()   # tool schemas that the chat template shows to the model
-    tags: dict[str, str] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)    # the row's own variables for the chat template
+    # what else is known of the judgment, JSON-ready: tags, ratings, annotators, models
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class TokenizedPair:
     source: str = ""
     strength: float | None = None
     weight: float = 1.0
+    # (C,) which tokens of a completion the loss counts; None: all of them
+    chosen_counts: tuple[bool, ...] | None = None
+    rejected_counts: tuple[bool, ...] | None = None
+    record: dict[str, Any] = field(default_factory=dict)             # as in PreferenceRow
 
 
 class Span(NamedTuple):

@@ -31,6 +31,8 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
 
 def _decode(kind: Any, value: Any, key: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if kind in VARIANTS:
         return _decode_variant(kind, value, key)
     if dataclasses.is_dataclass(kind):

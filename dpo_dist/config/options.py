@@ -11,16 +11,18 @@ VALUES = "values"      # decides the reference's log-probs, besides weights and 
 
 
 def option(*decides: str, above: float | None = None, between: tuple[float, float] | None = None,
-           default: Any = dataclasses.MISSING) -> Any:
+           default: Any = dataclasses.MISSING, unnamed: Any = dataclasses.MISSING) -> Any:
     """A field of a config dataclass. decides: any of RUN, TOKENS and VALUES; a key with none of them changes where or
-    how a run computes, not what. above, between: the range of its value, which decode.py checks."""
-    return dataclasses.field(default=default, metadata={"decides": decides, "above": above, "between": between})
+    how a run computes, not what. above, between: the range of its value, which decode.py checks. unnamed: the value at
+    which the key is left out of what it decides, so that runs from before the key existed are found again."""
+    return dataclasses.field(default=default, metadata={"decides": decides, "above": above, "between": between,
+                                                        "unnamed": unnamed})
 
 
 def deciding(config: Any, what: str) -> dict[str, Any]:
     """The keys of a config dataclass that decide the run, the tokens or the values; nested, JSON-ready."""
-    return {f.name: _plain(getattr(config, f.name), what)
-            for f in dataclasses.fields(config) if what in f.metadata["decides"]}
+    return {f.name: _plain(getattr(config, f.name), what) for f in dataclasses.fields(config)
+            if what in f.metadata["decides"] and getattr(config, f.name) != f.metadata["unnamed"]}
 
 
 def _plain(value: Any, what: str) -> Any:

@@ -44,6 +44,12 @@ class DatasetConfig:
     weight: float = option(RUN, TOKENS, above=0, default=1.0)
     name: str | None = option(RUN, TOKENS, default=None)
     split: str = option(RUN, TOKENS, default="train")
+    # {a name that formats know: the column that holds it, None for no column}
+    columns: dict[str, str | None] | None = option(RUN, TOKENS, default=None, unnamed=None)
+    subset: str | None = option(RUN, TOKENS, default=None, unnamed=None)           # of a hub data set
+    revision: str | None = option(RUN, TOKENS, default=None, unnamed=None)         # of a hub data set
+    # at most so many, chosen by their content
+    rows: int | None = option(RUN, TOKENS, above=0, default=None, unnamed=None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,10 @@ class DataConfig:
     max_length: int = option(RUN, TOKENS, above=0)
     truncation: Literal["drop", "error", "keep_start", "keep_end"] = option(RUN, TOKENS)
     on_bad_row: Literal["error", "skip"] = option(RUN, TOKENS)
+    on_missing_content: Literal["error", "warn"] = option(RUN, TOKENS, unnamed="error")
+    train_on: Literal["assistant", "completion"] = option(RUN, TOKENS, unnamed="assistant")
     chat_template: str | None = option(RUN, TOKENS)
+    chat_template_kwargs: dict[str, Any] | None = option(RUN, TOKENS, unnamed=None)
     group_by_prompt: bool = option(RUN)
     cache_dir: str = option()
 

@@ -57,13 +57,10 @@ def judgment_of(fields: Fields) -> dict[str, Any]:
     weight = number(fields.get("weight", 1.0), "weight")
     if weight <= 0:
         raise Unfit("weight is not greater than 0", str(weight))
-    tags = fields.get("tags", {})
-    if not isinstance(tags, dict):
-        raise Unfit("tags is not a mapping", type(tags).__name__)
     if "strength" in fields and "margin" in fields:
         raise Unfit("strength and margin are both given")
     strength = next((number(fields[key], key) for key in ("strength", "margin") if key in fields), None)
-    return {"weight": weight, "strength": strength, "tags": {str(k): str(v) for k, v in tags.items()}}
+    return {"weight": weight, "strength": strength, "record": {"tags": fields["tags"]} if "tags" in fields else {}}
 
 
 def n_shared(a: Sequence[Any], b: Sequence[Any]) -> int:

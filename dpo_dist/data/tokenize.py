@@ -76,7 +76,7 @@ class PairTokenizer:
                    for ids in self._ids([prompt for prompt, _, _ in texts])]
         completions = self.encode_completions([text for _, chosen, rejected in texts for text in (chosen, rejected)])
         ids = zip(prompts, completions[::2], completions[1::2], strict=True)
-        return [TokenizedPair(*next(ids), row.where, row.source, row.strength, row.weight)
+        return [TokenizedPair(*next(ids), row.where, row.source, row.strength, row.weight, record=row.record)
                 if isinstance(entry, tuple) else entry for row, entry in zip(rows, found, strict=True)]
 
     def _split(self, row: PreferenceRow) -> tuple[str, str, str] | Dropped:

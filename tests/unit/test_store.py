@@ -44,7 +44,8 @@ def write(path: Path, rows: list[dict]) -> DatasetConfig:
 
 def config(tmp_path: Path, *train: DatasetConfig, **changes: object) -> DataConfig:
     defaults = DataConfig(train=train, eval=(), eval_fraction=0.0, max_length=1000, truncation="drop",
-                          on_bad_row="error", chat_template=None, group_by_prompt=False,
+                          on_bad_row="error", on_missing_content="error",
+                          train_on="assistant", chat_template_kwargs=None, chat_template=None, group_by_prompt=False,
                           cache_dir=str(tmp_path / "cache"))
     return DataConfig(**{**vars(defaults), **changes})
 
