@@ -76,8 +76,8 @@ def sentencepiece_like(template: str | None = None) -> PreTrainedTokenizerFast:
 
 def config(**changes: object) -> DataConfig:
     defaults = DataConfig(train=(), eval=(), eval_fraction=0.0, max_length=1000, truncation="drop", on_bad_row="error",
-                          on_missing_content="error", train_on="assistant", chat_template_kwargs=None, chat_template=None,
-                          group_by_prompt=False, cache_dir="unused")
+                          on_missing_content="error", train_on="assistant", chat_template_kwargs=None,
+                          chat_template=None, group_by_prompt=False, cache_dir="unused")
     return DataConfig(**{**vars(defaults), **changes})
 
 
