@@ -44,6 +44,7 @@ class TokenizedPair:
     chosen_counts: tuple[bool, ...] | None = None
     rejected_counts: tuple[bool, ...] | None = None
     record: dict[str, Any] = field(default_factory=dict)             # as in PreferenceRow
+    left_out: tuple[str, ...] = ()           # what the chat template left out of the row, where that is allowed
 
 
 class Span(NamedTuple):

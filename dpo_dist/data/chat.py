@@ -9,99 +9,139 @@ none) has no right boundary and is an error.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 
-from dpo_dist.config.errors import UserError
 from dpo_dist.data.fields import Turns, n_shared
+from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, without_closing
 from dpo_dist.types import PreferenceRow
 
-PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
-ANSWER = "dpo-dist-answer"                   # placeholder that shows what a template puts around an answer
-# the date, for templates that ask for it: tokens must not depend on the day
-TODAY = datetime(2024, 7, 26)
-# transformers passes no functions to a template, so this one is Jinja; trim_blocks removes the final line break.
-FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f" | replace('%{code}', '{TODAY.strftime('%' + code)}')"
-    for code in (*"aAbBcdHIjmMpSxXyY", "-d", "-m")) + " }}{% endmacro %}\n"
+NEXT = "\ue000"                              # begins a placeholder for what follows an answer: no text begins with it
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
 class TemplateMisfit(Exception):
-    """A row that the chat template refuses or renders without a boundary between prompt and completion."""
+    """A row that the chat template refuses, renders without a boundary between prompt and completion, or in part."""
+
+    def __init__(self, problem: str, reason: str = "does not fit the chat template",
+                 remedy: str = "mend the row or data.chat_template"):
+        super().__init__(problem)
+        self.reason, self.remedy = reason, remedy        # reason: by which such rows are counted
 
 
-def template_text(tokenizer: Any, setting: str | None) -> str | None:
-    """The Jinja text that `data.chat_template` asks for (null: the tokenizer's own, if any); None for plain text."""
-    if tokenizer is None or setting == PLAIN:
-        return None
-    if setting is None:
-        own = tokenizer.chat_template        # of several named templates, get_chat_template picks the default
-        return own if own is None or isinstance(own, str) else str(tokenizer.get_chat_template())
-    if "{{" in setting or "{%" in setting:
-        return setting
-    if Path(setting).is_file():
-        return Path(setting).read_text()
-    raise UserError(f"data.chat_template={setting!r} is neither an existing file nor Jinja text; give one of them, "
-                    f"null for the tokenizer's own template, or {PLAIN} for plain text")
+@dataclass(frozen=True)
+class Answer:
+    """A completion as text."""
+
+    text: str
+    closed: bool = False                     # whether it ends with an end of turn that the template wrote
+    # (start, end) of what the assistant says; None: all of it
+    own: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    prompt: str
+    chosen: Answer
+    rejected: Answer
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     tokenizer: Any
     text: str                                # Jinja
-    special: tuple[str, ...] = ()            # the tokens that can end a turn
+    name: str = ""                           # for messages
+    variables: Mapping[str, Any] = field(default_factory=dict)       # data.chat_template_kwargs
+    in_parts: bool = False                   # whether a content is [{"type": "text", "text": ...}] to it
     # what ends an answer: nearly always one token; () where the template has none
     end_of_turn: tuple[str, ...] = ()
     blank_tail: str = ""                     # the white space that the template puts after an answer
+    frame: Frame = field(default_factory=Frame)
 
-    def render(self, turns: Turns, tools: tuple[dict[str, Any], ...] = (), generation: bool = False) -> str:
+    @property
+    def special(self) -> tuple[str, ...]:
+        """The tokens that can end a turn."""
+        return self.frame.special
+
+    def render(self, turns: Turns, row: PreferenceRow | None = None, generation: bool = False) -> str:
+        """The turns as text, with the tools and variables of `row`."""
+        tools, own = (row.tools, row.template_kwargs) if row else ((), {})
+        if self.in_parts:
+            turns = tuple({**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns)
         return str(self.tokenizer.apply_chat_template(
             list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation,
-            tokenize=False))
+            tokenize=False, **{**self.variables, **own}))
 
-    def split(self, row: PreferenceRow) -> tuple[str, str, str]:
-        """(prompt, chosen, rejected) texts; completions end with the end-of-turn token, where the template has one.
-
-        All of a continuation of several turns is completion, the user's and the tools' turns in it included.
-        Raises TemplateMisfit.
-        """
-        prompt = _as_turns(row.prompt, "user")
-        chosen, rejected = _as_turns(row.chosen, "assistant"), _as_turns(row.rejected, "assistant")
-        # a template that knows nothing of tools would leave them out silently
-        if row.tools and "tools" not in self.text:
-            raise TemplateMisfit("the row has tools, but the chat template does not show them")
-        if "tool_calls" not in self.text and any(turn.get("tool_calls") for turn in prompt + chosen + rejected):
-            raise TemplateMisfit("the row has tool calls, but the chat template does not show them")
+    def split(self, row: PreferenceRow, own: bool = False) -> RowTexts:
+        """The row's texts; completions end with the end-of-turn token, where the template has one. `own`: with the
+        places of what the assistant says, in a continuation of several turns. Raises TemplateMisfit."""
+        if sign := self.frame.sign_of_rendering(row):
+            raise TemplateMisfit(
+                f"{sign}, as the chat template ({self.name}) writes: the text is rendered already, and would be "
+                "rendered again", "is rendered already (data.chat_template=none takes texts as they are)",
+                "set data.chat_template=none to take texts as they are, or give the turns' own texts")
+        prompt = as_turns(row.prompt, "user")
         try:
-            text = self.render(prompt, row.tools, generation=True)
-            return (text, self._completion(text, prompt, chosen, row.tools),
-                    self._completion(text, prompt, rejected, row.tools))
+            text = self.render(prompt, row, generation=True)
+            return RowTexts(text, self._answer(text, prompt, as_turns(row.chosen, "assistant"), row, own),
+                            self._answer(text, prompt, as_turns(row.rejected, "assistant"), row, own))
         except RENDER_ERRORS as error:
             raise TemplateMisfit(f"the chat template refuses the row ({error})") from error
 
-    def _completion(self, prompt_text: str, prompt: Turns, turns: Turns, tools: tuple[dict[str, Any], ...]) -> str:
-        whole = self.render(prompt + turns, tools)
-        if whole.startswith(prompt_text):
-            return self._until_end_of_turn(whole[len(prompt_text):])
-        header = self.render((*prompt, {"role": "assistant", "content": ANSWER}), tools).rpartition(ANSWER)[0]
-        if header.rstrip() == prompt_text.rstrip() and whole.startswith(header):
-            return self._until_end_of_turn(whole[len(header):])
-        n = n_shared(whole, prompt_text)
+    def _answer(self, prompt_text: str, prompt: Turns, turns: Turns, row: PreferenceRow, own: bool) -> Answer:
+        whole = self.render(prompt + turns, row)
+        start = self._start(whole, prompt_text, prompt, row)
+        text = self._until_end_of_turn(whole[start:])
+        closed = bool(self.end_of_turn) and text.endswith(self.special)
+        if not own or len(turns) == 1:
+            return Answer(text, closed)
+        ends = [0]                           # of the assistant's turns: where it begins and ends, in turn
+        for at, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            if at:
+                before = prompt + turns[:at]
+                ends.append(self._start(whole, self.render(before, row, generation=True), before, row) - start)
+            ends.append(len(text) if at == len(turns) - 1 else
+                        self._end_within(whole, start + ends[-1], prompt + turns[:at + 1], turns[at + 1:], row) - start)
+        return Answer(text, closed, tuple(zip(ends[::2], ends[1::2], strict=True)))
+
+    def _start(self, whole: str, before: str, turns: Turns, row: PreferenceRow) -> int:
+        """Where in `whole` the answer to `turns` begins; `before`: they as a prompt for generation."""
+        if whole.startswith(before):
+            return len(before)
+        header = self.render((*turns, {"role": "assistant", "content": ANSWER}), row).rpartition(ANSWER)[0]
+        if header.rstrip() == before.rstrip() and whole.startswith(header):
+            return len(header)
+        n = n_shared(whole, before)
         raise TemplateMisfit("the chat template renders the prompt otherwise once an answer follows: "
-                             f"{whole[n:n + 30]!r} where generation has {prompt_text[n:n + 30]!r}")
+                             f"{whole[n:n + 30]!r} where generation has {before[n:n + 30]!r}")
+
+    def _end_within(self, whole: str, begin: int, until: Turns, after: Turns, row: PreferenceRow) -> int:
+        """Where in `whole` an answer ends that other turns follow: the last of `until`, which begins at `begin`."""
+        said = self._until_end_of_turn(self.render(until, row)[begin:])
+        if whole.startswith(said, begin):
+            return begin + len(said)
+        # as the last turn it is rendered otherwise: its end of turn is sought in front of what the next turn says
+        other = self.render((*until, *({**turn, "content": NEXT + ANSWER} for turn in after)), row)
+        end, limit = "".join(self.end_of_turn), n_shared(whole, other)
+        if end and (found := whole.rfind(end, begin, limit)) >= 0:
+            return found + len(end)
+        said = without_closing(said, self.special)       # the end of a last answer may be a token of its own
+        if whole.startswith(said, begin):
+            return begin + len(said)
+        raise TemplateMisfit("the chat template does not show where an answer in the middle of a completion ends",
+                             remedy="mend data.chat_template, or set data.train_on=completion")
 
     def _until_end_of_turn(self, text: str) -> str:
         """The text, cut after its end of turn. Where several special tokens close it, as data may bring its own, the
         first end of turn among them counts."""
         closing: list[tuple[str, int]] = []
         end = text.rstrip()
-        while end.endswith(self.special):
-            token = max((t for t in self.special if end.endswith(t)), key=len)
+        while token := closing_token(end, self.special):
             closing.insert(0, (token, len(end)))
             end = end[:-len(token)].rstrip()
         if not closing:
@@ -109,70 +149,3 @@ class ChatTemplate:
         tokens, n = tuple(token for token, _ in closing), len(self.end_of_turn)
         first = next((i for i in range(len(tokens)) if n and tokens[i:i + n] == self.end_of_turn), len(tokens) - n)
         return text[:closing[first + n - 1][1]]
-
-
-def chat_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
-    """The checked template of a tokenizer and `data.chat_template`, or None for plain text. Raises UserError."""
-    text = template_text(tokenizer, setting)
-    if text is None:
-        return None
-    if "strftime_now" in text:
-        text = FIXED_DATE + text
-    template, named = ChatTemplate(tokenizer, text), "the tokenizer's own" if setting is None else setting[:60]
-    trial: Turns = ({"role": "user", "content": "Hello."},)
-    try:
-        whole = template.render((*trial, {"role": "assistant", "content": ANSWER}))
-    except RENDER_ERRORS as error:
-        raise UserError(f"data.chat_template ({named}) cannot render one question and its answer: {error}; "
-                        "mend it") from error
-    header, found, tail = whole.rpartition(ANSWER)
-    prompt = template.render(trial, generation=True)
-    if not found or not (header.startswith(prompt) or header.rstrip() == prompt.rstrip()):
-        thinks = "enable_thinking" in text
-        hint = " (this one takes a variable: it may begin with {% set enable_thinking = false %})" if thinks else ""
-        raise UserError(f"data.chat_template ({named}) has no boundary between prompt and answer: a prompt for "
-                        f"generation ends {prompt[-40:]!r}, but a rendered answer follows {header[-40:]!r}; set "
-                        "data.chat_template to a Jinja file that renders conversations as its generation prompts begin "
-                        "them" + hint)
-    added = tokenizer.added_tokens_decoder.values()
-    special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    if not any(token in tail for token in special):
-        # some models' end of turn is not marked as special
-        special |= {str(token) for token in added if str(token) in tail}
-    end_of_turn = _end_of_turn(tail, _tail_within(template, trial), special - {""})
-    return ChatTemplate(tokenizer, text, tuple(sorted(special - {""})), end_of_turn, tail[len(tail.rstrip()):])
-
-
-def _tail_within(template: ChatTemplate, trial: Turns) -> str:
-    """What the template puts after an answer that is not the last turn."""
-    try:
-        return template.render((*trial, {"role": "assistant", "content": ANSWER}, *trial)).rpartition(ANSWER)[2]
-    except RENDER_ERRORS:
-        return ""
-
-
-def _end_of_turn(tail: str, tail_within: str, special: set[str]) -> tuple[str, ...]:
-    """The special tokens that follow every answer; where there are none, the first that follows the last answer.
-
-    A last answer may be followed by more, which ends the text and not the turn: Phi's "<|end|>" and then
-    "<|endoftext|>".
-    """
-    last = _first_special(tail, special)
-    return last[:max(1, n_shared(last, _first_special(tail_within, special)))]
-
-
-def _first_special(tail: str, special: set[str]) -> tuple[str, ...]:
-    """The first special token of a text and those that follow with nothing but white space between."""
-    run: list[str] = []
-    while found := [token for token in special if token in tail]:
-        token = min(found, key=lambda token: (tail.index(token), -len(token)))
-        before, _, rest = tail.partition(token)
-        if run and before.strip():
-            break
-        run.append(token)
-        tail = rest
-    return tuple(run)
-
-
-def _as_turns(part: Turns | str, role: str) -> Turns:
-    return ({"role": role, "content": part},) if isinstance(part, str) else part

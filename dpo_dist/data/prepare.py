@@ -19,10 +19,10 @@ import numpy as np
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, deciding
 from dpo_dist.config.schema import DataConfig, DatasetConfig
-from dpo_dist.data.chat import template_text
 from dpo_dist.data.files import content_digest
 from dpo_dist.data.rows import read_rows
 from dpo_dist.data.store import PairStore
+from dpo_dist.data.templates import template_texts
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.data.writer import PairWriter, Source, hash64
 from dpo_dist.runtime.files import write_json
@@ -52,7 +52,7 @@ def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str
         "values": {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"},
         "contents": [content_digest(dataset) for dataset in (*config.train, *config.eval)],
         "tokenizer": tokenizer_digest,
-        "template": template_text(tokenizer, config.chat_template)}                # its text, not its file's name
+        "templates": template_texts(tokenizer, config.chat_template)}              # their text, not a file's name
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,7 +86,7 @@ def _write(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
     if not held_out.pairs and config.eval_fraction:
         raise UserError(f"data.eval_fraction={config.eval_fraction} holds out none of {train.pairs} pairs; raise it")
     shared = int(np.isin(np.array(held_out.prompt_hashes), np.array(train.prompt_hashes)).sum())
-    dated = encoder.template is not None and "strftime_now" in encoder.template.text
+    dated = encoder.templates is not None and encoder.templates.ask_for_date
     for writer, of_sources, repeated in ((train, reports, 0), (held_out, held_out_reports, shared)):
         writer.close({"sources": of_sources, "pairs_with_training_prompts": repeated, "template_asks_for_date": dated})
     write_json(folder / SETTINGS, deciding(config, TOKENS))

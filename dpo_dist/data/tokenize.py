@@ -12,12 +12,17 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.chat import PLAIN, ChatTemplate, TemplateMisfit, chat_template
+from dpo_dist.data.chat import Answer, RowTexts, TemplateMisfit
 from dpo_dist.data.formats import DataRow
 from dpo_dist.data.rows import Tally
+from dpo_dist.data.shown import Said, Shown
+from dpo_dist.data.templates import PLAIN, ChatTemplates, chat_templates
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
-ANCHOR = "\n"                                # see PairTokenizer.encode_completions
+Ids = tuple[int, ...]
+Counts = tuple[bool, ...] | None             # which tokens of a completion count; None: all of them
+
+ANCHOR = "\n"                                # see PairTokenizer._ids_within
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class TruncationReport:
     kept: int = 0                            # the truncated ones included
     truncated: int = 0
     dropped: Tally = field(default_factory=Tally)
+    left_out: Tally = field(default_factory=Tally)                   # kept rows of which the template shows not all
 
     def add(self, before: TokenizedPair | Dropped, after: TokenizedPair | Dropped) -> None:
         if isinstance(after, Dropped):
@@ -41,6 +47,8 @@ class TruncationReport:
         else:
             self.kept += 1
             self.truncated += after is not before
+            for kind in after.left_out:
+                self.left_out.add(kind, after.where)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
@@ -49,53 +57,72 @@ class TruncationReport:
 @dataclass(frozen=True)
 class PairTokenizer:
     tokenizer: Any | None
-    template: ChatTemplate | None
-    skip_misfits: bool                       # data.on_bad_row=skip
+    templates: ChatTemplates | None
+    config: DataConfig
     anchored: bool = False                   # the tokenizer puts a space before any text
     bos: tuple[int, ...] = ()                # what begins plain text; a chat template writes its own
+    shown: dict[str, Shown] = field(default_factory=dict)            # by the template's text
 
     @staticmethod
     def of(tokenizer: Any | None, config: DataConfig) -> PairTokenizer:
-        skip = config.on_bad_row == "skip"
         if tokenizer is None:
-            return PairTokenizer(None, None, skip)
+            return PairTokenizer(None, None, config)
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no eos token, so the end of an answer cannot be marked; set eos_token "
                             "in its tokenizer_config.json")
-        template = chat_template(tokenizer, config.chat_template)
+        templates = chat_templates(tokenizer, config.chat_template, config.chat_template_kwargs)
         first = "".join(tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"]))
         begun = tokenizer("a")["input_ids"][:1]
-        return PairTokenizer(tokenizer, template, skip, anchored=first[:1] in ("▁", "Ġ"),
-                             bos=tuple(begun) if template is None and begun == [tokenizer.bos_token_id] else ())
+        return PairTokenizer(tokenizer, templates, config, anchored=first[:1] in ("▁", "Ġ"),
+                             bos=tuple(begun) if templates is None and begun == [tokenizer.bos_token_id] else ())
 
     def encode(self, rows: Sequence[DataRow]) -> list[TokenizedPair | Dropped]:
         """A pair for each row, not truncated; rows of token ids pass through. Raises UserError."""
         found = [row if isinstance(row, TokenizedPair) else self._split(row) for row in rows]
-        texts = [texts for texts in found if isinstance(texts, tuple)]
-        prompts = [tuple(ids) if tuple(ids[:1]) == self.bos else (*self.bos, *ids)
-                   for ids in self._ids([prompt for prompt, _, _ in texts])]
-        completions = self.encode_completions([text for _, chosen, rejected in texts for text in (chosen, rejected)])
-        ids = zip(prompts, completions[::2], completions[1::2], strict=True)
-        return [TokenizedPair(*next(ids), row.where, row.source, row.strength, row.weight, record=row.record)
-                if isinstance(entry, tuple) else entry for row, entry in zip(rows, found, strict=True)]
+        texts = [entry.texts for entry in found if isinstance(entry, _Split)]
+        prompts = iter([tuple(ids) if tuple(ids[:1]) == self.bos else (*self.bos, *ids)
+                        for ids in self._ids([row.prompt for row in texts])])
+        answers = iter(self._encode_answers([answer for row in texts for answer in (row.chosen, row.rejected)]))
+        pairs: list[TokenizedPair | Dropped] = []
+        for row, entry in zip(rows, found, strict=True):
+            if not isinstance(entry, _Split):
+                pairs.append(entry)
+                continue
+            assert isinstance(row, PreferenceRow)
+            (chosen, chosen_counts), (rejected, rejected_counts) = next(answers), next(answers)
+            pairs.append(TokenizedPair(next(prompts), chosen, rejected, row.where, row.source, row.strength, row.weight,
+                                       chosen_counts, rejected_counts, row.record, entry.left_out))
+        return pairs
 
-    def _split(self, row: PreferenceRow) -> tuple[str, str, str] | Dropped:
+    def _split(self, row: PreferenceRow) -> _Split | Dropped:
+        """The row's texts and what a template left out of them; Dropped or UserError for a row that it does not fit."""
         if self.tokenizer is None:
             raise UserError(f"{row.where}: text needs a tokenizer, and there is none; give a model with one, or "
                             "token_ids rows")
-        if self.template is not None:
+        if self.templates is not None:
             try:
-                return self.template.split(row)
+                return self._rendered(row, self.templates)
             except TemplateMisfit as misfit:
-                if self.skip_misfits:
-                    return Dropped(row.where, "does not fit the chat template", str(misfit))
-                raise UserError(f"{row.where}: {misfit}; mend the row or data.chat_template, or set "
-                                "data.on_bad_row=skip to leave such rows out and count them") from misfit
+                if self.config.on_bad_row == "skip":
+                    return Dropped(row.where, misfit.reason, str(misfit))
+                raise UserError(f"{row.where}: {misfit}; {misfit.remedy}, or set data.on_bad_row=skip to leave such "
+                                "rows out and count them") from misfit
+        if row.template_kwargs:
+            raise UserError(f"{row.where}: the row has chat_template_kwargs, but there is no chat template; set "
+                            "data.chat_template, or map that column away (columns: {chat_template_kwargs: null})")
         if isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str):
-            return row.prompt, row.chosen, row.rejected
+            return _Split(RowTexts(row.prompt, Answer(row.chosen), Answer(row.rejected)))
         raise UserError(f"{row.where}: messages need a chat template; the tokenizer has none, or "
                         f"data.chat_template={PLAIN} switched it off; set data.chat_template to a Jinja file, or give "
                         "rows of format preference")
+
+    def _rendered(self, row: PreferenceRow, templates: ChatTemplates) -> _Split:
+        template = templates.of(row)
+        texts = template.split(row, own=self.config.train_on == "assistant")
+        missing = self.shown.setdefault(template.text, Shown(template)).missing(row, texts)
+        if missing and self.config.on_missing_content == "error":
+            raise _left_out(missing[0], template.name)
+        return _Split(texts, tuple(dict.fromkeys(said.kind for said in missing)))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts or self.tokenizer is None:
@@ -103,8 +130,21 @@ class PairTokenizer:
         return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
                                    verbose=False)["input_ids"])
 
-    def encode_completions(self, texts: list[str]) -> list[tuple[int, ...]]:
-        """Token ids of texts that continue a prompt, closed by an end-of-turn token.
+    def _encode_answers(self, answers: list[Answer]) -> list[tuple[Ids, Counts]]:
+        """Token ids of answers, each closed by an end-of-turn token, and which of them the assistant says."""
+        encoded = self._ids_within([answer.text for answer in answers])
+        out: list[tuple[Ids, Counts]] = []
+        for answer, ids in zip(answers, encoded, strict=True):
+            closed = answer.closed or ids[-1:] == [self._eos]
+            counts = None
+            if answer.own is not None:
+                said = self._said(answer, ids)
+                counts = None if all(said) else (*said, *([] if closed else [True]))
+            out.append((tuple(ids) if closed else (*ids, self._eos), counts))
+        return out
+
+    def _ids_within(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts that continue a prompt.
 
         A tokenizer that puts a space before any text (SentencePiece's dummy prefix) would put one into the middle of
         the conversation: there, the text is tokenized after a line break, whose tokens are then taken off.
@@ -114,18 +154,41 @@ class PairTokenizer:
             anchor = self._ids([ANCHOR])[0]
             encoded = [ids[len(anchor):] if ids[:len(anchor)] == anchor else self._ids([text])[0]
                        for ids, text in zip(encoded, texts, strict=True)]
-        return [tuple(ids) if self._is_closed(text, ids) else (*ids, self._eos)
-                for text, ids in zip(texts, encoded, strict=True)]
+        return encoded
 
-    def _is_closed(self, text: str, ids: list[int]) -> bool:
-        if self.template is not None and self.template.end_of_turn and text.endswith(self.template.special):
-            return True                      # its end of turn, or another that it uses instead (as after a tool call)
-        return ids[-1:] == [self._eos]
+    def _said(self, answer: Answer, ids: list[int]) -> list[bool]:
+        """Which of an answer's tokens begin in what the assistant says."""
+        assert self.tokenizer is not None and answer.own is not None
+        if not self.tokenizer.is_fast:
+            raise UserError("completions of several turns need a tokenizer that tells where its tokens stand (a "
+                            "tokenizer.json); set data.train_on=completion to count all their tokens")
+        for anchor in (ANCHOR, "") if self.anchored else ("",):
+            found = self.tokenizer(anchor + answer.text, add_special_tokens=False, return_offsets_mapping=True)
+            skipped = len(found["input_ids"]) - len(ids)
+            if found["input_ids"][skipped:] == ids:
+                starts = [start - len(anchor) for start, _ in found["offset_mapping"][skipped:]]
+                return [any(begin <= start < end for begin, end in answer.own) for start in starts]
+        raise AssertionError("the same text gave other tokens")
 
     @property
     def _eos(self) -> int:
         assert self.tokenizer is not None
         return int(self.tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A row's texts, and what its template left out of them (data.on_missing_content=warn)."""
+
+    texts: RowTexts
+    left_out: tuple[str, ...] = ()
+
+
+def _left_out(said: Said, template: str) -> TemplateMisfit:
+    where = f"{said.part} turn {said.turn + 1}: " if said.turn >= 0 else ""
+    return TemplateMisfit(
+        f"{where}the chat template ({template}) leaves out {said.what}: {said.text[:60]!r}", said.kind,
+        "mend the row or data.chat_template, set data.on_missing_content=warn to train on what is shown")
 
 
 # ----------------------------------------------------------------------------------------------------------- truncation

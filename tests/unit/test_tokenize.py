@@ -3,104 +3,35 @@ spot."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from made_tokenizers import (
+    CHATML,
+    ENDS_OTHERWISE,
+    LLAMA3,
+    NO_END,
+    OPENS_THINK,
+    PHI3,
+    QWEN3,
+    SPACED,
+    assistant,
+    bpe,
+    chat,
+    config,
+    make_tokenize,
+    sentencepiece_like,
+    texts,
+    user,
+)
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import DataConfig, DatasetConfig
-from dpo_dist.data.formats import DataRow
+from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.rows import read_rows
-from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
+from dpo_dist.data.tokenize import Dropped, TruncationReport, truncate
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<|eom|>"]
-TEXT = ["Hello there, what is two and two?", "It is four, I think.", "user assistant system think\n\n",
-        "No. It is five!"]
-
-CHATML = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-LLAMA3 = """{{- bos_token }}{%- for m in messages %}
-{{- '<|start|>' + m.role + '<|end|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"""
-QWEN3 = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if loop.last and m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
-{{- m.content + '<|im_end|>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-PHI3 = """{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
-NO_END = """{%- for m in messages %}{{ m.role + ': ' + m.content + '\\n\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
-SPACED = """{%- for m in messages %}{{ m.role + ': ' + m.content | trim + '<|end|>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
-OPENS_THINK = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}")
-ENDS_OTHERWISE = CHATML.replace("m.content + '<|im_end|>\\n'", "m.content + ('<|eom|>' if m.tool_calls else "
-                                                               "'<|im_end|>\\n')")
-
-
-def make_tokenize(tokenizer: PreTrainedTokenizerFast | None,
-                  given: DataConfig) -> Callable[[DataRow], TokenizedPair | Dropped]:
-    """A function from a row to its pair, truncated."""
-    encoder = PairTokenizer.of(tokenizer, given)
-    return lambda row: truncate(encoder.encode([row])[0], given)
-
-
-def bpe(template: str | None = None, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if adds_bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=template,
-                                   additional_special_tokens=SPECIAL[2:])
-
-
-def sentencepiece_like(template: str | None = None) -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space is put before any text."""
-    core = Tokenizer(models.BPE(byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
-    core.train_from_iterator([t.replace(" ", "▁") for t in TEXT],
-                             trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL + bytes_, show_progress=False))
-    core = Tokenizer.from_str(json.dumps({**json.loads(core.to_str()), "added_tokens": [
-        t for t in json.loads(core.to_str())["added_tokens"] if t["content"] not in bytes_]}))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=template,
-                                   additional_special_tokens=SPECIAL[2:])
-
-
-def config(**changes: object) -> DataConfig:
-    defaults = DataConfig(train=(), eval=(), eval_fraction=0.0, max_length=1000, truncation="drop", on_bad_row="error",
-                          on_missing_content="error", train_on="assistant", chat_template_kwargs=None,
-                          chat_template=None, group_by_prompt=False, cache_dir="unused")
-    return DataConfig(**{**vars(defaults), **changes})
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **more: object) -> dict:
-    return {"role": "assistant", "content": text, **more}
-
-
-def chat(chosen: str = "It is four.", prompt: str = "Two and two?", rejected: str = "Five!") -> PreferenceRow:
-    return PreferenceRow((user(prompt),), (assistant(chosen),), (assistant(rejected),), "rows.jsonl:1")
-
-
-def texts(tokenizer: PreTrainedTokenizerFast, row: PreferenceRow, **changes: object) -> tuple[str, str, str]:
-    """What the pair's ids say when they are decoded again, special tokens included."""
-    pair = make_tokenize(tokenizer, config(**changes))(row)
-    assert isinstance(pair, TokenizedPair), pair
-    prompt, chosen, rejected = (tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-    return prompt, chosen, rejected
-
-
 # -------------------------------------------------------------------------------------------------------- the boundary
 
 
@@ -221,12 +152,13 @@ def test_an_end_of_turn_that_is_already_in_the_data_is_not_doubled():
 def test_another_end_that_a_template_uses_after_tool_calls_is_kept():
     call = assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
     row = PreferenceRow((user("a"),), (call,), (assistant("e"),), "rows.jsonl:1")
-    assert texts(bpe(ENDS_OTHERWISE), row)[1:] == ("<|eom|>", "e<|im_end|>")
+    assert texts(bpe(ENDS_OTHERWISE), row)[1:] == (
+        '[{"type": "function", "function": {"name": "f", "arguments": {}}}]<|eom|>', "e<|im_end|>")
 
 
 def test_tools_that_the_template_would_leave_out_are_an_error():
     row = PreferenceRow((user("a"),), (assistant("b"),), (assistant("e"),), "rows.jsonl:1", tools=({"name": "f"},))
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has tools, but the chat template does not show them"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template .* leaves out tools: 'f'"):
         make_tokenize(bpe(CHATML), config())(row)
     shown = CHATML.replace("{%- for", "{% if tools %}{{ tools[0].name }}{% endif %}{%- for", 1)
     assert texts(bpe(shown), row)[0].startswith("f<|im_start|>user")

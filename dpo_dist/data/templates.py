@@ -1,0 +1,178 @@
+"""Which chat template renders a row, checked: the tokenizer's own, one of its several named ones, or one given by
+`data.chat_template`."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.data.chat import RENDER_ERRORS, ChatTemplate
+from dpo_dist.data.fields import Turns, n_shared
+from dpo_dist.data.frame import ANSWER, QUESTION, frame_of
+from dpo_dist.types import PreferenceRow
+
+PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
+DEFAULT, TOOL_USE = "default", "tool_use"    # names that transformers chooses by itself
+# the date, for templates that ask for it: tokens must not depend on the day
+TODAY = datetime(2024, 7, 26)
+# transformers passes no functions to a template, so this one is Jinja; trim_blocks removes the final line break.
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f" | replace('%{code}', '{TODAY.strftime('%' + code)}')"
+    for code in (*"aAbBcdHIjmMpSxXyY", "-d", "-m")) + " }}{% endmacro %}\n"
+
+
+def template_texts(tokenizer: Any, setting: str | None) -> dict[str, str] | None:
+    """{name: Jinja text} of the templates that `data.chat_template` allows; None for plain text.
+
+    "default" renders every row, and "tool_use", where there is one, those with tools, as in transformers. A template
+    that the setting names or gives is the only one.
+    """
+    if tokenizer is None or setting == PLAIN:
+        return None
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
+    if setting is None:
+        if own is None or isinstance(own, str):
+            return None if own is None else {DEFAULT: own}
+        if DEFAULT not in named:
+            raise UserError(f"the tokenizer has several chat templates ({', '.join(named)}) and none is called "
+                            f"{DEFAULT}; set data.chat_template to one of these names")
+        return {name: named[name] for name in (DEFAULT, TOOL_USE) if name in named}
+    if setting in named:
+        return {DEFAULT: named[setting]}
+    if "{{" in setting or "{%" in setting:
+        return {DEFAULT: setting}
+    if Path(setting).is_file():
+        return {DEFAULT: Path(setting).read_text()}
+    names = f", the name of one of the tokenizer's own ({', '.join(named)})" if named else ""
+    raise UserError(f"data.chat_template={setting!r} is neither an existing file nor Jinja text; give one of "
+                    f"them{names}, null for the tokenizer's own template, or {PLAIN} for plain text")
+
+
+def described(setting: str | None, name: str, several: bool) -> str:
+    """How messages call a template."""
+    own = "the tokenizer's own" + (f" '{name}'" if several else "")
+    return own if setting is None else setting[:60].replace("\n", " ")
+
+
+def with_fixed_date(text: str) -> str:
+    """The template's text, which always sees the same day."""
+    return FIXED_DATE + text if "strftime_now" in text else text
+
+
+@dataclass(frozen=True)
+class ChatTemplates:
+    """The templates of a run's rows."""
+
+    default: ChatTemplate
+    tool_use: ChatTemplate | None = None     # for rows with tools, where the tokenizer has one of that name
+
+    def of(self, row: PreferenceRow) -> ChatTemplate:
+        return self.tool_use if self.tool_use is not None and row.tools else self.default
+
+    @property
+    def ask_for_date(self) -> bool:
+        return any("strftime_now" in t.text for t in (self.default, self.tool_use) if t is not None)
+
+
+def chat_templates(tokenizer: Any, setting: str | None, variables: Mapping[str, Any] | None) -> ChatTemplates | None:
+    """The checked templates of a tokenizer, `data.chat_template` and `data.chat_template_kwargs`; None for plain text.
+    Raises UserError."""
+    texts = template_texts(tokenizer, setting)
+    if texts is None:
+        if variables:
+            raise UserError("data.chat_template_kwargs are given, but there is no chat template; remove them, or set "
+                            "data.chat_template")
+        return None
+    checked = {name: _checked(ChatTemplate(tokenizer, with_fixed_date(text), described(setting, name, len(texts) > 1),
+                                           variables or {})) for name, text in texts.items()}
+    return ChatTemplates(checked[DEFAULT], checked.get(TOOL_USE))
+
+
+def _checked(template: ChatTemplate) -> ChatTemplate:
+    """The template with what one question and its answer show of it."""
+    question = {"role": "user", "content": QUESTION}
+    answers = [{"role": "assistant", "content": ANSWER}]
+    answers.append({**answers[0], "reasoning_content": "dpo-dist-thought"})  # some templates suit no others
+    # templates of models that also see images may want a list of parts where others have a text
+    tried = [replace(template, in_parts=in_parts) for in_parts in (False, True)]
+    renderings = []
+    for candidate, answer in product(tried, answers):
+        try:
+            renderings.append((candidate, candidate.render((question,), generation=True),
+                               candidate.render((question, answer))))
+        except RENDER_ERRORS as error:
+            refused = error
+    if not renderings:
+        raise UserError(f"data.chat_template ({template.name}) cannot render one question and its answer: {refused}; "
+                        "mend it") from refused
+    fitting = [entry for entry in renderings if QUESTION in entry[1] and _has_boundary(*entry[1:])]
+    if not fitting:
+        raise _without_boundary(template, *renderings[0][1:])
+    template, prompt, whole = fitting[0]
+    tail = whole.rpartition(ANSWER)[2]
+    special = _special(template.tokenizer, tail)
+    within = _rendered_or_empty(template, (question, answers[0], question)).rpartition(ANSWER)[2]
+    with_system = _rendered_or_empty(template, ({"role": "system", "content": ANSWER}, question))
+    return replace(template, end_of_turn=_end_of_turn(tail, within, special), blank_tail=tail[len(tail.rstrip()):],
+                   frame=frame_of(template.tokenizer, prompt, whole, within, with_system, special))
+
+
+def _has_boundary(prompt: str, whole: str) -> bool:
+    header, found, _ = whole.rpartition(ANSWER)
+    return bool(found) and (header.startswith(prompt) or header.rstrip() == prompt.rstrip())
+
+
+def _without_boundary(template: ChatTemplate, prompt: str, whole: str) -> UserError:
+    switch = next((name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", template.text)
+                   and name not in template.variables), None)
+    hint = f", or try data.chat_template_kwargs={{{switch}: false}}" if switch else ""
+    return UserError(f"data.chat_template ({template.name}) has no boundary between prompt and answer: a prompt for "
+                     f"generation ends {prompt[-40:]!r}, but a rendered answer follows "
+                     f"{whole.rpartition(ANSWER)[0][-40:]!r}; set data.chat_template to a Jinja file that renders "
+                     f"conversations as its generation prompts begin them{hint}")
+
+
+def _special(tokenizer: Any, tail: str) -> set[str]:
+    """The tokenizer's special tokens; where what follows an answer has none of them, also the added ones in it, since
+    some models' end of turn is not marked as special."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = ({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)) - {""}
+    if not any(token in tail for token in special):
+        special |= {str(token) for token in added if str(token) and str(token) in tail}
+    return special
+
+
+def _rendered_or_empty(template: ChatTemplate, turns: Turns) -> str:
+    try:
+        return template.render(turns)
+    except RENDER_ERRORS:
+        return ""
+
+
+def _end_of_turn(tail: str, tail_within: str, special: set[str]) -> tuple[str, ...]:
+    """The special tokens that follow every answer; where there are none, the first that follows the last answer.
+
+    A last answer may be followed by more, which ends the text and not the turn: Phi's "<|end|>" and then
+    "<|endoftext|>".
+    """
+    last = _first_special(tail, special)
+    return last[:max(1, n_shared(last, _first_special(tail_within, special)))]
+
+
+def _first_special(tail: str, special: set[str]) -> tuple[str, ...]:
+    """The first special token of a text and those that follow with nothing but white space between."""
+    run: list[str] = []
+    while found := [token for token in special if token in tail]:
+        token = min(found, key=lambda token: (tail.index(token), -len(token)))
+        before, _, rest = tail.partition(token)
+        if run and before.strip():
+            break
+        run.append(token)
+        tail = rest
+    return tuple(run)
