@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.templates import given_text
 from dpo_dist.models.load import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
@@ -23,6 +24,7 @@ from dpo_dist.runtime.world import World
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
           "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+NAMED_TEMPLATES = "additional_chat_templates"        # a folder: {name}.jinja
 
 
 def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
@@ -45,12 +47,21 @@ def _start(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str,
     for name in COPIED:
         if (inputs.policy_folder / name).is_file():
             shutil.copyfile(inputs.policy_folder / name, partial / name)
-    given, tokenizer = config.data.chat_template, load_tokenizer(partial)
-    if given and given != "none" and tokenizer is not None:
-        # a chat template of the config belongs to the model from now on
-        tokenizer.chat_template = Path(given).read_text() if Path(given).is_file() else given
-        tokenizer.save_pretrained(partial)
+    copy_templates(inputs.policy_folder, partial, config.data.chat_template)
     (partial / "README.md").write_text(model_card(inputs, config, held_out))
+
+
+def copy_templates(source: Path, partial: Path, setting: str | None) -> None:
+    """Puts the chat templates into the export: all of the tokenizer's own, or the one that data.chat_template gives."""
+    named = source / NAMED_TEMPLATES
+    if named.is_dir():
+        shutil.copytree(named, partial / NAMED_TEMPLATES)
+    tokenizer = load_tokenizer(partial)
+    given = given_text(tokenizer, setting)
+    if tokenizer is not None and given is not None:
+        shutil.rmtree(partial / NAMED_TEMPLATES, ignore_errors=True)
+        tokenizer.chat_template = given
+        tokenizer.save_pretrained(partial)
 
 
 def _finish(partial: Path, folder: Path) -> None:

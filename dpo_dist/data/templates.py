@@ -43,15 +43,22 @@ def template_texts(tokenizer: Any, setting: str | None) -> dict[str, str] | None
             raise UserError(f"the tokenizer has several chat templates ({', '.join(named)}) and none is called "
                             f"{DEFAULT}; set data.chat_template to one of these names")
         return {name: named[name] for name in (DEFAULT, TOOL_USE) if name in named}
-    if setting in named:
-        return {DEFAULT: named[setting]}
-    if "{{" in setting or "{%" in setting:
-        return {DEFAULT: setting}
-    if Path(setting).is_file():
-        return {DEFAULT: Path(setting).read_text()}
+    text = named.get(setting) or given_text(tokenizer, setting)
+    if text is not None:
+        return {DEFAULT: text}
     names = f", the name of one of the tokenizer's own ({', '.join(named)})" if named else ""
     raise UserError(f"data.chat_template={setting!r} is neither an existing file nor Jinja text; give one of "
                     f"them{names}, null for the tokenizer's own template, or {PLAIN} for plain text")
+
+
+def given_text(tokenizer: Any, setting: str | None) -> str | None:
+    """The Jinja text that `data.chat_template` itself gives, as text or as a file; None where it does not."""
+    if setting is None or setting == PLAIN or (isinstance(getattr(tokenizer, "chat_template", None), dict)
+                                               and setting in tokenizer.chat_template):
+        return None
+    if "{{" in setting or "{%" in setting:
+        return setting
+    return Path(setting).read_text() if Path(setting).is_file() else None
 
 
 def described(setting: str | None, name: str, several: bool) -> str:

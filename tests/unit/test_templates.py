@@ -27,6 +27,8 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.prepare import fingerprint
 from dpo_dist.data.tokenize import Dropped
+from dpo_dist.export import copy_templates
+from dpo_dist.models.load import load_tokenizer
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 TOOL = {"name": "clock", "description": "Tells the time."}
@@ -121,6 +123,18 @@ def test_templates_and_variables_decide_the_store(tmp_path: Path):
         (CHATML, {"train_on": "completion"}), (CHATML, {"on_missing_content": "warn"}))]
     assert len(set(found)) == len(found)
     assert found[0] == fingerprint(config(train=data, chat_template=CHATML), bpe(LLAMA3), "digest")
+
+
+@pytest.mark.parametrize("setting, expected", [(None, NAMED), ("tool_use", NAMED), ("none", NAMED), (SPACED, SPACED)])
+def test_the_export_has_all_of_the_tokenizers_templates_or_the_one_that_was_given(tmp_path: Path, setting: str | None,
+                                                                                  expected: object):
+    source, partial = tmp_path / "model", tmp_path / "export"
+    bpe(NAMED).save_pretrained(source)
+    partial.mkdir()
+    for file in source.glob("*.*"):
+        (partial / file.name).write_bytes(file.read_bytes())
+    copy_templates(source, partial, setting)
+    assert load_tokenizer(partial).chat_template == expected
 
 
 # ------------------------------------------------------------------------------------------- texts rendered already
