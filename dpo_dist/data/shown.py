@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dpo_dist.data.chat import ChatTemplate, RowTexts, TemplateMisfit
 from dpo_dist.data.fields import Turns
-from dpo_dist.data.frame import as_turns
+from dpo_dist.data.frame import as_turns, without_closing
 from dpo_dist.types import Message, PreferenceRow
 
 REASONING = ("reasoning_content", "thinking", "reasoning")       # names of one thing; transformers fills in the others
@@ -66,34 +66,36 @@ class Shown:
         kind = _kind_of_row(row)
         if kind not in self.of_kinds:
             self.of_kinds[kind] = self._left_out_of_kind(row)
-        found = _not_shown(_sayings(row), _by_part(texts), self.of_kinds[kind])
+        found = self._not_shown(_sayings(row), texts, self.of_kinds[kind])
         for name, value in _schemas(row).items():
             key = name + json.dumps(value, sort_keys=True, default=str)
             if key not in self.of_schemas:           # many rows have the same tools: each set is sought once
                 sayings = _sayings_of_schema(name, value)
-                self.of_schemas[key] = tuple(_not_shown(sayings, _by_part(texts), self.of_kinds[kind]))
+                self.of_schemas[key] = tuple(self._not_shown(sayings, texts, self.of_kinds[kind]))
             found += self.of_schemas[key]
         return tuple(found)
 
     def _left_out_of_kind(self, row: PreferenceRow) -> frozenset[tuple[str, int, str]]:
         trial = _trial(row)
         try:
-            rendered = _by_part(self.template.split(trial))
+            texts = self.template.split(trial)
         except TemplateMisfit:                       # it looks into the texts: nothing is known of this kind
             return frozenset()
         sayings = [*_sayings(trial), *(said for name, value in _schemas(trial).items()
                                        for said in _sayings_of_schema(name, value))]
-        return frozenset(said.place for said in _not_shown(sayings, rendered))
+        return frozenset(said.place for said in self._not_shown(sayings, texts))
 
-
-def _not_shown(sayings: Iterable[Said], rendered: dict[str, str],
-               left_out: Collection[tuple[str, int, str]] = ()) -> list[Said]:
-    """What the texts do not show: what does not stand in them and, where all else does, one thing for each place that
-    the template is known to leave out, since the same words may stand elsewhere by chance."""
-    sayings = list(sayings)
-    missing = [said for said in sayings if not shows(rendered[said.part], said.text)]
-    known = {said.place: said for said in reversed(sayings) if said.place in left_out}
-    return missing + [said for place, said in known.items() if place not in {m.place for m in missing}]
+    def _not_shown(self, sayings: Iterable[Said], texts: RowTexts,
+                   left_out: Collection[tuple[str, int, str]] = ()) -> list[Said]:
+        """What the texts do not show: what does not stand in them and, where all else does, one thing for each place
+        that the template is known to leave out, since the same words may stand elsewhere by chance."""
+        sayings = list(sayings)
+        rendered = {"prompt": texts.prompt, "chosen": texts.chosen.text, "rejected": texts.rejected.text}
+        # an end of turn that a text brings along is replaced by the template's
+        missing = [said for said in sayings
+                   if not shows(rendered[said.part], without_closing(said.text, self.template.special))]
+        known = {said.place: said for said in reversed(sayings) if said.place in left_out}
+        return missing + [said for place, said in known.items() if place not in {m.place for m in missing}]
 
 
 def shows(rendered: str, text: str) -> bool:
@@ -146,10 +148,6 @@ def _schemas(row: PreferenceRow) -> dict[str, Any]:
     """What a row shows the model besides its turns."""
     given = {"tools": list(row.tools), "documents": row.template_kwargs.get("documents")}
     return {name: value for name, value in given.items() if value}
-
-
-def _by_part(texts: RowTexts) -> dict[str, str]:
-    return {"prompt": texts.prompt, "chosen": texts.chosen.text, "rejected": texts.rejected.text}
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of rows

@@ -81,6 +81,7 @@ def test_what_a_template_leaves_out_is_refused_with_turn_field_and_template(temp
     (REASONS, row(chosen=(assistant("4", thinking="two and two"),))),
     (REASONS, row(chosen=(assistant("4", reasoning="two and two"),))),
     (CHATML, row(chosen=THOUGHT + "It is four.")),
+    (CHATML, row(chosen="It is four.<|im_end|></s>")),
     (CHATML.replace("m.content", "m.content | replace('</think>\\n\\n', '</think>')"), row(chosen=THOUGHT + "four")),
     (CHATML.replace("m.content", "m.content | replace('<think>', '[THINK]') | replace('</think>', '[/THINK]')"),
      row(chosen=THOUGHT + "It is four.")),
