@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from dpo_dist.data.fields import Turns, n_shared
 from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, without_closing
-from dpo_dist.types import PreferenceRow
+from dpo_dist.types import Message, PreferenceRow
 
 NEXT = "\ue000"                              # begins a placeholder for what follows an answer: no text begins with it
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
@@ -37,7 +37,8 @@ class Answer:
     """A completion as text."""
 
     text: str
-    closed: bool = False                     # whether it ends with an end of turn that the template wrote
+    closed: bool = False                     # whether it ends with an end of turn
+    after: str = "\n"                        # what stands before it in the conversation, at least in part
     # (start, end) of what the assistant says; None: all of it
     own: tuple[tuple[int, int], ...] | None = None
 
@@ -59,6 +60,8 @@ class ChatTemplate:
     # what ends an answer: nearly always one token; () where the template has none
     end_of_turn: tuple[str, ...] = ()
     blank_tail: str = ""                     # the white space that the template puts after an answer
+    # where it has none: the tokens at which generation stops and the next turn begins, after a text and after a call
+    stops: tuple[str, str] = ("", "")
     frame: Frame = field(default_factory=Frame)
 
     @property
@@ -95,9 +98,12 @@ class ChatTemplate:
         whole = self.render(prompt + turns, row)
         start = self._start(whole, prompt_text, prompt, row)
         text = self._until_end_of_turn(whole[start:])
-        closed = bool(self.end_of_turn) and text.endswith(self.special)
+        if not self.end_of_turn:
+            text += self._stop(turns[-1])
+        closed = bool(self.end_of_turn or self._stop(turns[-1])) and text.endswith(self.special)
+        after = prompt_text[max((prompt_text.rfind(mark) for mark in self.frame.marks), default=-1):] or "\n"
         if not own or len(turns) == 1:
-            return Answer(text, closed)
+            return Answer(text, closed, after)
         ends = [0]                           # of the assistant's turns: where it begins and ends, in turn
         for at, turn in enumerate(turns):
             if turn["role"] != "assistant":
@@ -107,7 +113,10 @@ class ChatTemplate:
                 ends.append(self._start(whole, self.render(before, row, generation=True), before, row) - start)
             ends.append(len(text) if at == len(turns) - 1 else
                         self._end_within(whole, start + ends[-1], prompt + turns[:at + 1], turns[at + 1:], row) - start)
-        return Answer(text, closed, tuple(zip(ends[::2], ends[1::2], strict=True)))
+        return Answer(text, closed, after, tuple(zip(ends[::2], ends[1::2], strict=True)))
+
+    def _stop(self, turn: Message) -> str:
+        return self.stops[bool(turn.get("tool_calls"))]
 
     def _start(self, whole: str, before: str, turns: Turns, row: PreferenceRow) -> int:
         """Where in `whole` the answer to `turns` begins; `before`: they as a prompt for generation."""
@@ -124,7 +133,8 @@ class ChatTemplate:
         """Where in `whole` an answer ends that other turns follow: the last of `until`, which begins at `begin`."""
         said = self._until_end_of_turn(self.render(until, row)[begin:])
         if whole.startswith(said, begin):
-            return begin + len(said)
+            stop = self._stop(until[-1])
+            return begin + len(said) + (len(stop) if whole.startswith(stop, begin + len(said)) else 0)
         # as the last turn it is rendered otherwise: its end of turn is sought in front of what the next turn says
         other = self.render((*until, *({**turn, "content": NEXT + ANSWER} for turn in after)), row)
         end, limit = "".join(self.end_of_turn), n_shared(whole, other)

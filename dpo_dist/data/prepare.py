@@ -22,7 +22,7 @@ from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data.files import content_digest
 from dpo_dist.data.rows import read_rows
 from dpo_dist.data.store import PairStore
-from dpo_dist.data.templates import template_texts
+from dpo_dist.data.templates import stop_tokens, template_texts
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.data.writer import PairWriter, Source, hash64
 from dpo_dist.runtime.files import write_json
@@ -52,7 +52,8 @@ def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str
         "values": {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"},
         "contents": [content_digest(dataset) for dataset in (*config.train, *config.eval)],
         "tokenizer": tokenizer_digest,
-        "templates": template_texts(tokenizer, config.chat_template)}              # their text, not a file's name
+        "templates": template_texts(tokenizer, config.chat_template),              # their text, not a file's name
+        "stops": sorted(stop_tokens(tokenizer)) if tokenizer is not None else []}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 `data.chat_template`."""
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -126,7 +127,9 @@ def _checked(template: ChatTemplate) -> ChatTemplate:
     special = _special(template.tokenizer, tail)
     within = _rendered_or_empty(template, (question, answers[0], question)).rpartition(ANSWER)[2]
     with_system = _rendered_or_empty(template, ({"role": "system", "content": ANSWER}, question))
-    return replace(template, end_of_turn=_end_of_turn(tail, within, special), blank_tail=tail[len(tail.rstrip()):],
+    end_of_turn = _end_of_turn(tail, within, special)
+    return replace(template, end_of_turn=end_of_turn, blank_tail=tail[len(tail.rstrip()):],
+                   stops=("", "") if end_of_turn else _stops(template, (question, answers[0]), special),
                    frame=frame_of(template.tokenizer, prompt, whole, within, with_system, special))
 
 
@@ -153,6 +156,31 @@ def _special(tokenizer: Any, tail: str) -> set[str]:
     if not any(token in tail for token in special):
         special |= {str(token) for token in added if str(token) and str(token) in tail}
     return special
+
+
+def _stops(template: ChatTemplate, turns: Turns, special: set[str]) -> tuple[str, str]:
+    """The special tokens that begin the turn after an answer and after a tool call, where generation stops at them:
+    some models (GLM) have no other end of turn."""
+    at_stop = stop_tokens(template.tokenizer)
+    call = {"type": "function", "id": "call00001", "function": {"name": "dpo-dist-call", "arguments": {}}}
+    called = ({**turns[-1], "content": "", "tool_calls": [call]}, {"role": "tool", "content": QUESTION})
+    found = []
+    for following in ((*turns, turns[0]), (*turns[:-1], *called)):
+        whole = _rendered_or_empty(template, following)
+        before = _rendered_or_empty(template, following[:-1])
+        begins = whole[n_shared(whole, before):].lstrip()
+        found.append(next((token for token in special & at_stop if begins.startswith(token)), ""))
+    return found[0], found[1]
+
+
+def stop_tokens(tokenizer: Any) -> set[str]:
+    """The tokens at which generation stops, from the generation_config.json beside the tokenizer."""
+    file = Path(tokenizer.name_or_path) / "generation_config.json"
+    if not file.is_file():
+        return set()
+    ids = json.loads(file.read_text()).get("eos_token_id")
+    ids = [ids] if isinstance(ids, int) else ids or []
+    return set(tokenizer.convert_ids_to_tokens(ids)) - {None}
 
 
 def _rendered_or_empty(template: ChatTemplate, turns: Turns) -> str:

@@ -22,8 +22,6 @@ from dpo_dist.types import PreferenceRow, TokenizedPair
 Ids = tuple[int, ...]
 Counts = tuple[bool, ...] | None             # which tokens of a completion count; None: all of them
 
-ANCHOR = "\n"                                # see PairTokenizer._ids_within
-
 
 @dataclass(frozen=True)
 class Dropped:
@@ -132,7 +130,7 @@ class PairTokenizer:
 
     def _encode_answers(self, answers: list[Answer]) -> list[tuple[Ids, Counts]]:
         """Token ids of answers, each closed by an end-of-turn token, and which of them the assistant says."""
-        encoded = self._ids_within([answer.text for answer in answers])
+        encoded = self._ids_within(answers)
         out: list[tuple[Ids, Counts]] = []
         for answer, ids in zip(answers, encoded, strict=True):
             closed = answer.closed or ids[-1:] == [self._eos]
@@ -143,18 +141,18 @@ class PairTokenizer:
             out.append((tuple(ids) if closed else (*ids, self._eos), counts))
         return out
 
-    def _ids_within(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that continue a prompt.
+    def _ids_within(self, answers: list[Answer]) -> list[list[int]]:
+        """Token ids of answers as they stand in the conversation.
 
         A tokenizer that puts a space before any text (SentencePiece's dummy prefix) would put one into the middle of
-        the conversation: there, the text is tokenized after a line break, whose tokens are then taken off.
+        the conversation: there, an answer is tokenized after what precedes it, whose tokens are then taken off.
         """
-        encoded = self._ids([ANCHOR + text for text in texts] if self.anchored else texts)
-        if self.anchored:
-            anchor = self._ids([ANCHOR])[0]
-            encoded = [ids[len(anchor):] if ids[:len(anchor)] == anchor else self._ids([text])[0]
-                       for ids, text in zip(encoded, texts, strict=True)]
-        return encoded
+        if not self.anchored:
+            return self._ids([answer.text for answer in answers])
+        anchors = {answer.after: self._ids([answer.after])[0] for answer in answers}
+        encoded = self._ids([answer.after + answer.text for answer in answers])
+        return [ids[len(anchor):] if ids[:len(anchor := anchors[answer.after])] == anchor else
+                self._ids([answer.text])[0] for answer, ids in zip(answers, encoded, strict=True)]
 
     def _said(self, answer: Answer, ids: list[int]) -> list[bool]:
         """Which of an answer's tokens begin in what the assistant says."""
@@ -162,7 +160,7 @@ class PairTokenizer:
         if not self.tokenizer.is_fast:
             raise UserError("completions of several turns need a tokenizer that tells where its tokens stand (a "
                             "tokenizer.json); set data.train_on=completion to count all their tokens")
-        for anchor in (ANCHOR, "") if self.anchored else ("",):
+        for anchor in (answer.after, "") if self.anchored else ("",):
             found = self.tokenizer(anchor + answer.text, add_special_tokens=False, return_offsets_mapping=True)
             skipped = len(found["input_ids"]) - len(ids)
             if found["input_ids"][skipped:] == ids:

@@ -22,6 +22,7 @@ from made_tokenizers import (
     texts,
     user,
 )
+from tokenizers import AddedToken
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
@@ -238,6 +239,37 @@ def test_what_the_assistant_says_is_found_where_the_tokenizer_puts_a_space_befor
     row = of((user("a"),), (assistant("b"), user("c"), assistant("d")), (assistant("e"),))
     assert said(sentencepiece_like(CHATML), row) == ["b<|im_end|>", "d<|im_end|>"]
     assert [piece.strip() for piece in said(sentencepiece_like(LLAMA2), row)] == ["b </s>", "d </s>"]
+
+
+GLM = """{%- for m in messages %}{{ '<|start|>' if m.role == 'user' else '<|eom|>' if m.role == 'tool' else '<|end|>' }}
+{{- '\\n' + m.content + (m.tool_calls | tojson if m.tool_calls else '') }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|end|>' }}{% endif %}"""
+
+
+def test_where_the_next_turns_token_is_what_generation_stops_at_it_ends_an_answer(tmp_path: Path):
+    bpe(GLM).save_pretrained(tmp_path)
+    row = of((user("a"),), (CALL, RESULT, assistant("warm")), (CALL,))
+    untold = make_tokenize(load_tokenizer(tmp_path), config())(row)
+    ids = load_tokenizer(tmp_path).convert_tokens_to_ids(["</s>", "<|start|>", "<|eom|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    tokenizer = load_tokenizer(tmp_path)
+    told = make_tokenize(tokenizer, config())(row)
+    assert untold.chosen_ids[-1] == untold.rejected_ids[-1] == ids[0]
+    assert (told.chosen_ids[-1], told.rejected_ids[-1]) == (ids[1], ids[2])
+    pieces = said(tokenizer, row)
+    assert pieces[0].endswith("<|eom|>") and pieces[1] == "\nwarm<|start|>"
+
+
+def test_an_answer_is_tokenized_as_it_stands_after_a_special_token_that_swallows_white_space():
+    """As Phi 3's: a space before any text, also after a special token, which takes the line break behind it along."""
+    tokenizer = sentencepiece_like(CHATML.replace("assistant\\n", "assistant<|eot|>\\n").replace("m.role +", (
+        "(m.role + '<|eot|>' if m.role == 'assistant' else m.role) +")))
+    tokenizer.add_tokens([AddedToken("<|eot|>", rstrip=True, special=True, normalized=False)])
+    row = chat("It is four, I think.", rejected="It is five!")
+    pair = make_tokenize(tokenizer, config())(row)
+    for ids, answer in ((pair.chosen_ids, row.chosen), (pair.rejected_ids, row.rejected)):
+        whole = tokenizer.apply_chat_template([*row.prompt, *answer], return_dict=False)
+        assert list(pair.prompt_ids + ids) == whole[:len(pair.prompt_ids + ids)]
 
 
 def test_a_completion_of_one_turn_counts_whole():
