@@ -66,9 +66,9 @@ class PackedBatch:
     """One forward: trees laid end to end, without padding. T tokens, N counted completion tokens, S sequences, B pairs.
 
     Of a completion's tokens those are counted whose log-probs are asked for: all of them in scoring, those that the
-    loss counts in training. The others are computed as context. A sequence is one (prompt, completion), and one choice
-    of what is counted in it; a pair names two of them. A pair may appear with weight 0: a filler that
-    keeps the number of forwards equal on all ranks.
+    loss counts in training. The others are computed as context. A sequence is one (prompt, completion) with one choice
+    of counted tokens; a pair names two of them. A pair may appear with weight 0: a filler that keeps the number of
+    forwards equal on all ranks.
     """
 
     input_ids: Tensor                        # (1, T) int64

@@ -74,7 +74,8 @@ class PairWriter:
         runs = [_uncounted(counts) for counts in (None, pair.chosen_counts, pair.rejected_counts)]
         content = [hash64(part.tobytes() + (b"uncounted" + left_out.tobytes() if len(left_out) else b""))
                    for part, left_out in zip(parts, runs, strict=True)]
-        record = json.dumps(pair.record).encode() if pair.record else b""
+        # as text where JSON has no such kind of value: a table's column of tags may hold dates
+        record = json.dumps(pair.record, default=str).encode() if pair.record else b""
         self.record_bytes += len(record)
         rows: dict[str, Any] = {                 # of the arrays in ANY_NUMBER: lists of rows
             "ids": parts, "spans": (*starts, end), "weight": pair.weight, "source": source, "content": content,

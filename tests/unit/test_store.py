@@ -2,6 +2,7 @@
 read."""
 from __future__ import annotations
 
+import datetime
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -107,13 +108,14 @@ def test_where_every_token_counts_the_store_holds_nothing_for_it(tmp_path):
 def test_records_come_out_as_they_went_in_and_are_mapped(tmp_path, monkeypatch):
     records = [{}, {"tags": {"topic": "färöisch", "n": 1.5}}, {},
                {"annotators": [1, None, "x" * 1000], "b": 0, "a": True}]
+    dated = {"judged": datetime.date(2024, 7, 26)}
     monkeypatch.setattr(writer, "FLUSH_PAIRS", 2)
     pair_writer = writer.PairWriter(tmp_path / "store", [writer.Source("s", "p", "token_ids")])
-    for record in records:
+    for record in (*records, dated):
         pair_writer.add(TokenizedPair((1,), (2,), (3,), "x", record=record), 0, 0)
     pair_writer.close({})
     store = PairStore.open(tmp_path / "store")
-    assert [store[i].record for i in range(len(store))] == records
+    assert [store[i].record for i in range(len(store))] == [*records, {"judged": "2024-07-26"}]
     assert list(store[3].record) == ["annotators", "b", "a"] and isinstance(store.records.base, np.memmap)
 
 
@@ -149,6 +151,19 @@ def test_writing_in_many_small_parts_gives_the_same_store(tmp_path, monkeypatch)
     parts = build(tmp_path, rows, cache_dir=str(tmp_path / "other"))
     assert parts.path != whole.path and parts.digest == whole.digest
     assert [parts[i] for i in range(50)] == [whole[i] for i in range(50)]
+
+
+def test_stores_laid_end_to_end_with_their_offsets_moved_on_are_the_store_of_all(tmp_path):
+    rows = [{**item, "chosen_counts": [0] * (len(item["chosen_ids"]) - 1) + [1], "tags": {"n": i}, "strength": i}
+            for i, item in enumerate(random_rows(30))]
+    first, second = build(tmp_path, rows[:13]), build(tmp_path, rows[13:])
+    whole = build(tmp_path, rows)
+    for name in writer.ARRAYS:
+        moved = getattr(second, name)
+        if name in writer.OFFSETS:
+            moved = moved + len(getattr(first, writer.OFFSETS[name]))
+        if name != "where":                      # lines of the second file are not those of the whole one
+            assert np.array_equal(np.concatenate([getattr(first, name), moved]), getattr(whole, name)), name
 
 
 def test_a_place_without_a_number_or_with_an_odd_one_comes_back_as_it_was(tmp_path):
