@@ -33,8 +33,8 @@ def evaluate(config: RunConfig, inputs: Inputs, policy: Policy, reference: Refer
     if not len(pairs):
         return {}
     sums = MetricSums(loss, world.device)
-    chosen_tokens, weights = pairs.lengths()[:, 1], np.asarray(pairs.weight, dtype=np.float64)
-    mean_chosen_tokens = float(np.average(chosen_tokens, weights=weights))
+    weights = np.asarray(pairs.weight, dtype=np.float64)
+    mean_chosen_tokens = float(np.average(pairs.counted()[:, 0], weights=weights))
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):

@@ -22,7 +22,8 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
                mean_chosen_tokens: Tensor | float) -> PairLogps:
     """PairLogps of a pack from its tokens' log-probs: policy with gradient, reference (N,) or None, both in nats.
 
-    loss.ld_alpha: LD-DPO (arXiv 2409.06411, eq. 9): tokens beyond the pair's shorter completion count by that factor.
+    loss.ld_alpha: LD-DPO (arXiv 2409.06411, eq. 9): tokens beyond the pair's shorter completion count by that factor,
+    where a completion is its counted tokens, one after the other.
     loss.wpo: WPO (arXiv 2406.11827, eq. 4): the pair's weight is its length-normalized likelihood under the policy,
     relative to the probability that two samples at a position agree, at most 1.
     """
@@ -30,7 +31,9 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
     if loss.ld_alpha is not None:
         shorter = torch.minimum(batch.lengths[batch.chosen], batch.lengths[batch.rejected])
         public = batch.lengths.clone().scatter_(0, batch.chosen, shorter).scatter_(0, batch.rejected, shorter)
-        keep = torch.where(batch.offset < public[batch.sequence], 1.0, loss.ld_alpha)
+        first = batch.lengths.cumsum(0) - batch.lengths              # of each sequence, among the pack's counted tokens
+        place = torch.arange(len(batch.sequence), device=first.device) - first[batch.sequence]
+        keep = torch.where(place < public[batch.sequence], 1.0, loss.ld_alpha)
     sums = sequence_sums(policy.logps, batch, keep)
     whole = None if keep is None else sequence_sums(policy.logps, batch)
     reference_sums = None if reference is None else sequence_sums(reference, batch, keep)

@@ -58,14 +58,15 @@ def step_batches(pairs: PairStore, pair_ids: np.ndarray, loss: LossConfig, world
             batch = replace(batch, reference=reference.look_up(batch))
         batches.append(batch.pinned() if world.device.type == "cuda" else batch)
         positions.append(() if is_filler else members)
-    mean_chosen_tokens = float(np.average(shapes.lengths[:, 1], weights=weights))
+    mean_chosen_tokens = float(np.average(pairs.counted()[pair_ids, 0], weights=weights))
     work = StepWork(len(pair_ids), plan.tokens, distinct_flops(shapes, flops))
     return StepBatches(tuple(batches), tuple(positions), float(weights.sum()), mean_chosen_tokens, work)
 
 
 def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
     """The pair as the loss sees it. If that ignores the rejected completion, the chosen one stands twice."""
-    return pair if loss.uses_rejected else replace(pair, rejected_ids=pair.chosen_ids)
+    return (pair if loss.uses_rejected
+            else replace(pair, rejected_ids=pair.chosen_ids, rejected_counts=pair.chosen_counts))
 
 
 def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,

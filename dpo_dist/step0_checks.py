@@ -42,8 +42,11 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
         for i, chosen, rejected in zip(probed, batch.chosen, batch.rejected, strict=True):
             pair = pairs[i]
             prompt = torch.tensor(pair.prompt_ids, device=device)
-            for slot, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+            for slot, ids, counts in ((chosen, pair.chosen_ids, pair.chosen_counts),
+                                      (rejected, pair.rejected_ids, pair.rejected_counts)):
                 plain = plain_token_logps(policy.model.causal, prompt, torch.tensor(ids, device=device))
+                if counts is not None:
+                    plain = plain[torch.tensor(counts, device=device)]
                 mine = packed[sequence == int(slot)]
                 error = float("inf") if len(mine) != len(plain) else (mine - plain).abs().mean().item()
                 errors.append((error, pair.where))

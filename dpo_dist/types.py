@@ -64,10 +64,12 @@ class Tree:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One forward: trees laid end to end, without padding. T tokens, N completion tokens, S sequences, B pairs.
+    """One forward: trees laid end to end, without padding. T tokens, N counted completion tokens, S sequences, B pairs.
 
-    A sequence is one (prompt, completion); a pair names two of them. A pair may appear with weight 0: a filler that
-    keeps the number of forwards equal on all ranks.
+    Of a completion's tokens those are counted whose log-probs are asked for: all of them in scoring, those that the
+    loss counts in training. The others are computed as context. A sequence is one (prompt, completion) with one choice
+    of counted tokens; a pair names two of them. A pair may appear with weight 0: a filler that keeps the number of
+    forwards equal on all ranks.
     """
 
     input_ids: Tensor                        # (1, T) int64
@@ -77,7 +79,7 @@ class PackedBatch:
     targets: Tensor                          # (N,) int64: ... this token
     sequence: Tensor                         # (N,) int64 in [0, S): the sequence that the token belongs to
     offset: Tensor                           # (N,) int64: its place in the completion, from 0
-    lengths: Tensor                          # (S,) int64: completion tokens of each sequence
+    lengths: Tensor                          # (S,) int64: counted tokens of each sequence
     chosen: Tensor                           # (B,) int64 in [0, S)
     rejected: Tensor                         # (B,) int64 in [0, S)
     pair_ids: tuple[int, ...]                # (B,) the pairs' indexes in the data set
@@ -100,8 +102,18 @@ class PackedBatch:
         return ((ids[prompt], ids[completion]) for prompt, completion in self.slices())
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """(N,) values of the completion tokens, cut by sequence: S views, in the order of `sequences`."""
-        return values.split([branch.end - branch.start for tree in self.trees for branch in tree.branches])
+        """(N,) values of the counted tokens, cut by sequence: S views, in the order of `sequences`."""
+        return values.split(self.lengths.tolist())
+
+    def counted(self, values: Tensor) -> Tensor:
+        """(N,) of values of all completion tokens, laid end to end in the order of `sequences`: those of the counted
+        ones."""
+        if len(values) == len(self.targets):
+            return values
+        ends = np.cumsum([completion.stop - completion.start for _, completion in self.slices()])
+        assert len(values) == ends[-1], "a value for each completion token"
+        starts = torch.from_numpy(np.concatenate([[0], ends[:-1]]))
+        return values[starts[self.sequence] + self.offset]
 
     def pinned(self) -> PackedBatch:
         """The same in page-locked memory, from which a copy to a GPU does not hold up the process."""
@@ -117,7 +129,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What the model says of a pack's N completion tokens."""
+    """What the model says of a pack's N counted tokens."""
 
     logps: Tensor                            # (N,) float32, nats: log p(target | what it sees)
     # (N,) float32, nats: log of the sum over the vocabulary of p², no gradient (for WPO)
@@ -133,11 +145,11 @@ class PairLogps:
     exactly.
     """
 
-    policy_chosen: Tensor                    # (B,) nats, sum over the completion's tokens
+    policy_chosen: Tensor                    # (B,) nats, sum over the completion's counted tokens
     policy_rejected: Tensor                  # (B,)
     reference_chosen: Tensor | None          # (B,)
     reference_rejected: Tensor | None        # (B,)
-    chosen_tokens: Tensor                    # (B,) float32, completion tokens
+    chosen_tokens: Tensor                    # (B,) float32, counted tokens
     rejected_tokens: Tensor                  # (B,)
     strength: Tensor                         # (B,) float32, NaN where unknown
     mean_chosen_tokens: Tensor | float       # scalar: weighted mean of chosen_tokens over the whole step

@@ -147,6 +147,18 @@ def sharegpt_turn(turn: Any, key: str) -> Message:
     return _message({"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}, key)
 
 
+def counts_of(fields: Fields, key: str, ids: tuple[int, ...]) -> tuple[bool, ...] | None:
+    """Which of the ids the loss counts, from a list of 0 and 1; None where the field is missing: all of them."""
+    counts = fields.get(key)
+    if counts is None:
+        return None
+    if not isinstance(counts, list) or not set(map(type, counts)) <= {int, bool} or not set(counts) <= {0, 1}:
+        raise Unfit(f"{key} is not a list of 0 and 1", repr(counts)[:40])
+    if len(counts) != len(ids):
+        raise Unfit(f"{key} has another length than its ids", f"{len(counts)}, not {len(ids)}")
+    return tuple(map(bool, counts))
+
+
 def ids_of(fields: Fields, key: str) -> tuple[int, ...]:
     ids = fields.get(key)
     if not isinstance(ids, list):

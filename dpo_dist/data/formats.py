@@ -16,6 +16,7 @@ from dpo_dist.data.fields import (
     Fields,
     Turns,
     Unfit,
+    counts_of,
     ids_of,
     judgment_of,
     n_shared,
@@ -150,10 +151,13 @@ def _rated(fields: Fields) -> list[tuple[Any, float]]:
 
 
 def token_ids(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
-    """{"prompt_ids", "chosen_ids", "rejected_ids"}: lists of token ids, taken as they are."""
+    """{"prompt_ids", "chosen_ids", "rejected_ids"}: lists of token ids, taken as they are. `chosen_counts` and
+    `rejected_counts`, lists of 0 and 1 as long as their ids: which of a completion's tokens the loss counts."""
     judgment = judgment_of(fields)
     prompt, chosen, rejected = (ids_of(fields, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    yield TokenizedPair(prompt, chosen, rejected, where, source, judgment["strength"], judgment["weight"])
+    yield TokenizedPair(prompt, chosen, rejected, where, source, **judgment,
+                        chosen_counts=counts_of(fields, "chosen_counts", chosen),
+                        rejected_counts=counts_of(fields, "rejected_counts", rejected))
 
 
 @dataclass(frozen=True)

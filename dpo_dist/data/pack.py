@@ -10,6 +10,7 @@ import torch
 from dpo_dist.types import PackedBatch, Span, TokenizedPair, Tree
 
 Ids = tuple[int, ...]
+Counts = tuple[bool, ...] | None             # which of a completion's tokens are counted; None: all
 
 
 class Sequences(NamedTuple):
@@ -17,35 +18,49 @@ class Sequences(NamedTuple):
 
     prompt: Ids
     completions: tuple[Ids, ...]
+    counts: tuple[Counts, ...] | None = None             # of each completion; None: all tokens of all
+
+
+class _Branch(NamedTuple):
+    """A completion as pairs share it: equal tokens of which the same ones are counted."""
+
+    ids: Ids
+    counts: Counts
 
 
 def pack_pairs(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], weights: Sequence[float],
                share_completions: bool = True) -> PackedBatch:
-    """One PackedBatch of these pairs: a prompt that several share is computed once, and so is a completion.
+    """One PackedBatch of these pairs: a prompt that several share is computed once, and so is a completion in which the
+    same tokens are counted.
 
     share_completions=False keeps a sequence for each pair's completions, for losses in which a token's part depends on
     the pair.
     """
-    trees: dict[Ids, list[Ids]] = {}
+    trees: dict[Ids, list[_Branch]] = {}
     slots: list[tuple[Ids, int, int]] = []
     for pair in pairs:
-        completions = trees.setdefault(pair.prompt_ids, [])
-        chosen = _slot(completions, pair.chosen_ids, share_completions)
-        slots.append((pair.prompt_ids, chosen, _slot(completions, pair.rejected_ids, share_completions)))
+        branches = trees.setdefault(pair.prompt_ids, [])
+        chosen, rejected = (_slot(branches, _Branch(ids, None if counts is None or all(counts) else counts),
+                                  share_completions)
+                            for ids, counts in ((pair.chosen_ids, pair.chosen_counts),
+                                                (pair.rejected_ids, pair.rejected_counts)))
+        slots.append((pair.prompt_ids, chosen, rejected))
     first, count = {}, 0
-    for prompt, completions in trees.items():
+    for prompt, branches in trees.items():
         first[prompt] = count
-        count += len(completions)
+        count += len(branches)
+    sequences = [Sequences(prompt, tuple(b.ids for b in branches), tuple(b.counts for b in branches))
+                 for prompt, branches in trees.items()]
     strength = [float("nan") if p.strength is None else p.strength for p in pairs]
-    return _lay_out([Sequences(p, tuple(c)) for p, c in trees.items()], chosen=[first[p] + c for p, c, _ in slots],
-                    rejected=[first[p] + r for p, _, r in slots], pair_ids=pair_ids, weights=weights, strength=strength)
+    return _lay_out(sequences, chosen=[first[p] + c for p, c, _ in slots], rejected=[first[p] + r for p, _, r in slots],
+                    pair_ids=pair_ids, weights=weights, strength=strength)
 
 
-def _slot(completions: list[Ids], completion: Ids, share: bool) -> int:
-    if share and completion in completions:
-        return completions.index(completion)
-    completions.append(completion)
-    return len(completions) - 1
+def _slot(branches: list[_Branch], branch: _Branch, share: bool) -> int:
+    if share and branch in branches:
+        return branches.index(branch)
+    branches.append(branch)
+    return len(branches) - 1
 
 
 def pack_sequences(trees: Sequence[Sequences]) -> PackedBatch:
@@ -70,15 +85,17 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
         ids.append(np.asarray(tree.prompt))
         positions.append(np.arange(p))
         at += p
-        for completion in tree.completions:
+        for completion, counts in zip(tree.completions, tree.counts or (None,) * len(tree.completions), strict=True):
             c = len(completion)
+            counted = np.arange(c) if counts is None else np.flatnonzero(counts)
+            assert len(counted), "a sum over no token would be no log-prob, and a mean no number"
             branches.append(Span(at, at + c))
             ids.append(np.asarray(completion))
             positions.append(np.arange(p, p + c))
-            predict_at.append(np.concatenate([[root.end - 1], np.arange(at, at + c - 1)]))
-            targets.append(ids[-1])
-            offset.append(np.arange(c))
-            lengths.append(c)
+            predict_at.append(np.concatenate([[root.end - 1], np.arange(at, at + c - 1)])[counted])
+            targets.append(ids[-1][counted])
+            offset.append(counted)
+            lengths.append(len(counted))
             at += c
         spans.append(Tree(root, tuple(branches)))
 

@@ -27,7 +27,7 @@ from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, tru
 from dpo_dist.data.writer import PairWriter, Source, hash64
 from dpo_dist.runtime.files import write_json
 
-FORMAT_VERSION = 2                           # raise it when the same rows would give other tokens or files
+FORMAT_VERSION = 3                           # raise it when the same rows would give other tokens or files
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
 # the file with the settings that decide the tokens: by it `plan` finds a store without reading the data
 SETTINGS = "asked.json"

@@ -29,11 +29,14 @@ class PairStore:
     meta: dict[str, Any]
     ids: NDArray[np.int32]
     spans: NDArray[np.int64]
+    uncounted: NDArray[np.int64]
     weight: NDArray[np.float32]
     strength: NDArray[np.float32]
     source: NDArray[np.uint16]
     content: NDArray[np.uint64]
     where: NDArray[np.int64]
+    records: NDArray[np.uint8]
+    record_end: NDArray[np.int64]
 
     @staticmethod
     def open(path: str | Path) -> PairStore:
@@ -53,8 +56,25 @@ class PairStore:
         place, number = self.where[index].tolist()
         where = self.meta["places"][place] + (str(number) if number >= 0 else "")
         strength = float(self.strength[index])
+        _, *starts, end = self.spans[index].tolist()
         return TokenizedPair(prompt, chosen, rejected, where, self.meta["sources"][self.source[index]]["name"],
-                             None if np.isnan(strength) else strength, float(self.weight[index]))
+                             None if np.isnan(strength) else strength, float(self.weight[index]),
+                             self._counts(starts[0], starts[1]), self._counts(starts[1], end), self._record(index))
+
+    def _counts(self, start: int, end: int) -> tuple[bool, ...] | None:
+        """Which tokens of the completion that lies there in `ids` the loss counts; None: all."""
+        first, last = np.searchsorted(self.uncounted[:, 0], (start, end)).tolist() if len(self.uncounted) else (0, 0)
+        if first == last:
+            return None
+        counts = np.ones(end - start, dtype=bool)
+        for run_start, run_end in (self.uncounted[first:last] - start).tolist():
+            counts[run_start:run_end] = False
+        return tuple(counts.tolist())
+
+    def _record(self, index: int) -> dict[str, Any]:
+        start = self.record_end[index - 1] if index else 0
+        text = self.records[start:self.record_end[index]].tobytes()
+        return dict(json.loads(text)) if text else {}
 
     def parts(self, index: int) -> Parts:
         """(prompt, chosen, rejected) token ids as views into the map: no copy."""
@@ -69,6 +89,20 @@ class PairStore:
     def _lengths(self) -> NDArray[np.int32]:
         return np.diff(self.spans, axis=1).astype(np.int32)
 
+    def counted(self) -> NDArray[np.int32]:
+        """(n, 2) int32: tokens of chosen and rejected that the loss counts."""
+        return self._counted
+
+    @cached_property
+    def _counted(self) -> NDArray[np.int32]:
+        lengths = self._lengths[:, 1:]
+        if not len(self.uncounted):
+            return lengths
+        starts = self.spans[:, 1:3].ravel()                  # of all completions, ascending
+        completion = np.searchsorted(starts, self.uncounted[:, 0], side="right") - 1
+        left_out = np.bincount(completion, weights=np.diff(self.uncounted)[:, 0], minlength=len(starts))
+        return lengths - left_out.astype(np.int32).reshape(-1, 2)
+
     def shapes(self, pair_ids: NDArray[np.int64]) -> PairShapes:
         """What the planner needs to know of these pairs."""
         return PairShapes(self._lengths[pair_ids], self.content[pair_ids])
@@ -79,7 +113,7 @@ class PairStore:
 
     @property
     def digest(self) -> str:
-        """sha256 over tokens, weights, strengths and sources, in order."""
+        """sha256 over tokens and which of them count, weights, strengths and sources, in order."""
         return str(self.meta["digest"])
 
     @property

@@ -42,5 +42,9 @@ def _length_lines(store: PairStore) -> list[str]:
     cells = [f"{name} {int(np.median(column)):,} / {int(np.percentile(column, 95)):,} / {int(column.max()):,}"
              for name, column in zip(("prompt", "chosen", "rejected"), lengths.T, strict=True)]
     longer = float((lengths[:, 1] > lengths[:, 2]).mean())
-    return [f"  tokens (median / p95 / max): {', '.join(cells)}",
-            f"  chosen is longer than rejected in {longer:.0%} of the pairs"]
+    lines = [f"  tokens (median / p95 / max): {', '.join(cells)}",
+             f"  chosen is longer than rejected in {longer:.0%} of the pairs"]
+    counted, whole = int(store.counted().sum()), int(lengths[:, 1:].sum())
+    if counted < whole:
+        lines.append(f"  {counted / whole:.1%} of the completions' tokens count; the others are context")
+    return lines

@@ -208,7 +208,9 @@ def truncate(pair: TokenizedPair | Dropped, config: DataConfig) -> TokenizedPair
         if config.truncation == "keep_start":
             room = max(0, limit - len(prompt))
             cut = replace(pair, prompt_ids=prompt[:limit], chosen_ids=pair.chosen_ids[:room],
-                          rejected_ids=pair.rejected_ids[:room])
+                          rejected_ids=pair.rejected_ids[:room],
+                          chosen_counts=pair.chosen_counts and pair.chosen_counts[:room],
+                          rejected_counts=pair.rejected_counts and pair.rejected_counts[:room])
         else:                                # both completions keep the very same prompt
             cut = replace(pair, prompt_ids=prompt[length - limit:])
     if not cut.prompt_ids:
@@ -217,4 +219,8 @@ def truncate(pair: TokenizedPair | Dropped, config: DataConfig) -> TokenizedPair
         return Dropped(pair.where, "no completion token left", f"{len(prompt)} prompt tokens")
     if cut.chosen_ids == cut.rejected_ids:
         return Dropped(pair.where, "identical once truncated" if cut is not pair else "identical once tokenized")
+    for name, counts in (("chosen", cut.chosen_counts), ("rejected", cut.rejected_counts)):
+        if counts is not None and not any(counts):
+            return Dropped(pair.where, "no token that counts is left in a completion" if cut is not pair else
+                           "no token of a completion counts", name)
     return cut

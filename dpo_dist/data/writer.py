@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,28 @@ from dpo_dist.types import TokenizedPair
 ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns = one-dimensional
     "ids": ("<i4", 0),                       # (T,) prompt, chosen, rejected of pair 0, then of pair 1, ...
     "spans": ("<i8", 4),                     # (n, 4) offsets into ids: prompt, chosen, rejected, end
+    # (k, 2) offsets into ids, ascending: the runs (start, end) of completion tokens that the loss does not count; none
+    # where all count, and none reaches from one completion into another
+    "uncounted": ("<i8", 2),
     "weight": ("<f4", 0),                    # (n,) the row's own weight in the loss
     "strength": ("<f4", 0),                  # (n,) NaN = unknown
     "source": ("<u2", 0),                    # (n,) index into meta's sources
-    "content": ("<u8", 3),                   # (n, 3) hash of prompt, chosen and rejected: equal tokens, equal number
+    # (n, 3) hash of prompt, chosen and rejected: equal where the tokens, and which of them count, are equal
+    "content": ("<u8", 3),
     # (n, 2) index into meta's places, and the line or row number there (-1 = none)
     "where": ("<i8", 2),
+    "records": ("<u1", 0),                   # JSON texts, one after the other: what else is known of each judgment
+    "record_end": ("<i8", 0),                # (n,) offset into records; a pair without a record has no byte there
 }
-# what training sees: not where a row came from
+# Arrays of which a pair has any number of rows; of the others it has one.
+ANY_NUMBER = ("ids", "uncounted", "records")
+# Arrays that hold offsets into another: laid end to end, the second part's go on where the first part's end.
+OFFSETS = {"spans": "ids", "uncounted": "ids", "record_end": "records"}
+# what training sees: not where a row came from, nor what else is known of it
 IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128
+NO_RUNS = np.empty((0, 2), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -50,24 +64,32 @@ class PairWriter:
         self.files = {name: _NpyFile(path / f"{name}.npy", *spec) for name, spec in ARRAYS.items()}
         self.places: dict[str, int] = {}
         self.prompt_hashes, self.pair_hashes = array("Q"), array("Q")
-        self.pairs = self.tokens = 0
+        self.pairs = self.tokens = self.record_bytes = 0
         self.largest_id = -1
         self.waiting: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, pair: TokenizedPair, source: int, prompt_hash: int) -> None:
         parts = [np.array(part, dtype="<i4") for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
-        ids, content = np.concatenate(parts), tuple(hash64(part.tobytes()) for part in parts)
-        chosen = self.tokens + len(pair.prompt_ids)
-        rejected = chosen + len(pair.chosen_ids)
-        span = (self.tokens, chosen, rejected, self.tokens + len(ids))
-        strength = float("nan") if pair.strength is None else pair.strength
-        for name, value in zip(ARRAYS, (ids, span, pair.weight, strength, source, content, self._place(pair.where)),
-                               strict=True):
-            self.waiting[name].append(value)
+        *starts, end = accumulate(map(len, parts), initial=self.tokens)
+        runs = [_uncounted(counts) for counts in (None, pair.chosen_counts, pair.rejected_counts)]
+        content = [hash64(part.tobytes() + (b"uncounted" + left_out.tobytes() if len(left_out) else b""))
+                   for part, left_out in zip(parts, runs, strict=True)]
+        # as text where JSON has no such kind of value: a table's column of tags may hold dates
+        record = json.dumps(pair.record, default=str).encode() if pair.record else b""
+        self.record_bytes += len(record)
+        rows: dict[str, Any] = {                 # of the arrays in ANY_NUMBER: lists of rows
+            "ids": parts, "spans": (*starts, end), "weight": pair.weight, "source": source, "content": content,
+            "uncounted": [left_out + start for left_out, start in zip(runs, starts, strict=True) if len(left_out)],
+            "strength": float("nan") if pair.strength is None else pair.strength, "where": self._place(pair.where),
+            "records": [np.frombuffer(record, "<u1")] if record else [], "record_end": self.record_bytes}
+        for name, value in rows.items():
+            if name in ANY_NUMBER:
+                self.waiting[name] += value
+            else:
+                self.waiting[name].append(value)
         self.prompt_hashes.append(prompt_hash)
-        self.pair_hashes.append(hash64(ids.tobytes() + np.diff(span).tobytes()))
-        self.pairs, self.tokens = self.pairs + 1, span[3]
-        self.largest_id = max(self.largest_id, int(ids.max(initial=-1)))
+        self.pair_hashes.append(hash64(struct.pack("<3Q", *content)))
+        self.pairs, self.tokens = self.pairs + 1, end
         if len(self.waiting["spans"]) >= FLUSH_PAIRS:
             self.flush()
 
@@ -78,16 +100,20 @@ class PairWriter:
         return self.places.setdefault(place, len(self.places)), number
 
     def flush(self) -> None:
-        if self.waiting["spans"]:
-            for name, values in self.waiting.items():
-                self.files[name].append(np.concatenate(values) if name == "ids" else np.array(values))
+        for name, values in self.waiting.items():
+            if values:
+                rows = np.concatenate(values) if name in ANY_NUMBER else np.array(values, dtype=ARRAYS[name][0])
+                self.files[name].append(rows)
+                if name == "ids":
+                    self.largest_id = max(self.largest_id, int(rows.max(initial=-1)))
                 values.clear()
 
     def close(self, report: dict[str, Any]) -> None:
         """Completes the files. `report` is stored as it is, with the repetitions among the pairs added."""
         self.flush()
         digests = {name: file.close() for name, file in self.files.items()}
-        digest = hashlib.sha256("".join(f"{name}:{digests[name]};" for name in IN_DIGEST).encode()).hexdigest()
+        seen = (*IN_DIGEST, "uncounted") if self.files["uncounted"].items else IN_DIGEST
+        digest = hashlib.sha256("".join(f"{name}:{digests[name]};" for name in seen).encode()).hexdigest()
         repeats = {"duplicate_pairs": self.pairs - len(np.unique(np.array(self.pair_hashes))),
                    "duplicate_prompts": self.pairs - len(np.unique(np.array(self.prompt_hashes)))}
         meta = {"pairs": self.pairs, "tokens": self.tokens, "largest_id": self.largest_id, "digest": digest,
@@ -99,6 +125,14 @@ class PairWriter:
 def hash64(content: bytes) -> int:
     """64 bits that depend on the content alone: the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _uncounted(counts: Sequence[bool] | None) -> NDArray[np.int64]:
+    """(k, 2) the runs (start, end) of a completion's tokens that do not count."""
+    if counts is None:
+        return NO_RUNS
+    changes = np.diff(np.array([True, *counts, True], dtype=np.int8))
+    return np.stack([np.flatnonzero(changes < 0), np.flatnonzero(changes > 0)], 1)
 
 
 class _NpyFile:

@@ -53,7 +53,7 @@ class ScoredModel(nn.Module):
         return getattr(self.causal, self._head_name)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """(N, hidden size): the last hidden state that predicts each completion token."""
+        """(N, hidden size): the last hidden state that predicts each counted token."""
         return self._branch_hidden(batch) if self.attention == "branch" else self._padded_hidden(batch)
 
     def _branch_hidden(self, batch: PackedBatch) -> Tensor:

@@ -25,7 +25,7 @@ class ReferenceEngine(ABC):
 
     @abstractmethod
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """(N,) float32 log-probs in nats of the pack's completion tokens, on any device. The batch is on the CPU. Where
+        """(N,) float32 log-probs in nats of the pack's counted tokens, on any device. The batch is on the CPU. Where
         the engine is sharded, all ranks call it the same number of times."""
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:

@@ -52,7 +52,8 @@ class PairError:
 
 @dataclass(frozen=True)
 class Parity:
-    """What an audit found: |engine - oracle| in nats; margins are chosen minus rejected, before beta."""
+    """What an audit found: |engine - oracle| in nats; margins are chosen minus rejected, before beta. Of all completion
+    tokens, as the cache holds them, whichever of them a loss counts."""
 
     engine: str                          # the recipe of the values
     oracle: str

@@ -55,6 +55,16 @@ def test_only_what_is_new_is_scored_and_nothing_that_does_not_matter_counts_as_n
     assert score(tmp_path, base, train_on(one)) == (1, 79)
 
 
+def test_which_tokens_count_does_not_matter_to_what_is_scored(tmp_path: Path, base: list[str]):
+    write_tiny_llama(tmp_path / "m")
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    assert score(tmp_path, base, train_on(tmp_path / "rows.jsonl")) == (24, 0)
+    counted = tmp_path / "counted.jsonl"
+    counted.write_text("".join(json.dumps({**row, "chosen_counts": [0] * (len(row["chosen_ids"]) - 1) + [1]}) + "\n"
+                               for row in rows))
+    assert score(tmp_path, base, train_on(counted)) == (0, 24)
+
+
 def test_one_changed_weight_is_a_miss_for_every_pair_and_sharded_models_never_share_an_entry(tmp_path: Path,
                                                                                              base: list[str]):
     from safetensors.torch import load_file, save_file

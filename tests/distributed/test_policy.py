@@ -140,6 +140,25 @@ def test_a_sort_over_the_step_is_exact_however_the_step_is_cut_up(tmp_path: Path
     assert cut == pytest.approx(whole, rel=2e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["loss=rpo", "loss=dpo loss.ld_alpha=0.5"])
+def test_pairs_of_which_some_tokens_count_train_the_same_however_sharded_and_whatever_knows_the_reference(
+        loss: str, tmp_path: Path, words: list[str]):
+    r = random.Random(0)
+    for path in (tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["chosen_counts"] = [*(r.randint(0, 1) for _ in row["chosen_ids"][1:]), 1]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word for word in words if word != "loss.beta=0.5"] + loss.split()
+    one = run(words, tmp_path / "one", "zero=none")
+    two = ["cluster.procs_per_node=2", "train.tokens_per_microbatch=100"]
+    for name, more in {"live": [*two, "zero.persistence_threshold=0", "reference.mode=live"],
+                       "padded": [*two, "model.attention=padded"]}.items():
+        assert run(words, tmp_path / name, *more) == pytest.approx(one, rel=2e-5, abs=2e-5), name
+    ahead = ["reference.mode=ahead", f"reference.cache_dir={tmp_path / 'ahead_reference'}"]
+    assert run(["run", *words[1:]], tmp_path / "ahead", *two, *ahead) == pytest.approx(one, rel=2e-5, abs=2e-5)
+
+
 def test_sft_is_the_token_mean_over_the_step_and_forwards_no_rejected_completion(tmp_path: Path, words: list[str]):
     words = ["loss=sft" if word == "loss.beta=0.5" else word for word in words]
     for name, more in (("one", ["zero=none"]), ("two", ["cluster.procs_per_node=2", "train.tokens_per_microbatch=80"])):

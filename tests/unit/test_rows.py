@@ -196,6 +196,11 @@ def test_a_preference_row_that_does_not_fit_says_why(tmp_path, change, reason):
     ({"chosen_ids": [4, 1.0]}, "chosen_ids has an entry that is not a whole number"),
     ({"chosen_ids": [4, True]}, "chosen_ids has an entry that is not a whole number"),
     ({"chosen_ids": "4 5"}, "chosen_ids is missing or not a list"),
+    ({"chosen_counts": [1]}, "chosen_counts has another length than its ids"),
+    ({"chosen_counts": [1, 2]}, "chosen_counts is not a list of 0 and 1"),
+    ({"chosen_counts": [1.0, 0.0]}, "chosen_counts is not a list of 0 and 1"),
+    ({"rejected_counts": "1"}, "rejected_counts is not a list of 0 and 1"),
+    ({"rejected_counts": [[1]]}, "rejected_counts is not a list of 0 and 1"),
 ])
 def test_a_token_ids_row_that_does_not_fit_says_why(tmp_path, change, reason):
     assert reasons(tmp_path, "token_ids", {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6],

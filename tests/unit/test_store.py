@@ -2,6 +2,7 @@
 read."""
 from __future__ import annotations
 
+import datetime
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,55 @@ def test_pairs_come_out_as_they_went_in(tmp_path):
         store[2]
 
 
+def test_what_counts_comes_out_as_it_went_in(tmp_path, monkeypatch):
+    r = random.Random(0)
+    rows = random_rows(40)
+    for i, item in enumerate(rows):
+        for side in ("chosen", "rejected")[:i % 3]:
+            n = len(item[f"{side}_ids"])
+            item[f"{side}_counts"] = [0, 1, 0] if n == 3 else [r.randrange(2) for _ in range(n - 1)] + [1]
+    rows.append(row([1], [2, 3, 4], [5, 6], chosen_counts=[True, False, False], rejected_counts=[False, True]))
+    monkeypatch.setattr(writer, "FLUSH_PAIRS", 3)
+    store = build(tmp_path, rows)
+    for i, item in enumerate(rows):
+        for side, found, counted in zip(("chosen", "rejected"), (store[i].chosen_counts, store[i].rejected_counts),
+                                        store.counted()[i], strict=True):
+            counts = item.get(f"{side}_counts", [1] * len(item[f"{side}_ids"]))
+            assert found == (None if all(counts) else tuple(map(bool, counts)))
+            assert counted == sum(counts)
+    assert store.counted().dtype == np.int32
+
+
+def test_where_every_token_counts_the_store_holds_nothing_for_it(tmp_path):
+    store = build(tmp_path, random_rows(20))
+    assert len(store.uncounted) == len(store.records) == 0 and store[3].chosen_counts is None and store[3].record == {}
+    assert np.array_equal(store.counted(), store.lengths()[:, 1:])
+
+
+def test_records_come_out_as_they_went_in_and_are_mapped(tmp_path, monkeypatch):
+    records = [{}, {"tags": {"topic": "färöisch", "n": 1.5}}, {},
+               {"annotators": [1, None, "x" * 1000], "b": 0, "a": True}]
+    dated = {"judged": datetime.date(2024, 7, 26)}
+    monkeypatch.setattr(writer, "FLUSH_PAIRS", 2)
+    pair_writer = writer.PairWriter(tmp_path / "store", [writer.Source("s", "p", "token_ids")])
+    for record in (*records, dated):
+        pair_writer.add(TokenizedPair((1,), (2,), (3,), "x", record=record), 0, 0)
+    pair_writer.close({})
+    store = PairStore.open(tmp_path / "store")
+    assert [store[i].record for i in range(len(store))] == [*records, {"judged": "2024-07-26"}]
+    assert list(store[3].record) == ["annotators", "b", "a"] and isinstance(store.records.base, np.memmap)
+
+
+def test_the_content_of_a_completion_is_its_tokens_and_what_counts_in_all_64_bits(tmp_path):
+    def content(**more: object) -> list[int]:
+        return build(tmp_path, [row([1], [2, 3, 4], [5, 6, 7], **more)]).content[0].tolist()
+
+    plain, counted = content(), content(chosen_counts=[1, 0, 1])
+    assert plain[::2] == counted[::2] and plain[1] != counted[1] != content(chosen_counts=[1, 1, 0])[1]
+    assert plain == content(chosen_counts=[1, 1, 1])
+    assert plain == [writer.hash64(np.array(part, "<i4").tobytes()) for part in ([1], [2, 3, 4], [5, 6, 7])]
+
+
 def test_lengths_are_those_of_prompt_chosen_and_rejected(tmp_path):
     rows = random_rows(50)
     store = build(tmp_path, rows)
@@ -103,6 +153,19 @@ def test_writing_in_many_small_parts_gives_the_same_store(tmp_path, monkeypatch)
     assert [parts[i] for i in range(50)] == [whole[i] for i in range(50)]
 
 
+def test_stores_laid_end_to_end_with_their_offsets_moved_on_are_the_store_of_all(tmp_path):
+    rows = [{**item, "chosen_counts": [0] * (len(item["chosen_ids"]) - 1) + [1], "tags": {"n": i}, "strength": i}
+            for i, item in enumerate(random_rows(30))]
+    first, second = build(tmp_path, rows[:13]), build(tmp_path, rows[13:])
+    whole = build(tmp_path, rows)
+    for name in writer.ARRAYS:
+        moved = getattr(second, name)
+        if name in writer.OFFSETS:
+            moved = moved + len(getattr(first, writer.OFFSETS[name]))
+        if name != "where":                      # lines of the second file are not those of the whole one
+            assert np.array_equal(np.concatenate([getattr(first, name), moved]), getattr(whole, name)), name
+
+
 def test_a_place_without_a_number_or_with_an_odd_one_comes_back_as_it_was(tmp_path):
     pair_writer = writer.PairWriter(tmp_path / "store", [writer.Source("s", "p", "token_ids")])
     places = ["rows.jsonl:12", "rows.json:row 3", "somewhere", "rows.jsonl:007", "7", "rows.jsonl:0"]
@@ -116,17 +179,19 @@ def test_a_place_without_a_number_or_with_an_odd_one_comes_back_as_it_was(tmp_pa
 # -------------------------------------------------------------------------------------------------------------- digest
 
 
-def test_the_digest_depends_on_content_and_not_on_where_it_came_from(tmp_path):
+def test_the_digest_depends_on_content_and_not_on_where_it_came_from_or_what_else_is_known(tmp_path):
     rows = random_rows(20)
-    assert build(tmp_path, rows, "a.jsonl").digest == build(tmp_path, rows, "b.jsonl").digest
+    tagged = [{**item, "tags": {"n": i}} for i, item in enumerate(rows)]
+    assert (build(tmp_path, rows, "a.jsonl").digest == build(tmp_path, rows, "b.jsonl").digest
+            == build(tmp_path, tagged, "c.jsonl").digest)
 
 
 @pytest.mark.parametrize("change", [
     lambda rows: rows[3]["chosen_ids"].append(5), lambda rows: rows[3].update(weight=2.0),
-    lambda rows: rows[3].update(strength=2),
+    lambda rows: rows[3].update(strength=2), lambda rows: rows[3].update(chosen_counts=[1, 0, 1]),
     lambda rows: rows.reverse(), lambda rows: rows.pop(),
     lambda rows: rows[3]["prompt_ids"].append(rows[3]["chosen_ids"].pop(0)),
-], ids=["token", "weight", "strength", "order", "number", "boundary"])
+], ids=["token", "weight", "strength", "counts", "order", "number", "boundary"])
 def test_the_digest_changes_with_any_change_of_what_is_trained_on(tmp_path, change):
     rows = random_rows(20)
     rows[3]["chosen_ids"] = [4, 5, 6]
@@ -295,6 +360,12 @@ def test_nothing_is_lost_without_a_count(tmp_path):
         "  chosen is longer than rejected in 75% of the pairs",
         "  repeated: 1 pairs (kept), 3 prompts",
     ]
+
+
+def test_how_much_of_the_completions_counts_is_mentioned_where_it_is_not_all(tmp_path):
+    rows = [row([1], [2, 3, 4], [5], chosen_counts=[1, 0, 1]), row([1], [2, 3], [5, 6])]
+    lines = summary_lines(build(tmp_path, rows), "train")
+    assert "  87.5% of the completions' tokens count; the others are context" in lines
 
 
 def test_a_template_that_asks_for_the_date_is_mentioned(tmp_path):

@@ -3,6 +3,7 @@ spot."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ from dpo_dist.data.tokenize import Dropped, TruncationReport, truncate
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
 # -------------------------------------------------------------------------------------------------------- the boundary
 
 
@@ -279,6 +282,17 @@ def test_keep_end_keeps_a_prompt_token_or_drops_the_pair():
 def test_completions_that_are_identical_once_truncated_are_dropped():
     pair = TokenizedPair((1, 2), (3, 4, 5), (3, 4, 6), "rows.jsonl:1")
     assert cut(pair, "keep_start", 4) == Dropped("rows.jsonl:1", "identical once truncated")
+
+
+def test_what_counts_is_cut_with_the_tokens_and_a_completion_of_which_nothing_counts_is_dropped():
+    pair = replace(ids(2, 4, 3), chosen_counts=(False, True, False, True), rejected_counts=(True, False, True))
+    got = cut(pair, "keep_start", 4)
+    assert (got.chosen_counts, got.rejected_counts) == ((False, True), (True, False))
+    assert cut(pair, "keep_end", 5).chosen_counts == pair.chosen_counts
+    assert cut(pair, "keep_start", 3) == Dropped("rows.jsonl:1", "no token that counts is left in a completion",
+                                                 "chosen")
+    assert cut(replace(pair, rejected_counts=(False,) * 3), "drop", 9) == Dropped(
+        "rows.jsonl:1", "no token of a completion counts", "rejected")
 
 
 def test_the_report_counts_kept_truncated_and_dropped_pairs():

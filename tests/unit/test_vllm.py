@@ -18,13 +18,13 @@ from log_prob_server import Answer, LogProbServer, Say, values
 from dpo_dist.config.compose import compose
 from dpo_dist.config.engines.vllm import RequestsConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.data.pack import Sequences, pack_sequences
+from dpo_dist.data.pack import Sequences, pack_pairs, pack_sequences
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 from dpo_dist.reference.hf import HfReference
 from dpo_dist.reference.vllm.engine import VllmReference, continuations
 from dpo_dist.reference.vllm.open import reference_key, server_spec
 from dpo_dist.reference.vllm.process import command
-from dpo_dist.types import PackedBatch
+from dpo_dist.types import PackedBatch, TokenizedPair
 
 TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)),
          Sequences((30,), ((31, 32, 33, 1), (34, 1))), Sequences(tuple(range(3, 40)), (tuple(range(40, 60)),))]
@@ -80,6 +80,13 @@ def test_it_agrees_with_the_oracle_on_llama_and_qwen2_in_requests_of_any_size(fo
             for size in (1, 4, 64):
                 assert off(client(running, sequences=size).token_logps(pack()), oracle) < 5e-5
                 assert len(running.requests[-1]["prompt"]) <= size
+
+
+def test_of_a_training_pack_it_gives_the_values_of_the_counted_tokens(folder: Path, server: LogProbServer):
+    pair = TokenizedPair((5, 6, 7), (8, 9, 10, 1), (11, 1), "a", chosen_counts=(False, True, False, True))
+    batch = pack_pairs([pair], [0], [1.0])
+    oracle = HfReference(folder, torch.float32, "branch", torch.device("cpu")).token_logps(batch)
+    assert len(oracle) == 4 and off(client(server).token_logps(batch), oracle) < 5e-5
 
 
 def test_the_request_is_prompts_as_token_ids_and_nothing_that_would_change_the_values(

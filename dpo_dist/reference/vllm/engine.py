@@ -43,7 +43,7 @@ class VllmReference(ReferenceEngine):
                             f"not {self._longest}; start them so, or set data.max_length={self._longest - 1}")
         n = self._requests.sequences
         parts = self._threads.map(self._answered, [sequences[i:i + n] for i in range(0, len(sequences), n)])
-        return torch.from_numpy(np.concatenate([logps for part in parts for logps in part]))
+        return batch.counted(torch.from_numpy(np.concatenate([logps for part in parts for logps in part])))
 
     def one_each(self) -> Iterator[VllmReference]:
         """An engine for each server alone: an audit must not take one server's word for another's."""
