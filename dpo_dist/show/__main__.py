@@ -28,7 +28,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     try:
         config = compose(options.overrides)
         # what is imported below says now and then a word on stdout

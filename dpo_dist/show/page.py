@@ -1,7 +1,7 @@
 """What a person sees of a data set: its pairs as they are trained on, and what became of the other rows."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data.chat import PLAIN
 from dpo_dist.show.rows import Look, Outcome, Trained
 from dpo_dist.show.text import Piece, decode, ids_line, pieces_of, shortened, visible
+from dpo_dist.types import TokenizedPair
 
 LABEL = 12                               # columns before a text
 STYLES = {"chosen": "green", "rejected": "red"}
@@ -53,8 +54,9 @@ class Page:
         name = dataset.name or dataset.path
         self.console.print()
         self.console.print(Text(f"{key}: {name}, format {look.report.format}{told}", style="bold"), soft_wrap=True)
-        for line in self._ends(look.first):
-            self.console.print(Text(f"  {line}"), soft_wrap=True)
+        shown = [*look.first, *(look.longest or ())[1:]]
+        if whole := next((outcome.whole for outcome in shown if isinstance(outcome, Trained)), None):
+            self._ends(whole)
         for number, outcome in enumerate(look.first, start=1):
             self._outcome(str(number), outcome)
         among = f"all {look.seen:,}" if look.whole else f"the first {look.seen:,}"
@@ -63,18 +65,18 @@ class Page:
             self._outcome(f"{look.longest[0]:,}, the longest of {among}", look.longest[1])
         if look.random is not None and look.random != look.longest:
             self._outcome(f"{look.random[0]:,}, one at random of {among}", look.random[1])
-        self._summary(look, among)
+        if look.seen:
+            self._summary(look, among)
 
-    def _ends(self, outcomes: Iterable[Outcome]) -> list[str]:
-        """How prompts begin and completions end, as seen of the first pair."""
-        whole = next((outcome.whole for outcome in outcomes if isinstance(outcome, Trained)), None)
-        if whole is None or self.tokenizer is None:
-            return []
-        first, last = (decode(self.tokenizer, ids) for ids in (whole.prompt_ids[:1], whole.chosen_ids[-1:]))
+    def _ends(self, pair: TokenizedPair) -> None:
+        """How prompts begin and completions end, as one pair shows."""
+        if self.tokenizer is None:
+            return
+        first, last = (decode(self.tokenizer, ids) for ids in (pair.prompt_ids[:1], pair.chosen_ids[-1:]))
         bos = self.tokenizer.bos_token_id
-        begun = "BOS" if whole.prompt_ids[0] == bos else "no BOS" + ("" if bos is None else
-                                                                    f", which would be {self.tokenizer.bos_token}")
-        return [f"prompts begin with {first!r} ({begun}); completions end with {last!r}"]
+        absent = "no BOS" if bos is None else f"no BOS, which would be {self.tokenizer.bos_token!r}"
+        self.console.print(Text(f"  prompts begin with {first!r} ({'BOS' if pair.prompt_ids[0] == bos else absent}); "
+                                f"completions end with {last!r}"), soft_wrap=True)
 
     def _outcome(self, label: str, outcome: Outcome) -> None:
         self.console.print()
