@@ -49,14 +49,15 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
         raise UserError("data.train=[] names no data; set data.train=[{path: rows.jsonl}]")
     # Hugging Face's libraries read it when they are imported. That takes seconds, so the config's errors come first.
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"              # that there is no torch
+    with torch_hidden():
+        from dpo_dist.models.tokenizer import load_tokenizer, tokenizer_folder
+
+        tokenizer = load_tokenizer(tokenizer_folder(config.model.path, "model.path", config.run.offline))
     from dpo_dist.data.tokenize import PairTokenizer
-    from dpo_dist.models.tokenizer import load_tokenizer, tokenizer_folder
     from dpo_dist.runtime.terminal import page_console
     from dpo_dist.show.page import Page
     from dpo_dist.show.rows import lenient, look_at, outcomes
 
-    tokenizer = load_tokenizer(tokenizer_folder(config.model.path, "model.path", config.run.offline))
     encoder = PairTokenizer.of(tokenizer, lenient(config.data))
     if as_json:
         for key, dataset in _data_sets(config):
@@ -70,6 +71,22 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
         page.data_set(key, dataset, look)
         if look.failure is not None:
             raise look.failure
+
+
+@contextlib.contextmanager
+def torch_hidden() -> Iterator[None]:
+    """Inside, transformers takes torch for not installed, unless it is imported already; so does `datasets` from now on.
+    Neither needs it here, and its import takes longer than all else."""
+    if "torch" in sys.modules:
+        yield
+        return
+    os.environ["USE_TORCH"] = "0"                        # for `datasets`
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"              # it would say that models need torch
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _data_sets(config: RunConfig) -> Iterator[tuple[str, DatasetConfig]]:
@@ -101,8 +118,6 @@ def as_object(outcome: Outcome, key: str, dataset: DatasetConfig, tokenizer: Any
 
 if __name__ == "__main__":
     gc.disable()                         # what is imported stays: no collection needs to look at it
-    # Tokenizers do without torch, whose import takes longer than all else here: transformers is not to find it.
-    sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         sys.exit(main(sys.argv[1:], sys.stdout))
     except BrokenPipeError:              # the reader closed the pipe: dpo-dist show | head
