@@ -75,9 +75,9 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
 
 @contextlib.contextmanager
 def torch_hidden() -> Iterator[None]:
-    """Inside, transformers takes torch for not installed, unless it is imported already; so does `datasets` from now on.
-    Neither needs it here, and its import takes longer than all else."""
-    if "torch" in sys.modules:
+    """Inside, transformers takes torch for not installed, and from now on so does `datasets`; unless they know better
+    already. Neither needs it here, and its import takes longer than all else."""
+    if "torch" in sys.modules or "transformers" in sys.modules:
         yield
         return
     os.environ["USE_TORCH"] = "0"                        # for `datasets`
