@@ -10,7 +10,7 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
-from dpo_dist.models.load import load_tokenizer
+from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
 from dpo_dist.run.checkpoint import resume_point

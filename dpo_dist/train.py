@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
@@ -59,7 +59,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         terminal.say(f"resumed from {resumed[0].name}")
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
     run = Run(config, run_dir, inputs, sampler, total, policy, reference, tracker, world)
-    before, after = evaluate_before(run, done, terminal)
+    before, after = evaluate_before(run, resumed[1] if resumed else None, terminal)
+    run = replace(run, before=before)
     clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
@@ -100,7 +101,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     tracker.finish(after)
     if reference is not None:
         reference.close()
-    tell_results(terminal, run, before, after, model)
+    tell_results(terminal, run, after, model)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Run:
     reference: ReferenceEngine | None
     tracker: Tracker
     world: World
+    before: dict[str, float] = field(default_factory=dict)               # held-out means before training
 
     def batches(self, step: int) -> StepBatches:
         """This rank's packs of a step."""
@@ -140,7 +142,7 @@ class Run:
 
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""
-        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world))
+        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world), self.before)
         save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state,
                         self.config.train.keep_checkpoints, self.world)
 
@@ -150,29 +152,41 @@ def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Chec
     return [policy] if reference is None else [policy, reference]
 
 
-def evaluate_before(run: Run, done: int, terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
+def evaluate_before(run: Run, resumed: TrainState | None,
+                    terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
     """(held-out means before training, those after the steps done), once step 0's checks pass. All ranks call it."""
     config, inputs, world = run.config, run.inputs, run.world
+    done = resumed.step if resumed else 0
     if config.reference.outside:
         # the scoring processes audit it before their first value
         if config.reference.mode == "ahead" and run.reference is not None:
             run.reference.wait_for(run.batches(min(done + 1, run.total)).batches)
             world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
         world.on_main(lambda: add_parity(run.run_dir))
-    if done == 0:
+    if resumed is None:
         # where policy and reference start from the same weights, every first margin must be 0
         same_start = run.reference if inputs.policy_digest == inputs.reference_digest else None
         first_pairs = run.sampler.pairs_of_step(1, config.train.epochs, config.train.max_steps)
         check_step_0(run.policy, same_start, run.batches(1), first_pairs, inputs.train, inputs.dtype, world)
         means = run.evaluate(0)
         return means, means
+    before = means_before(run, resumed)
     if run.evaluates_after(done):
         # the last start ended between saving and evaluating
         if not world.on_main(lambda: any(row["step"] == done for row in run.run_dir.rows("eval"))):
-            return {}, run.evaluate(done)
+            return before, run.evaluate(done)
         if done == run.total:
-            return {}, evaluate(config, inputs, run.policy, run.reference, world)
-    return {}, {}
+            return before, evaluate(config, inputs, run.policy, run.reference, world)
+    return before, {}
+
+
+def means_before(run: Run, resumed: TrainState) -> dict[str, float]:
+    """The held-out means before training of a run that goes on: from its checkpoint, else from its metrics; empty where
+    neither has them. All ranks call it."""
+    if resumed.before is not None:
+        return resumed.before
+    rows = run.world.on_main(lambda: [row for row in run.run_dir.rows("eval") if row["step"] == 0])
+    return {name: float(value) for name, value in (rows[-1] if rows else {}).items() if name not in ("step", "split")}
 
 
 def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sums: MetricSums, log: StepLog) -> None:
@@ -188,10 +202,10 @@ def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sum
         raise
 
 
-def tell_results(terminal: Terminal, run: Run, before: dict[str, float], after: dict[str, float], model: Path) -> None:
+def tell_results(terminal: Terminal, run: Run, after: dict[str, float], model: Path) -> None:
     """The held-out table, and where everything is."""
     if after:
-        rows = [[name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}"]
+        rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
                 for name, value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
     terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:                            # what only reads rows does not wait for torch
+    import torch
+    from torch import Tensor
 
 Message = dict[str, Any]                     # {"role": "user", "content": "..."}, as chat templates take it
 
@@ -117,14 +119,16 @@ class PackedBatch:
 
     def pinned(self) -> PackedBatch:
         """The same in page-locked memory, from which a copy to a GPU does not hold up the process."""
-        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **pinned)
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on the device. From page-locked memory it is copied while the process goes on."""
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items()
-                                 if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors()})
+
+    def _tensors(self) -> Iterator[tuple[str, Any]]:
+        from torch import Tensor
+
+        return ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ FLOORS = [
     ["policy", "reference"],
     ["run"],
     ["step"],
-    ["step0_checks", "evaluate", "export", "score"],
+    ["step0_checks", "evaluate", "export", "score", "show"],
     ["train"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -80,7 +80,7 @@ def test_a_planted_violation_is_found(file: str, line: str, copy: Path):
 @pytest.mark.parametrize("file, line", [
     ("sizing/flops.py", "import torch"),
     ("launcher/doctor/network.py", "from transformers import AutoConfig"),
-    ("config/rules.py", "from dpo_dist import types"),
+    ("config/rules.py", "from dpo_dist import losses"),
     ("launcher/cli.py", "from dpo_dist.runtime import world"),
     ("runtime/run_dir.py", "__import__('torch')"),
 ])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -25,11 +26,25 @@ VERBS = {
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
     "export": "write <run.dir>/model from the newest whole checkpoint",
+    "show": "the rows as they will be trained on: texts, ids, which tokens count, what is cut or left out and why",
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
+
+SHOW_OPTIONS = """
+  --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random
+  --json      the first N rows of each data set alone, for a program, one object a line: where, data_set, split,
+              prompt_ids, chosen_ids, rejected_ids, chosen_counts, rejected_counts (0 or 1 a token), prompt, chosen,
+              rejected (the decoded texts; null without a tokenizer), lost_tokens (to truncation), strength, weight,
+              left_out (of what data.on_missing_content=warn keeps).
+              A row of which there is no pair: where, data_set, dropped (the reason), detail, and stopped_by (the
+              setting that makes a run stop there, or null)
+
+It starts no run, writes nothing and needs model.path only for the tokenizer. A row is a pair: a record of several
+rated responses gives several.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,12 +75,13 @@ def _main(words: list[str]) -> int:
     if verb == "status":
         print(status(_run_dir(rest)))
         return 0
-    show, dry_run = _take_cfg(rest), _take("--dry-run", rest)
-    sweeps = verb == "run" and not show and _take("-m", rest)
+    cfg, dry_run = _take_cfg(rest), _take("--dry-run", rest)
+    sweeps = verb == "run" and not cfg and _take("-m", rest)
+    options = _take_show_options(rest) if verb == "show" else []
     for word in rest:
         if word.startswith("-"):
-            raise UserError(f"unknown option '{word}': the options are --help, --cfg job, --dry-run, and -m for run "
-                            "alone; everything else is key=value")
+            raise UserError(f"unknown option '{word}': the options are --help, --cfg job, --dry-run, -m for run alone, "
+                            "--rows N and --json for show alone; everything else is key=value")
         if word.startswith("sweep=") and not sweeps:
             raise UserError(f"{word} names the runs of a sweep; write dpo-dist run -m {word} ...")
     if sweeps:
@@ -80,9 +96,11 @@ def _main(words: list[str]) -> int:
     if config.cluster.jobs_at_once not in (None, 1):
         raise UserError(f"cluster.jobs_at_once={config.cluster.jobs_at_once} does nothing without a sweep; remove it, "
                         "or sweep with run -m")
-    if show:
-        print(config.run_dir if show == "run_dir" else OmegaConf.to_yaml(to_dict(config)).rstrip())
+    if cfg:
+        print(config.run_dir if cfg == "run_dir" else OmegaConf.to_yaml(to_dict(config)).rstrip())
         return 0
+    if verb == "show":
+        os.execv(sys.executable, [sys.executable, "-m", "dpo_dist.show", *options, *rest])   # becomes the entry point
     launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
         from dpo_dist.sizing.report import sizing_lines
@@ -110,6 +128,19 @@ def _take(option: str, rest: list[str]) -> bool:
     if given:
         rest.remove(option)
     return given
+
+
+def _take_show_options(rest: list[str]) -> list[str]:
+    """--rows N and --json, as the entry point takes them. Takes them out of `rest`."""
+    options = ["--json"] if _take("--json", rest) else []
+    for at, word in enumerate(rest):
+        if word == "--rows" or word.startswith("--rows="):
+            number = word[7:] if "=" in word else "".join(rest[at + 1:at + 2])
+            if not re.fullmatch(r"0*[1-9]\d*", number):
+                raise UserError("--rows takes a whole number greater than 0, as in: dpo-dist show --rows 5 ...")
+            del rest[at:at + (1 if "=" in word else 2)]
+            return ["--rows", number, *options]
+    return options
 
 
 def _run_dir(rest: list[str]) -> Path:
@@ -145,7 +176,7 @@ def _usage() -> str:
 def _verb_help(verb: str) -> str:
     keys = [f"  {key + '=' + default:<44} {meaning}" for key, default, meaning in documented_keys()]
     return "\n".join([
-        f"dpo-dist {verb} [key=value ...]: {VERBS[verb]}", "",
+        f"dpo-dist {verb} [key=value ...]: {VERBS[verb]}", *([SHOW_OPTIONS.rstrip()] if verb == "show" else []), "",
         "Groups are chosen as in loss=ipo zero=zero2 tracking=wandb; keys are set as in loss.beta=0.3:", "", *keys])
 
 

@@ -1,4 +1,4 @@
-"""Loads models and tokenizers from disk or the hub cache; ScoredModel: a causal LM that returns log-probs of a pack."""
+"""Loads models from disk or the hub cache; ScoredModel: a causal LM that returns log-probs of a pack."""
 from __future__ import annotations
 
 import gc
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -19,6 +19,7 @@ from dpo_dist.config.schema import LoraConfig, ModelConfig
 from dpo_dist.models.attention import Forest, branch_misfit
 from dpo_dist.models.fused import fuse
 from dpo_dist.models.head import LogpHead
+from dpo_dist.models.hub import hub_folder
 from dpo_dist.types import PackedBatch, TokenLogps
 
 
@@ -95,15 +96,7 @@ def resolve(path: str, key: str, offline: bool) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"{key}={path} has no config.json; give the folder of a transformers model")
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(path, allow_patterns=wanted, local_files_only=offline))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        remedy = "; set run.offline=false to download it" if offline else ""
-        raise UserError(f"{key}={path} is neither a folder nor a model in the local hub cache{remedy}") from error
+    return hub_folder(path, key, offline, ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
 
 
 def torch_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -243,11 +236,3 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
             raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear "
                             "layer; name linear layers")
     return adapted
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's folder, or None where there is none (token_ids data needs none)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                                                      "vocab.json")):
-        return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -22,6 +22,8 @@ class TrainState:
     zero_stage: int | None       # the layout of the policy's own files
     ranks: int
     sums: list[float]            # of metrics.MetricSums since the last logged step, over all ranks
+    # held-out means before training; None: not known (a checkpoint of an earlier version)
+    before: dict[str, float] | None = None
 
 
 class Checkpointed(Protocol):

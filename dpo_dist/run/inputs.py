@@ -24,12 +24,12 @@ from dpo_dist.models.head import kernels_misfit
 from dpo_dist.models.load import (
     check_quantized,
     choose_attention,
-    load_tokenizer,
     quantization,
     read_config,
     resolve,
     torch_dtype,
 )
+from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
 from dpo_dist.runtime.run_dir import RunDir

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import IO, cast
+from typing import IO, TextIO, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleDimensions
@@ -175,8 +175,18 @@ class _Console(Console):
         return ConsoleDimensions(columns or 80, lines or 25)    # a pseudo-terminal that was told no size says 0
 
 
+def page_console(out: TextIO) -> Console:
+    """A console for a command that prints and ends. It counts as a terminal only where colours are wanted."""
+    coloured = out.isatty() and _shows_more_than_text() and not os.environ.get("NO_COLOR")
+    return Console(file=out, force_terminal=coloured, force_jupyter=False, markup=False, emoji=False, highlight=False)
+
+
+def _shows_more_than_text() -> bool:
+    return os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+
+
 def _console(output: _Output) -> Console:
-    is_terminal = output.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+    is_terminal = output.isatty() and _shows_more_than_text()
     return _Console(file=cast(IO[str], output), force_terminal=is_terminal, force_jupyter=False, markup=False,
                     emoji=False, highlight=False)
 

@@ -57,16 +57,23 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in rows}
 
 
+def held_out_table(stdout: str) -> list[list[str]]:
+    """[metric, before, after] of each line of the table that a run ends with."""
+    lines = stdout.partition("held-out pairs")[2].partition("model:")[0].splitlines()
+    return [line.split() for line in lines if "/" in line or line.split()[:1] == ["loss"]]
+
+
 @pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"),
                                                       ("none", 1, "bf16"), ("zero1", 2, "bf16")])
 def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(
         zero: str, world: int, dtype: str, tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", f"model.dtype={dtype}",
              *(["zero.persistence_threshold=0"] if zero == "zero3" else [])]
-    dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
+    straight = dpo_dist(*words, f"run.dir={tmp_path / 'straight'}")
     killed_after(3, words, tmp_path / "killed")
     done = dpo_dist(*words, f"run.dir={tmp_path / 'killed'}")
     assert "resumed from step-" in done.stdout
+    assert held_out_table(done.stdout) == held_out_table(straight.stdout)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert model_digest(tmp_path / "killed") == model_digest(tmp_path / "straight")
     assert metrics(tmp_path / "killed", "eval") == metrics(tmp_path / "straight", "eval")
@@ -161,6 +168,28 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_when_the_run_goes_on(tmp_path
     shutil.rmtree(run_dir / "model")
     out = dpo_dist(*words).stdout
     assert "resumed from step-000002" in out and metrics(run_dir, "eval") == before and (run_dir / "DONE").exists()
+
+
+def test_the_table_of_a_resumed_run_says_what_was_before_training(tmp_path: Path, words: list[str]):
+    run_dir = tmp_path / "run"
+    words = [*words, "zero=none", "train.max_steps=2", f"run.dir={run_dir}"]
+    whole = held_out_table(dpo_dist(*words).stdout)
+    assert len(whole) > 5 and all(before != "-" for _, before, _ in whole)
+    state, metrics_file = run_dir / "checkpoints" / "step-000002" / "state.json", run_dir / "metrics.jsonl"
+    first_eval, *later = metrics_file.read_text().splitlines()
+    assert json.loads(first_eval)["step"] == 0
+
+    def again(metrics_lines: list[str]) -> list[list[str]]:
+        """The table of the same command once the export is lost, so that it resumes at the end."""
+        metrics_file.write_text("\n".join([*metrics_lines, ""]))
+        shutil.rmtree(run_dir / "model")
+        return held_out_table(dpo_dist(*words).stdout)
+
+    assert again(later) == whole, "the checkpoint says it"
+    of_an_earlier_version = {name: value for name, value in json.loads(state.read_text()).items() if name != "before"}
+    state.write_text(json.dumps(of_an_earlier_version))
+    assert again([first_eval, *later]) == whole, "the metrics say it"
+    assert again(later) == [[name, "-", after] for name, _, after in whole], "nothing says it"
 
 
 def test_logged_means_go_on_over_a_kill(tmp_path: Path, words: list[str]):

@@ -29,7 +29,7 @@ from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.prepare import fingerprint
 from dpo_dist.data.tokenize import Dropped
 from dpo_dist.export import copy_templates
-from dpo_dist.models.load import load_tokenizer
+from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 TOOL = {"name": "clock", "description": "Tells the time."}

@@ -1,0 +1,19 @@
+"""A model's folder, from the hub's cache or the hub. No transformers here, which takes seconds to import."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.config.errors import UserError
+
+
+def hub_folder(name: str, key: str, offline: bool, wanted: Sequence[str]) -> Path:
+    """The local folder of a hub model, with the files that the patterns in `wanted` name. UserError naming `key`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(wanted), local_files_only=offline))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        remedy = "; set run.offline=false to download it" if offline else ""
+        raise UserError(f"{key}={name} is neither a folder nor a model in the local hub cache{remedy}") from error
