@@ -12,7 +12,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data import files
 from dpo_dist.data.files import read_records
-from dpo_dist.data.formats import FORMATS, DataRow, detect_format
+from dpo_dist.data.formats import FORMATS, DataRow
 from dpo_dist.data.rows import ReadReport, read_rows
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
