@@ -13,6 +13,7 @@ from dpo_dist.types import Message
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
                   "function_call": "assistant", "tool": "tool", "observation": "tool"}
+NO_VALUE = ("", "null", "None")              # text that says that there is none
 # text that begins as a list of turns does, or as a single turn
 CHAT_TEXT = re.compile(r"\s*\[?\s*\{\s*([\"'])(role|content|from|value|name|tool_calls)\1\s*:")
 
@@ -72,7 +73,7 @@ def _tool_call(call: Any, key: str) -> dict[str, Any]:
 def tools_of(fields: Fields) -> tuple[dict[str, Any], ...]:
     """The tool schemas: a list of objects or of their JSON texts, or JSON text as a whole."""
     tools = fields.get("tools")
-    if not tools or (isinstance(tools, str) and not tools.strip()):
+    if not tools or (isinstance(tools, str) and tools.strip() in NO_VALUE):
         return ()
     try:
         found = [from_json(tool, "a tool", dict) for tool in from_json(tools, "tools", list)]
@@ -106,7 +107,7 @@ def sharegpt_turn(turn: Any, key: str) -> Message:
         return message_of(turn, key)
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise Unfit(f"{key} has a turn without 'from' and 'value'", repr(turn)[:60])
-    if turn["from"] not in SHAREGPT_ROLES:
+    if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
         raise Unfit(f"{key} has a turn from an unknown speaker",
                     f"{turn['from']!r}, known: {', '.join(SHAREGPT_ROLES)}")
     text = sound_text(turn["value"], f"{key}'s value")
@@ -144,5 +145,7 @@ def chat_in_text(text: str, key: str) -> Any:
 def _is_turn(turn: Any) -> bool:
     if not isinstance(turn, dict):
         return False
-    message = turn.get("role") in (*ROLES, "function") and bool({"content", "tool_calls", "function_call"} & {*turn})
-    return message or (turn.get("from") in SHAREGPT_ROLES and "value" in turn)
+    if "from" in turn:
+        return "value" in turn and isinstance(turn["from"], str) and turn["from"] in SHAREGPT_ROLES
+    return turn.get("role") in (*ROLES, "function") and not turn.keys().isdisjoint(
+        ("content", "tool_calls", "function_call"))

@@ -79,8 +79,6 @@ def argilla(fields: Fields, where: str, source: str) -> Iterator[Outcome]:
     if isinstance(fields.get("fields"), dict):
         fields = {**fields, **fields["fields"]}
     questions = {name: said for name, said in _questions(fields) if said}
-    if not questions:
-        raise Unfit("no annotators' answers", f"fields: {', '.join(fields)}")
     answers = _answers(fields, questions)
     prompt = fields[first_of(fields, *PROMPTS)]
     if not any(said.counts for people in questions.values() for said in people):

@@ -16,20 +16,25 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_dist.data.fields import Fields, Unfit, from_json, number_or_none, reserved
-from dpo_dist.data.messages import tools_of
+from dpo_dist.data.messages import NO_VALUE, tools_of
 from dpo_dist.data.records import json_ready
 
-MEDIA = ("images", "audios", "videos", "image", "audio", "video")
-# how rating and model of a pair's answers are called in files; {} is chosen or rejected
-RATING_NAMES = ("{}_rating", "{}-rating", "score_{}", "{}_score", "{}_reward")
-MODEL_NAMES = ("{}_model", "{}-model", "model_{}", "{}_policy")
+MEDIA = {"images", "audios", "videos", "image", "audio", "video"}
+# {what it is called in files: (its name in the record, what it must be)}
+RECORDED = {name.format(side): (f"{side}_{noun}", check)
+            for side in ("chosen", "rejected")
+            for noun, check, names in (
+                ("rating", number_or_none, ("{}_rating", "{}-rating", "score_{}", "{}_score", "{}_reward")),
+                ("model", lambda value: value if isinstance(value, str) else None,
+                 ("{}_model", "{}-model", "model_{}", "{}_policy")))
+            for name in names} | {"tags": ("tags", json_ready)}
 
 
 def judgment_of(fields: Fields) -> dict[str, Any]:
     """weight, strength, record, tools and template_kwargs, as PreferenceRow takes them. Unfit where a reserved name
     holds something else, and for images and sound."""
-    for key in MEDIA:
-        if key in fields and _holds_something(fields[key]):
+    for key in sorted(MEDIA & fields.keys()):
+        if _holds_something(fields[key]):
             raise Unfit(f"the row has {key}, and only text is trained on", reserved(key, "not empty"))
     record = _record_of(fields)
     strength = _own_strength(fields)
@@ -68,7 +73,7 @@ def _reserved_number(fields: Fields, key: str) -> float:
 
 def _template_kwargs(fields: Fields) -> dict[str, Any]:
     key = "chat_template_kwargs"
-    if key not in fields or fields[key] == "":
+    if key not in fields or fields[key] in NO_VALUE:
         return {}
     try:
         kwargs = from_json(fields[key], key, dict)
@@ -79,13 +84,13 @@ def _template_kwargs(fields: Fields) -> dict[str, Any]:
 
 def _record_of(fields: Fields) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for side in ("chosen", "rejected"):
-        ratings = (number_or_none(fields.get(name.format(side))) for name in RATING_NAMES)
-        rating = next((r for r in ratings if r is not None), None)
-        models = (fields.get(name.format(side)) for name in MODEL_NAMES)
-        record |= known({f"{side}_rating": rating,
-                         f"{side}_model": next((m for m in models if isinstance(m, str)), None)})
-    return record | known({"tags": json_ready(fields.get("tags"))})
+    for key in fields:
+        if key in RECORDED:
+            name, check = RECORDED[key]
+            value = check(fields[key])
+            if value is not None:
+                record.setdefault(name, value)
+    return record
 
 
 def known(entries: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from dpo_dist.types import Message, PreferenceRow, TokenizedPair
 
 
 def preference(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
-    """{"prompt", "chosen", "rejected"}: texts; with a `system` text they become messages."""
+    """{"prompt", "chosen", "rejected"}: texts; with a `system` text they become messages. A row of chats among them is
+    read as `messages` reads it."""
+    if any(isinstance(fields.get(key), list | dict) for key in ("prompt", "chosen", "rejected")):
+        yield from messages(fields, where, source)
+        return
     prompt, chosen, rejected = (text_of(fields, key) for key in ("prompt", "chosen", "rejected"))
     yield pair(prompt, chosen, rejected, fields, where, source, **judgment_of(fields))
 
