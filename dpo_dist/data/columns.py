@@ -14,7 +14,6 @@ ABSENT = object()
 # Where these hold text, as in a CSV, it is that of a JSON list.
 LISTS = ("responses", "completions", "ratings", "scores", "generations", "generation_models", "history",
          "individual_preference", "prompt_ids", "chosen_ids", "rejected_ids")
-OBJECTS = ("input",)                         # OpenAI's input, as JSON text
 # Text of these that looks like a chat must be one; text of other columns may be anything.
 CHATS = ("prompt", "chosen", "rejected", "messages", "conversations", "context", "completion", "chosen_response",
          "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output")
@@ -61,12 +60,12 @@ def _look_up(row: Fields, column: str) -> Any:
 
 
 def _read_text(key: str, text: str) -> Any:
-    if key in LISTS or key in OBJECTS:
+    if key in LISTS or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             return text
-        return value if isinstance(value, list if key in LISTS else dict) else text
+        return value if isinstance(value, list) or (isinstance(value, dict) and "messages" in value) else text
     try:
         return chat_in_text(text, key)
     except Unfit:

@@ -76,10 +76,20 @@ def tools_of(fields: Fields) -> tuple[dict[str, Any], ...]:
     if not tools or (isinstance(tools, str) and tools.strip() in NO_VALUE):
         return ()
     try:
-        found = [from_json(tool, "a tool", dict) for tool in from_json(tools, "tools", list)]
+        found = [_tool(tool) for tool in from_json(tools, "tools", list)]
     except Unfit as unfit:
         raise Unfit("tools is not a list of objects", reserved("tools", unfit.reason)) from None
     return tuple(found)
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """A tool schema, with its parameters as an object: a table holds those of different tools as JSON text."""
+    tool = from_json(tool, "a tool", dict)
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("parameters"), str):
+        return tool
+    function = {**function, "parameters": from_json(function["parameters"], "a tool's parameters", dict)}
+    return {**tool, "function": function} if "function" in tool else function
 
 
 def with_system(fields: Fields, prompt: Turns, key: str = "system") -> Turns:

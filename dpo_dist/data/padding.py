@@ -154,10 +154,8 @@ def _schemas(record: Any) -> Iterable[tuple[str, dict[str, Any]]]:
         for tool in _parsed(holder.get("tools") if isinstance(holder, dict) else None, list):
             tool = _parsed(tool, dict)
             function = tool.get("function", tool)
-            if isinstance(function, dict) and isinstance(function.get("name"), str):
-                schema = function.get("parameters")
-                if isinstance(schema, dict):
-                    yield function["name"], schema
+            if isinstance(function, dict) and isinstance(function.get("name"), str) and "parameters" in function:
+                yield function["name"], _parsed(function.get("parameters"), dict)
 
 
 def _parsed(value: Any, kind: type) -> Any:

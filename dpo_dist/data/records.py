@@ -40,10 +40,13 @@ def json_ready(value: Any) -> Any:
 def canonical(value: Any) -> bytes:
     """One way to write a record: the same bytes from every kind of file, whatever the order of its fields, and whether
     an absent field is left out or null."""
-    return json.dumps(_without_nulls(json_ready(value)), sort_keys=True, ensure_ascii=True).encode()
+    return json.dumps(_plain(json_ready(value)), sort_keys=True, ensure_ascii=True).encode()
 
 
-def _without_nulls(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Without nulls, and 5.0 as 5: a table knows one kind of number a column."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

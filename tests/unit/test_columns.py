@@ -53,7 +53,7 @@ def test_the_command_takes_columns():
     assert (dataset.columns, dataset.rows) == ({"prompt": "input.messages", "weight": None}, 5)
 
 
-# ----------------------------------------------------------------------------------------------------- text that is data
+# ---------------------------------------------------------------------------------------------------- text that is data
 
 
 CHAT = [user("Two and two?"), assistant("Four.")]

@@ -7,8 +7,9 @@ chosen is, in the data's own unit), `system`, `tools`, `chat_template_kwargs` an
 from __future__ import annotations
 
 from dpo_dist.data.fields import Fields
-from dpo_dist.data.formats.annotated import argilla, helpsteer, is_argilla
+from dpo_dist.data.formats.argilla import argilla, is_argilla
 from dpo_dist.data.formats.format import DataRow, Format, NoPair, Outcome
+from dpo_dist.data.formats.helpsteer import helpsteer
 from dpo_dist.data.formats.kto import is_kto, kto, paired
 from dpo_dist.data.formats.pairs import hh, messages, preference, sharegpt, token_ids
 from dpo_dist.data.formats.rated import distilabel, nemo_rl, ratings, ultrafeedback

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_dist.data.fields import Fields, Turns, Unfit, first_of, from_json, need, sound_text, text_of
+from dpo_dist.data.fields import Fields, Turns, Unfit, first_of, from_json, need, reserved, sound_text, text_of
 from dpo_dist.data.formats.format import DataRow
 from dpo_dist.data.formats.judgment import judgment_of
 from dpo_dist.data.formats.pairs import diverge, pair
@@ -95,8 +95,10 @@ def asked(fields: Fields, question: str, chosen: str, rejected: str, where: str,
 def question_of(fields: Fields, key: str) -> Any:
     """A question's text or chat, with the row's `input` and `history`."""
     question = fields[key]
-    if isinstance(question, str) and key not in ("prompt", "input") and isinstance(fields.get("input"), str):
-        question = "\n".join(text for text in (question, fields["input"]) if text)
+    if isinstance(question, str) and key not in ("prompt", "input") and fields.get("input"):
+        if not isinstance(fields["input"], str):
+            raise Unfit("input is not text", reserved("input", type(fields["input"]).__name__))
+        question = f"{question}\n{fields['input']}"
     history = fields.get("history")
     if not history or not isinstance(history, list):
         return question
