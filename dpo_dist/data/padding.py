@@ -4,89 +4,78 @@ A table (parquet, a hub set, also JSON written from one) has one schema: an obje
 object at the same place has, gets it as null. What chat templates would make of such nulls is never meant. The rule:
 
 - Nulls in lists, and all within JSON text, are as they were written.
-- Elsewhere than in a tool call's arguments and in tool schemas, a null says no more than an absent field: taken out.
-- In schemas only `default`, `const` and `example` can be null; in arguments only what the tool that is called lists
-  among its parameters (anything, where its schema is not at hand). Any other null there is padding.
-- Of those that remain, a JSON file tells by its objects within messages and tools. Where two at the same place differ
-  in their fields, no table wrote the file, and each null is meant. Where all agree, a null is meant if nothing but null
-  ever stands at its place, for then no table had a reason to add it.
+- Elsewhere than in a tool call's arguments and in tool schemas, a null says no more than an absent field: taken out. In
+  schemas only `default`, `const` and `example` can be null; any other null there is taken out as well.
+- Of those that remain, a JSON file tells by its objects within messages and tools. Where nothing but null ever stands
+  at a place, no table had a reason to add it: it is meant. Where two objects at one place differ in their fields, no
+  table wrote the file: nulls are meant, but for arguments that the called tool does not list among its parameters.
 - Where that is no help, and in parquet and hub sets, an argument's null stays if its parameter is required and may be
   null, as in strict schemas: the call would not be valid without it.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 NULLABLE_KEYWORDS = ("default", "const", "example")
 Place = tuple[str, ...]                      # the keys on the way to a value; lists add none
 
 
-@dataclass(frozen=True)
 class Evidence:
-    """What a file says of where its nulls come from."""
+    """What a file says of where its nulls come from. `look` gives its records again: they are asked for at the first
+    null that depends on them, which few files have."""
 
-    a_table: bool                            # a table may have written it
-    never_null: frozenset[Place] = frozenset()                       # places where something else than null stands
+    def __init__(self, look: Callable[[], Iterable[Any]]):
+        self.look = look
 
-    def meant(self, place: Place) -> bool:
-        return not self.a_table or place not in self.never_null
+    @cached_property
+    def a_table(self) -> bool:
+        """Whether a table may have written the file: all objects at one place have the same fields. Looks until two
+        differ."""
+        fields_at: dict[Place, set[str]] = {}
+        return all(fields_at.setdefault(place, {*value}) == value.keys()
+                   for record in self.look() for place, value in _objects(record, (), False))
+
+    @cached_property
+    def never_null(self) -> frozenset[Place]:
+        """The places at which something else than null stands. Looks at the whole file."""
+        return frozenset((*place, key) for record in self.look() for place, value in _objects(record, (), False)
+                         for key, inner in value.items() if inner is not None)
 
 
-def evidence_of(records: Iterable[Any]) -> Evidence:
-    """Looks at a file's records until two objects at the same place differ in their fields, or at all of them."""
-    fields_at: dict[Place, set[str]] = {}
-    never_null: set[Place] = set()
-
-    def agrees(value: Any, place: Place, inside: bool) -> bool:
-        if isinstance(value, list):
-            return all(agrees(inner, place, inside) for inner in value)
-        if not isinstance(value, dict):
-            return True
+def _objects(value: Any, place: Place, inside: bool) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The objects that messages and tools consist of, each with its place. inside: whether `value` is part of one."""
+    if isinstance(value, list):
+        for inner in value:
+            if isinstance(inner, dict | list):
+                yield from _objects(inner, place, inside)
+    elif isinstance(value, dict):
         inside = inside or "role" in value
-        if inside and fields_at.setdefault(place, {*value}) != value.keys():
-            return False
+        if inside:
+            yield place, value
         for key, inner in value.items():
-            if inner is not None:
-                if inside:
-                    never_null.add((*place, key))
-                if not agrees(inner, (*place, key), inside or key == "tools"):
-                    return False
-        return True
-
-    if all(agrees(record, (), False) for record in records):
-        return Evidence(True, frozenset(never_null))
-    return Evidence(False)
+            if isinstance(inner, dict | list):
+                yield from _objects(inner, (*place, key), inside or key == "tools")
 
 
 class Padding:
-    """Takes the nulls out of a file's records. `look` gives the file's records again, where it is JSON: its evidence is
-    asked for at the first null that depends on it, which few files have."""
+    """Takes the nulls out of a file's records. `look` gives its records again, where it is JSON; None: a table."""
 
     def __init__(self, look: Callable[[], Iterable[Any]] | None):
-        self.look = look
-        self.evidence: Evidence | None = None
+        self.evidence = look and Evidence(look)
 
     def without(self, record: Any) -> Any:
         """The record without the nulls that are padding. Nothing else of it changes."""
-        return _Cleaner(record, self).clean(record, ())
-
-    def meant(self, place: Place) -> bool:
-        if self.look is None:
-            return False
-        if self.evidence is None:
-            self.evidence = evidence_of(self.look())
-        return self.evidence.meant(place)
+        return _Cleaner(record, self.evidence).clean(record, ())
 
 
 class _Cleaner:
     """One record's way through the rule above."""
 
-    def __init__(self, record: Any, padding: Padding):
-        self.record, self.padding = record, padding
-        self.schemas: dict[str, dict[str, Any]] | None = None        # of the record's tools, once asked for
+    def __init__(self, record: Any, evidence: Evidence | None):
+        self.record, self.evidence = record, evidence
 
     def clean(self, value: Any, place: Place) -> Any:
         if isinstance(value, list):
@@ -116,16 +105,21 @@ class _Cleaner:
                 if inner is not None or self.argument_is_meant((*place, key), tool)}
 
     def argument_is_meant(self, place: Place, tool: str | None) -> bool:
-        schema = self.schema_of(tool) if isinstance(tool, str) else None
+        schema = self.schemas.get(tool) if isinstance(tool, str) else None
         if schema is None:
-            return self.padding.meant(place)
-        parameters = schema.get("properties")
-        parameter = parameters.get(place[-1]) if isinstance(parameters, dict) else None
+            return self.is_meant(place)
+        name, parameter = place[-1], _parameters(schema).get(place[-1])
         if not isinstance(parameter, dict):
-            return False
+            other_tools = any(name in _parameters(other) for other in self.schemas.values())
+            return not other_tools and self.is_meant(place, likely=False)
         required = schema.get("required")
-        must_be_there = isinstance(required, list) and place[-1] in required and _may_be_null(parameter)
-        return must_be_there or self.padding.meant(place)
+        return self.is_meant(place) or (isinstance(required, list) and name in required and _may_be_null(parameter))
+
+    def is_meant(self, place: Place, likely: bool = True) -> bool:
+        """What the file says. likely: whether a null makes sense there."""
+        if self.evidence is None:
+            return False
+        return (likely and not self.evidence.a_table) or place not in self.evidence.never_null
 
     def schema(self, value: Any, place: Place, names: bool = False) -> Any:
         """names: the keys of `value` are names of parameters, not words of JSON Schema."""
@@ -137,14 +131,14 @@ class _Cleaner:
                 cleaned = self.schema(inner, (*place, key), names=key == "properties" and not names)
                 if cleaned or not inner or not names:                # a parameter with nothing but nulls is padding
                     out[key] = cleaned
-            elif inner is not None or (not names and key in NULLABLE_KEYWORDS and self.padding.meant((*place, key))):
+            elif inner is not None or (not names and key in NULLABLE_KEYWORDS and self.is_meant((*place, key))):
                 out[key] = inner
         return out
 
-    def schema_of(self, tool: str) -> dict[str, Any] | None:
-        if self.schemas is None:
-            self.schemas = dict(_schemas(self.record))
-        return self.schemas.get(tool)
+    @cached_property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """{name: schema of the parameters} of the record's tools."""
+        return dict(_schemas(self.record))
 
 
 def _schemas(record: Any) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -156,6 +150,11 @@ def _schemas(record: Any) -> Iterable[tuple[str, dict[str, Any]]]:
             function = tool.get("function", tool)
             if isinstance(function, dict) and isinstance(function.get("name"), str) and "parameters" in function:
                 yield function["name"], _parsed(function.get("parameters"), dict)
+
+
+def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
 def _parsed(value: Any, kind: type) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from row_files import assistant, calls, read, user, write_lines
 
-from dpo_dist.data.padding import evidence_of
+from dpo_dist.data.padding import Evidence
 
 
 def tool(name: str, required: list[str] | None = None, **properties: object) -> dict:
@@ -94,9 +94,19 @@ def test_a_required_null_is_meant_even_where_a_table_may_have_written_it(tmp_pat
         assert arguments(read(path)[0][0].chosen[0]) == {"town": "Paris", "unit": None}
 
 
-def test_a_null_for_what_the_tool_does_not_take_is_padding(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", row([WEATHER], calls("weather", {"town": "Paris", "zone": None})))
+def test_a_null_for_what_another_tool_takes_is_padding(tmp_path):
+    both = [WEATHER, tool("clock", zone=MAYBE_TEXT)]
+    paris = calls("weather", {"town": "Paris", "zone": None})
+    for others in ([], [row(both, calls("clock", {"town": None, "zone": "utc"}))], [row(both, calls("clock", {}))]):
+        path = write_lines(tmp_path / "rows.jsonl", row(both, paris), *others)
+        assert arguments(read(path)[0][0].chosen[0]) == {"town": "Paris"}
+    path = write_lines(tmp_path / "rows.jsonl", row([WEATHER], paris), row([CLOCK], calls("clock", {"zone": "utc"})))
     assert arguments(read(path)[0][0].chosen[0]) == {"town": "Paris"}
+
+
+def test_a_null_for_what_no_tool_takes_is_meant_if_nothing_else_ever_stands_there(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", row([WEATHER], calls("weather", {"town": "Paris", "made_up": None})))
+    assert arguments(read(path)[0][0].chosen[0]) == {"town": "Paris", "made_up": None}
 
 
 def test_nulls_in_lists_are_never_padding(tmp_path):
@@ -134,8 +144,11 @@ def test_nulls_of_messages_never_matter(tmp_path):
     assert (found.prompt, found.chosen, found.rejected) == ((user("q"),), (assistant("a"),), (assistant("b"),))
 
 
-def test_what_a_file_says_of_its_nulls_is_what_its_messages_and_tools_say():
-    assert evidence_of([{"a": 1, "meta": {"x": 1}}, {"b": 1, "meta": {"y": 1}}]).a_table
-    assert evidence_of([{"prompt": [user("q"), assistant("a")]}]).a_table
-    assert not evidence_of([{"prompt": [user("q"), calls("f", {})]}]).a_table
-    assert not evidence_of([{"tools": [tool("f", a=TEXT), tool("g", b=TEXT)]}]).a_table
+@pytest.mark.parametrize("records, a_table", [
+    ([{"a": 1, "meta": {"x": 1}}, {"b": 1, "meta": {"y": 1}}], True),
+    ([{"prompt": [user("q"), assistant("a")]}], True),
+    ([{"prompt": [user("q"), calls("f", {})]}], False),
+    ([{"tools": [tool("f", a=TEXT), tool("g", b=TEXT)]}], False),
+])
+def test_whether_a_table_wrote_a_file_is_told_from_its_messages_and_tools(records, a_table):
+    assert Evidence(lambda: records).a_table == a_table
