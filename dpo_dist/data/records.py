@@ -26,27 +26,26 @@ class BadRow:
 
 def json_ready(value: Any) -> Any:
     """The value with what JSON has no word for (dates, bytes, NaN) as text."""
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | int):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):
         return {str(key): json_ready(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [json_ready(inner) for inner in value]
-    return str(value)
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def canonical(value: Any) -> bytes:
-    """One way to write a record: the same bytes from every kind of file, whatever the order of its fields, and whether
-    an absent field is left out or null."""
-    return json.dumps(_plain(json_ready(value)), sort_keys=True, ensure_ascii=True).encode()
+    """One way to write a record: the same bytes from every kind of file, whatever the order of its fields, whether an
+    absent field is left out or null, and 5 or 5.0, since a table knows one kind of number a column."""
+    return json.dumps(_plain(value), sort_keys=True, default=str).encode()
 
 
 def _plain(value: Any) -> Any:
-    """Without nulls, and 5.0 as 5: a table knows one kind of number a column."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
