@@ -165,6 +165,15 @@ def test_ultrafeedback_binarized(tmp_path):
     assert row.record == {"chosen_rating": 8.0, "rejected_rating": 5.5}
 
 
+@pytest.mark.parametrize("format", ["distilabel", "ultrafeedback", "preference", "messages"])
+def test_binarized_rows_may_go_by_the_name_of_where_they_come_from(tmp_path, format):
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": "q", "chosen": [user("q"), assistant("x")],
+                                                 "rejected": [user("q"), assistant("y")],
+                                                 "chosen_rating": 4, "rejected_rating": 1})
+    (row,), _ = read(path, format)
+    assert isinstance(row, PreferenceRow) and (row.prompt, row.strength) == ((user("q"),), 3.0)
+
+
 # ----------------------------------------------------------------------------------------------------------- annotators
 
 
@@ -237,6 +246,22 @@ def test_argilla_1_records_have_labels_or_rankings(tmp_path, preference):
         "preference-suggestion": None, "preference-suggestion-metadata": {"agent": None}, "metadata": "{}"})
     assert (row.prompt, row.chosen, row.rejected) == ("q", "y", "x")
     assert row.record == {"annotators": [{"annotator": "u", "preference": "chosen", "status": "submitted"}]}
+
+
+@pytest.mark.parametrize("value", [
+    "response_2", "Response 2", "response-2 is slightly better", "2", "second", "right", ["response_2", "response_1"],
+    ["response_2"], [{"value": "response_1", "rank": 2}, {"value": "response_2", "rank": 1}],
+])
+def test_argilla_annotators_name_the_better_answer_in_many_ways(tmp_path, value):
+    (row,) = told(tmp_path, "argilla", {"prompt": "q", "response_1": "x", "response_2": "y", "model_1": "m",
+                                        "model_2": "n", "better.responses": [value], "why.responses": ["so"]})
+    assert (row.chosen, row.rejected, row.strength) == ("y", "x", 1.0)
+
+
+def test_argilla_rankings_of_three_answers_give_all_pairs(tmp_path):
+    rows = told(tmp_path, "argilla", {"prompt": "q", "answer-a": "x", "answer-b": "y", "answer-c": "z",
+                                      "order.responses": [["answer-b", "answer-c", "answer-a"]]})
+    assert [(row.chosen, row.rejected) for row in rows] == [("y", "x"), ("z", "x"), ("y", "z")]
 
 
 def test_argilla_records_as_they_are(tmp_path):

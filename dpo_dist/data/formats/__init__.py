@@ -44,8 +44,8 @@ FORMATS: dict[str, Format] = {
     "preference": Format(preference, "prompt, chosen, rejected (texts)",
                          lambda f: _texts(f, "prompt", "chosen", "rejected")),
     "messages": Format(messages, "chosen, rejected (lists of {role, content}), and prompt unless they begin with it",
-                       lambda f: _has(f, "chosen", "rejected") and any(
-                           isinstance(f.get(key), list | dict) for key in ("prompt", "messages", "chosen"))),
+                       lambda f: _has(f, "chosen", "rejected") and any(isinstance(f.get(key), list | dict) for key in (
+                           "prompt", "messages", "chosen", "rejected"))),
     "sharegpt": Format(sharegpt, "conversations, chosen, rejected ({from, value})",
                        lambda f: _has(f, "conversations", "chosen", "rejected")),
     "hh": Format(hh, "chosen, rejected (transcripts 'Human: ... Assistant: ...')",

@@ -138,6 +138,10 @@ def _ranks(value: Any, answers: list[str]) -> dict[str, float] | None:
         value = [{"value": v, "rank": r} for v, r in zip(value["value"], value["rank"], strict=False)]
     if not isinstance(value, list) or not value:
         return None
+    if all(isinstance(entry, str) for entry in value):               # names alone, the best first
+        order = [_named(entry, answers) for entry in value]
+        return None if None in order else {answer: float(order.index(answer) if answer in order else len(order))
+                                           for answer in answers}
     ranks = {}
     for entry in value:
         name = _named(entry.get("value"), answers) if isinstance(entry, dict) else None
@@ -153,13 +157,14 @@ def _named(label: Any, answers: list[str]) -> str | None:
     if not isinstance(label, str):
         return None
     plain = _plain(label)
-    for answer in answers:
-        if _plain(answer) == plain:
-            return answer
+    for same in (plain.__eq__, plain.startswith):        # "Response 1 is better" too
+        found = [answer for answer in answers if same(_plain(answer))]
+        if len(found) == 1:
+            return found[0]
     mark = _mark(label)
-    same = [answer for answer in answers if mark and _mark(answer) == mark]
-    if same:
-        return same[0]
+    marked = [answer for answer in answers if mark and _mark(answer) == mark]
+    if marked:
+        return marked[0]
     at = FIRST_AND_SECOND.get(plain, FIRST_AND_SECOND.get(mark or ""))
     return answers[at] if at is not None and len(answers) == 2 else None
 

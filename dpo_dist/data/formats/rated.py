@@ -9,7 +9,7 @@ from typing import Any
 from dpo_dist.data.fields import Fields, Unfit, first_of, need, number, number_or_none
 from dpo_dist.data.formats.format import DataRow
 from dpo_dist.data.formats.judgment import judgment_of, known
-from dpo_dist.data.formats.pairs import pair
+from dpo_dist.data.formats.pairs import pair, preference
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,21 @@ def ratings(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]
 
 
 def ultrafeedback(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]:
-    """{"instruction", "completions": [{"response", "overall_score", "model", "annotations"}]}: UltraFeedback's own."""
+    """{"instruction", "completions": [{"response", "overall_score", "model", "annotations"}]}: UltraFeedback's own; its
+    binarized rows as well."""
+    if "completions" not in fields and "chosen" in fields:
+        yield from preference(fields, where, source)
+        return
     need(fields, "instruction", "completions")
     yield from _pairs(fields, fields["instruction"], _rated(fields), where, source)
 
 
 def distilabel(fields: Fields, where: str, source: str) -> Iterator[DataRow | None]:
     """{"instruction" | "messages", "generations", "ratings", "generation_models"}. Generations that failed, or have no
-    rating, are null there and left out."""
+    rating, are null there and left out. Rows that have only its `chosen` and `rejected` as well."""
+    if "generations" not in fields and "chosen" in fields:
+        yield from preference(fields, where, source)
+        return
     need(fields, "generations", "ratings")
     generations, values = fields["generations"], fields["ratings"]
     if not isinstance(generations, list) or not isinstance(values, list) or len(generations) != len(values):
