@@ -53,6 +53,11 @@ def test_the_command_takes_columns():
     assert (dataset.columns, dataset.rows) == ({"prompt": "input.messages", "weight": None}, 5)
 
 
+def test_a_column_that_has_its_name_already_is_an_error():
+    with pytest.raises(UserError, match=r"data.eval\[0\].columns.prompt=prompt would do nothing"):
+        compose(["model.path=m", "data.train=a.jsonl", "data.eval=[{path: b.jsonl, columns: {prompt: prompt}}]"])
+
+
 # ---------------------------------------------------------------------------------------------------- text that is data
 
 
