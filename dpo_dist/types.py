@@ -114,7 +114,7 @@ class PackedBatch:
             return values
         ends = np.cumsum([completion.stop - completion.start for _, completion in self.slices()])
         assert len(values) == ends[-1], "a value for each completion token"
-        starts = torch.from_numpy(np.concatenate([[0], ends[:-1]]))
+        starts = self.offset.new_tensor([0, *ends[:-1].tolist()])
         return values[starts[self.sequence] + self.offset]
 
     def pinned(self) -> PackedBatch:

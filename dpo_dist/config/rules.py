@@ -5,11 +5,12 @@ Rules of a single variant stand beside its keys: an engine's in engines/, a clus
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.loss_options import LOSS_OPTIONS, MIXTURE
-from dpo_dist.config.schema import LossConfig, RunConfig
+from dpo_dist.config.schema import DatasetConfig, LossConfig, RunConfig
 
 PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
 
@@ -78,6 +79,9 @@ def _does_nothing(key: str, value: Any, why: str) -> UserError:
 
 
 def _validate_data(c: RunConfig) -> None:
+    for key, datasets in (("data.train", c.data.train), ("data.eval", c.data.eval)):
+        for i, dataset in enumerate(datasets):
+            _validate_dataset(f"{key}[{i}]", dataset)
     for i, dataset in enumerate(c.data.eval):
         if dataset.weight != 1.0:
             raise _does_nothing(f"data.eval[{i}].weight", dataset.weight, "held-out pairs are each counted once")
@@ -86,6 +90,17 @@ def _validate_data(c: RunConfig) -> None:
     if c.train.eval_every_steps and not c.data.eval and not c.data.eval_fraction:
         raise UserError(f"train.eval_every_steps={c.train.eval_every_steps} has nothing to evaluate; set data.eval or "
                         "data.eval_fraction=0.05")
+
+
+def _validate_dataset(key: str, dataset: DatasetConfig) -> None:
+    if Path(dataset.path).expanduser().exists():
+        for name in ("subset", "revision"):
+            if getattr(dataset, name) is not None:
+                raise _does_nothing(f"{key}.{name}", getattr(dataset, name),
+                                    f"'{dataset.path}' is a file or folder, and only a hub data set has a {name}")
+    for name, column in (dataset.columns or {}).items():
+        if column == name:
+            raise _does_nothing(f"{key}.columns.{name}", column, "that is its name already")
 
 
 def _validate_model(c: RunConfig) -> None:

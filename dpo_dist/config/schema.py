@@ -40,7 +40,8 @@ class ModelConfig:
 class DatasetConfig:
     path: str = option(RUN, TOKENS)
     format: Literal["auto", "preference", "messages", "sharegpt", "hh", "ratings",
-                    "token_ids"] = option(RUN, TOKENS, default="auto")
+                    "token_ids", "openai", "swift", "alpaca", "axolotl", "helpsteer", "nemo_rl", "distilabel",
+                    "ultrafeedback", "argilla", "kto"] = option(RUN, TOKENS, default="auto")
     weight: float = option(RUN, TOKENS, above=0, default=1.0)
     name: str | None = option(RUN, TOKENS, default=None)
     split: str = option(RUN, TOKENS, default="train")

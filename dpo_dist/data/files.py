@@ -14,13 +14,14 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.data.padding import Padding
+from dpo_dist.data.records import BadRow, Record
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 # what `datasets` leaves beside its data
@@ -29,27 +30,12 @@ SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z]
 CHUNK_CHARS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Record:
-    where: str                               # "file:12" (line) or "file:row 12" (both from 1)
-    value: Any                               # the row as written: a dict, unless the file is wrong
-
-
-@dataclass(frozen=True)
-class BadRow:
-    where: str
-    reason: str                              # one of a few fixed texts: bad rows are counted by it
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
 def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
     """The records of a data set, in file order. Raises UserError for what is missing or unreadable as a whole."""
     files = data_files(dataset)
     if files is None:
-        yield from _from_arrow(f"{dataset.path}[{dataset.split}]", _load_from_hub(dataset))
+        name = f"{dataset.path}/{dataset.subset}" if dataset.subset else dataset.path
+        yield from _from_arrow(f"{name}[{dataset.split}]", _load_from_hub(dataset))
         return
     for path in files:
         try:
@@ -122,10 +108,22 @@ def _read_file(path: Path) -> Iterator[Record | BadRow]:
     with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
         if ".csv" in path.suffixes:
             yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-        elif _first_character(stream) == b"[":
-            yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"))
         else:
-            yield from _read_json_lines(path, stream)
+            yield from _read_json(path, stream, Padding(lambda: _values(path)))
+
+
+def _read_json(path: Path, stream: IO[bytes], padding: Padding | None) -> Iterator[Record | BadRow]:
+    """padding None: the records just as they are written."""
+    if _first_character(stream) == b"[":
+        yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding)
+    else:
+        yield from _read_json_lines(path, stream, padding)
+
+
+def _values(path: Path) -> Iterator[Any]:
+    """The records of a JSON file once more, for what a whole file says of its nulls."""
+    with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
+        yield from (record.value for record in _read_json(path, stream, None) if isinstance(record, Record))
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -137,20 +135,21 @@ def _first_character(stream: IO[bytes]) -> bytes:
     return head[:1]
 
 
-def _read_json_lines(path: Path, stream: Iterable[bytes]) -> Iterator[Record | BadRow]:
+def _read_json_lines(path: Path, stream: Iterable[bytes], padding: Padding | None) -> Iterator[Record | BadRow]:
     for number, line in enumerate(stream, start=1):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                yield Record(where, json.loads(text))
+                value = json.loads(text)
+                yield Record(where, padding.without(value) if padding and "null" in text else value)
         except UnicodeDecodeError as error:
             yield BadRow(where, "broken JSON line", f"not UTF-8 at byte {error.start + 1}")
         except json.JSONDecodeError as error:
             yield BadRow(where, "broken JSON line", f"{error.msg} at column {error.colno}")
 
 
-def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
+def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iterator[Record]:
     """The entries of one big list, decoded one by one from a sliding window: the whole file is never in memory."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     window = stream.read(CHUNK_CHARS)
@@ -175,7 +174,7 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
             failure = "',' or ']' expected" if separator else "the list is not closed"
         if separator in (",", "]"):
             row += 1
-            yield Record(f"{path}:row {row}", value)
+            yield Record(f"{path}:row {row}", padding.without(value) if padding else value)
             at = end + (separator == ",")
         elif at_end:
             line = lines_before + window.count("\n", 0, end) + 1
@@ -201,22 +200,10 @@ def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
             if None in cells:
                 yield BadRow(where, "more cells than the header has")
                 continue
-            fields: dict[str, Any] = {key: text for key, text in cells.items() if text is not None}
-            # a CSV has only text: these three are numbers, or absent
-            for key in ("weight", "strength", "margin"):
-                text = fields.pop(key, "")
-                if text:
-                    fields[key] = _number_or_text(text)
-            yield Record(where, fields)
+            # an empty cell is what tables write for null
+            yield Record(where, {key: text for key, text in cells.items() if text})
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; mend the file") from error
-
-
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
@@ -231,24 +218,19 @@ def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
 
 def _from_arrow(name: str, rows: Iterable[Any]) -> Iterator[Record]:
     """Rows of an Arrow table, without the nulls that its one schema puts into every struct that lacks a field."""
+    padding = Padding(None)
     try:
         for number, row in enumerate(rows, start=1):
-            yield Record(f"{name}:row {number}", _without_nulls(row))
+            yield Record(f"{name}:row {number}", padding.without(row))
     except ValueError as error:              # pyarrow's own errors are ValueErrors
         raise UserError(f"{name} cannot be read: {error}; mend or replace the file") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _load_from_hub(dataset: DatasetConfig) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(dataset.path, split=dataset.split)
+        return datasets.load_dataset(dataset.path, dataset.subset, split=dataset.split, revision=dataset.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:    # offline and not found are OSErrors
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         if offline:
@@ -256,6 +238,8 @@ def _load_from_hub(dataset: DatasetConfig) -> Any:
             remedy = "set run.offline=false to download it, or give"
         else:
             why = str(error).splitlines()[0]
-            remedy = "check the name and split, or give"
-        raise UserError(f"data path '{dataset.path}' (split '{dataset.split}') is no file or folder in {Path.cwd()}, "
-                        f"and cannot be loaded as a hub data set: {why}; {remedy} a file") from error
+            remedy = "check name, split, subset and revision, or give"
+        asked = ", ".join(f"{key} '{value}'" for key in ("split", "subset", "revision")
+                          if (value := getattr(dataset, key)))
+        raise UserError(f"data path '{dataset.path}' ({asked}) is no file or folder in {Path.cwd()}, and "
+                        f"cannot be loaded as a hub data set: {why}; {remedy} a file") from error

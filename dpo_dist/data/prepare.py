@@ -123,6 +123,7 @@ def _why_none(reports: list[dict[str, Any]]) -> str:
     read = sum(report["read"]["rows"] for report in reports)
     reasons: Counter[str] = Counter()
     for report in reports:
+        reasons.update(report["read"]["no_pair"])
         reasons.update(report["read"]["bad"]["counts"])
         reasons.update(report["tokens"]["dropped"]["counts"])
     return f"{read} row(s) read; " + ("; ".join(f"{reason}: {n}" for reason, n in reasons.items())

@@ -1,6 +1,6 @@
 """A data set's records → checked rows, streamed, with a report of what became of them.
 
-A record that does not fit its format (formats.py) is a bad row, with file, line and reason: an error, or left out and
+A record that does not fit its format (formats/) is a bad row, with file, line and reason: an error, or left out and
 counted (data.on_bad_row).
 """
 from __future__ import annotations
@@ -11,12 +11,16 @@ from typing import Any, Literal
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
-from dpo_dist.data.fields import Unfit
-from dpo_dist.data.files import BadRow, Record, read_records
-from dpo_dist.data.formats import FORMATS, DataRow, detect_format
+from dpo_dist.data.columns import Columns, check_seen, named
+from dpo_dist.data.fields import Fields, Unfit
+from dpo_dist.data.files import read_records
+from dpo_dist.data.formats import FORMATS, DataRow, Format, NoPair
+from dpo_dist.data.records import BadRow, Record
+from dpo_dist.data.sample import Threshold, sampled, threshold
 from dpo_dist.types import PreferenceRow, TokenizedPair
 
 EXAMPLES_PER_REASON = 3
+Entry = Record | BadRow | NoPair             # what a data set consists of, before its rows are read
 
 
 @dataclass
@@ -42,7 +46,76 @@ class ReadReport:
     rows: int = 0                            # records read
     pairs: int = 0                           # judgments that they gave (one row of ratings may give many)
     ties: int = 0                            # pairs of equally rated responses: no judgment
+    no_pair: dict[str, int] = field(default_factory=dict)            # sound rows that give no pair, by reason
     bad: Tally = field(default_factory=Tally)
+
+
+# ------------------------------------------------------------------------------------------ what is decided beforehand
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set's rows are read: what has to be known of all of it before the first row is."""
+
+    format: str
+    limit: Threshold | None = None           # which records data.train[].rows takes; None = all
+
+
+def plan_reading(dataset: DatasetConfig) -> Plan:
+    """The format of a data set, and which of its records are read. Goes through the files once for `rows`, and as far
+    as the first row that fits for `auto`. Raises UserError."""
+    columns = Columns(dataset.columns)
+    form: str = dataset.format
+    if form == "auto":
+        form = told_format(named(read_records(dataset), columns), columns, dataset.path)
+    limit = None
+    if dataset.rows is not None:
+        limit = threshold(entries(dataset, FORMATS[form], Columns(dataset.columns)), dataset.rows)
+    return Plan(form, limit)
+
+
+def told_format(records: Iterator[Record | BadRow], columns: Columns, path: str) -> str:
+    """The format of the first row that fits one; rows before it that fit none are bad rows like any other.
+
+    Of the formats whose fields a row has, the first that can read it. If no row can be read, the first whose fields
+    some row has, so that what is wrong with the rows is said. Raises UserError where there is none.
+    """
+    likely, first = None, None
+    for record in records:
+        if isinstance(record, BadRow):
+            continue
+        first = first or record
+        candidates = [name for name, entry in FORMATS.items() if entry.fits(record.value)]
+        for name in candidates:
+            gives = _gives(FORMATS[name], record.value)
+            if gives == "a judgment":
+                return name
+            if gives == "none":              # of this format, but not enough to tell it from the others
+                break
+        likely = likely or next(iter(candidates), None)
+    check_seen(columns.unseen, path)
+    if likely:
+        return likely
+    if first is None:
+        return "preference"                  # no row at all: whatever is wrong is said when they are read
+    known = "".join(f"\n  {name}: {entry.needs}" for name, entry in FORMATS.items())
+    raise UserError(f"{first.where}: no format fits the fields {', '.join(first.value) or '(none)'}, and none fits a "
+                    "later row; name your columns in its data entry, as in data.train=[{path: ..., columns: {prompt: "
+                    f"question, chosen: good, rejected: bad}}}}]. The formats and what they need:{known}")
+
+
+def _gives(form: Format, fields: Fields) -> Literal["a judgment", "none", "bad"]:
+    if form.group:
+        return "a judgment"
+    try:
+        found = [outcome if outcome is None or isinstance(outcome, NoPair) else checked(outcome)
+                 for outcome in form.read(fields, "", "")]
+    except Unfit:
+        return "bad"
+    return "none" if all(isinstance(outcome, NoPair) for outcome in found) else "a judgment"
+
+
+# ----------------------------------------------------------------------------------------------------- reading the rows
 
 
 def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> tuple[Iterator[DataRow], ReadReport]:
@@ -56,18 +129,17 @@ def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> t
 
 
 def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterator[DataRow]:
-    for record in read_records(dataset):
-        report.rows += 1
-        for outcome in _outcomes(record, report):
-            if outcome is None:
-                report.ties += 1
-            elif isinstance(outcome, BadRow):
-                report.bad.add(outcome.reason, str(outcome))
-            elif on_bad_row == "skip" or not report.bad.counts:      # after a first bad row the rest is only counted
+    plan, columns = plan_reading(dataset), Columns(dataset.columns)
+    report.format = plan.format
+    form = FORMATS[plan.format]
+    for entry in sampled(entries(dataset, form, columns), plan.limit):
+        for row in rows_of(entry, form, report):
+            if on_bad_row == "skip" or not report.bad.counts:        # after a first bad row the rest is only counted
                 report.pairs += 1
-                yield outcome
+                yield row
     if not report.rows:
         raise UserError(f"data path '{dataset.path}' has no rows; give a file with rows, or remove it")
+    check_seen(columns.unseen, dataset.path)
     if on_bad_row == "error" and report.bad.counts:
         shown = "".join(f"\n  {text}" for texts in report.bad.examples.values() for text in texts)
         raise UserError(f"{sum(report.bad.counts.values())} bad row(s) of {report.rows} in '{dataset.path}' (format "
@@ -75,27 +147,41 @@ def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterat
                         "mend them, or set data.on_bad_row=skip to leave them out and count them")
 
 
-def _outcomes(record: Record | BadRow, report: ReadReport) -> Iterator[DataRow | BadRow | None]:
-    """What a record gives: rows, None for a tie, or what is wrong with it."""
-    if isinstance(record, BadRow):
-        yield record
-        return
+def entries(dataset: DatasetConfig, form: Format, columns: Columns) -> Iterator[Entry]:
+    """The records of a data set under the names that formats know, grouped as the format asks for."""
+    records = named(read_records(dataset), columns)
+    return form.group(records) if form.group else records
+
+
+def rows_of(entry: Entry, form: Format, report: ReadReport) -> Iterator[DataRow]:
+    """The rows that an entry gives; what else becomes of it is counted in the report."""
+    report.rows += entry.rows if isinstance(entry, Record) else 1
+    outcomes = _outcomes(entry, form, report.source) if isinstance(entry, Record) else iter([entry])
+    for outcome in outcomes:
+        if outcome is None:
+            report.ties += 1
+        elif isinstance(outcome, NoPair):
+            report.no_pair[outcome.reason] = report.no_pair.get(outcome.reason, 0) + 1
+        elif isinstance(outcome, BadRow):
+            report.bad.add(outcome.reason, str(outcome))
+        else:
+            yield outcome
+
+
+def _outcomes(record: Record, form: Format, source: str) -> Iterator[DataRow | BadRow | NoPair | None]:
+    """What a record gives: rows, None for a tie, NoPair, or what is wrong with it."""
     try:
-        if not isinstance(record.value, dict):
-            raise Unfit("the row is not an object with fields", type(record.value).__name__)
-        fields = {key: value for key, value in record.value.items() if value is not None}
-        if report.format == "auto":
-            report.format = detect_format(fields, record.where)
-        for row in FORMATS[report.format].read(fields, record.where, report.source):
+        for row in form.read(record.value, record.where, source):
             try:
-                yield row if row is None else _checked(row)
+                yield row if row is None or isinstance(row, NoPair) else checked(row)
             except Unfit as unfit:           # one pair of a ratings row may be bad, the others good
                 yield BadRow(record.where, unfit.reason, unfit.detail)
     except Unfit as unfit:
         yield BadRow(record.where, unfit.reason, unfit.detail)
 
 
-def _checked(row: DataRow) -> DataRow:
+def checked(row: DataRow) -> DataRow:
+    """The row, if prompt and completions are there, differ, and are said by whom they must be. Raises Unfit."""
     if isinstance(row, TokenizedPair):
         parts: tuple[Any, ...] = (row.prompt_ids, row.chosen_ids, row.rejected_ids)
     else:

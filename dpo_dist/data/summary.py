@@ -31,6 +31,7 @@ def _source_lines(read: dict[str, Any], tokens: dict[str, Any]) -> list[str]:
     cut = f" ({tokens['truncated']:,} truncated)" if tokens["truncated"] else ""
     lines = [f"  {read['source']} ({read['format']}): {read['rows']:,} rows read, {tokens['kept']:,} pairs "
              f"kept{cut}{ties}"]
+    lines += [f"    without a pair: {count:,} × {reason}" for reason, count in read["no_pair"].items()]
     for verb, tally in (("bad", read["bad"]), ("dropped", tokens["dropped"]), ("WARNING, kept", tokens["left_out"])):
         for reason, count in sorted(tally["counts"].items(), key=lambda item: -item[1]):
             lines.append(f"    {verb}: {count:,} × {reason}, e.g. {tally['examples'][reason][0]}")

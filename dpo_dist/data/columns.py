@@ -1,0 +1,93 @@
+"""A file's own columns → the names that formats know: data.train[].columns, and chats and lists that stand as text."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpo_dist.config.errors import UserError
+from dpo_dist.data.fields import Fields, Unfit
+from dpo_dist.data.messages import chat_in_text
+from dpo_dist.data.records import BadRow, Record
+
+ABSENT = object()
+# Where these hold text, as in a CSV, it is that of a JSON list.
+LISTS = ("responses", "completions", "ratings", "scores", "generations", "generation_models", "history",
+         "individual_preference", "prompt_ids", "chosen_ids", "rejected_ids")
+# Text of these that looks like a chat must be one; text of other columns may be anything.
+CHATS = ("prompt", "chosen", "rejected", "messages", "conversations", "context", "completion", "chosen_response",
+         "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output")
+
+
+class Columns:
+    """data.train[].columns: {a name that formats know: the column that holds it, None for no column}."""
+
+    def __init__(self, names: Mapping[str, str | None] | None):
+        self.names = names or {}
+        # the columns that no row had so far
+        self.unseen = {column for column in self.names.values() if column is not None}
+
+    def fields_of(self, value: Any) -> Fields:
+        """The row's fields under the names that formats know, without nulls, chats read. Raises Unfit."""
+        if not isinstance(value, dict):
+            raise Unfit("the row is not an object with fields", type(value).__name__)
+        named = self._renamed(value) if self.names else value
+        fields = {key: inner for key, inner in named.items() if inner is not None}
+        for key, inner in fields.items():
+            if isinstance(inner, str) and inner.lstrip()[:1] in ("[", "{"):
+                fields[key] = _read_text(key, inner)
+        return fields
+
+    def _renamed(self, row: Fields) -> Fields:
+        """The row with each named column under its new name alone; what stood under that name before is gone."""
+        found = {name: ABSENT if column is None else _look_up(row, column) for name, column in self.names.items()}
+        if self.unseen:
+            self.unseen -= {column for name, column in self.names.items() if found[name] is not ABSENT and column}
+        rest = {key: value for key, value in row.items() if key not in self.names and key not in self.names.values()}
+        return rest | {name: value for name, value in found.items() if value is not ABSENT}
+
+
+def _look_up(row: Fields, column: str) -> Any:
+    """The column's value; with dots, as in input.messages, that of an object within the row."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for key in column.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return ABSENT
+        value = value[key]
+    return value
+
+
+def _read_text(key: str, text: str) -> Any:
+    if key in LISTS or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            return text
+        return value if isinstance(value, list) or (isinstance(value, dict) and "messages" in value) else text
+    try:
+        return chat_in_text(text, key)
+    except Unfit:
+        if key in CHATS:
+            raise
+        return text
+
+
+def named(records: Iterator[Record | BadRow], columns: Columns) -> Iterator[Record | BadRow]:
+    """The records with their fields under the names that formats know; a bad row for each that has no fields."""
+    for record in records:
+        if isinstance(record, Record):
+            try:
+                yield Record(record.where, columns.fields_of(record.value))
+            except Unfit as unfit:
+                yield BadRow(record.where, unfit.reason, unfit.detail)
+        else:
+            yield record
+
+
+def check_seen(unseen: set[str], path: str) -> None:
+    """UserError for columns of data.train[].columns that no row has."""
+    if unseen:
+        raise UserError(f"columns names {', '.join(map(repr, sorted(unseen)))}, which no row of '{path}' has; mend "
+                        "`columns` in its data entry")

@@ -1,0 +1,31 @@
+"""What a data format is: how its rows are told from others, grouped where a pair takes several, and read."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from dpo_dist.data.fields import Fields
+from dpo_dist.data.records import BadRow, Record
+from dpo_dist.types import PreferenceRow, TokenizedPair
+
+DataRow = PreferenceRow | TokenizedPair
+
+
+@dataclass(frozen=True)
+class NoPair:
+    """A record that is sound, but holds no judgment between two answers; counted by its reason."""
+
+    reason: str
+
+
+# What a record gives: pairs, None for a tie, NoPair
+Outcome = DataRow | NoPair | None
+
+
+@dataclass(frozen=True)
+class Format:
+    read: Callable[[Fields, str, str], Iterator[Outcome]]            # (fields, where, source); raises Unfit
+    needs: str                               # for a person
+    fits: Callable[[Fields], bool]           # could a row with these fields be of this format?
+    # records of one answer each → records of a pair, streamed; before rows are read
+    group: Callable[[Iterable[Record | BadRow]], Iterator[Record | BadRow | NoPair]] | None = None
