@@ -27,9 +27,10 @@ class TemplateMisfit(Exception):
     """A row that the chat template refuses, renders without a boundary between prompt and completion, or in part."""
 
     def __init__(self, problem: str, reason: str = "does not fit the chat template",
-                 remedy: str = "mend the row or data.chat_template"):
+                 remedy: str = "mend the row or data.chat_template", detail: str | None = None):
         super().__init__(problem)
-        self.reason, self.remedy = reason, remedy        # reason: by which such rows are counted
+        self.reason, self.remedy = reason, remedy        # reason: by which such rows are counted ...
+        self.detail = problem if detail is None else detail          # ... and what is shown beside it
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class PairTokenizer:
                 return self._rendered(row, self.templates)
             except TemplateMisfit as misfit:
                 if self.config.on_bad_row == "skip":
-                    return Dropped(row.where, misfit.reason, str(misfit))
+                    return Dropped(row.where, misfit.reason, misfit.detail)
                 raise UserError(f"{row.where}: {misfit}; {misfit.remedy}, or set data.on_bad_row=skip to leave such "
                                 "rows out and count them") from misfit
         if row.template_kwargs:
@@ -186,7 +186,8 @@ def _left_out(said: Said, template: str) -> TemplateMisfit:
     where = f"{said.part} turn {said.turn + 1}: " if said.turn >= 0 else ""
     return TemplateMisfit(
         f"{where}the chat template ({template}) leaves out {said.what}: {said.text[:60]!r}", said.kind,
-        "mend the row or data.chat_template, set data.on_missing_content=warn to train on what is shown")
+        "mend the row or data.chat_template, set data.on_missing_content=warn to train on what is shown",
+        f"{where}{said.text[:60]!r}; template: {template}")
 
 
 # ----------------------------------------------------------------------------------------------------------- truncation
