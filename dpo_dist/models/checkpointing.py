@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.config.errors import UserError
@@ -33,7 +34,8 @@ _MUCH_WIDER = 8                                                     # columns of
 def decoder_layers(model: Any) -> list[GradientCheckpointingLayer]:
     """The language model's layers that can be recomputed, from the first to the last."""
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return [m for m in backbone(lm).modules() if isinstance(m, GradientCheckpointingLayer)]
+    text = backbone(lm) if isinstance(lm, PreTrainedModel) else lm
+    return [m for m in text.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(model: nn.Module, how: bool | int) -> None:

@@ -129,4 +129,4 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
 
 def _matrices(lm: Any) -> int:
     """Elements of the weights of a model's layers."""
-    return sum(p.numel() for name, p in lm.named_parameters() if ".layers." in name and p.ndim >= 2)
+    return sum(p.numel() for name, p in lm.named_parameters() if "layers." in name and p.ndim >= 2)
