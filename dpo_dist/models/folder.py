@@ -207,34 +207,40 @@ def _compare(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Tied:
     if getattr(head, "weight", None) is None or getattr(embedding, "weight", None) is None:
         return Tied(False, False)                        # ScoredModel says what is missing
     flag = head.weight is embedding.weight
-    tensors = stored_tensors(folder)
-    stored_embedding, stored_head = (_stored(lm, module, tensors) for module in (embedding, head))
-    if stored_embedding is None:
+    matrices = {name: t for name, t in stored_tensors(folder).items() if _may_be_either(name, t)}
+    of_embedding, of_head = (_named_as(lm, module, matrices) for module in (embedding, head))
+    if of_embedding is None:
         return Tied(flag, flag)
-    if stored_head is None:
-        alike = [name for name, t in tensors.items() if t.shape == stored_embedding.shape and _outside_layers(name)]
-        if not flag and len(alike) == 1 and head.weight.shape == embedding.weight.shape:
-            raise UserError(f"{folder}/config.json says tie_word_embeddings=false, but the weight files hold no output "
-                            f"head beside the embedding ({alike[0]}). If the embedding is the head, set "
-                            "tie_word_embeddings to true in config.json; otherwise the files are incomplete: copy "
-                            "them again")
-        return Tied(flag, flag)
-    return Tied(flag, flag and _same_bytes(stored_embedding, stored_head))
+    others = [name for name, t in matrices.items() if name != of_embedding and t.shape == matrices[of_embedding].shape]
+    if of_head is None and len(others) == 1:
+        of_head = others[0]                              # renamed when it is loaded, as GPT-NeoX's embed_out is
+    for name, module in ((of_embedding, embedding), (of_head, head)):
+        if name and matrices[name].shape[0] != len(module.weight):
+            raise UserError(f"{folder}/config.json has a vocabulary of {len(module.weight)}, but {name} in the weight "
+                            f"files has {matrices[name].shape[0]} rows; set vocab_size to {matrices[name].shape[0]} "
+                            "in config.json")
+    if of_head is not None:
+        return Tied(flag, flag and _same_bytes(matrices[of_embedding], matrices[of_head]))
+    if not flag and not others and head.weight.shape == embedding.weight.shape:
+        raise UserError(f"{folder}/config.json says tie_word_embeddings=false, but the weight files hold no output "
+                        f"head beside the embedding ({of_embedding}). If the embedding is the head, set "
+                        "tie_word_embeddings to true in config.json; otherwise the files are incomplete: copy them "
+                        "again")
+    return Tied(flag, flag)
 
 
-def _stored(lm: Any, module: Any, tensors: dict[str, Stored]) -> Stored | None:
-    """A module's weight in the files, where prefixes may be others than in the model."""
-    leaf = next(name for name, m in lm.named_modules() if m is module).rpartition(".")[2]
-    wanted = f"{leaf}.weight"
-    found = [t for name, t in tensors.items()
-             if (name == wanted or name.endswith(f".{wanted}")) and _outside_layers(name)
-             and len(t.shape) == 2 and t.shape[1] == module.weight.shape[1]]
+def _named_as(lm: Any, module: Any, matrices: dict[str, Stored]) -> str | None:
+    """What a module's weight is called in the files, where prefixes may be others than in the model."""
+    wanted = next(name for name, m in lm.named_modules() if m is module).rpartition(".")[2] + ".weight"
+    found = [name for name, matrix in matrices.items()
+             if f".{name}".endswith(f".{wanted}") and matrix.shape[1] == module.weight.shape[1]]
     return found[0] if len(found) == 1 else None
 
 
-def _outside_layers(name: str) -> bool:
-    """Layers that predict further tokens ahead may have copies of both matrices."""
-    return not any(part.isdigit() for part in name.split("."))
+def _may_be_either(name: str, tensor: Stored) -> bool:
+    """Layers that predict further tokens ahead may have copies of both matrices; positions have an embedding too."""
+    parts = name.split(".")
+    return len(tensor.shape) == 2 and not any(part.isdigit() or "pos" in part or part == "wpe" for part in parts)
 
 
 def _same_bytes(one: Stored, other: Stored) -> bool:

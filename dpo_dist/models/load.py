@@ -131,10 +131,11 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
                 folder, config=config, dtype=dtype, attn_implementation=implementation, use_safetensors=True,
                 local_files_only=True, output_loading_info=True)
         except RuntimeError as error:
-            if "size" not in str(error):
+            if "mismatch" not in str(error):
                 raise
-            raise UserError(f"the weight files of {folder} hold other sizes than its config.json says: "
-                            f"{_sizes(str(error))}") from error
+            raise UserError(f"the weight files of {folder} hold other sizes than its config.json says (which, stands "
+                            "in the report above, and in the logs); give the config.json that belongs to them"
+                            ) from error
         if missing := sorted(found["missing_keys"]):
             raise UserError(f"the weight files of {folder} lack {len(missing)} weights of a {type(model).__name__}, "
                             f"which would be random: {', '.join(missing[:3])}; copy the model again, or correct "
@@ -154,12 +155,6 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
     if fused:
         fuse(model)
     return model
-
-
-def _sizes(problem: str) -> str:
-    """The lines of transformers' report that name sizes."""
-    lines = [line.strip() for line in problem.splitlines() if "size" in line or "ckpt" in line]
-    return "; ".join(lines[:3])
 
 
 @contextmanager
