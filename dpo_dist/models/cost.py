@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from dpo_dist.models.text import backbone, empty_lm, setting, text_config
+from dpo_dist.models.text import backbone, empty_lm, output_head, setting, text_config
 from dpo_dist.sizing.flops import Flops
 
 
 def forward_flops(config: PretrainedConfig) -> Flops:
     """Flops of the language model that `config` describes. Of experts, only those that a token visits count."""
     model = empty_lm(config)
-    text, head = text_config(config), model.get_output_embeddings().weight
+    text, head = text_config(config), output_head(model).weight
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in backbone(model).parameters() if p.ndim >= 2 and id(p) not in embeddings | {id(head)}]
     per_token = sum(2.0 * p.numel() * (_visited(text) if p.ndim == 3 else 1.0) for p in weights)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.text import empty_lm, text_config
+from dpo_dist.models.text import empty_lm, output_head, text_config
 
 ADAPTER = "adapter_config.json"
 _BLOCK_BYTES = 1 << 24
@@ -203,7 +203,7 @@ def tied_embeddings(folder: Path) -> Tied:
 @lru_cache(maxsize=32)
 def _compare(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Tied:
     lm = empty_lm(_as_written(folder))
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embedding, head = lm.get_input_embeddings(), output_head(lm)
     if getattr(head, "weight", None) is None or getattr(embedding, "weight", None) is None:
         return Tied(False, False)                        # ScoredModel says what is missing
     flag = head.weight is embedding.weight
@@ -211,7 +211,10 @@ def _compare(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Tied:
     of_embedding, of_head = (_named_as(lm, module, matrices) for module in (embedding, head))
     if of_embedding is None:
         return Tied(flag, flag)
-    others = [name for name, t in matrices.items() if name != of_embedding and t.shape == matrices[of_embedding].shape]
+    known = {_end(name) for name, p in lm.named_parameters(remove_duplicate=False)
+             if p is not embedding.weight and p is not head.weight}
+    others = [name for name, t in matrices.items() if name != of_embedding and _end(name) not in known
+              and t.shape == matrices[of_embedding].shape]
     if of_head is None and len(others) == 1:
         of_head = others[0]                              # renamed when it is loaded, as GPT-NeoX's embed_out is
     for name, module in ((of_embedding, embedding), (of_head, head)):
@@ -235,6 +238,11 @@ def _named_as(lm: Any, module: Any, matrices: dict[str, Stored]) -> str | None:
     found = [name for name, matrix in matrices.items()
              if f".{name}".endswith(f".{wanted}") and matrix.shape[1] == module.weight.shape[1]]
     return found[0] if len(found) == 1 else None
+
+
+def _end(name: str) -> str:
+    """The last parts of a weight's name, which prefixes do not change."""
+    return ".".join(name.split(".")[-2:])
 
 
 def _may_be_either(name: str, tensor: Stored) -> bool:

@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig, ModelConfig
 from dpo_dist.models.attention import Forest
+from dpo_dist.models.final_logits import final_logits
 from dpo_dist.models.folder import read_config, weight_files
 from dpo_dist.models.fused import fuse
 from dpo_dist.models.head import LogpHead
@@ -26,8 +27,9 @@ from dpo_dist.models.text import (
     has_other_parts,
     head_name,
     lm_class,
-    setting,
-    text_config,
+    output_head,
+    text_part,
+    weights_between,
 )
 from dpo_dist.types import PackedBatch, TokenLogps
 
@@ -40,16 +42,19 @@ class ScoredModel(nn.Module):
         self.lm: Any = lm                                     # a transformers model, or a peft model around one
         self.attention = attention
         causal = self.causal
-        head, name = causal.get_output_embeddings(), head_name(causal)
+        head, name = output_head(causal), head_name(causal)
         if name is None:
             raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal "
                             "language model")
+        if between := weights_between(causal):
+            raise UserError(f"model.path: between its layers and its output head a {type(causal).__name__} has weights "
+                            f"({between[0]}) that log-probs are not computed with here; choose another model")
         if hasattr(head, "base_layer"):
             raise UserError(f"model.lora.target_modules names the output head '{name}', which cannot have "
                             "adapters here; leave it out")
         self._head_name = name
         parent, _, own = name.rpartition(".")
-        setattr(causal.get_submodule(parent), own, LogpHead(head, *_head_numerics(text_config(causal.config))))
+        setattr(causal.get_submodule(parent), own, LogpHead(head, *final_logits(causal.config)))
 
     @property
     def causal(self) -> Any:
@@ -89,25 +94,6 @@ def token_logps(model: nn.Module, batch: PackedBatch, collision: bool = False) -
     return TokenLogps(logps, log_collision if collision else None)
 
 
-# What configs call the number that final logits are multiplied with, divided by, and bounded by.
-_MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVIDES = ("logits_scaling",)
-_BOUNDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-def _head_numerics(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap) of the final logits: Granite divides, Cohere multiplies, Gemma bounds."""
-    scale = 1.0
-    for key in (*_MULTIPLIES, *_DIVIDES):
-        value = setting(config, key)
-        if isinstance(value, (int, float)) and value:
-            # HyperCLOVA X multiplies with what Granite divides by
-            scale *= 1 / value if key in _DIVIDES and not config.model_type.startswith("hyperclovax") else value
-    if base := setting(config, "dim_model_base"):                          # MiniCPM: of the last hidden state
-        scale *= base / config.hidden_size
-    return float(scale), next((cap for key in _BOUNDS if (cap := setting(config, key))), None)
-
-
 # ------------------------------------------------------------------------------------------------------------ from disk
 
 
@@ -126,10 +112,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
     config = read_config(folder)
 
     def load(implementation: str) -> PreTrainedModel:
+        part = text_part(config)                         # what sees images keeps its own attention
         try:
             model, found = lm_class(config).from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=implementation, use_safetensors=True,
-                local_files_only=True, output_loading_info=True)
+                folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
+                attn_implementation=implementation if part is None else {part: implementation},
+                output_loading_info=True)
         except RuntimeError as error:
             if "mismatch" not in str(error):
                 raise

@@ -3,13 +3,21 @@ stays as it is."""
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dpo_dist.config.errors import UserError
+
+TEXT = ("self", "input_ids")               # what a forward may demand
 
 
 def text_config(config: PretrainedConfig) -> Any:
@@ -30,14 +38,28 @@ def setting(config: PretrainedConfig, key: str) -> Any:
         return None
 
 
+def text_part(config: PretrainedConfig) -> str | None:
+    """Under which name a config holds the language model's; None where it is the whole."""
+    if not has_other_parts(config):
+        return None
+    return next(name for name, part in vars(config).items() if part is text_config(config))
+
+
 def lm_class(config: PretrainedConfig) -> Any:
-    """The class that holds all of the checkpoint, so that all of it can be exported. UserError where there is none."""
-    if has_other_parts(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"config.json describes a {config.model_type}, which transformers has no causal language model "
-                        "for; give a causal language model")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    """The class that holds all of the checkpoint, so that all of it can be exported. UserError where there is none, or
+    where it takes no text alone."""
+    preferred = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    for mapping in preferred[::-1] if has_other_parts(config) else preferred:
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            needed = [p.name for p in inspect.signature(found.forward).parameters.values()
+                      if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in TEXT]
+            if needed:
+                raise UserError(f"config.json describes a {config.model_type}, which takes no text alone (it needs "
+                                f"{', '.join(needed)}); give a causal language model")
+            return found
+    raise UserError(f"config.json describes a {config.model_type}, which transformers has no causal language model "
+                    "for; give a causal language model")
 
 
 def empty_lm(config: PretrainedConfig) -> Any:
@@ -48,13 +70,33 @@ def empty_lm(config: PretrainedConfig) -> Any:
 
 def backbone(lm: Any) -> Any:
     """The module that turns token ids into last hidden states: `lm` without its head and what sees images."""
-    return lm.get_decoder().base_model if has_other_parts(lm.config) else lm.base_model
+    if not has_other_parts(lm.config) and lm.base_model is not lm:
+        return lm.base_model
+    model = lm.get_decoder()
+    while model.get_output_embeddings() is not None:                          # a language model with a head of its own
+        inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
+        model = next(inner) if model.base_model is model else model.base_model
+    return model
+
+
+def output_head(lm: Any) -> Any:
+    """The module that turns hidden states into logits, also of a language model inside; None where there is none."""
+    heads = (m.get_output_embeddings() for m in lm.modules() if isinstance(m, PreTrainedModel))
+    return next((head for head in heads if head is not None), None)
 
 
 def head_name(lm: Any) -> str | None:
     """The name of the output head's module; None where there is none."""
-    head = lm.get_output_embeddings()
-    return next((name for name, module in lm.named_modules() if module is head), None)
+    head = output_head(lm)
+    return None if head is None else next(name for name, module in lm.named_modules() if module is head)
+
+
+def weights_between(lm: Any) -> list[str]:
+    """Names of a language model's weights that are neither its backbone's nor its head's."""
+    if has_other_parts(lm.config):
+        return []
+    known = {id(p) for module in (backbone(lm), output_head(lm)) for p in module.parameters()}
+    return [name for name, p in lm.named_parameters() if id(p) not in known]
 
 
 def layer_stack(lm: Any) -> nn.ModuleList:
@@ -68,4 +110,5 @@ def freeze_other_parts(lm: Any) -> None:
     if has_other_parts(lm.config):
         lm.requires_grad_(False)
         backbone(lm).requires_grad_(True)
-        lm.get_output_embeddings().requires_grad_(True)
+        if (head := output_head(lm)) is not None:
+            head.requires_grad_(True)

@@ -43,6 +43,7 @@ _FIXED = {
     NEAR: ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size",
            "local_attention", "index_topk", "keep_window_size", "rel_extent"),
     64: ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
+    2: ("index_kpool",),
     1: ("mamba_expand", "expand"),
 }
 _AT_MOST = {

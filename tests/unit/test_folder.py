@@ -78,7 +78,7 @@ def test_a_tied_model_with_one_matrix_stays_tied_under_either_name(tmp_path: Pat
 
 def test_a_head_that_is_said_to_be_there_and_is_not_is_refused_with_both_remedies(tmp_path: Path):
     folder = change(write_tiny_llama(tmp_path / "m", tie_word_embeddings=True), tie_word_embeddings=False)
-    with pytest.raises(UserError, match="tie_word_embeddings=false.* hold no output head.*to true in config.json"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings=false.* hold no output head.*to true in config\.json"):
         tied_embeddings(folder)
 
 
@@ -140,7 +140,7 @@ def test_missing_weights_are_refused_instead_of_drawn_at_random(tmp_path: Path):
 
 def test_a_vocabulary_of_another_size_than_the_embedding_is_refused_by_name(tmp_path: Path):
     folder = change(write_tiny_llama(tmp_path), vocab_size=70)
-    with pytest.raises(UserError, match=r"a vocabulary of 70, but .*embed_tokens\.weight in the weight files has 64 rows"):
+    with pytest.raises(UserError, match=r"a vocabulary of 70, but .*embed_tokens\.weight .* has 64 rows"):
         read_config(folder)
 
 
