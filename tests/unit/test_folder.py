@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import write_tiny_llama
+from conftest import write_text_and_image, write_tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dpo_dist.config.errors import UserError
@@ -109,27 +109,6 @@ def test_the_flag_of_a_text_part_is_corrected_too(tmp_path: Path):
     assert (config.tie_word_embeddings, config.text_config.tie_word_embeddings) == (False, False)
     written = truthful_json(tmp_path)
     assert (written["tie_word_embeddings"], written["text_config"]["tie_word_embeddings"]) == (False, False)
-
-
-def write_text_and_image(folder: Path, tied: bool = True) -> Path:
-    """Saves a random Gemma 3 that sees images."""
-    text = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=6, query_pre_attn_scalar=8,
-        layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=tied)
-    vision = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                                             num_attention_heads=2, image_size=28, patch_size=14)
-    torch.manual_seed(0)
-    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_id=63, boi_token_id=62,
-        eoi_token_id=61, tie_word_embeddings=tied))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.15)
-    model.tie_weights()
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_missing_weights_are_refused_instead_of_drawn_at_random(tmp_path: Path):
