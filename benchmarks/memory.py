@@ -90,7 +90,8 @@ def steps(folder: Path, vocabulary: int, budget: int) -> None:
 
     from dpo_dist.models.cost import forward_flops
     from dpo_dist.models.digest import model_digest
-    from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config
+    from dpo_dist.models.folder import read_config
+    from dpo_dist.models.load import ScoredModel, load_causal_lm
     from dpo_dist.policy.single import SinglePolicy
     from dpo_dist.reference.cache.fill import open_cache
     from dpo_dist.reference.cache.store import LogpCache, ReferenceKey

@@ -24,7 +24,8 @@ from dpo_dist.data.pack import Sequences, pack_pairs, pack_sequences
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
 from dpo_dist.models.cost import forward_flops
-from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config
+from dpo_dist.models.folder import read_config
+from dpo_dist.models.load import ScoredModel, load_causal_lm
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.cache.fill import fill, plan_fill
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey

@@ -23,7 +23,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
 from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import forward_flops
-from dpo_dist.models.load import read_config
+from dpo_dist.models.folder import read_config
 from dpo_dist.policy.make import make_policy
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.run.metrics import MetricSums

@@ -12,13 +12,14 @@ README = HERE.parent / "README.md"
 GPU_PAGE = HERE.parent / "docs" / "gpu.md"
 SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
+FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
         "ratings": "four rated responses a prompt, all six pairs"}
 
 
 def main(check: bool) -> int:
     changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
-                                                 (GPU_PAGE, GPU, gpu_table()))
+                                                 (README, FAMILIES, family_table()), (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
     return int(check and bool(changed))
 
@@ -122,6 +123,37 @@ def run_table(start: dict[str, Any], sweep: dict[str, Any], ahead: dict[str, Any
         f"{sizing['worst_memory_error']:.1%} |",
         f"| step times that `plan` predicts: pairs of runs in the wrong order (CPU seconds) | {len(order)} of "
         f"{sizing['pairs_of_runs']} |",
+    ])
+
+
+REFUSALS = {"encoder-decoder": "is an encoder-decoder", "not causal": "so it is not causal",
+            "takes no text without an image": "takes no text alone"}
+
+
+def family_table() -> str:
+    """A line for each outcome of benchmarks/families.py, with the families' names as in config.json's model_type."""
+    results = read("families")
+    families: dict[str, Any] = results["families"]
+
+    def line(label: str, outcome: str, why: Any = lambda why: True) -> str:
+        names = [name for name, found in families.items() if found["outcome"] == outcome and why(found.get("why", ""))]
+        return f"| {label} | {len(names)} | {', '.join(names)} |"
+
+    def worst(outcome: str) -> str:
+        errors = [f["logp_error"] for f in families.values() if f["outcome"] == outcome and f["dtype"] == "float64"]
+        return f"{max(errors):.0e}"
+
+    def other(why: str) -> bool:
+        return not any(part in why for part in REFUSALS.values())
+
+    return "\n".join([
+        f"| transformers {results['transformers']} | | `model_type` |", "|---|---|---|",
+        line(f"packed, prompts shared; log-probs within {worst('packed')} nats of the model's own forward in fp64",
+             "packed"),
+        line(f"padded rows; within {worst('padded')} nats", "padded"),
+        *(line(f"refused: {label}", "refused", lambda why, part=part: part in why) for label, part in REFUSALS.items()),
+        line("refused: other reasons, told in the message", "refused", other),
+        line("no tiny model of it could be made here, so step 0 decides", "not built"),
     ])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
+from dpo_dist.models.folder import truthful_json
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
@@ -22,8 +24,11 @@ from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-          "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+# What is copied of the model's folder: files of tokenizers (of whatever name), chat templates, processors of images ...
+COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# ... and what is not: written anew, or of another training
+NOT_COPIED = ("config.json", "*.index.json", "trainer_state.json", "*_results.json", "quantize_config.json",
+              "requirements*.txt", "LICENSE*", "README*")
 NAMED_TEMPLATES = "additional_chat_templates"        # a folder: {name}.jinja
 
 
@@ -40,13 +45,13 @@ def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunCon
 def _start(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model = json.loads((inputs.policy_folder / "config.json").read_text())
+    model = truthful_json(inputs.policy_folder)
     model.pop("torch_dtype", None)
     model["dtype"] = str(inputs.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-    for name in COPIED:
-        if (inputs.policy_folder / name).is_file():
-            shutil.copyfile(inputs.policy_folder / name, partial / name)
+    for file in sorted(inputs.policy_folder.iterdir()):
+        if file.suffix in COPIED and file.is_file() and not any(fnmatch(file.name, name) for name in NOT_COPIED):
+            shutil.copyfile(file, partial / file.name)
     copy_templates(inputs.policy_folder, partial, config.data.chat_template)
     (partial / "README.md").write_text(model_card(inputs, config, held_out))
 

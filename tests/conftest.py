@@ -85,6 +85,32 @@ def write_tiny_qwen2(folder: Path, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
+def write_text_and_image(folder: Path, tied: bool = True) -> Path:
+    """Saves a random Gemma 3 that sees images: two layers for text, three for images, and processor files."""
+    import torch
+    import transformers
+
+    text = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=6, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=tied)
+    vision = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                                             num_attention_heads=2, image_size=28, patch_size=14)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_id=63, boi_token_id=62,
+        eoi_token_id=61, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).write_text(json.dumps({"image_seq_length": 1}))
+    return folder
+
+
 _TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
          "initializer_range": 0.2, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}

@@ -7,7 +7,6 @@ scaled_dot_product_attention a branch.
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cache, cached_property
 from itertools import accumulate
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_dist.models.trial import first_line
+from dpo_dist.models.text import setting, text_config
 from dpo_dist.models.varlen import Attend, choose_kernel, visible_keys
-from dpo_dist.types import Span, Tree
+from dpo_dist.types import Tree
 
 
 class Forest:
@@ -81,11 +80,12 @@ def describe_attention(config: PretrainedConfig, dtype: torch.dtype, device: tor
     """How branch attention will be computed on this GPU, and why not faster; None on a CPU, where there is one way."""
     if device.type != "cuda":
         return None
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    config = text_config(config)
+    if setting(config, "attn_logit_softcapping") is not None:
         return "one masked call for each prompt and branch, which is slow (the model bounds its scores by a soft cap)"
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return str(choose_kernel(device, dtype, heads, getattr(config, "num_key_value_heads", None) or heads, head_dim))
+    heads = setting(config, "num_attention_heads") or 1
+    head_dim = setting(config, "head_dim") or config.hidden_size // heads
+    return str(choose_kernel(device, dtype, heads, setting(config, "num_key_value_heads") or heads, head_dim))
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float | None,
@@ -126,71 +126,3 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Te
 
 
 ALL_ATTENTION_FUNCTIONS.register("branch", branch_attention)
-
-
-# ----------------------------------------------------------------------------------- which models branch attention fits
-
-_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-          "vocab_size": 64, "n_embd": 32, "n_head": 4, "n_inner": 48, "sliding_window": 6, "query_pre_attn_scalar": 8,
-          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_WITH_HEADS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head",
-               "n_inner")
-
-
-def branch_misfit(config: PretrainedConfig) -> str | None:
-    """None where branch attention is exact for this architecture, else why not.
-
-    Found by trying: a tiny random model of the same architecture computes two branches packed, and a copy with the
-    architecture's own attention computes each row alone. Features that ours lacks (sinks, chunks) show here.
-    """
-    try:
-        error = _packed_error(tiny_model(config, "branch"), tiny_model(config, "eager"))
-    except Exception as problem:         # an unknown architecture may fail in any way
-        return first_line(problem)
-    return None if error < 1e-3 else f"packed and unpacked hidden states differ by {error:.2g}"
-
-
-def tiny_model(config: PretrainedConfig, attention: str, scale: int = 1) -> Any:
-    """A model of shrink(config, scale) in fp32, in evaluation mode, with the same random weights at every call."""
-    with torch.random.fork_rng(), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(shrink(config, scale), attn_implementation=attention,
-                                                 dtype=torch.float32).eval()
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2)
-    return model
-
-
-def shrink(config: PretrainedConfig, scale: int = 1) -> PretrainedConfig:
-    """The same architecture with 4 · scale heads of 8 (or 2 · scale key-value heads), a layer of each kind."""
-    small = copy.deepcopy(config)
-    wider = {key: scale * _SMALL[key] for key in _WITH_HEADS}
-    for key, value in {**_SMALL, **wider}.items():
-        if getattr(small, key, None) is not None:
-            setattr(small, key, value)
-    if getattr(small, "num_key_value_heads", None) and config.num_key_value_heads == config.num_attention_heads:
-        small.num_key_value_heads = small.num_attention_heads
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    layers = max(2, len(kinds))
-    if kinds:
-        small.layer_types = (kinds * 2)[:layers]
-    for key in ("num_hidden_layers", "n_layer"):
-        if hasattr(small, key):
-            setattr(small, key, layers)
-    return small
-
-
-@torch.no_grad()
-def _packed_error(model: Any, twin: Any) -> float:
-    """The largest difference between the hidden states of a pack by `model` and of its rows by `twin`, over their
-    largest."""
-    ids = torch.arange(3, 27)
-    prompt, left, right = ids[:10], ids[10:18], ids[18:]
-    tree = Tree(Span(0, 10), (Span(10, 18), Span(18, 24)))
-    positions = torch.tensor([*range(10), *range(10, 18), *range(10, 16)])
-    packed = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
-                              forest=Forest([tree])).last_hidden_state[0]
-    rows = [twin.base_model(input_ids=torch.cat([prompt, c])[None], use_cache=False).last_hidden_state[0]
-            for c in (left, right)]
-    wanted = torch.cat([rows[0], rows[1][10:]])
-    return ((packed - wanted).abs().max() / wanted.abs().max()).item()

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.models.text import backbone
 
 aten = torch.ops.aten
 # Not eager attention's bmm: its scores grow with the square of the length, so they are recomputed.
@@ -29,9 +31,11 @@ _ATTENTION = ("_attention", "_attn", "flash_attn")
 _MUCH_WIDER = 8                                                     # columns of a product over what it sums: LoRA's B
 
 
-def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be recomputed, from the first to the last."""
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+def decoder_layers(model: Any) -> list[GradientCheckpointingLayer]:
+    """The language model's layers that can be recomputed, from the first to the last."""
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text = backbone(lm) if isinstance(lm, PreTrainedModel) else lm
+    return [m for m in text.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(model: nn.Module, how: bool | int) -> None:

@@ -1,26 +1,24 @@
 """A model's Flops, from its config alone: on torch's meta device weights have shapes and no bytes."""
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from dpo_dist.models.text import backbone, empty_lm, output_head, setting, text_config
 from dpo_dist.sizing.flops import Flops
 
 
 def forward_flops(config: PretrainedConfig) -> Flops:
-    """Flops of the architecture that `config` describes. Of experts, only those that a token visits count."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    """Flops of the language model that `config` describes. Of experts, only those that a token visits count."""
+    model = empty_lm(config)
+    text, head = text_config(config), output_head(model).weight
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings().weight
-    weights = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings | {id(head)}]
-    per_token = sum(2.0 * p.numel() * (_visited(config) if p.ndim == 3 else 1.0) for p in weights)
-    return Flops(per_token, 2.0 * head.numel(), _attention(config))
+    weights = [p for p in backbone(model).parameters() if p.ndim >= 2 and id(p) not in embeddings | {id(head)}]
+    per_token = sum(2.0 * p.numel() * (_visited(text) if p.ndim == 3 else 1.0) for p in weights)
+    return Flops(per_token, 2.0 * head.numel(), _attention(text))
 
 
 def _visited(config: Any) -> float:
@@ -31,16 +29,22 @@ def _visited(config: Any) -> float:
 
 
 def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    counts = Counter(window if kind == "sliding_attention" else None for kind in kinds)
+    """Of each kind of layer that attends; layers with a state or a convolution cost nothing for each pair of tokens."""
+    heads, layers = (setting(config, key) or 0 for key in ("num_attention_heads", "num_hidden_layers"))
+    if not heads:
+        return ()
+    width = heads * (setting(config, "head_dim") or config.hidden_size // heads)
+    window = setting(config, "sliding_window")
+    kinds = setting(config, "layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+    counts = Counter(window if kind == "sliding_attention" else None for kind in kinds
+                     if kind not in WITHOUT_ATTENTION)
     # q k^T, and the probabilities' product with v
     return tuple((4.0 * width * n, window) for window, n in counts.items())
 
 
-def layer_elements(model: nn.Module, layers: int) -> int:
-    """Parameters of the largest decoder layer of a model that has so many, also where ZeRO-3 has sharded them."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    return max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in stacks[0])
+WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
+
+
+def layer_elements(layers: nn.ModuleList) -> int:
+    """Parameters of the largest of a model's decoder layers, also where ZeRO-3 has sharded them."""
+    return max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers)

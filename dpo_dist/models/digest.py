@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.models.folder import truthful_json
 
 # Keys of config.json that do not change what the weights compute.
 _VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures",
@@ -21,7 +22,7 @@ def model_digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(max_workers=4) as pool:      # hashing releases the interpreter lock
         tensors = sorted(entry for entries in pool.map(_tensor_digests, files) for entry in entries)
-    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in _VOLATILE}
+    config = {k: v for k, v in truthful_json(folder).items() if k not in _VOLATILE}
     whole = hashlib.blake2b(digest_size=16)
     for name, kind, digest in tensors:
         whole.update(f"{name}\0{kind}\0{digest}\n".encode())

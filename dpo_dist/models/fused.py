@@ -8,7 +8,6 @@ nearer to the truth.
 """
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.attention import shrink
+from dpo_dist.models.tiny import tiny_backbone
 from dpo_dist.models.trial import first_line, worst_error
 
 NORM, SWIGLU, ROTARY = "norms", "SwiGLU", "rotary embedding"
@@ -236,17 +235,16 @@ def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
             if device.type != "cuda":
                 return "there is no GPU"
             kernels = gpu_kernels()
-        small = shrink(config)
-        truth = _states_and_gradients(small, torch.float32, device, None)
+        truth = _states_and_gradients(config, torch.float32, device, None)
         if not truth[0].isfinite().all():
             return "its hidden states are not finite"
-        fused = _states_and_gradients(small, torch.float32, device, kernels)
+        fused = _states_and_gradients(config, torch.float32, device, kernels)
         if not fused:
             return "none of its norms, activations and rotary embeddings has a kernel"
         if not (error := _error(fused, truth)) <= 1e-5:                     # also where it is NaN
             return f"hidden states and gradients differ by {error:.2g} in fp32"
         if dtype != torch.float32:
-            own, ours = (_states_and_gradients(small, dtype, device, k) for k in (None, kernels))
+            own, ours = (_states_and_gradients(config, dtype, device, k) for k in (None, kernels))
             if not (error := _error(ours, truth)) <= 1.5 * (usual := _error(own, truth)):
                 return f"in {dtype} hidden states and gradients are {error:.2g} from fp32, the model's own {usual:.2g}"
     except Exception as problem:                                # a missing library or compiler, a foreign architecture
@@ -256,9 +254,8 @@ def fused_misfit(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
                           kernels: Kernels | None) -> list[Tensor]:
-    """Hidden states and parameters' gradients of the same random model every time; empty if nothing is fused."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager",
-                                             dtype=torch.float32).train()
+    """Hidden states and parameters' gradients of the same tiny random model every time; empty if nothing is fused."""
+    model = tiny_backbone(config, "eager").train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         # values that bf16 holds, so that all dtypes compute the same model
@@ -267,11 +264,10 @@ def _states_and_gradients(config: PretrainedConfig, dtype: torch.dtype, device: 
     model = model.to(device, dtype)
     if kernels is not None and not fuse(model, kernels):
         return []
-    states = model.base_model(input_ids=torch.arange(3, 51, device=device).reshape(2, 24),
-                              use_cache=False).last_hidden_state
+    states = model(input_ids=torch.arange(3, 51, device=device).reshape(2, 24), use_cache=False).last_hidden_state
     upstream = torch.randn(states.shape, generator=generator).to(device, states.dtype)
     (states * upstream).sum().backward()
-    return [states.detach(), *(p.grad for p in model.base_model.parameters() if p.grad is not None)]
+    return [states.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def _error(ours: list[Tensor], truth: list[Tensor]) -> float:

@@ -1,25 +1,36 @@
-"""Loads models from disk or the hub cache; ScoredModel: a causal LM that returns log-probs of a pack."""
+"""Loads models from a folder; ScoredModel: a causal LM that returns log-probs of a pack."""
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig, ModelConfig
-from dpo_dist.models.attention import Forest, branch_misfit
+from dpo_dist.models.attention import Forest
+from dpo_dist.models.final_logits import final_logits
+from dpo_dist.models.folder import read_config, weight_files
 from dpo_dist.models.fused import fuse
 from dpo_dist.models.head import LogpHead
-from dpo_dist.models.hub import hub_folder
+from dpo_dist.models.text import (
+    backbone,
+    freeze_other_parts,
+    has_other_parts,
+    head_name,
+    lm_class,
+    output_head,
+    text_part,
+    weights_between,
+)
 from dpo_dist.types import PackedBatch, TokenLogps
 
 
@@ -31,16 +42,19 @@ class ScoredModel(nn.Module):
         self.lm: Any = lm                                     # a transformers model, or a peft model around one
         self.attention = attention
         causal = self.causal
-        head = causal.get_output_embeddings()
-        names = [name for name, child in causal.named_children() if child is head]
-        if not names:
+        head, name = output_head(causal), head_name(causal)
+        if name is None:
             raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal "
                             "language model")
-        self._head_name = names[0]
+        if between := weights_between(causal):
+            raise UserError(f"model.path: between its layers and its output head a {type(causal).__name__} has weights "
+                            f"({between[0]}) that log-probs are not computed with here; choose another model")
         if hasattr(head, "base_layer"):
-            raise UserError(f"model.lora.target_modules names the output head '{self._head_name}', which cannot have "
+            raise UserError(f"model.lora.target_modules names the output head '{name}', which cannot have "
                             "adapters here; leave it out")
-        setattr(causal, self._head_name, LogpHead(head, *_head_numerics(causal.config)))
+        self._head_name = name
+        parent, _, own = name.rpartition(".")
+        setattr(causal.get_submodule(parent), own, LogpHead(head, *final_logits(causal.config)))
 
     @property
     def causal(self) -> Any:
@@ -51,15 +65,15 @@ class ScoredModel(nn.Module):
 
     @property
     def head(self) -> LogpHead:
-        return getattr(self.causal, self._head_name)
+        return self.causal.get_submodule(self._head_name)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(N, hidden size): the last hidden state that predicts each counted token."""
         return self._branch_hidden(batch) if self.attention == "branch" else self._padded_hidden(batch)
 
     def _branch_hidden(self, batch: PackedBatch) -> Tensor:
-        out = self.causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-                                     forest=Forest(batch.trees))
+        out = backbone(self.causal)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+                                    forest=Forest(batch.trees))
         return out.last_hidden_state[0][batch.predict_at]
 
     def _padded_hidden(self, batch: PackedBatch) -> Tensor:
@@ -70,7 +84,7 @@ class ScoredModel(nn.Module):
         prompts = torch.tensor([t.prompt.end - t.prompt.start for t in batch.trees for _ in t.branches],
                                device=batch.offset.device)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        hidden = self.causal.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        hidden = backbone(self.causal)(input_ids=padded, use_cache=False).last_hidden_state
         return hidden[batch.sequence, prompts[batch.sequence] - 1 + batch.offset]
 
 
@@ -80,23 +94,7 @@ def token_logps(model: nn.Module, batch: PackedBatch, collision: bool = False) -
     return TokenLogps(logps, log_collision if collision else None)
 
 
-def _head_numerics(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap) of the final logits: Granite divides, Cohere multiplies, Gemma bounds."""
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return float(scale), getattr(config, "final_logit_softcapping", None)
-
-
 # ------------------------------------------------------------------------------------------------------------ from disk
-
-
-def resolve(path: str, key: str, offline: bool) -> Path:
-    """The local folder of a model given as a folder or a hub name. Raises UserError naming `key`."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{key}={path} has no config.json; give the folder of a transformers model")
-        return folder
-    return hub_folder(path, key, offline, ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
 
 
 def torch_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -106,74 +104,31 @@ def torch_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config in a model's folder. UserError where transformers does not know what it is."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json is not a model that transformers knows: "
-                        f"{str(error).splitlines()[0]}") from error
-
-
-def quantization(config: Any) -> str | None:
-    """How a model's weights are quantized ("bitsandbytes, 4 bits"), or None; from config.json's quantization_config."""
-    how = getattr(config, "quantization_config", None)
-    if how is None:
-        return None
-    how = how if isinstance(how, dict) else how.to_dict()
-    bits = how.get("bits") or (4 if how.get("load_in_4bit") else 8 if how.get("load_in_8bit") else None)
-    return f"{how.get('quant_method', 'unnamed method')}, {f'{bits} bits' if bits else 'see config.json'}"
-
-
-def check_quantized(config: Any, key: str) -> None:
-    """UserError where what a quantized model needs (a library, a GPU) is not here."""
-    from transformers.quantizers import AutoHfQuantizer
-
-    try:
-        AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True).validate_environment()
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key} is quantized ({quantization(config)}) and cannot be computed here: "
-                        f"{str(error).splitlines()[0]}") from error
-
-
-def choose_attention(config: ModelConfig, folder: Path) -> tuple[str, str | None]:
-    """("branch" or "padded", why not branch). Raises UserError where branch was asked for and is not exact."""
-    if config.attention == "padded":
-        return "padded", None
-    misfit = branch_misfit(read_config(folder))
-    if misfit and config.attention == "branch":
-        raise UserError(f"model.attention=branch does not fit {config.path} ({misfit}); set model.attention=auto or "
-                        "padded")
-    return ("padded", misfit) if misfit else ("branch", None)
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in a model's files. Loaded in it, weights stay in the files, mapped page by page."""
-    bytes_of: dict[torch.dtype, int] = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as f:
-            names = f.keys()
-            for tensor in map(f.get_tensor, names):
-                bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes
-    return max(bytes_of, key=lambda dtype: bytes_of[dtype])
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The model's *.safetensors. UserError where there are none."""
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
-    return files
-
-
 def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool = False) -> PreTrainedModel:
-    """The model with its weights in `dtype`; sharded over the ranks where an HfDeepSpeedConfig for ZeRO-3 is alive.
+    """The model with its weights in `dtype`, of which text rows train what is not frozen; sharded over the ranks where
+    an HfDeepSpeedConfig for ZeRO-3 is alive. UserError where the files are not the weights of this config.
     fused: with one kernel each for norms, rotary embedding and SwiGLU (fused.choose_kernels)."""
-    _weight_files(folder)
+    weight_files(folder)
+    config = read_config(folder)
 
     def load(implementation: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation,
-                                                    use_safetensors=True, local_files_only=True)
+        part = text_part(config)                         # what sees images keeps its own attention
+        try:
+            model, found = lm_class(config).from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
+                attn_implementation=implementation if part is None else {part: implementation},
+                output_loading_info=True)
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise UserError(f"the weight files of {folder} hold other sizes than its config.json says (which, stands "
+                            "in the report above, and in the logs); give the config.json that belongs to them"
+                            ) from error
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"the weight files of {folder} lack {len(missing)} weights of a {type(model).__name__}, "
+                            f"which would be random: {', '.join(missing[:3])}; copy the model again, or correct "
+                            "config.json")
+        return model
 
     if attention == "branch":
         model = load("branch")
@@ -184,6 +139,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
             model = load("eager")
     _without_dropout(model)
     model.config.use_cache = False
+    freeze_other_parts(model)
     if fused:
         fuse(model)
     return model
@@ -210,7 +166,8 @@ def release_memory(device: torch.device) -> None:
 def _without_dropout(model: PreTrainedModel) -> None:
     """Switches off dropout (layers, and rates that forwards read) and the noise on what routers of experts see,
     whatever the config says: log-probs of one model are one set of numbers."""
-    for owner in (*model.modules(), model.config):
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    for owner in (*model.modules(), *configs.values()):
         if isinstance(owner, nn.Dropout):
             owner.p = 0.0
         for name, value in vars(owner).items():
@@ -223,11 +180,15 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
     import peft
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    elsewhere = None                                     # what sees images has layers of the same names
+    if has_other_parts(model.config):
+        trained = next(name for name, module in model.named_modules() if module is backbone(model))
+        elsewhere = rf"(?!{re.escape(trained)}\.).*"
     torch.manual_seed(seed)                              # the same adapters on every rank
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, task_type="CAUSAL_LM"),
-                                      autocast_adapter_dtype=False)
+            r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, exclude_modules=elsewhere,
+            task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
     for name, module in adapted.named_modules():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.load import ScoredModel, load_causal_lm, stored_dtype
+from dpo_dist.models.folder import stored_dtype
+from dpo_dist.models.load import ScoredModel, load_causal_lm
 
 
 def load_streamed(folder: Path, dtype: torch.dtype, attention: str, device: torch.device) -> ScoredModel:

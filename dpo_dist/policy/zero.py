@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import OptimConfig, ZeroConfig
-from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import layer_elements
 from dpo_dist.models.load import ScoredModel, sharded_load
+from dpo_dist.models.text import layer_stack
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy import Policy
 from dpo_dist.policy.skip import prepare_update
@@ -38,13 +38,12 @@ class ZeroPolicy(Policy):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps,
                                       weight_decay=optim.weight_decay, fused=True)
-        layers = decoder_layers(self.model)
-        if zero.stage == 3 and layers and len(trained) == len(list(self.model.parameters())):
+        layers = layer_stack(self.model.causal)
+        if zero.stage == 3 and all(p.requires_grad for p in layers.parameters()):
             # a layer's weights are gathered together, by one hook instead of thirteen. Not with adapters: DeepSpeed
             # fails on frozen weights
-            deepspeed.utils.set_z3_leaf_modules(self.model, [type(layers[0])])
-        layer = layer_elements(self.model, self.model.causal.config.num_hidden_layers)
-        config = deepspeed_config(zero, optim, bf16, on_gpu, layer)
+            deepspeed.utils.set_z3_leaf_modules(self.model, list({type(layer) for layer in layers}))
+        config = deepspeed_config(zero, optim, bf16, on_gpu, layer_elements(layers))
         self._adamw = optimizer                          # DeepSpeed gives it the fp32 parts, and calls its step
         self._engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
 

@@ -14,8 +14,10 @@ from transformers import PretrainedConfig
 
 from dpo_dist.config.engines.tensor_parallel import TensorParallelConfig
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.attention import tiny_model
-from dpo_dist.models.load import ScoredModel, load_causal_lm, read_config, release_memory, stored_dtype
+from dpo_dist.models.folder import read_config, stored_dtype
+from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory
+from dpo_dist.models.text import has_other_parts, setting
+from dpo_dist.models.tiny import tiny_backbone
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import Team, World, prepare_deepspeed
 from dpo_dist.types import PackedBatch
@@ -41,6 +43,9 @@ class TensorParallelReference(ReferenceEngine):
         # uses the process group that World made
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         config = read_config(folder)
+        if has_other_parts(config):
+            raise UserError(f"reference.engine=tensor_parallel cannot split {folder}, a {config.model_type} that also "
+                            "sees images; set reference=zero")
         size = _team_size(size, world, config)
         self._team = world.team(size)
         if size > 1:
@@ -76,7 +81,7 @@ def _team_size(size: int | None, world: World, config: Any) -> int:
         raise UserError(f"reference.tensor_parallel_size={size} does not divide the {smallest} processes of a node; "
                         "set a divisor of it")
     for key in ("num_attention_heads", "num_key_value_heads"):
-        if (number := getattr(config, key, None)) and number % size:
+        if (number := setting(config, key)) and number % size:
             raise UserError(f"reference.tensor_parallel_size={size} does not divide the reference's {number} {key}; "
                             f"set a divisor of {number}, or reference=zero")
     return size
@@ -104,13 +109,13 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
     """
     refused = f"reference.engine=tensor_parallel does not fit this reference, a {config.model_type}: "
     with torch.no_grad():
-        whole = tiny_model(config, "branch" if attention == "branch" else "eager", team.size)
-        split = ScoredModel(copy.deepcopy(whole), attention).lm
+        whole = tiny_backbone(config, "branch" if attention == "branch" else "eager", team.size)
+        split = copy.deepcopy(whole)
         ids = torch.arange(3, 27, device=device)[None]
-        wanted = whole.to(device).base_model(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = whole.to(device)(input_ids=ids, use_cache=False).last_hidden_state
         try:
             _split(split, team, device)
-            found = split.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            found = split(input_ids=ids, use_cache=False).last_hidden_state
             error = (found - wanted).abs().max() / wanted.abs().max()
         except (AssertionError, ValueError, RuntimeError) as problem:
             raise UserError(f"{refused}DeepSpeed cannot split it ({problem}); set reference=zero") from problem
@@ -124,4 +129,4 @@ def _check_split(config: PretrainedConfig, team: Team, device: torch.device, att
 
 def _matrices(lm: Any) -> int:
     """Elements of the weights of a model's layers."""
-    return sum(p.numel() for name, p in lm.named_parameters() if ".layers." in name and p.ndim >= 2)
+    return sum(p.numel() for name, p in lm.named_parameters() if "layers." in name and p.ndim >= 2)

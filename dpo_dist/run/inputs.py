@@ -19,16 +19,12 @@ from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.digest import model_digest, tokenizer_digest
+from dpo_dist.models.fit import choose_attention
+from dpo_dist.models.folder import check_quantized, quantization, read_config, resolve, tied_embeddings
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
-from dpo_dist.models.load import (
-    check_quantized,
-    choose_attention,
-    quantization,
-    read_config,
-    resolve,
-    torch_dtype,
-)
+from dpo_dist.models.load import torch_dtype
+from dpo_dist.models.text import text_config
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
@@ -73,6 +69,8 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
         reference_folder = resolve(config.reference_path, "reference.path", config.run.offline)
     model, reference_model = read_config(policy_folder), read_config(reference_folder)
     _check_quantization(config, model, reference_model)
+    for folder, name in {reference_folder: "reference.path", policy_folder: "model.path"}.items():
+        _tell_tied(folder, name, terminal)
     digest = world.on_main(lambda: model_digest(policy_folder))
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
@@ -96,6 +94,15 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
             _check_fits(pairs, reference_model, f"reference.path={config.reference_path}")
     return Inputs(policy_folder, digest, reference_digest, dtype, attention, fused, setup, key,
                   replace(forward_flops(model), padded=padded), train, held_out)
+
+
+def _tell_tied(folder: Path, key: str, terminal: Terminal) -> None:
+    """Tells where config.json and the weight files disagree on the output head."""
+    tied = tied_embeddings(folder)
+    if tied.flag and not tied.in_files:
+        terminal.say(f"{key}: config.json says tie_word_embeddings=true, but the weight files hold an output head that "
+                     "differs from the embedding; both are used as they are in the files, and exports say "
+                     "tie_word_embeddings=false")
 
 
 def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dtype, world: World,
@@ -161,6 +168,7 @@ def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
 
 def _check_fits(pairs: PairStore, model: Any, key: str) -> None:
     """UserError where the pairs are too long for a model, or hold ids that it does not know."""
+    model = text_config(model)
     longest = int((pairs.lengths()[:, 0] + pairs.lengths()[:, 1:].max(1)).max())
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and longest > positions:

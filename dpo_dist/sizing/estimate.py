@@ -83,7 +83,7 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     width, ranks, device = dtype_bytes(config, world.device), world.ranks, world.device
     packs = packs or Packs.of(config, lengths, ranks)
     trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
-    everything = shape.parameters + (trained if config.model.lora.rank else 0)
+    everything = shape.parameters + shape.frozen + (trained if config.model.lora.rank else 0)
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
     terms |= _model_terms(config, width, everything, trained, ranks, shape, packs.micro_steps > 1, device)
     # the optimizer steps on the host, where its state and the gradients are

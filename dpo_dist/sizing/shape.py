@@ -6,9 +6,10 @@ models/cost.py, and against the tensors that autograd really saves.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,14 @@ FAMILIES = {
     "qwen3": _Family(head_norms=True, head_dim=128, sliding="where used"),
     "gemma2": _Family(norms=4, post_norms=2, wide_norm=True, eager=True, tied=True, head_dim=256,
                       sliding="every other"),
+    "gemma3_text": _Family(norms=4, post_norms=2, wide_norm=True, head_norms=True, tied=True, head_dim=256),
     "gpt2": _Family(layer_norm=True, gated=False, tied=True),
 }
+
+
+# of which config.json must hold one name each
+NEEDED = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
+          ("vocab_size",))
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,11 @@ class ModelShape:
     flops: Flops                         # of a forward
     final_norm: int
     family: _Family
+    frozen: int = 0                      # of a text-and-image model: parameters beside the language model's
 
     @property
     def parameters(self) -> int:
+        """Of the language model."""
         return self.layers * self.layer + self.embedding + self.final_norm + (0 if self.tied else self.head)
 
     def lora_parameters(self, rank: int) -> int:
@@ -102,7 +111,9 @@ class ModelShape:
             norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
             fp32 = f.norms * (wide + 1.0)
         if f.head_norms:
-            norms, fp32 = norms + (q + kv), fp32 + (0 if fused else q + kv) + (q + kv) * self.heads / q
+            # the input in fp32, the normalized (in fp32 too where it is multiplied so), the root mean square
+            wide = q + kv if f.wide_norm and width == 2 else 0
+            norms, fp32 = norms + (q + kv) - wide, fp32 + wide + (0 if fused else q + kv) + (q + kv) * self.heads / q
         keys = 2.0 * keys_per_token * (q if f.eager else kv)
         # GPT-2's are a view of one product with keys and values
         queries = 3.0 * h if not f.gated else q
@@ -142,18 +153,37 @@ class ModelShape:
 def read_shape(folder: Path) -> ModelShape:
     """The shape that a model's folder describes. UserError where it has no config.json."""
     try:
-        return model_shape(json.loads((folder / "config.json").read_text()))
+        config = json.loads((folder / "config.json").read_text())
     except OSError as error:
         raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
                         "has one") from error
+    shape = model_shape(config)
+    if "text_config" not in config:
+        return shape
+    return replace(shape, frozen=max(0, _stored_elements(folder) - shape.parameters))
+
+
+def _stored_elements(folder: Path) -> int:
+    """Elements of all tensors in the weight files, by their headers: u64 header size, JSON header, data."""
+    elements = 0
+    for file in folder.glob("model*.safetensors"):
+        with file.open("rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        elements += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return elements
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a config.json describes. UserError for an architecture whose sizes are not known here."""
+    """The shape that a config.json describes; of a text-and-image model, that of its language model. UserError for an
+    architecture whose sizes are not known here."""
+    tied = config.get("tie_word_embeddings")
+    config = config.get("text_config") or config
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type={kind}, whose sizes cannot be predicted: "
                         f"{nearest(kind, FAMILIES)}")
+    if missing := [key for key in NEEDED if not any(config.get(name) for name in key)]:
+        raise UserError(f"config.json does not say {missing[0][0]}, without which sizes cannot be predicted")
     family = FAMILIES[kind]
 
     def get(*names: str, default: Any = None) -> Any:
@@ -168,7 +198,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     experts = get("num_local_experts", "num_experts", default=1)
     visited = get("num_experts_per_tok", default=experts)
     vocabulary = config["vocab_size"]
-    tied = bool(get("tie_word_embeddings", default=family.tied))
+    tied = bool(get("tie_word_embeddings", default=family.tied) if tied is None else tied)
 
     all_biased = kind == "gpt2" or get("attention_bias")
     biases = (q + 2 * kv if family.qkv_bias or all_biased else 0) + (h if all_biased else 0)

@@ -10,7 +10,7 @@ import torch
 from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
 from dpo_dist.models.cost import forward_flops
-from dpo_dist.models.load import read_config
+from dpo_dist.models.folder import read_config
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.run.metrics import MetricSums

@@ -1,7 +1,6 @@
 """Whatever backward recomputes, gradients are bit for bit those of keeping everything, and less is kept."""
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -23,9 +22,10 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models import checkpointing
-from dpo_dist.models.attention import Forest, shrink
+from dpo_dist.models.attention import Forest
 from dpo_dist.models.checkpointing import checkpoint_layers, decoder_layers
 from dpo_dist.models.load import _without_dropout, add_lora
+from dpo_dist.models.tiny import shrink
 
 CONFIGS = [LlamaConfig, Qwen2Config, Qwen3Config, Gemma2Config, GPT2Config, MixtralConfig]
 HOWS: list[bool | int] = [True, 0, 1, 2]
@@ -35,7 +35,7 @@ PACK = pack_sequences([Sequences(tuple(range(3, 13)), (tuple(range(13, 21)), tup
 
 def small(kind: Any, attention: str = "branch") -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(shrink(kind())), attn_implementation=attention,
+    model = AutoModelForCausalLM.from_config(shrink(kind(num_hidden_layers=2)), attn_implementation=attention,
                                              dtype=torch.float32).train()
     _without_dropout(model)
     for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def test_recomputing_changes_no_bit_of_the_gradients(kind: Any, how: bool | int)
 
 
 def test_routers_of_experts_draw_no_noise_that_recomputing_would_draw_anew():
-    config = shrink(MixtralConfig(router_jitter_noise=0.3))
+    config = shrink(MixtralConfig(router_jitter_noise=0.3, num_hidden_layers=2))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="branch", dtype=torch.float32).train()
     assert not torch.equal(forward(model), forward(model))
     _without_dropout(model)

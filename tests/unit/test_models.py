@@ -13,9 +13,11 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig, ModelConfig
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.logps import plain_token_logps
-from dpo_dist.models.attention import Forest, branch_attention, branch_misfit, packed_attention
+from dpo_dist.models.attention import Forest, branch_attention, packed_attention
 from dpo_dist.models.digest import model_digest
-from dpo_dist.models.load import ScoredModel, add_lora, choose_attention, load_causal_lm, stored_dtype, token_logps
+from dpo_dist.models.fit import branch_misfit, choose_attention
+from dpo_dist.models.folder import stored_dtype
+from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, token_logps
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.types import PackedBatch, TokenizedPair
 
@@ -139,7 +141,7 @@ def test_a_model_in_training_has_no_dropout_whatever_its_config_says(name: str, 
 
 def test_an_architecture_that_branch_attention_would_get_wrong_is_found_out_and_padded(tmp_path: Path):
     config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    config.save_pretrained(tmp_path)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
     model = ModelConfig(str(tmp_path), "fp32", "auto", False, False, LoraConfig(0, None, "all-linear"))
     attention, why = choose_attention(model, tmp_path)
     assert attention == "padded" and "differ" in why

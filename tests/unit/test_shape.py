@@ -13,6 +13,7 @@ from test_checkpointing import kept_storages, kept_tensors
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -44,6 +45,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SHAPE, sliding_window=4096), "mistral, no window": MistralConfig(**SHAPE,
                                                                                                 sliding_window=None),
     "gemma2": Gemma2Config(**SHAPE, head_dim=32, sliding_window=4096),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, head_dim=32, sliding_window=4096),
     "gpt2": GPT2Config(n_embd=64, n_head=4, n_layer=4, n_inner=160, vocab_size=96, n_positions=128, bos_token_id=1,
                        eos_token_id=2),
     "gpt2, untied": GPT2Config(n_embd=64, n_head=4, n_layer=4, vocab_size=96, n_positions=128, bos_token_id=1,

@@ -14,7 +14,8 @@ import torch
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.load import resolve, torch_dtype
+from dpo_dist.models.folder import resolve
+from dpo_dist.models.load import torch_dtype
 from dpo_dist.reference.vllm.open import served, server_spec
 from dpo_dist.reference.vllm.process import end_of, start_server
 from dpo_dist.runtime.run_dir import RunDir

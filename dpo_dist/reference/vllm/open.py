@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.engines.vllm import VllmConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.models.folder import read_config, tied_embeddings
+from dpo_dist.models.text import text_config
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.vllm.engine import VllmReference
 from dpo_dist.reference.vllm.process import Server, ServerSpec, installed_version, start_server
@@ -106,12 +108,14 @@ def server_spec(config: RunConfig, dtype: str, folder: Path, gpus: int) -> Serve
     """What reference.server should serve on a machine's GPUs. dtype: as in ReferenceKey; folder: the model's."""
     r = served(config)
     assert r.server is not None
-    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    positions = getattr(text_config(read_config(folder)), "max_position_embeddings", None)
+    tied = tied_embeddings(folder)
+    overrides = json.dumps({"tie_word_embeddings": tied.in_files}) if tied.flag != tied.in_files else None
     longest = config.data.max_length + 1
     split = r.tensor_parallel_size or 1
     return ServerSpec(r.server, str(folder), _name(config), dtype, r.quantization,
                       longest if positions is None else min(longest, positions), split, max(1, gpus // split),
-                      NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline)
+                      NODE_OF_ITS_OWN if r.nodes else BESIDE_THE_ORACLE, config.run.offline, overrides)
 
 
 def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:

@@ -43,6 +43,7 @@ class ServerSpec:
     copies: int                          # of the model, each on GPUs of its own; the server spreads requests over them
     gpu_memory: float                    # share of a GPU's memory that it may take
     offline: bool
+    overrides: str | None = None         # JSON: what of config.json the weight files contradict
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
     words = shlex.split(spec.server)
     if len(words) == 1:
         words += [*STANDARD, *(["--quantization", spec.quantization] if spec.quantization else []),
-                  *(["--data-parallel-size", "{copies}"] if spec.copies > 1 else [])]
+                  *(["--data-parallel-size", "{copies}"] if spec.copies > 1 else []),
+                  *(["--hf-overrides", spec.overrides] if spec.overrides else [])]
     fill = {"model": spec.model, "name": spec.name, "dtype": spec.dtype, "max_length": str(spec.max_length),
             "gpus": str(spec.gpus), "copies": str(spec.copies), "memory": str(spec.gpu_memory), "host": host,
             "port": str(port)}
