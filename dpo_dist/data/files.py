@@ -21,6 +21,7 @@ from typing import IO, Any, TextIO, cast
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.runtime.remember import remembered
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 # what `datasets` leaves beside its data
@@ -76,19 +77,24 @@ def data_files(dataset: DatasetConfig) -> tuple[Path, ...] | None:
     return (path,)
 
 
-def content_digest(dataset: DatasetConfig) -> str:
-    """sha256 over the content of the data set's files, and of nothing else."""
+def content_digest(dataset: DatasetConfig, memory: Path | None = None) -> str:
+    """sha256 over the content of the data set's files, and of nothing else. A file that is as it was when a digest in
+    the folder `memory` was made is not read again."""
     files = data_files(dataset)
     if files is None:
         files = tuple(Path(part["filename"]) for part in _load_from_hub(dataset).cache_files)
     whole = hashlib.sha256()
     for path in files:
-        part = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                part.update(block)
-        whole.update(part.digest())
+        whole.update(bytes.fromhex(remembered(memory, "sha256", path, _sha256)))
     return whole.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:

@@ -31,6 +31,7 @@ FORMAT_VERSION = 2                           # raise it when the same rows would
 ROWS_AT_ONCE = 512                           # tokenized in one call, in parallel
 # the file with the settings that decide the tokens: by it `plan` finds a store without reading the data
 SETTINGS = "asked.json"
+DIGESTS = "digests"
 
 
 def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> tuple[PairStore, PairStore]:
@@ -50,10 +51,16 @@ def fingerprint(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str
     whole = {
         "version": FORMAT_VERSION,
         "values": {key: value for key, value in deciding(config, TOKENS).items() if key != "chat_template"},
-        "contents": [content_digest(dataset) for dataset in (*config.train, *config.eval)],
+        "contents": [content_digest(dataset, digests_folder(config)) for dataset in (*config.train, *config.eval)],
         "tokenizer": tokenizer_digest,
         "template": template_text(tokenizer, config.chat_template)}                # its text, not its file's name
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def digests_folder(config: DataConfig) -> Path:
+    """Where digests of large files are remembered, those of weights too: of the folders that all ranks share, only
+    data.cache_dir is there in every run."""
+    return Path(config.cache_dir) / DIGESTS
 
 
 def _build(config: DataConfig, tokenizer: Any | None, folder: Path) -> None:

@@ -12,7 +12,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
-from dpo_dist.data.prepare import prepare
+from dpo_dist.data.prepare import digests_folder, prepare
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.summary import summary_lines
 from dpo_dist.losses import check_strengths
@@ -65,7 +65,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
-    """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
+    """All inputs, checked."""
     check_shared(config, world)
     policy_folder = resolve(config.model.path, "model.path", config.run.offline)
     reference_folder = policy_folder
@@ -73,13 +73,14 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
         reference_folder = resolve(config.reference_path, "reference.path", config.run.offline)
     model, reference_model = read_config(policy_folder), read_config(reference_folder)
     _check_quantization(config, model, reference_model)
-    digest = world.on_main(lambda: model_digest(policy_folder))
+    digests = digests_folder(config.data)
+    digest = model_digest(policy_folder, digests, world)
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
     reference_digest, reference_attention = digest, attention
     if reference_folder != policy_folder:
-        reference_digest = world.on_main(lambda: model_digest(reference_folder))
+        reference_digest = model_digest(reference_folder, digests, world)
         reference_attention = choose_attention(config.model, reference_folder)[0]
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)

@@ -127,13 +127,17 @@ class World:
                 outcome = _Outcome.of(work)
             self._from_main(outcome.for_others(self.rank))
             return outcome.value()
-        while (told := self._from_main(None)) is None:         # rank 0 is at work
-            pass
+        told: _Outcome[T] | None = None
+        while told is None:                                    # rank 0 is at work
+            told = self._from_main(None)
         return told.value()
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """The results of `work()` of all ranks, in order of rank, on every rank. They work at the same time, for as long
-        as they like, as in `on_main`; an exception on one is raised on all, once all have ended their work."""
+        """The results of `work()` of all ranks, in order of rank, on every rank.
+
+        They work at the same time, for as long as they like, as in `on_main`. An exception on one is raised on all,
+        once each has ended its work.
+        """
         if self.size == 1:
             return [work()]
         with _meanwhile(lambda: self._all_are_done(False)):

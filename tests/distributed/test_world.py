@@ -1,4 +1,4 @@
-"""Ranks that wait for another's work: for as long as it takes where that rank is alive, and no longer where it is not."""
+"""Ranks wait for another's work as long as it takes where that rank is alive, and no longer where it is not."""
 from __future__ import annotations
 
 import os
@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import forked, forked_ranks, kill, wait_until
+from conftest import forked, forked_ranks, kill, wait_until, write_tiny_llama
+from transformers import LlamaForCausalLM
 
 from dpo_dist.launcher.ranks import Place
+from dpo_dist.models.digest import model_digest
 from dpo_dist.runtime.ports import free_port
 
 pytestmark = pytest.mark.distributed
@@ -38,7 +40,8 @@ def test_work_may_take_longer_than_the_timeout_of_a_collective(ranks: int):
     out = forked_ranks(ranks, "-c", BEGIN + f"""
 began = time.monotonic()
 assert world.on_main(lambda: slow({TIMEOUT_SECONDS + 2}, "result of rank 0")) == "result of rank 0"
-assert world.together(lambda: slow({TIMEOUT_SECONDS + 2} * (world.rank == {ranks - 1}), world.rank)) == [*range({ranks})]
+seconds = {TIMEOUT_SECONDS + 2} * (world.rank == {ranks - 1})
+assert world.together(lambda: slow(seconds, world.rank)) == [*range({ranks})]
 if world.is_main:
     print(time.monotonic() - began)
 """ + END)
@@ -100,3 +103,19 @@ except Exception as error:
         assert ("no answer from another rank" if how == signal.SIGSTOP else "closed its connection") in out
     finally:
         kill(rank.pid for rank in ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_models_digest_is_the_same_when_its_files_are_spread_over_ranks(ranks: int, tmp_path: Path):
+    model = LlamaForCausalLM.from_pretrained(write_tiny_llama(tmp_path / "one"))
+    model.save_pretrained(tmp_path / "split", max_shard_size="20KB")
+    assert len([*(tmp_path / "split").glob("*.safetensors")]) > 3
+    for folder in ("one", "split"):
+        out = forked_ranks(ranks, "-c", BEGIN + f"""
+from pathlib import Path
+from dpo_dist.models.digest import model_digest
+digests = set(world.gather(model_digest(Path("{tmp_path / folder}"), Path("{tmp_path / 'memory'}"), world)))
+if world.is_main:
+    print(*digests)
+""" + END)
+        assert out.split() == [model_digest(tmp_path / "one")]
