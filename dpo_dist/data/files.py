@@ -13,9 +13,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -28,6 +29,9 @@ SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".par
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
 CHUNK_CHARS = 1 << 20
+Wanted = Callable[[int], bool]               # of the records of a data set, by number from 0: shall it be parsed?
+# how much larger compressed files are once they are read, about
+EXPANSION = {".gz": 4, ".parquet": 3}
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,20 @@ class BadRow:
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
-    """The records of a data set, in file order. Raises UserError for what is missing or unreadable as a whole."""
-    files = data_files(dataset)
+def read_records(dataset: DatasetConfig, wanted: Wanted = lambda number: True) -> Iterator[Record | BadRow | None]:
+    """The records of a data set, in file order; None for each that is not wanted, which is not even parsed where the
+    file allows that. Raises UserError for what is missing or unreadable as a whole."""
+    files, numbers = data_files(dataset), count()
+
+    def is_wanted() -> bool:                 # asked once for each record, in order
+        return wanted(next(numbers))
+
     if files is None:
-        yield from _from_arrow(f"{dataset.path}[{dataset.split}]", _load_from_hub(dataset))
+        yield from _from_arrow(f"{dataset.path}[{dataset.split}]", _load_from_hub(dataset), is_wanted)
         return
     for path in files:
         try:
-            yield from _read_file(path)
+            yield from _read_file(path, is_wanted)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}; mend or replace the file") from error
 
@@ -89,6 +98,14 @@ def content_digest(dataset: DatasetConfig, memory: Path | None = None) -> str:
     return whole.hexdigest()
 
 
+def data_bytes(dataset: DatasetConfig) -> int:
+    """About how many bytes there are to read, once they are no longer compressed."""
+    files = data_files(dataset)
+    if files is None:
+        return sum(Path(part["filename"]).stat().st_size for part in _load_from_hub(dataset).cache_files)
+    return sum(path.stat().st_size * EXPANSION.get(path.suffix, 1) for path in files)
+
+
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -121,17 +138,17 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
     return chosen
 
 
-def _read_file(path: Path) -> Iterator[Record | BadRow]:
+def _read_file(path: Path, is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     if path.suffix == ".parquet":
-        yield from _from_arrow(str(path), _stream_parquet(path))
+        yield from _from_arrow(str(path), _stream_parquet(path), is_wanted)
         return
     with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
         if ".csv" in path.suffixes:
-            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""), is_wanted)
         elif _first_character(stream) == b"[":
-            yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"))
+            yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), is_wanted)
         else:
-            yield from _read_json_lines(path, stream)
+            yield from _read_json_lines(path, stream, is_wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -143,20 +160,25 @@ def _first_character(stream: IO[bytes]) -> bytes:
     return head[:1]
 
 
-def _read_json_lines(path: Path, stream: Iterable[bytes]) -> Iterator[Record | BadRow]:
+def _read_json_lines(path: Path, stream: Iterable[bytes],
+                     is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     for number, line in enumerate(stream, start=1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if not line.strip():
+            continue
+        if not is_wanted():
+            yield None
+            continue
         where = f"{path}:{number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield Record(where, json.loads(text))
+            yield Record(where, json.loads(line.decode()))
         except UnicodeDecodeError as error:
             yield BadRow(where, "broken JSON line", f"not UTF-8 at byte {error.start + 1}")
         except json.JSONDecodeError as error:
             yield BadRow(where, "broken JSON line", f"{error.msg} at column {error.colno}")
 
 
-def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
+def _read_json_list(path: Path, stream: TextIO, is_wanted: Callable[[], bool]) -> Iterator[Record | None]:
     """The entries of one big list, decoded one by one from a sliding window: the whole file is never in memory."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     window = stream.read(CHUNK_CHARS)
@@ -181,7 +203,7 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
             failure = "',' or ']' expected" if separator else "the list is not closed"
         if separator in (",", "]"):
             row += 1
-            yield Record(f"{path}:row {row}", value)
+            yield Record(f"{path}:row {row}", value) if is_wanted() else None
             at = end + (separator == ",")
         elif at_end:
             line = lines_before + window.count("\n", 0, end) + 1
@@ -197,13 +219,16 @@ def _read_json_list(path: Path, stream: TextIO) -> Iterator[Record]:
 # ---------------------------------------------------------------------------------------------------- CSV, parquet, hub
 
 
-def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
+def _read_csv(path: Path, stream: TextIO, is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     csv.field_size_limit(2**31 - 1)          # the default of 131,072 characters is less than a long answer
     reader = csv.DictReader(stream, strict=True)
     try:
         line = reader.line_num if reader.fieldnames else 0
         for cells in reader:
             where, line = f"{path}:{line + 1}", reader.line_num      # a record may span lines: name its first
+            if not is_wanted():
+                yield None
+                continue
             if None in cells:
                 yield BadRow(where, "more cells than the header has")
                 continue
@@ -235,11 +260,11 @@ def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
         raise UserError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _from_arrow(name: str, rows: Iterable[Any]) -> Iterator[Record]:
+def _from_arrow(name: str, rows: Iterable[Any], is_wanted: Callable[[], bool]) -> Iterator[Record | None]:
     """Rows of an Arrow table, without the nulls that its one schema puts into every struct that lacks a field."""
     try:
         for number, row in enumerate(rows, start=1):
-            yield Record(f"{name}:row {number}", _without_nulls(row))
+            yield Record(f"{name}:row {number}", _without_nulls(row)) if is_wanted() else None
     except ValueError as error:              # pyarrow's own errors are ValueErrors
         raise UserError(f"{name} cannot be read: {error}; mend or replace the file") from error
 

@@ -42,6 +42,11 @@ class TruncationReport:
             self.kept += 1
             self.truncated += after is not before
 
+    def join(self, later: TruncationReport) -> None:
+        """Adds what became of later rows."""
+        self.kept, self.truncated = self.kept + later.kept, self.truncated + later.truncated
+        self.dropped.join(later.dropped)
+
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
 

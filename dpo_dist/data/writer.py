@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,15 @@ ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns
     # (n, 2) index into meta's places, and the line or row number there (-1 = none)
     "where": ("<i8", 2),
 }
+# Arrays of which a pair has any number of rows; of the others it has one.
+ANY_NUMBER = ("ids",)
+# Arrays that hold offsets into another: laid end to end, the second part's go on where the first part's end.
+OFFSETS = {"spans": "ids"}
 # what training sees: not where a row came from
 IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128
+HASHES = "hashes.npy"                        # of a part: (n, 2) of prompt and pair, to find repeats
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Source:
 
 
 class PairWriter:
-    """Appends pairs to a new store. Holds a few thousand, and 16 bytes for each earlier one to find repeats."""
+    """Appends pairs to a new store, one by one or from another store. Holds a few thousand, and 16 bytes for each
+    earlier one to find repeats."""
 
     def __init__(self, path: Path, sources: Sequence[Source]):
         path.mkdir(parents=True)
@@ -71,16 +77,53 @@ class PairWriter:
         if len(self.waiting["spans"]) >= FLUSH_PAIRS:
             self.flush()
 
+    def rows(self) -> dict[str, int]:
+        """{array: the rows it has by now}, all of them in the files."""
+        self.flush()
+        return {name: file.rows for name, file in self.files.items()}
+
+    def extend(self, part: Path, places: Sequence[str], first: Mapping[str, int], end: Mapping[str, int]) -> None:
+        """Appends what a closed store in the folder `part` has from rows `first` to rows `end` of its arrays, as
+        `add` would have. places: its meta's."""
+        before = self.rows()
+        for name, (dtype, columns) in ARRAYS.items():
+            if first[name] == end[name]:
+                continue
+            rows = read_rows_of(part / f"{name}.npy", dtype, columns, first[name], end[name])
+            if name in OFFSETS:
+                rows += before[OFFSETS[name]] - first[OFFSETS[name]]
+            elif name == "where":
+                used, at, inverse = np.unique(rows[:, 0], return_index=True, return_inverse=True)
+                known = {int(used[i]): self._number_of(places[used[i]]) for i in np.argsort(at)}    # as they appear
+                rows[:, 0] = np.array([known[int(place)] for place in used])[inverse]
+            elif name == "ids":
+                self.largest_id = max(self.largest_id, int(rows.max()))
+            self.files[name].append(rows)
+        hashes = read_rows_of(part / HASHES, "<u8", 2, first["spans"], end["spans"])
+        self.prompt_hashes.frombytes(hashes[:, 0].tobytes())
+        self.pair_hashes.frombytes(hashes[:, 1].tobytes())
+        self.pairs += len(hashes)
+        self.tokens = self.files["ids"].rows
+
+    def close_part(self) -> None:
+        """As `close`, for a store that another will be extended by."""
+        self.close({})
+        np.save(self.path / HASHES, np.stack([np.array(self.prompt_hashes), np.array(self.pair_hashes)], 1))
+
     def _place(self, where: str) -> tuple[int, int]:
         """("rows.jsonl:12") → (index of "rows.jsonl:", 12)."""
         match = re.fullmatch(r"(.*?)(0|[1-9]\d{0,17})", where, re.DOTALL)
         place, number = (match[1], int(match[2])) if match else (where, -1)
-        return self.places.setdefault(place, len(self.places)), number
+        return self._number_of(place), number
+
+    def _number_of(self, place: str) -> int:
+        return self.places.setdefault(place, len(self.places))
 
     def flush(self) -> None:
         if self.waiting["spans"]:
             for name, values in self.waiting.items():
-                self.files[name].append(np.concatenate(values) if name == "ids" else np.array(values))
+                self.files[name].append(np.concatenate(values) if name == "ids" else
+                                        np.array(values, ARRAYS[name][0]))    # else large hashes become floats
                 values.clear()
 
     def close(self, report: dict[str, Any]) -> None:
@@ -101,6 +144,14 @@ def hash64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+def read_rows_of(file: Path, dtype: str, columns: int, first: int, end: int) -> NDArray[Any]:
+    """Rows `first` to `end` of an array in a .npy file, read into memory: a map would count as this process's."""
+    width = max(1, columns)
+    start = NPY_HEADER_BYTES + first * width * np.dtype(dtype).itemsize
+    flat = np.fromfile(file, dtype, (end - first) * width, offset=start)
+    return flat.reshape(-1, columns) if columns else flat
+
+
 class _NpyFile:
     """A .npy file that grows: its header, of fixed size, is written last, when the number of rows is known."""
 
@@ -109,6 +160,10 @@ class _NpyFile:
         self.stream.write(b"\0" * NPY_HEADER_BYTES)
         self.hash = hashlib.sha256()
         self.items = 0
+
+    @property
+    def rows(self) -> int:
+        return self.items // max(1, self.columns)
 
     def append(self, values: NDArray[Any]) -> None:
         content = values.astype(self.dtype).tobytes()

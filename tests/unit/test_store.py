@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data import prepare as prepare_module
+from dpo_dist.data import rows as rows_module
 from dpo_dist.data import writer
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
@@ -97,7 +98,7 @@ def test_writing_in_many_small_parts_gives_the_same_store(tmp_path, monkeypatch)
     rows = random_rows(50)
     whole = build(tmp_path, rows)
     monkeypatch.setattr(writer, "FLUSH_PAIRS", 3)
-    monkeypatch.setattr(prepare_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(rows_module, "CHUNK_RECORDS", 7)
     parts = build(tmp_path, rows, cache_dir=str(tmp_path / "other"))
     assert parts.path != whole.path and parts.digest == whole.digest
     assert [parts[i] for i in range(50)] == [whole[i] for i in range(50)]
@@ -141,7 +142,7 @@ def test_the_digest_changes_with_any_change_of_what_is_trained_on(tmp_path, chan
 def test_the_same_data_is_tokenized_once(tmp_path, monkeypatch):
     rows = random_rows(20)
     first = build(tmp_path, rows)
-    monkeypatch.setattr(prepare_module, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(prepare_module, "unfinished", lambda *_: pytest.fail("built again"))
     assert build(tmp_path, rows).path == first.path
 
 
@@ -176,7 +177,7 @@ def test_a_template_file_with_other_text_makes_another_store(tmp_path):
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "FLUSH_PAIRS", 2)
-    monkeypatch.setattr(prepare_module, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(rows_module, "CHUNK_RECORDS", 2)
     with pytest.raises(UserError, match=r"rows\.jsonl:6: chosen is empty"):
         build(tmp_path, [*random_rows(5), row([1], [], [2])])
     assert list((tmp_path / "cache").iterdir()) == []
