@@ -29,6 +29,7 @@ SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".par
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
 CHUNK_CHARS = 1 << 20
+ARROW_ROWS = 512                             # of an Arrow table, at once
 Wanted = Callable[[int], bool]               # of the records of a data set, by number from 0: shall it be parsed?
 # how much larger compressed files are once they are read, about
 EXPANSION = {".gz": 4, ".parquet": 3}
@@ -250,23 +251,32 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
+def _stream_parquet(path: Path) -> Any:
     import datasets  # here, because its import takes longer than reading most files
 
     try:
-        rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        return rows
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _from_arrow(name: str, rows: Iterable[Any], is_wanted: Callable[[], bool]) -> Iterator[Record | None]:
+def _from_arrow(name: str, table: Any, is_wanted: Callable[[], bool]) -> Iterator[Record | None]:
     """Rows of an Arrow table, without the nulls that its one schema puts into every struct that lacks a field."""
     try:
-        for number, row in enumerate(rows, start=1):
-            yield Record(f"{name}:row {number}", _without_nulls(row)) if is_wanted() else None
+        for number, row in enumerate(_arrow_rows(table, is_wanted), start=1):
+            yield None if row is None else Record(f"{name}:row {number}", _without_nulls(row))
     except ValueError as error:              # pyarrow's own errors are ValueErrors
         raise UserError(f"{name} cannot be read: {error}; mend or replace the file") from error
+
+
+def _arrow_rows(table: Any, is_wanted: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
+    """The rows of a data set of `datasets`, as its own iterator gives them; None for one that is not wanted: most of
+    the time goes into making Python's objects."""
+    for batch in table.with_format("arrow").iter(batch_size=ARROW_ROWS):
+        wanted = [is_wanted() for _ in range(len(batch))]
+        rows = batch.to_pylist() if any(wanted) else [None] * len(batch)
+        for row, is_own in zip(rows, wanted, strict=True):
+            yield table.features.decode_example(row) if is_own else None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -5,7 +5,7 @@ very bytes that it would have written alone.
     <temporary folder>/parts/<number>/train, eval     the stores of that part's pairs
     <temporary folder>/parts/<number>/chunks.jsonl    a line for each of its chunks: reports, and where its pairs end
     <temporary folder>/parts/<number>/records         how many records it has done, for a progress bar
-    <temporary folder>/mistakes/                      empty files, named after chunks with a mistake: later chunks need
+    <temporary folder>/parts/mistakes/                empty files, named after chunks with a mistake: later chunks need
                                                       no tokens, as the run will end with a message
 """
 from __future__ import annotations
@@ -25,8 +25,9 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.prepare import DataSet, DataSetReport, Stores, data_sets
 from dpo_dist.data.rows import Chunk, ReadReport, Share, Tally, read_chunks
 from dpo_dist.data.tokenize import PairTokenizer, TruncationReport
-from dpo_dist.data.writer import ARRAYS
+from dpo_dist.data.writer import ARRAYS, places_of
 
+PARTS, MISTAKES = "parts", "parts/mistakes"
 Ends = dict[str, dict[str, int]]             # {train or eval: {array: its rows}}
 AFTER_ALL_CHUNKS = 10**9 - 1
 NOTHING: Ends = {split: dict.fromkeys(ARRAYS, 0) for split in ("train", "eval")}
@@ -57,16 +58,24 @@ class Line:
 
 
 def part_folder(folder: Path, part: int) -> Path:
-    return folder / "parts" / str(part)
+    return folder / PARTS / str(part)
+
+
+def begin_parts(folder: Path, parts: int) -> None:
+    """Makes the folders of that many parts: before any process looks for one, as a network file system may remember for
+    a minute that there was none."""
+    (folder / MISTAKES).mkdir(parents=True)
+    for part in range(parts):
+        part_folder(folder, part).mkdir()
+        (part_folder(folder, part) / "records").write_text("0")
 
 
 def write_part(config: DataConfig, encoder: PairTokenizer, share: Share, folder: Path) -> None:
     """Writes one part. What a person can mend goes into it as well, and is raised by `join_parts`."""
     own = part_folder(folder, share.part)
-    mistakes = _Mistakes(folder / "mistakes")
-    mistakes.folder.mkdir(parents=True, exist_ok=True)
+    mistakes = _Mistakes(folder / MISTAKES)
     stores = Stores.begin(config, own)
-    with (own / "chunks.jsonl").open("w") as lines, (own / "records").open("w") as progress:
+    with (own / "chunks.jsonl").open("w") as lines, (own / "records").open("r+") as progress:
         done = 0
         for number, data_set in enumerate(data_sets(config)):
             if mistakes.before(number, 0):
@@ -126,8 +135,7 @@ def _name(data_set: int, chunk: int) -> str:
 
 def records_done(folder: Path, parts: int) -> int:
     """How many records all parts have done by now."""
-    files = [part_folder(folder, part) / "records" for part in range(parts)]
-    return sum(int(file.read_text() or 0) for file in files if file.exists())
+    return sum(int((part_folder(folder, part) / "records").read_text()) for part in range(parts))
 
 
 def join_parts(config: DataConfig, encoder: PairTokenizer, folder: Path, parts: int) -> None:
@@ -150,8 +158,7 @@ def join_parts(config: DataConfig, encoder: PairTokenizer, folder: Path, parts: 
         report.read.check(data_set.config, config.on_bad_row)
         reports.append(report)
     stores.complete(config, encoder, reports)
-    for rest in ("parts", "mistakes"):
-        shutil.rmtree(folder / rest)
+    shutil.rmtree(folder / PARTS)
 
 
 class _Part:
@@ -162,7 +169,7 @@ class _Part:
         self._lines = (Line(**json.loads(text)) for text in (folder / "chunks.jsonl").open())
         self._next = next(self._lines, None)
         self._ends = NOTHING
-        self._places = {split: json.loads((folder / split / "meta.json").read_text())["places"] for split in NOTHING}
+        self._places = {split: places_of(folder / split) for split in NOTHING}
 
     def move(self, data_set: int, stores: Stores) -> Line | None:
         """The line of the next chunk of this data set, whose pairs are appended to the stores; None after the last."""

@@ -42,13 +42,15 @@ def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | N
     """
     folder = store_folder(config, tokenizer, tokenizer_digest)
     if not folder.is_dir():
-        encoder = PairTokenizer.of(tokenizer, config)
-        with unfinished(folder) as temporary:
-            stores = Stores.begin(config, temporary)
-            reports = [_fill(stores, data_set, config, encoder) for data_set in data_sets(config)]
-            stores.complete(config, encoder, reports)
-            finish(temporary, folder)
+        build(config, PairTokenizer.of(tokenizer, config), folder)
     return open_stores(folder)
+
+
+def build(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
+    """Reads, tokenizes and writes all pairs, alone."""
+    with built(folder) as temporary:
+        stores = Stores.begin(config, temporary)
+        stores.complete(config, encoder, [_fill(stores, data_set, config, encoder) for data_set in data_sets(config)])
 
 
 def store_folder(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> Path:
@@ -78,26 +80,22 @@ def digests_folder(config: DataConfig) -> Path:
 
 
 @contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-    """A name for the folder while it is built; what is left there is removed at the end."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache_dir={folder.parent} cannot be made: {error}; set another folder") from error
+def built(folder: Path) -> Iterator[Path]:
+    """A temporary folder, which takes the folder's name once the block ends, and is removed where it fails."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={folder.parent} cannot be made: {error}; set another folder") from error
+    try:
         yield temporary
+        try:
+            temporary.rename(folder)
+        except OSError:                      # another process was first, with the same content
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def finish(temporary: Path, folder: Path) -> None:
-    """Gives what was built its name."""
-    try:
-        temporary.rename(folder)
-    except OSError:                          # another process was first, with the same content
-        if not folder.is_dir():
-            raise
 
 
 @dataclass(frozen=True)

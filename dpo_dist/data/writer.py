@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from array import array
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ OFFSETS = {"spans": "ids"}
 IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128
-HASHES = "hashes.npy"                        # of a part: (n, 2) of prompt and pair, to find repeats
+# of a part: (n, 2) hash of prompt and pair, to find repeats; and what its "where" points to
+HASHES, PLACES = "hashes.npy", "places.json"
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,13 @@ class PairWriter:
         return {name: file.rows for name, file in self.files.items()}
 
     def extend(self, part: Path, places: Sequence[str], first: Mapping[str, int], end: Mapping[str, int]) -> None:
-        """Appends what a closed store in the folder `part` has from rows `first` to rows `end` of its arrays, as
-        `add` would have. places: its meta's."""
+        """Appends what the part in that folder has from rows `first` to rows `end` of its arrays, as `add` would have.
+        places: those that `places_of` knows of it."""
         before = self.rows()
         for name, (dtype, columns) in ARRAYS.items():
             if first[name] == end[name]:
                 continue
-            rows = read_rows_of(part / f"{name}.npy", dtype, columns, first[name], end[name])
+            rows = _rows_of(part / f"{name}.npy", dtype, columns, first[name], end[name])
             if name in OFFSETS:
                 rows += before[OFFSETS[name]] - first[OFFSETS[name]]
             elif name == "where":
@@ -99,16 +101,19 @@ class PairWriter:
             elif name == "ids":
                 self.largest_id = max(self.largest_id, int(rows.max()))
             self.files[name].append(rows)
-        hashes = read_rows_of(part / HASHES, "<u8", 2, first["spans"], end["spans"])
+        hashes = _rows_of(part / HASHES, "<u8", 2, first["spans"], end["spans"])
         self.prompt_hashes.frombytes(hashes[:, 0].tobytes())
         self.pair_hashes.frombytes(hashes[:, 1].tobytes())
         self.pairs += len(hashes)
         self.tokens = self.files["ids"].rows
 
     def close_part(self) -> None:
-        """As `close`, for a store that another will be extended by."""
-        self.close({})
+        """Completes the files of a store that is only there for another to be extended by."""
+        self.flush()
+        for file in self.files.values():
+            file.close(sync=False)
         np.save(self.path / HASHES, np.stack([np.array(self.prompt_hashes), np.array(self.pair_hashes)], 1))
+        (self.path / PLACES).write_text(json.dumps(list(self.places)))
 
     def _place(self, where: str) -> tuple[int, int]:
         """("rows.jsonl:12") → (index of "rows.jsonl:", 12)."""
@@ -144,7 +149,12 @@ def hash64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def read_rows_of(file: Path, dtype: str, columns: int, first: int, end: int) -> NDArray[Any]:
+def places_of(part: Path) -> list[str]:
+    """What `where` of a closed part points to."""
+    return list(json.loads((part / PLACES).read_text()))
+
+
+def _rows_of(file: Path, dtype: str, columns: int, first: int, end: int) -> NDArray[Any]:
     """Rows `first` to `end` of an array in a .npy file, read into memory: a map would count as this process's."""
     width = max(1, columns)
     start = NPY_HEADER_BYTES + first * width * np.dtype(dtype).itemsize
@@ -171,13 +181,14 @@ class _NpyFile:
         self.stream.write(content)
         self.items += values.size
 
-    def close(self) -> str:
-        """The sha256 of the content."""
+    def close(self, sync: bool = True) -> str:
+        """The sha256 of the content. sync: waits until it is on disk."""
         shape = (self.items // self.columns, self.columns) if self.columns else (self.items,)
         self.stream.seek(0)
         np.lib.format.write_array_header_1_0(
             self.stream, {"descr": self.dtype, "fortran_order": False, "shape": shape})
         assert self.stream.tell() == NPY_HEADER_BYTES, "numpy pads every header to this size"
-        sync_file(self.stream)
+        if sync:
+            sync_file(self.stream)
         self.stream.close()
         return self.hash.hexdigest()

@@ -12,19 +12,18 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
-from dpo_dist.data.prepare import digests_folder, prepare
+from dpo_dist.data.prepare import digests_folder
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.summary import summary_lines
 from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
-from dpo_dist.models.digest import model_digest, tokenizer_digest
+from dpo_dist.models.digest import model_digest
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
 from dpo_dist.models.load import (
     check_quantized,
     choose_attention,
-    load_tokenizer,
     quantization,
     read_config,
     resolve,
@@ -32,6 +31,7 @@ from dpo_dist.models.load import (
 )
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
+from dpo_dist.run.tokenizing import tokenized_pairs
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.shared_folders import check_shared
 from dpo_dist.runtime.terminal import Terminal
@@ -134,9 +134,7 @@ def _named(reference: ReferenceConfig) -> str:
 def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:
     if not config.data.train and not config.data.eval:
         raise UserError("data.train=[] names no data; set data.train=[{path: rows.jsonl}]")
-    paths = world.on_main(lambda: [store.path for store in prepare(config.data, load_tokenizer(folder),
-                                                                   tokenizer_digest(folder))])
-    train, held_out = map(PairStore.open, paths)
+    train, held_out = tokenized_pairs(config.data, folder, world, terminal)
     world.on_main(lambda: _show(train, held_out, RunDir(config.run_dir).data_summary, terminal))
     return train, held_out
 

@@ -142,7 +142,7 @@ def test_the_digest_changes_with_any_change_of_what_is_trained_on(tmp_path, chan
 def test_the_same_data_is_tokenized_once(tmp_path, monkeypatch):
     rows = random_rows(20)
     first = build(tmp_path, rows)
-    monkeypatch.setattr(prepare_module, "unfinished", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(prepare_module, "build", lambda *_: pytest.fail("built again"))
     assert build(tmp_path, rows).path == first.path
 
 
