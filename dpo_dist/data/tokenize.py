@@ -105,8 +105,11 @@ class PairTokenizer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts or self.tokenizer is None:
             return []
-        return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
-                                   verbose=False)["input_ids"])
+        distinct = list(dict.fromkeys(texts))          # the pairs of a rated prompt share most of theirs
+        ids = self.tokenizer(distinct, add_special_tokens=False, return_attention_mask=False,
+                             verbose=False)["input_ids"]
+        known = dict(zip(distinct, ids, strict=True))
+        return [known[text] for text in texts]
 
     def encode_completions(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Token ids of texts that continue a prompt, closed by an end-of-turn token.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.files import data_bytes, read_records
+from dpo_dist.data.files import data_bytes, data_files, read_records
 from dpo_dist.data.parts import begin_parts, join_parts, part_folder, records_done
 from dpo_dist.data.prepare import build, built, data_sets, open_stores, store_folder
 from dpo_dist.data.store import PairStore
@@ -25,9 +25,10 @@ from dpo_dist.models.digest import tokenizer_digest
 from dpo_dist.models.load import load_tokenizer
 from dpo_dist.run.tokenize_part import Spec
 from dpo_dist.runtime import child_process, preemption
+from dpo_dist.runtime.cores import usable_cores
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.terminal import Terminal
-from dpo_dist.runtime.world import World
+from dpo_dist.runtime.world import World, own_node
 
 BYTES_A_PROCESS = 16 << 20               # text that a process tokenizes in about twice the time that its start takes
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -40,51 +41,69 @@ ENDED = "parts/ended"                    # a file in the temporary folder: a ran
 
 @dataclass(frozen=True)
 class Job:
-    """Where the pairs are, and where they are to be made, if they are."""
+    """Where the pairs are; and if they are not there yet, where they are made, and which parts each rank makes."""
 
     folder: Path
     temporary: Path | None = None
-    parts: int = 0
+    of_ranks: Sequence[Sequence[int]] = ()
+
+    @property
+    def parts(self) -> int:
+        return sum(map(len, self.of_ranks))
 
 
 def tokenized_pairs(config: DataConfig, model: Path, world: World,
                     terminal: Terminal) -> tuple[PairStore, PairStore]:
     """(training pairs, held-out pairs), tokenized as the model in that folder asks for. All ranks call this."""
-    cores = world.gather(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    machines = world.gather((own_node()[0], usable_cores()))
     with ExitStack() as building:                                  # on rank 0: ends with the folder's own name
-        job = world.on_main(lambda: _begin(config, model, sum(cores), building))
+        job = world.on_main(lambda: _begin(config, model, machines, building))
         if job.temporary is not None:
-            _make(config, model, job, parts_of_ranks(cores, job.parts)[world.rank], world, terminal)
+            _make(config, model, job, world, terminal)
     world.barrier()                                                # the folder has its name
     return open_stores(job.folder)
 
 
-def parts_of_ranks(cores: Sequence[int], parts: int) -> list[list[int]]:
-    """Which parts each rank makes, by how many cores each has: spread evenly, and as many as cores at most."""
-    turns = sorted((turn, rank) for rank, n in enumerate(cores) for turn in range(n))
-    return [[part for part, (_, taker) in enumerate(turns[:parts]) if taker == rank] for rank in range(len(cores))]
-
-
-def _begin(config: DataConfig, model: Path, cores: int, building: ExitStack) -> Job:
+def _begin(config: DataConfig, model: Path, machines: Sequence[tuple[int, frozenset[int]]], building: ExitStack) -> Job:
     tokenizer = load_tokenizer(model)
     folder = store_folder(config, tokenizer, tokenizer_digest(model))
     if folder.is_dir():
         return Job(folder)
     encoder = PairTokenizer.of(tokenizer, config)                  # what is wrong with the template is said at once
-    worth = sum(data_bytes(data_set.config) for data_set in data_sets(config)) // BYTES_A_PROCESS
+    sources = [data_set.config for data_set in data_sets(config)]
+    worth = sum(map(data_bytes, sources)) // BYTES_A_PROCESS
     if worth < 2:
         build(config, encoder, folder)
         return Job(folder)
-    job = Job(folder, building.enter_context(built(folder)), min(cores, worth))
+    cores = cores_of_ranks(machines)
+    if any(data_files(source) is None for source in sources):      # only this machine is known to have a hub set
+        cores = [n if node == machines[0][0] else 0 for n, (node, _) in zip(cores, machines, strict=True)]
+    job = Job(folder, building.enter_context(built(folder)), parts_of_ranks(cores, worth))
     assert job.temporary is not None
     begin_parts(job.temporary, job.parts)
     Spec(config, model, job.parts).write(job.temporary)
     return job
 
 
-def _make(config: DataConfig, model: Path, job: Job, own: Sequence[int], world: World, terminal: Terminal) -> None:
+def cores_of_ranks(machines: Sequence[tuple[int, frozenset[int]]]) -> list[int]:
+    """Each rank's share of its machine's cores, at least one: of (its machine, the cores that it may use) of all ranks,
+    which may be bound to cores of their own or share them all."""
+    shares = {}
+    for node in {node for node, _ in machines}:
+        own = [cores for other, cores in machines if other == node]
+        shares[node] = max(1, len(frozenset().union(*own)) // len(own))
+    return [shares[node] for node, _ in machines]
+
+
+def parts_of_ranks(cores: Sequence[int], worth: int) -> list[list[int]]:
+    """Which parts each rank makes, of no more than are worth it: spread evenly, and as many as it has cores at most."""
+    turns = sorted((turn, rank) for rank, n in enumerate(cores) for turn in range(n))
+    return [[part for part, (_, taker) in enumerate(turns[:worth]) if taker == rank] for rank in range(len(cores))]
+
+
+def _make(config: DataConfig, model: Path, job: Job, world: World, terminal: Terminal) -> None:
     """Returns when the stores are complete. Raises what one process alone would have raised, or Stopped."""
-    temporary, began = job.temporary, time.monotonic()
+    temporary, own, began = job.temporary, job.of_ranks[world.rank], time.monotonic()
     assert temporary is not None
     with closing(_progress(config, job, terminal, world.is_main)) as bar:
         signals = world.together(lambda: _run(own, temporary, lambda: next(bar, None)))

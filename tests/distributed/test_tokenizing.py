@@ -17,7 +17,6 @@ from dpo_dist.data.prepare import prepare
 from dpo_dist.launcher.ranks import Place
 from dpo_dist.models.digest import tokenizer_digest
 from dpo_dist.models.load import load_tokenizer
-from dpo_dist.run.tokenizing import parts_of_ranks
 from dpo_dist.runtime.ports import free_port
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +35,7 @@ from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 preemption.listen()
 folder, cores, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-os.sched_getaffinity = lambda process: range(cores)
+tokenizing.usable_cores = lambda: frozenset(range(cores))
 tokenizing.BYTES_A_PROCESS = size
 config = compose(["model.path=m", "cluster.device=cpu", "cluster.timeout_seconds=5",
                   f"data.train={folder / 'rows.jsonl'}", f"data.cache_dir={folder / 'cache'}"])
@@ -174,10 +173,3 @@ def test_processes_end_with_the_rank_that_started_them(folder: Path):
     wait_until(lambda: len(workers(folder)) == 2, *ranks)
     kill(rank.pid for rank in ranks)
     all_are_gone(folder)
-
-
-def test_parts_go_to_the_ranks_in_turn_and_never_more_than_they_have_cores():
-    assert parts_of_ranks([2, 2], 4) == [[0, 2], [1, 3]]
-    assert parts_of_ranks([1, 3], 4) == [[0], [1, 2, 3]]
-    assert parts_of_ranks([4, 4, 4], 2) == [[0], [1], []]
-    assert parts_of_ranks([1], 1) == [[0]]
