@@ -119,7 +119,8 @@ class _Mistakes:
     folder: Path
 
     def note(self, data_set: int, chunk: int) -> None:
-        (self.folder / _name(data_set, chunk)).touch()
+        if not self.before(data_set, chunk):           # only the first is of interest
+            (self.folder / _name(data_set, chunk)).touch()
 
     def before(self, data_set: int, chunk: int) -> bool:
         """Whether there is one in an earlier chunk."""
@@ -166,7 +167,7 @@ class _Part:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._lines = (Line(**json.loads(text)) for text in (folder / "chunks.jsonl").open())
+        self._lines = (Line(**json.loads(text)) for text in (folder / "chunks.jsonl").read_text().splitlines())
         self._next = next(self._lines, None)
         self._ends = NOTHING
         self._places = {split: places_of(folder / split) for split in NOTHING}
