@@ -117,8 +117,8 @@ def run_table(start: dict[str, Any], tokenizing: dict[str, Any], sweep: dict[str
         "| whole runs | measured |", "|---|---|",
         "| from the command `dpo-dist train` to its first step, golden model, 1 and 2 processes: seconds | "
         f"{one:.1f} and {two:.1f} |",
-        f"| {tokenizing['rows']:,} chats of about 900 tokens, from a file to token ids on disk, on 1 and 2 cores: rows a "
-        f"second (TRL's preparation) | {rates['ours, 1']} and {rates['ours, 2']} ({rates['TRL, 1']} and "
+        f"| {tokenizing['rows']:,} chats of about 900 tokens, from a file to token ids on disk, on 1 and 2 cores: rows "
+        f"a second (TRL's preparation) | {rates['ours, 1']} and {rates['ours, 2']} ({rates['TRL, 1']} and "
         f"{rates['TRL, 2']}) |",
         f"| the same, rows a second of the processor | {cpu['ours, 1']} and {cpu['ours, 2']} ({cpu['TRL, 1']} and "
         f"{cpu['TRL, 2']}) |",
