@@ -44,11 +44,12 @@ check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not distributed and not slurm"
 
-bench: $(STAMP)  ## a training step beside TRL's, memory, balance; results in benchmarks/results, tables in README.md
+bench: $(STAMP)  ## a training step and tokenizing beside TRL's, memory, balance; results in benchmarks/results, tables in README.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/tables.py
 
 # torchvision, torchaudio and torchcodec may come as builds for another device, which break vLLM's import; none of them

@@ -37,7 +37,7 @@ def filled(file: Path, marks: tuple[str, str], content: str, check: bool) -> boo
 
 def tables() -> str:
     return "\n\n".join([step_table(read("step_time")), other_table(read("memory"), read("scaling")),
-                        run_table(read("start"), read("sweep"), read("ahead"), read("sizing"))])
+                        run_table(read("start"), read("tokenizing"), read("sweep"), read("ahead"), read("sizing"))])
 
 
 def read(name: str) -> dict[str, Any]:
@@ -107,14 +107,23 @@ def growth_lines(steps: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"| {one['seconds_a_step'] / two['seconds_a_step']:.2f} |"]
 
 
-def run_table(start: dict[str, Any], sweep: dict[str, Any], ahead: dict[str, Any], sizing: dict[str, Any]) -> str:
+def run_table(start: dict[str, Any], tokenizing: dict[str, Any], sweep: dict[str, Any], ahead: dict[str, Any],
+              sizing: dict[str, Any]) -> str:
     one, two = start["1 processes"]["now"], start["2 processes"]["now"]
     cached, beside, ratio = ahead["cached"], ahead["ahead"], sweep["sweep / separate"]
+    rates, cpu = tokenizing["rows a second"], tokenizing["rows a second of the processor"]
+    over = tokenizing["ours / TRL"]
     order = sizing["in_another_order_of_cpu_time"]
     return "\n".join([
         "| whole runs | measured |", "|---|---|",
         "| from the command `dpo-dist train` to its first step, golden model, 1 and 2 processes: seconds | "
         f"{one:.1f} and {two:.1f} |",
+        f"| {tokenizing['rows']:,} chats of about 900 tokens, from a file to token ids on disk, on 1 and 2 cores: rows "
+        f"a second (TRL's preparation) | {rates['ours, 1']} and {rates['ours, 2']} ({rates['TRL, 1']} and "
+        f"{rates['TRL, 2']}) |",
+        f"| the same, rows a second of the processor | {cpu['ours, 1']} and {cpu['ours, 2']} ({cpu['TRL, 1']} and "
+        f"{cpu['TRL, 2']}) |",
+        f"| the same over TRL's, 1 and 2 cores, in one round | {over['1']:.2f} and {over['2']:.2f} |",
         "| a 3 × 2 sweep over six runs with a live reference: seconds, seconds on the processor, counted forwards and "
         f"backwards | {ratio['wall']:.2f}, {ratio['processor']:.2f}, {ratio['counted']:.2f} |",
         f"| the first step of a run over {ahead['pairs']} pairs, scored before and ahead of training: seconds from the "

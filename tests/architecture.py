@@ -33,9 +33,9 @@ ONLY_IN = {
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
-TORCH_FREE = ("config", "sizing", "launcher", "runtime.child_process", "runtime.files", "runtime.lock",
+TORCH_FREE = ("config", "sizing", "launcher", "runtime.child_process", "runtime.cores", "runtime.files", "runtime.lock",
               "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank",
-              "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
+              "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dpo_dist.config.errors import UserError
@@ -74,8 +74,9 @@ def _read_text(key: str, text: str) -> Any:
         return text
 
 
-def named(records: Iterator[Record | BadRow], columns: Columns) -> Iterator[Record | BadRow]:
-    """The records with their fields under the names that formats know; a bad row for each that has no fields."""
+def named(records: Iterator[Record | BadRow | None], columns: Columns) -> Iterator[Record | BadRow | None]:
+    """The records with their fields under the names that formats know; a bad row for each that has no fields. None, for
+    one that is not wanted, stays None."""
     for record in records:
         if isinstance(record, Record):
             try:
@@ -86,7 +87,7 @@ def named(records: Iterator[Record | BadRow], columns: Columns) -> Iterator[Reco
             yield record
 
 
-def check_seen(unseen: set[str], path: str) -> None:
+def check_seen(unseen: Collection[str], path: str) -> None:
     """UserError for columns of data.train[].columns that no row has."""
     if unseen:
         raise UserError(f"columns names {', '.join(map(repr, sorted(unseen)))}, which no row of '{path}' has; mend "

@@ -13,8 +13,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -22,24 +23,34 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.padding import Padding
 from dpo_dist.data.records import BadRow, Record
+from dpo_dist.runtime.remember import remembered
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 # what `datasets` leaves beside its data
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
 CHUNK_CHARS = 1 << 20
+ARROW_ROWS = 512                             # of an Arrow table, at once
+Wanted = Callable[[int], bool]               # of the records of a data set, by number from 0: shall it be parsed?
+# how much larger compressed files are once they are read, about
+EXPANSION = {".gz": 4, ".parquet": 3}
 
 
-def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
-    """The records of a data set, in file order. Raises UserError for what is missing or unreadable as a whole."""
-    files = data_files(dataset)
+def read_records(dataset: DatasetConfig, wanted: Wanted = lambda number: True) -> Iterator[Record | BadRow | None]:
+    """The records of a data set, in file order; None for each that is not wanted, which is not even parsed where the
+    file allows that. Raises UserError for what is missing or unreadable as a whole."""
+    files, numbers = data_files(dataset), count()
+
+    def is_wanted() -> bool:                 # asked once for each record, in order
+        return wanted(next(numbers))
+
     if files is None:
         name = f"{dataset.path}/{dataset.subset}" if dataset.subset else dataset.path
-        yield from _from_arrow(f"{name}[{dataset.split}]", _load_from_hub(dataset))
+        yield from _from_arrow(f"{name}[{dataset.split}]", _load_from_hub(dataset), is_wanted)
         return
     for path in files:
         try:
-            yield from _read_file(path)
+            yield from _read_file(path, is_wanted)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}; mend or replace the file") from error
 
@@ -62,19 +73,32 @@ def data_files(dataset: DatasetConfig) -> tuple[Path, ...] | None:
     return (path,)
 
 
-def content_digest(dataset: DatasetConfig) -> str:
-    """sha256 over the content of the data set's files, and of nothing else."""
+def content_digest(dataset: DatasetConfig, memory: Path | None = None) -> str:
+    """sha256 over the content of the data set's files, and of nothing else. A file that is as it was when a digest in
+    the folder `memory` was made is not read again."""
     files = data_files(dataset)
     if files is None:
         files = tuple(Path(part["filename"]) for part in _load_from_hub(dataset).cache_files)
     whole = hashlib.sha256()
     for path in files:
-        part = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                part.update(block)
-        whole.update(part.digest())
+        whole.update(bytes.fromhex(remembered(memory, "sha256", path, _sha256)))
     return whole.hexdigest()
+
+
+def data_bytes(dataset: DatasetConfig) -> int:
+    """About how many bytes there are to read, once they are no longer compressed."""
+    files = data_files(dataset)
+    if files is None:
+        return sum(Path(part["filename"]).stat().st_size for part in _load_from_hub(dataset).cache_files)
+    return sum(path.stat().st_size * EXPANSION.get(path.suffix, 1) for path in files)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
@@ -101,29 +125,31 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
     return chosen
 
 
-def _read_file(path: Path) -> Iterator[Record | BadRow]:
+def _read_file(path: Path, is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     if path.suffix == ".parquet":
-        yield from _from_arrow(str(path), _stream_parquet(path))
+        yield from _from_arrow(str(path), _stream_parquet(path), is_wanted)
         return
     with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
         if ".csv" in path.suffixes:
-            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""), is_wanted)
         else:
-            yield from _read_json(path, stream, Padding(lambda: _values(path)))
+            yield from _read_json(path, stream, Padding(lambda: _values(path)), is_wanted)
 
 
-def _read_json(path: Path, stream: IO[bytes], padding: Padding | None) -> Iterator[Record | BadRow]:
+def _read_json(path: Path, stream: IO[bytes], padding: Padding | None,
+               is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     """padding None: the records just as they are written."""
     if _first_character(stream) == b"[":
-        yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding)
+        yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding, is_wanted)
     else:
-        yield from _read_json_lines(path, stream, padding)
+        yield from _read_json_lines(path, stream, padding, is_wanted)
 
 
 def _values(path: Path) -> Iterator[Any]:
     """The records of a JSON file once more, for what a whole file says of its nulls."""
     with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
-        yield from (record.value for record in _read_json(path, stream, None) if isinstance(record, Record))
+        records = _read_json(path, stream, None, lambda: True)
+        yield from (record.value for record in records if isinstance(record, Record))
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -135,21 +161,28 @@ def _first_character(stream: IO[bytes]) -> bytes:
     return head[:1]
 
 
-def _read_json_lines(path: Path, stream: Iterable[bytes], padding: Padding | None) -> Iterator[Record | BadRow]:
+def _read_json_lines(path: Path, stream: Iterable[bytes], padding: Padding | None,
+                     is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     for number, line in enumerate(stream, start=1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if not line.strip():
+            continue
+        if not is_wanted():
+            yield None
+            continue
         where = f"{path}:{number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                value = json.loads(text)
-                yield Record(where, padding.without(value) if padding and "null" in text else value)
+            text = line.decode()
+            value = json.loads(text)
+            yield Record(where, padding.without(value) if padding and "null" in text else value)
         except UnicodeDecodeError as error:
             yield BadRow(where, "broken JSON line", f"not UTF-8 at byte {error.start + 1}")
         except json.JSONDecodeError as error:
             yield BadRow(where, "broken JSON line", f"{error.msg} at column {error.colno}")
 
 
-def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iterator[Record]:
+def _read_json_list(path: Path, stream: TextIO, padding: Padding | None,
+                    is_wanted: Callable[[], bool]) -> Iterator[Record | None]:
     """The entries of one big list, decoded one by one from a sliding window: the whole file is never in memory."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     window = stream.read(CHUNK_CHARS)
@@ -174,7 +207,7 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iter
             failure = "',' or ']' expected" if separator else "the list is not closed"
         if separator in (",", "]"):
             row += 1
-            yield Record(f"{path}:row {row}", padding.without(value) if padding else value)
+            yield Record(f"{path}:row {row}", padding.without(value) if padding else value) if is_wanted() else None
             at = end + (separator == ",")
         elif at_end:
             line = lines_before + window.count("\n", 0, end) + 1
@@ -190,13 +223,16 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iter
 # ---------------------------------------------------------------------------------------------------- CSV, parquet, hub
 
 
-def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
+def _read_csv(path: Path, stream: TextIO, is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     csv.field_size_limit(2**31 - 1)          # the default of 131,072 characters is less than a long answer
     reader = csv.DictReader(stream, strict=True)
     try:
         line = reader.line_num if reader.fieldnames else 0
         for cells in reader:
             where, line = f"{path}:{line + 1}", reader.line_num      # a record may span lines: name its first
+            if not is_wanted():
+                yield None
+                continue
             if None in cells:
                 yield BadRow(where, "more cells than the header has")
                 continue
@@ -206,24 +242,33 @@ def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
         raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; mend the file") from error
 
 
-def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:
+def _stream_parquet(path: Path) -> Any:
     import datasets  # here, because its import takes longer than reading most files
 
     try:
-        rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        return rows
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _from_arrow(name: str, rows: Iterable[Any]) -> Iterator[Record]:
+def _from_arrow(name: str, table: Any, is_wanted: Callable[[], bool]) -> Iterator[Record | None]:
     """Rows of an Arrow table, without the nulls that its one schema puts into every struct that lacks a field."""
     padding = Padding(None)
     try:
-        for number, row in enumerate(rows, start=1):
-            yield Record(f"{name}:row {number}", padding.without(row))
+        for number, row in enumerate(_arrow_rows(table, is_wanted), start=1):
+            yield None if row is None else Record(f"{name}:row {number}", padding.without(row))
     except ValueError as error:              # pyarrow's own errors are ValueErrors
         raise UserError(f"{name} cannot be read: {error}; mend or replace the file") from error
+
+
+def _arrow_rows(table: Any, is_wanted: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
+    """The rows of a data set of `datasets`, as its own iterator gives them; None for one that is not wanted: most of
+    the time goes into making Python's objects."""
+    for batch in table.with_format("arrow").iter(batch_size=ARROW_ROWS):
+        wanted = [is_wanted() for _ in range(len(batch))]
+        rows = batch.to_pylist() if any(wanted) else [None] * len(batch)
+        for row, is_own in zip(rows, wanted, strict=True):
+            yield table.features.decode_example(row) if is_own else None
 
 
 def _load_from_hub(dataset: DatasetConfig) -> Any:

@@ -1,4 +1,4 @@
-"""A data set's records → checked rows, streamed, with a report of what became of them.
+"""A data set's records → checked rows, streamed in chunks, with a report of what became of them.
 
 A record that does not fit its format (formats/) is a bad row, with file, line and reason: an error, or left out and
 counted (data.on_bad_row).
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.columns import Columns, check_seen, named
 from dpo_dist.data.fields import Fields, Unfit
-from dpo_dist.data.files import read_records
+from dpo_dist.data.files import Wanted, read_records
 from dpo_dist.data.formats import FORMATS, DataRow, Format, NoPair
 from dpo_dist.data.records import BadRow, Record
 from dpo_dist.data.sample import Threshold, sampled, threshold
@@ -21,6 +22,8 @@ from dpo_dist.types import PreferenceRow, TokenizedPair
 
 EXAMPLES_PER_REASON = 3
 Entry = Record | BadRow | NoPair             # what a data set consists of, before its rows are read
+CHUNK_RECORDS = 512                          # tokenized in one call
+OnBadRow = Literal["error", "skip"]
 
 
 @dataclass
@@ -36,6 +39,13 @@ class Tally:
         if len(shown) < EXAMPLES_PER_REASON:
             shown.append(example)
 
+    def join(self, later: Tally) -> None:
+        """Adds what was counted in later rows."""
+        for reason, n in later.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + n
+            shown = self.examples.setdefault(reason, [])
+            shown += later.examples[reason][:EXAMPLES_PER_REASON - len(shown)]
+
 
 @dataclass
 class ReadReport:
@@ -48,6 +58,54 @@ class ReadReport:
     ties: int = 0                            # pairs of equally rated responses: no judgment
     no_pair: dict[str, int] = field(default_factory=dict)            # sound rows that give no pair, by reason
     bad: Tally = field(default_factory=Tally)
+    unseen: list[str] | None = None          # columns of data.train[].columns that no row had; None: no row was read
+
+    @staticmethod
+    def of(dataset: DatasetConfig, form: str | None = None) -> ReadReport:
+        """An empty report."""
+        return ReadReport(dataset.name or dataset.path, form or dataset.format)
+
+    def join(self, later: ReadReport) -> None:
+        """Adds what became of later rows."""
+        self.format = later.format
+        self.rows, self.pairs, self.ties = self.rows + later.rows, self.pairs + later.pairs, self.ties + later.ties
+        for reason, n in later.no_pair.items():
+            self.no_pair[reason] = self.no_pair.get(reason, 0) + n
+        self.bad.join(later.bad)
+        if later.unseen is not None:
+            self.unseen = [c for c in later.unseen if self.unseen is None or c in self.unseen]
+
+    def check(self, dataset: DatasetConfig, on_bad_row: OnBadRow) -> None:
+        """UserError for a data set without rows, and for bad rows unless `on_bad_row` is skip."""
+        if not self.rows:
+            raise UserError(f"data path '{dataset.path}' has no rows; give a file with rows, or remove it")
+        check_seen(self.unseen or (), dataset.path)
+        if on_bad_row == "error" and self.bad.counts:
+            shown = "".join(f"\n  {text}" for texts in self.bad.examples.values() for text in texts)
+            raise UserError(f"{sum(self.bad.counts.values())} bad row(s) of {self.rows} in '{dataset.path}' (format "
+                            f"{self.format}):{shown}\n"
+                            "mend them, or set data.on_bad_row=skip to leave them out and count them")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which records of a data set a process reads: of all chunks of so many, every `parts`-th from number `part` on."""
+
+    part: int = 0
+    parts: int = 1
+    records: int = field(default_factory=lambda: CHUNK_RECORDS)
+
+    def has(self, chunk: int) -> bool:
+        return chunk % self.parts == self.part
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive records: the rows that they gave, and what became of them."""
+
+    number: int
+    rows: list[DataRow]
+    report: ReadReport
 
 
 # ------------------------------------------------------------------------------------------ what is decided beforehand
@@ -74,7 +132,7 @@ def plan_reading(dataset: DatasetConfig) -> Plan:
     return Plan(form, limit)
 
 
-def told_format(records: Iterator[Record | BadRow], columns: Columns, path: str) -> str:
+def told_format(records: Iterator[Record | BadRow | None], columns: Columns, path: str) -> str:
     """The format of the first row that fits one; rows before it that fit none are bad rows like any other.
 
     Of the formats whose fields a row has, the first that can read it. If no row can be read, the first whose fields
@@ -82,7 +140,7 @@ def told_format(records: Iterator[Record | BadRow], columns: Columns, path: str)
     """
     likely, first = None, None
     for record in records:
-        if isinstance(record, BadRow):
+        if not isinstance(record, Record):
             continue
         first = first or record
         candidates = [name for name, entry in FORMATS.items() if entry.fits(record.value)]
@@ -118,39 +176,56 @@ def _gives(form: Format, fields: Fields) -> Literal["a judgment", "none", "bad"]
 # ----------------------------------------------------------------------------------------------------- reading the rows
 
 
-def read_rows(dataset: DatasetConfig, on_bad_row: Literal["error", "skip"]) -> tuple[Iterator[DataRow], ReadReport]:
+def read_rows(dataset: DatasetConfig, on_bad_row: OnBadRow) -> tuple[Iterator[DataRow], ReadReport]:
     """The rows of a data set, streamed, and a report that fills up as they are consumed.
 
     Raises UserError (from the iterator) for files that cannot be read, for a format that cannot be told, and, once all
     rows have been looked at, for bad rows unless `on_bad_row` is skip.
     """
-    report = ReadReport(source=dataset.name or dataset.path, format=dataset.format)
+    report = ReadReport.of(dataset)
     return _read(dataset, on_bad_row, report), report
 
 
-def _read(dataset: DatasetConfig, on_bad_row: str, report: ReadReport) -> Iterator[DataRow]:
+def _read(dataset: DatasetConfig, on_bad_row: OnBadRow, report: ReadReport) -> Iterator[DataRow]:
+    for chunk in read_chunks(dataset, on_bad_row, Share(records=1)):
+        report.join(chunk.report)
+        yield from chunk.rows
+    report.check(dataset, on_bad_row)
+
+
+def read_chunks(dataset: DatasetConfig, on_bad_row: OnBadRow, share: Share) -> Iterator[Chunk]:
+    """The chunks of a share of a data set. Unless `on_bad_row` is skip, a chunk with a bad row and those after it have
+    no rows, only reports: ReadReport.check raises the error once all bad rows are counted."""
     plan, columns = plan_reading(dataset), Columns(dataset.columns)
-    report.format = plan.format
     form = FORMATS[plan.format]
-    for entry in sampled(entries(dataset, form, columns), plan.limit):
-        for row in rows_of(entry, form, report):
-            if on_bad_row == "skip" or not report.bad.counts:        # after a first bad row the rest is only counted
-                report.pairs += 1
-                yield row
-    if not report.rows:
-        raise UserError(f"data path '{dataset.path}' has no rows; give a file with rows, or remove it")
-    check_seen(columns.unseen, dataset.path)
-    if on_bad_row == "error" and report.bad.counts:
-        shown = "".join(f"\n  {text}" for texts in report.bad.examples.values() for text in texts)
-        raise UserError(f"{sum(report.bad.counts.values())} bad row(s) of {report.rows} in '{dataset.path}' (format "
-                        f"{report.format}):{shown}\n"
-                        "mend them, or set data.on_bad_row=skip to leave them out and count them")
+    # pairs that are made of several records, and samples, depend on records of all shares
+    takes_all = form.group is not None or plan.limit is not None
+
+    def wanted(record: int) -> bool:
+        return takes_all or share.has(record // share.records)
+
+    found_bad = False
+    numbered = enumerate(sampled(entries(dataset, form, columns, wanted), plan.limit))
+    for number, group in groupby(numbered, lambda entry: entry[0] // share.records):
+        if not share.has(number):
+            continue
+        chunk = Chunk(number, [], ReadReport.of(dataset, plan.format))
+        for _, entry in group:
+            assert entry is not None, "every entry of an own chunk is wanted"
+            chunk.rows.extend(rows_of(entry, form, chunk.report))
+        chunk.report.unseen = sorted(columns.unseen)
+        found_bad = found_bad or (on_bad_row == "error" and bool(chunk.report.bad.counts))
+        if found_bad:
+            chunk.rows.clear()
+        yield chunk
 
 
-def entries(dataset: DatasetConfig, form: Format, columns: Columns) -> Iterator[Entry]:
-    """The records of a data set under the names that formats know, grouped as the format asks for."""
-    records = named(read_records(dataset), columns)
-    return form.group(records) if form.group else records
+def entries(dataset: DatasetConfig, form: Format, columns: Columns,
+            wanted: Wanted = lambda number: True) -> Iterator[Entry | None]:
+    """The records of a data set under the names that formats know, grouped as the format asks for; None for each that
+    is not wanted."""
+    records = named(read_records(dataset, wanted), columns)
+    return form.group(record for record in records if record is not None) if form.group else records
 
 
 def rows_of(entry: Entry, form: Format, report: ReadReport) -> Iterator[DataRow]:
@@ -165,6 +240,7 @@ def rows_of(entry: Entry, form: Format, report: ReadReport) -> Iterator[DataRow]
         elif isinstance(outcome, BadRow):
             report.bad.add(outcome.reason, str(outcome))
         else:
+            report.pairs += 1
             yield outcome
 
 

@@ -48,6 +48,12 @@ class TruncationReport:
             for kind in after.left_out:
                 self.left_out.add(kind, after.where)
 
+    def join(self, later: TruncationReport) -> None:
+        """Adds what became of later rows."""
+        self.kept, self.truncated = self.kept + later.kept, self.truncated + later.truncated
+        self.dropped.join(later.dropped)
+        self.left_out.join(later.left_out)
+
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
 
@@ -125,8 +131,11 @@ class PairTokenizer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts or self.tokenizer is None:
             return []
-        return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
-                                   verbose=False)["input_ids"])
+        distinct = list(dict.fromkeys(texts))          # the pairs of a rated prompt share most of theirs
+        ids = self.tokenizer(distinct, add_special_tokens=False, return_attention_mask=False,
+                             verbose=False)["input_ids"]
+        known = dict(zip(distinct, ids, strict=True))
+        return [known[text] for text in texts]
 
     def _encode_answers(self, answers: list[Answer]) -> list[tuple[Ids, Counts]]:
         """Token ids of answers, each closed by an end-of-turn token, and which of them the assistant says."""

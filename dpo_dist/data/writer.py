@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -43,6 +43,8 @@ IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128
 NO_RUNS = np.empty((0, 2), dtype=np.int64)
+# of a part: (n, 2) hash of prompt and pair, to find repeats; and what its "where" points to
+HASHES, PLACES = "hashes.npy", "places.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Source:
 
 
 class PairWriter:
-    """Appends pairs to a new store. Holds a few thousand, and 16 bytes for each earlier one to find repeats."""
+    """Appends pairs to a new store, one by one or from another store. Holds a few thousand, and 16 bytes for each
+    earlier one to find repeats."""
 
     def __init__(self, path: Path, sources: Sequence[Source]):
         path.mkdir(parents=True)
@@ -93,11 +96,50 @@ class PairWriter:
         if len(self.waiting["spans"]) >= FLUSH_PAIRS:
             self.flush()
 
+    def rows(self) -> dict[str, int]:
+        """{array: the rows it has by now}, all of them in the files."""
+        self.flush()
+        return {name: file.rows for name, file in self.files.items()}
+
+    def extend(self, part: Path, places: Sequence[str], first: Mapping[str, int], end: Mapping[str, int]) -> None:
+        """Appends what the part in that folder has from rows `first` to rows `end` of its arrays, as `add` would have.
+        places: those that `places_of` knows of it."""
+        before = self.rows()
+        for name, (dtype, columns) in ARRAYS.items():
+            if first[name] == end[name]:
+                continue
+            rows = _rows_of(part / f"{name}.npy", dtype, columns, first[name], end[name])
+            if name in OFFSETS:
+                rows += before[OFFSETS[name]] - first[OFFSETS[name]]
+            elif name == "where":
+                used, at, inverse = np.unique(rows[:, 0], return_index=True, return_inverse=True)
+                known = {int(used[i]): self._number_of(places[used[i]]) for i in np.argsort(at)}    # as they appear
+                rows[:, 0] = np.array([known[int(place)] for place in used])[inverse]
+            elif name == "ids":
+                self.largest_id = max(self.largest_id, int(rows.max()))
+            self.files[name].append(rows)
+        hashes = _rows_of(part / HASHES, "<u8", 2, first["spans"], end["spans"])
+        self.prompt_hashes.frombytes(hashes[:, 0].tobytes())
+        self.pair_hashes.frombytes(hashes[:, 1].tobytes())
+        self.pairs += len(hashes)
+        self.tokens, self.record_bytes = self.files["ids"].rows, self.files["records"].rows
+
+    def close_part(self) -> None:
+        """Completes the files of a store that is only there for another to be extended by."""
+        self.flush()
+        for file in self.files.values():
+            file.close(sync=False)
+        np.save(self.path / HASHES, np.stack([np.array(self.prompt_hashes), np.array(self.pair_hashes)], 1))
+        (self.path / PLACES).write_text(json.dumps(list(self.places)))
+
     def _place(self, where: str) -> tuple[int, int]:
         """("rows.jsonl:12") → (index of "rows.jsonl:", 12)."""
         match = re.fullmatch(r"(.*?)(0|[1-9]\d{0,17})", where, re.DOTALL)
         place, number = (match[1], int(match[2])) if match else (where, -1)
-        return self.places.setdefault(place, len(self.places)), number
+        return self._number_of(place), number
+
+    def _number_of(self, place: str) -> int:
+        return self.places.setdefault(place, len(self.places))
 
     def flush(self) -> None:
         for name, values in self.waiting.items():
@@ -135,6 +177,19 @@ def _uncounted(counts: Sequence[bool] | None) -> NDArray[np.int64]:
     return np.stack([np.flatnonzero(changes < 0), np.flatnonzero(changes > 0)], 1)
 
 
+def places_of(part: Path) -> list[str]:
+    """What `where` of a closed part points to."""
+    return list(json.loads((part / PLACES).read_text()))
+
+
+def _rows_of(file: Path, dtype: str, columns: int, first: int, end: int) -> NDArray[Any]:
+    """Rows `first` to `end` of an array in a .npy file, read into memory: a map would count as this process's."""
+    width = max(1, columns)
+    start = NPY_HEADER_BYTES + first * width * np.dtype(dtype).itemsize
+    flat = np.fromfile(file, dtype, (end - first) * width, offset=start)
+    return flat.reshape(-1, columns) if columns else flat
+
+
 class _NpyFile:
     """A .npy file that grows: its header, of fixed size, is written last, when the number of rows is known."""
 
@@ -144,19 +199,24 @@ class _NpyFile:
         self.hash = hashlib.sha256()
         self.items = 0
 
+    @property
+    def rows(self) -> int:
+        return self.items // max(1, self.columns)
+
     def append(self, values: NDArray[Any]) -> None:
         content = values.astype(self.dtype).tobytes()
         self.hash.update(content)
         self.stream.write(content)
         self.items += values.size
 
-    def close(self) -> str:
-        """The sha256 of the content."""
+    def close(self, sync: bool = True) -> str:
+        """The sha256 of the content. sync: waits until it is on disk."""
         shape = (self.items // self.columns, self.columns) if self.columns else (self.items,)
         self.stream.seek(0)
         np.lib.format.write_array_header_1_0(
             self.stream, {"descr": self.dtype, "fortran_order": False, "shape": shape})
         assert self.stream.tell() == NPY_HEADER_BYTES, "numpy pads every header to this size"
-        sync_file(self.stream)
+        if sync:
+            sync_file(self.stream)
         self.stream.close()
         return self.hash.hexdigest()

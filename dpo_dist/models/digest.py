@@ -3,53 +3,65 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.folder import truthful_json
+from dpo_dist.runtime.remember import remembered
+from dpo_dist.runtime.world import World
 
+Tensors = list[tuple[str, str, str]]         # (name, "dtype shape", digest of the bytes)
 # Keys of config.json that do not change what the weights compute.
 _VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures",
              "_attn_implementation"}
 
 
-def model_digest(folder: Path) -> str:
+def model_digest(folder: Path, memory: Path | None = None, world: World | None = None) -> str:
     """Hex digest of every tensor (name, dtype, shape, bytes) and of the config's numeric meaning.
 
-    Read from the files, never from a live model: under ZeRO-3 a rank's parameters are empty shells.
+    Read from the files, never from a live model: under ZeRO-3 a rank's parameters are empty shells. With `memory`, a
+    folder, a file that is as it was is not read again. With `world`, all ranks call this and each reads its share.
     """
     files = sorted(folder.glob("*.safetensors"))
-    with ThreadPoolExecutor(max_workers=4) as pool:      # hashing releases the interpreter lock
-        tensors = sorted(entry for entries in pool.map(_tensor_digests, files) for entry in entries)
+    shares = ([_of_files(files, memory)] if world is None else
+              world.together(lambda: _of_files(files[world.rank::world.size], memory)))
     config = {k: v for k, v in truthful_json(folder).items() if k not in _VOLATILE}
     whole = hashlib.blake2b(digest_size=16)
-    for name, kind, digest in tensors:
+    for name, kind, digest in sorted(tensor for share in shares for tensor in share):
         whole.update(f"{name}\0{kind}\0{digest}\n".encode())
     whole.update(json.dumps(config, sort_keys=True).encode())
     return whole.hexdigest()
 
 
-def _tensor_digests(file: Path) -> list[tuple[str, str, str]]:
-    """(name, "dtype shape", digest of the bytes) of each tensor. safetensors: u64 header size, JSON header, data."""
-    out = []
+def _of_files(files: Sequence[Path], memory: Path | None) -> Tensors:
+    return [(name, kind, digest) for file in files
+            for name, kind, digest in remembered(memory, "tensors", file, _of_file)]
+
+
+def _of_file(file: Path) -> Tensors:
+    """Of each tensor. safetensors: u64 header size, JSON header, data."""
     with file.open("rb") as f:
         header_size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(header_size))
         header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            f.seek(8 + header_size + start)
-            digest = hashlib.blake2b(digest_size=16)
-            left = end - start
-            while left > 0:
-                block = f.read(min(left, 1 << 24))
+
+        def digest(name: str) -> str:
+            start, end = (8 + header_size + offset for offset in header[name]["data_offsets"])
+            hashed = hashlib.blake2b(digest_size=16)
+            while start < end:
+                block = os.pread(f.fileno(), min(end - start, 1 << 24), start)
                 if not block:
                     raise UserError(f"{file} ends before its tensor {name}: the file is truncated; copy it again")
-                digest.update(block)
-                left -= len(block)
-            out.append((name, f"{entry['dtype']} {entry['shape']}", digest.hexdigest()))
-    return out
+                hashed.update(block)
+                start += len(block)
+            return hashed.hexdigest()
+
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+            return [(name, f"{entry['dtype']} {entry['shape']}", digest)
+                    for (name, entry), digest in zip(header.items(), pool.map(digest, header), strict=True)]
 
 
 def tokenizer_digest(folder: Path) -> str:

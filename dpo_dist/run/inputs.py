@@ -12,22 +12,22 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
-from dpo_dist.data.prepare import prepare
+from dpo_dist.data.prepare import digests_folder
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.summary import summary_lines
 from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
-from dpo_dist.models.digest import model_digest, tokenizer_digest
+from dpo_dist.models.digest import model_digest
 from dpo_dist.models.fit import choose_attention
 from dpo_dist.models.folder import check_quantized, quantization, read_config, resolve, tied_embeddings
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
 from dpo_dist.models.load import torch_dtype
 from dpo_dist.models.text import text_config
-from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
+from dpo_dist.run.tokenizing import tokenized_pairs
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.shared_folders import check_shared
 from dpo_dist.runtime.terminal import Terminal
@@ -61,7 +61,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
-    """All inputs, checked. Rank 0 reads, hashes and tokenizes; the others open what it left on disk."""
+    """All inputs, checked."""
     check_shared(config, world)
     policy_folder = resolve(config.model.path, "model.path", config.run.offline)
     reference_folder = policy_folder
@@ -71,13 +71,14 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     _check_quantization(config, model, reference_model)
     for folder, name in {reference_folder: "reference.path", policy_folder: "model.path"}.items():
         _tell_tied(folder, name, terminal)
-    digest = world.on_main(lambda: model_digest(policy_folder))
+    digests = digests_folder(config.data)
+    digest = model_digest(policy_folder, digests, world)
     attention, misfit = choose_attention(config.model, policy_folder)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
     reference_digest, reference_attention = digest, attention
     if reference_folder != policy_folder:
-        reference_digest = world.on_main(lambda: model_digest(reference_folder))
+        reference_digest = model_digest(reference_folder, digests, world)
         reference_attention = choose_attention(config.model, reference_folder)[0]
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
@@ -140,9 +141,7 @@ def _named(reference: ReferenceConfig) -> str:
 def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:
     if not config.data.train and not config.data.eval:
         raise UserError("data.train=[] names no data; set data.train=[{path: rows.jsonl}]")
-    paths = world.on_main(lambda: [store.path for store in prepare(config.data, load_tokenizer(folder),
-                                                                   tokenizer_digest(folder))])
-    train, held_out = map(PairStore.open, paths)
+    train, held_out = tokenized_pairs(config.data, folder, world, terminal)
     world.on_main(lambda: _show(train, held_out, RunDir(config.run_dir).data_summary, terminal))
     return train, held_out
 

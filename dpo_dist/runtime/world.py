@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from threading import Event
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,7 @@ from dpo_dist.runtime.ports import free_port
 
 T = TypeVar("T")
 
+SECONDS_BETWEEN_SIGNS = 1.0                # of life, from a rank at work to those that wait for it
 NO_ANSWER = ("Timed out waiting", "Application timeout",     # gloo: of this collective, or another with that rank
              "Watchdog caught collective operation timeout",                              # NCCL
              "wait timeout after")                                                        # the store
@@ -111,20 +115,53 @@ class World:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """The result of `work()` on rank 0, on every rank. An exception there is raised on all, so none waits."""
-        result: list[Any] = [None, None]                      # what `work` returned; what it raised
+        """The result of `work()` on rank 0, on every rank. An exception there is raised on all, so none waits.
+
+        `work` may take as long as it likes: every second a thread of rank 0 tells the others that it is at it, so none
+        is in one collective for longer. `work` itself must not communicate.
+        """
+        if self.size == 1:
+            return work()
         if self.is_main:
-            try:
-                result[0] = work()
-            except UserError as error:
-                result[1] = error
-            except Exception as error:
-                dist.broadcast_object_list([None, RuntimeError(f"rank 0 failed: {error!r}")], src=0)
-                raise
-        dist.broadcast_object_list(result, src=0)
-        if result[1] is not None:
-            raise result[1]
-        return result[0]
+            with _meanwhile(lambda: self._from_main(None)):
+                outcome = _Outcome.of(work)
+            self._from_main(outcome.for_others(self.rank))
+            return outcome.value()
+        told: _Outcome[T] | None = None
+        while told is None:                                    # rank 0 is at work
+            told = self._from_main(None)
+        return told.value()
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """The results of `work()` of all ranks, in order of rank, on every rank.
+
+        They work at the same time, for as long as they like, as in `on_main`. An exception on one is raised on all,
+        once each has ended its work.
+        """
+        if self.size == 1:
+            return [work()]
+        with _meanwhile(lambda: self._all_are_done(False)):
+            outcome = _Outcome.of(work)
+        while not self._all_are_done(True):
+            pass
+        outcomes = self.gather(outcome.for_others(self.rank))
+        outcomes[self.rank] = outcome                          # with its own exception, which has the traceback
+        for other in outcomes:                                 # of several exceptions, the same one on every rank
+            if other.error is not None:
+                raise other.error
+        return [other.value() for other in outcomes]
+
+    def _from_main(self, message: _Outcome[T] | None) -> _Outcome[T] | None:
+        """Rank 0's message, on every rank."""
+        messages = [message]
+        dist.broadcast_object_list(messages, src=0)
+        return messages[0]
+
+    def _all_are_done(self, done: bool) -> bool:
+        """Whether every rank says so."""
+        least = torch.tensor(done, dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return bool(least)
 
     def team(self, size: int) -> Team:
         """This rank's team where the world is cut into teams of `size` consecutive ranks; `size` divides the world."""
@@ -134,6 +171,50 @@ class World:
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         dist.all_reduce(torch.zeros(1))
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What became of a rank's work: what it returned, or what it raised."""
+
+    result: T | None = None
+    error: Exception | None = None
+
+    @staticmethod
+    def of(work: Callable[[], T]) -> _Outcome[T]:
+        try:
+            return _Outcome(work())
+        except Exception as error:
+            return _Outcome(error=error)
+
+    def for_others(self, rank: int) -> _Outcome[T]:
+        """The same as other ranks are told it: of exceptions, only a user's mistake can be sent as it is."""
+        if self.error is None or isinstance(self.error, UserError):
+            return self
+        return _Outcome(error=RuntimeError(f"rank {rank} failed: {self.error!r}"))
+
+    def value(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return cast(T, self.result)
+
+
+@contextmanager
+def _meanwhile(say: Callable[[], object]) -> Iterator[None]:
+    """While the block runs, a thread calls `say` every second. What it raises is raised once the block has ended."""
+    over = Event()
+
+    def speak() -> None:
+        while not over.wait(SECONDS_BETWEEN_SIGNS):
+            say()
+
+    with ThreadPoolExecutor(1) as thread:
+        speaking = thread.submit(speak)
+        try:
+            yield
+        finally:
+            over.set()
+        speaking.result()
 
 
 def own_rank() -> int:

@@ -61,7 +61,7 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
     encoder = PairTokenizer.of(tokenizer, lenient(config.data))
     if as_json:
         for key, dataset in _data_sets(config):
-            for outcome in islice(outcomes(dataset, config.data, encoder, rows)[0], rows):
+            for outcome in islice(outcomes(dataset, config.data, encoder)[0], rows):
                 print(json.dumps(as_object(outcome, key, dataset, tokenizer), ensure_ascii=False), file=out)
         return
     page, sets = Page(page_console(out), tokenizer, config.data), list(_data_sets(config))

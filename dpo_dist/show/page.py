@@ -143,6 +143,8 @@ class Page:
         self.console.print()
         self.console.print(Text(f"  of {among}: {look.pairs:,} pairs, {n_bad:,} bad, {n_dropped:,} dropped{ties}",
                                 style="bold"), soft_wrap=True)
+        for reason, count in look.report.no_pair.items():
+            self.console.print(Text(f"    without a pair: {count:,} × {reason}"), soft_wrap=True)
         for verb, tally in (("bad", bad), ("dropped", dropped)):
             for reason, count in sorted(tally.counts.items(), key=lambda item: -item[1]):
                 self.console.print(Text(f"    {verb}: {count:,} × {reason}, e.g. {tally.examples[reason][0]}"),

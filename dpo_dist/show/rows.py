@@ -11,10 +11,10 @@ import numpy as np
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig, DatasetConfig
-from dpo_dist.data.rows import ReadReport, Tally, read_rows
+from dpo_dist.data.rows import ReadReport, Share, Tally, read_chunks
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, truncate
 from dpo_dist.data.writer import hash64
-from dpo_dist.types import PreferenceRow, TokenizedPair
+from dpo_dist.types import TokenizedPair
 
 ROWS_LOOKED_AT = 2000                    # among which the longest pair and one at random are found
 
@@ -53,14 +53,12 @@ class NotTrained:
 Outcome = Trained | NotTrained
 
 
-def outcomes(dataset: DatasetConfig, config: DataConfig, encoder: PairTokenizer,
-             most_bad: int) -> tuple[Iterator[Outcome], ReadReport]:
-    """What becomes of each row, streamed, and the report that reading fills up. Ends early after `most_bad` bad rows
-    with no other between them: a file of nothing else would be read to its end. Raises UserError as read_rows does,
-    once all rows before are given."""
-    rows, report = read_rows(dataset, "skip")
-    report.bad = bad = _BadRows(most_bad=most_bad, stopped_by=_stopped_by("on_bad_row", config))
-    return _outcomes(rows, bad, config, encoder), report
+def outcomes(dataset: DatasetConfig, config: DataConfig,
+             encoder: PairTokenizer) -> tuple[Iterator[Outcome], ReadReport]:
+    """What becomes of each row, streamed, and the report that reading fills up. Raises UserError as reading does, once
+    all rows before are given."""
+    report = ReadReport.of(dataset)
+    return _outcomes(dataset, config, encoder, report), report
 
 
 def lenient(config: DataConfig) -> DataConfig:
@@ -72,42 +70,18 @@ def _stopped_by(key: str, config: DataConfig) -> str | None:
     return f"data.{key}=error" if getattr(config, key) == "error" else None
 
 
-class _Enough(Exception):
-    pass
-
-
-@dataclass
-class _BadRows(Tally):
-    """A tally that also keeps the bad rows, which reading counts as it meets them, until they are taken."""
-
-    most_bad: int = 0
-    stopped_by: str | None = None
-    waiting: list[NotTrained] = field(default_factory=list)
-
-    def add(self, reason: str, example: str) -> None:
-        super().add(reason, example)
-        where, _, detail = example.partition(f": {reason}")
-        detail = detail.removeprefix(" (").removesuffix(")")
-        self.waiting.append(NotTrained(where, reason, detail, True, self.stopped_by))
-        if len(self.waiting) >= self.most_bad:
-            raise _Enough
-
-    def taken(self) -> list[NotTrained]:
-        taken, self.waiting = self.waiting, []
-        return taken
-
-
-def _outcomes(rows: Iterator[PreferenceRow | TokenizedPair], bad: _BadRows, config: DataConfig,
-              encoder: PairTokenizer) -> Iterator[Outcome]:
-    try:
-        for row in rows:
-            yield from bad.taken()
+def _outcomes(dataset: DatasetConfig, config: DataConfig, encoder: PairTokenizer,
+              report: ReadReport) -> Iterator[Outcome]:
+    for record in read_chunks(dataset, "skip", Share(records=1)):
+        report.join(record.report)
+        for reason, examples in record.report.bad.examples.items():
+            for example in examples:
+                where, _, detail = example.partition(f": {reason}")
+                detail = detail.removeprefix(" (").removesuffix(")")
+                yield NotTrained(where, reason, detail, True, _stopped_by("on_bad_row", config))
+        for row in record.rows:
             yield _of(encoder.encode([row])[0], config)
-    except (_Enough, UserError) as ended:
-        yield from bad.taken()
-        if isinstance(ended, UserError):
-            raise
-    yield from bad.taken()
+    report.check(dataset, "skip")
 
 
 def _of(whole: TokenizedPair | Dropped, config: DataConfig) -> Outcome:
@@ -149,7 +123,7 @@ class Look:
 def look_at(dataset: DatasetConfig, config: DataConfig, encoder: PairTokenizer, rows: int, seed: int,
             seconds: float) -> Look:
     """The first `rows` rows of a data set, and what can be seen of the next 2,000 within so many seconds."""
-    stream, report = outcomes(dataset, config, encoder, max(rows, ROWS_LOOKED_AT))
+    stream, report = outcomes(dataset, config, encoder)
     look, lots, lowest = Look(report), random.Random(seed), 1.0
     began = time.monotonic()
     try:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig, DatasetConfig
 from dpo_dist.data import prepare as prepare_module
+from dpo_dist.data import rows as rows_module
 from dpo_dist.data import writer
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
@@ -147,7 +148,7 @@ def test_writing_in_many_small_parts_gives_the_same_store(tmp_path, monkeypatch)
     rows = random_rows(50)
     whole = build(tmp_path, rows)
     monkeypatch.setattr(writer, "FLUSH_PAIRS", 3)
-    monkeypatch.setattr(prepare_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(rows_module, "CHUNK_RECORDS", 7)
     parts = build(tmp_path, rows, cache_dir=str(tmp_path / "other"))
     assert parts.path != whole.path and parts.digest == whole.digest
     assert [parts[i] for i in range(50)] == [whole[i] for i in range(50)]
@@ -206,7 +207,7 @@ def test_the_digest_changes_with_any_change_of_what_is_trained_on(tmp_path, chan
 def test_the_same_data_is_tokenized_once(tmp_path, monkeypatch):
     rows = random_rows(20)
     first = build(tmp_path, rows)
-    monkeypatch.setattr(prepare_module, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(prepare_module, "build", lambda *_: pytest.fail("built again"))
     assert build(tmp_path, rows).path == first.path
 
 
@@ -241,7 +242,7 @@ def test_a_template_file_with_other_text_makes_another_store(tmp_path):
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "FLUSH_PAIRS", 2)
-    monkeypatch.setattr(prepare_module, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(rows_module, "CHUNK_RECORDS", 2)
     with pytest.raises(UserError, match=r"rows\.jsonl:6: chosen is empty"):
         build(tmp_path, [*random_rows(5), row([1], [], [2])])
     assert list((tmp_path / "cache").iterdir()) == []
@@ -262,7 +263,8 @@ def test_writers_that_race_all_end_with_the_one_store(tmp_path):
     with ThreadPoolExecutor(6) as pool:
         stores = [store for store, _ in pool.map(lambda _: prepare(config(tmp_path, data), None, None), range(6))]
     assert len({store.path for store in stores}) == len({store.digest for store in stores}) == 1
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [stores[0].path.parent.name]
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != prepare_module.DIGESTS] == [
+        stores[0].path.parent.name]
 
 
 # ------------------------------------------------------------------------------------------------------------ held out
