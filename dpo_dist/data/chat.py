@@ -71,12 +71,11 @@ class ChatTemplate:
         """The tokens that can end a turn."""
         return self.frame.special
 
-    @property
-    def hint(self) -> str:
-        """What else to try where there is no boundary: the variable that stops the template from opening <think>."""
+    def hint(self, prompt: str) -> str:
+        """What else to try where no answer goes on from a prompt: the variable that stops it from opening <think>."""
         switch = next((name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", self.text)
                        and name not in self.variables), None)
-        return f", or try data.chat_template_kwargs={{{switch}: false}}" if switch else ""
+        return f", or try data.chat_template_kwargs={{{switch}: false}}" if switch and "think" in prompt[-20:] else ""
 
     def render(self, turns: Turns, row: PreferenceRow | None = None, generation: bool = False) -> str:
         """The turns as text, with the tools and variables of `row`."""
@@ -137,7 +136,7 @@ class ChatTemplate:
         n = n_shared(whole, before)
         raise TemplateMisfit("the chat template renders the prompt otherwise once an answer follows: "
                              f"{whole[n:n + 30]!r} where generation has {before[n:n + 30]!r}",
-                             remedy="mend the row or data.chat_template" + self.hint)
+                             remedy="mend the row or data.chat_template" + self.hint(before))
 
     def _end_within(self, whole: str, begin: int, until: Turns, after: Turns, row: PreferenceRow) -> int:
         """Where in `whole` an answer ends that other turns follow: the last of `until`, which begins at `begin`."""

@@ -141,7 +141,7 @@ def _without_boundary(template: ChatTemplate, prompt: str, whole: str) -> UserEr
     return UserError(f"data.chat_template ({template.name}) has no boundary between prompt and answer: a prompt for "
                      f"generation ends {prompt[-40:]!r}, but a rendered answer follows "
                      f"{whole.rpartition(ANSWER)[0][-40:]!r}; set data.chat_template to a Jinja file that renders "
-                     f"conversations as its generation prompts begin them{template.hint}")
+                     f"conversations as its generation prompts begin them{template.hint(prompt)}")
 
 
 def _special(tokenizer: Any, tail: str) -> set[str]:
