@@ -1,4 +1,4 @@
-"""Writes the speed tables of README.md and docs/gpu.md from the committed results: tables.py [--check]. With --check, 1
+"""Writes the tables of README.md and docs/gpu.md from the committed results: tables.py [--check]. With --check, 1
 where they differ."""
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trl_verdicts import tokens_tables
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 GPU_PAGE = HERE.parent / "docs" / "gpu.md"
 SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
+TOKENS = "<!-- tokens: written by benchmarks/tables.py -->", "<!-- end of tokens -->"
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
 FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
@@ -19,7 +22,9 @@ ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
 
 def main(check: bool) -> int:
     changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
-                                                 (README, FAMILIES, family_table()), (GPU_PAGE, GPU, gpu_table()))
+                                                 (README, FAMILIES, family_table()),
+                                                 (README, TOKENS, tokens_tables(read("trl_tokens"))),
+                                                 (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
     return int(check and bool(changed))
 

@@ -9,6 +9,7 @@ none) has no right boundary and is an error.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,12 @@ class ChatTemplate:
         """The tokens that can end a turn."""
         return self.frame.special
 
+    def hint(self, prompt: str) -> str:
+        """What else to try where no answer goes on from a prompt: the variable that stops it from opening <think>."""
+        switch = next((name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", self.text)
+                       and name not in self.variables), None)
+        return f", or try data.chat_template_kwargs={{{switch}: false}}" if switch and "think" in prompt[-20:] else ""
+
     def render(self, turns: Turns, row: PreferenceRow | None = None, generation: bool = False) -> str:
         """The turns as text, with the tools and variables of `row`."""
         tools, own = (row.tools, row.template_kwargs) if row else ((), {})
@@ -128,7 +135,8 @@ class ChatTemplate:
             return len(header)
         n = n_shared(whole, before)
         raise TemplateMisfit("the chat template renders the prompt otherwise once an answer follows: "
-                             f"{whole[n:n + 30]!r} where generation has {before[n:n + 30]!r}")
+                             f"{whole[n:n + 30]!r} where generation has {before[n:n + 30]!r}",
+                             remedy="mend the row or data.chat_template" + self.hint(before))
 
     def _end_within(self, whole: str, begin: int, until: Turns, after: Turns, row: PreferenceRow) -> int:
         """Where in `whole` an answer ends that other turns follow: the last of `until`, which begins at `begin`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -139,13 +138,10 @@ def _has_boundary(prompt: str, whole: str) -> bool:
 
 
 def _without_boundary(template: ChatTemplate, prompt: str, whole: str) -> UserError:
-    switch = next((name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", template.text)
-                   and name not in template.variables), None)
-    hint = f", or try data.chat_template_kwargs={{{switch}: false}}" if switch else ""
     return UserError(f"data.chat_template ({template.name}) has no boundary between prompt and answer: a prompt for "
                      f"generation ends {prompt[-40:]!r}, but a rendered answer follows "
                      f"{whole.rpartition(ANSWER)[0][-40:]!r}; set data.chat_template to a Jinja file that renders "
-                     f"conversations as its generation prompts begin them{hint}")
+                     f"conversations as its generation prompts begin them{template.hint(prompt)}")
 
 
 def _special(tokenizer: Any, tail: str) -> set[str]:

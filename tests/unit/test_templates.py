@@ -110,6 +110,17 @@ def test_a_template_whose_answers_have_a_boundary_only_with_reasoning_takes_thos
         make_tokenize(bpe(opens), config())(chat())
 
 
+def test_a_row_without_reasoning_that_suits_a_template_only_without_thinking_names_the_variable_that_stops_it():
+    """As Nemotron 3's: a generation prompt opens <think>, and an answer without reasoning has an empty one."""
+    think = "{{ '<think></think>' if enable_thinking is false else '<think>\\n' }}"
+    thinks = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n' }}" + think).replace(
+        "m.content + ", "('<think>' + ('\\n' + m.reasoning_content if m.reasoning_content else '') + '</think>' "
+        "if m.role == 'assistant' else '') + m.content + ")
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: .*data\.chat_template_kwargs=\{enable_thinking: false\}"):
+        make_tokenize(bpe(thinks), config())(of("a"))
+    assert texts(bpe(thinks), of("a"), chat_template_kwargs={"enable_thinking": False})[1].endswith("four.<|im_end|>")
+
+
 def test_a_template_that_wants_contents_in_parts_gets_them():
     parts = CHATML.replace("m.content", "m.content[0].text")
     assert texts(bpe(parts), chat()) == texts(bpe(CHATML), chat())
