@@ -29,7 +29,7 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
     """Raises where a packed, chunked forward and the model's own plain forward disagree on the step's shortest pairs.
 
     Compares positions, branches, completion mask and head with one sequence after another. Attention was compared
-    with the architecture's own before (models/load.py).
+    with the architecture's own before (models/fit.py).
     """
     lengths = pairs.lengths()[pair_ids].sum(1)
     probed = pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]].tolist()

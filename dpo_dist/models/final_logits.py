@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.models.sharded import apart_from_sharding
 from dpo_dist.models.text import backbone, empty_lm, output_head, setting, text_config
 
 _SMALL, _LARGE = 1e-5, 1e9                               # where a bound does not show yet, and where it is reached
@@ -91,6 +92,6 @@ def _logits_of(config: PretrainedConfig, hidden: Tensor) -> Tensor:
 
     text, head = backbone(lm), output_head(lm)
     vars(text)["forward"], vars(head)["forward"] = MethodType(not_run, text), MethodType(hands_on, head)
-    with torch.no_grad():
+    with apart_from_sharding(), torch.no_grad():
         ids = torch.zeros((1, len(hidden)), dtype=torch.long, device="meta")
         return lm(input_ids=ids, use_cache=False).logits[0, :, 0]

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.hub import hub_folder
-from dpo_dist.models.text import empty_lm, output_head, text_config
+from dpo_dist.models.text import empty_lm, output_head, setting, text_config
 
 ADAPTER = "adapter_config.json"
 _BLOCK_BYTES = 1 << 24
@@ -191,10 +191,12 @@ def tied_embeddings(folder: Path) -> Tied:
 
 @lru_cache(maxsize=32)
 def _compare(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Tied:
-    lm = empty_lm(_as_written(folder))
+    config = _as_written(folder)
+    lm = empty_lm(config)
     embedding, head = lm.get_input_embeddings(), output_head(lm)
     if getattr(head, "weight", None) is None or getattr(embedding, "weight", None) is None:
-        return Tied(False, False)                        # ScoredModel says what is missing
+        flag = bool(setting(config, "tie_word_embeddings"))
+        return Tied(flag, flag)                          # ScoredModel says what is missing
     flag = head.weight is embedding.weight
     matrices = {name: t for name, t in stored_tensors(folder).items() if _may_be_either(name, t)}
     of_embedding, of_head = (_named_as(lm, module, matrices) for module in (embedding, head))

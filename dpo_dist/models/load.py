@@ -3,16 +3,12 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig, ModelConfig
@@ -143,17 +139,6 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
     if fused:
         fuse(model)
     return model
-
-
-@contextmanager
-def sharded_load(config: dict[str, Any]) -> Iterator[None]:
-    """Inside, models are loaded as this DeepSpeed configuration says: with ZeRO-3 no rank ever holds a whole one."""
-    alive = HfDeepSpeedConfig(config)                    # transformers looks at it as long as it lives
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del alive
 
 
 def release_memory(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.models.sharded import apart_from_sharding
 
 TEXT = ("self", "input_ids")               # what a forward may demand
 
@@ -64,7 +65,7 @@ def lm_class(config: PretrainedConfig) -> Any:
 
 def empty_lm(config: PretrainedConfig) -> Any:
     """The model with shapes and no bytes, on torch's meta device; whole also where models are loaded sharded."""
-    with torch.device("meta"):
+    with apart_from_sharding(), torch.device("meta"):
         return lm_class(config)(copy.deepcopy(config))
 
 

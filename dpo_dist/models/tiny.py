@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig
 
+from dpo_dist.models.sharded import apart_from_sharding
 from dpo_dist.models.text import backbone, empty_lm, setting, text_config
 
 HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, INNER = 32, 4, 2, 8, 48
@@ -87,7 +88,7 @@ def _shrink_sections(config: Any, head_dim: int) -> None:
 def _set(config: Any, key: str, size: int, only_down: bool = False) -> None:
     """Sets a size that the config uses, also where it is a list of sizes, one a layer."""
     value = setting(config, key)
-    if value is None or isinstance(value, bool):
+    if not value or isinstance(value, bool):           # a part of no size is not there
         return
     many = isinstance(value, (list, tuple))
     new = [min(v, size) if only_down else size for v in (value if many else [value])]
@@ -100,11 +101,11 @@ def tiny_backbone(config: PretrainedConfig, attention: str, scale: int = 1) -> A
     and in evaluation mode; the same random weights at every call. ValueError where the architecture has sizes that
     shrink() does not know."""
     small, model_class = shrink(config, scale), backbone_class(config)
-    with torch.device("meta"):
+    with apart_from_sharding(), torch.device("meta"):
         elements = sum(p.numel() for p in model_class._from_config(copy.deepcopy(small)).parameters())
     if elements > MOST_ELEMENTS:
         raise ValueError(f"its sizes cannot be shrunk (a tiny model would have {elements:,} parameters)")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with apart_from_sharding(), torch.random.fork_rng(devices=[]), torch.no_grad():
         model = model_class._from_config(small, attn_implementation=attention, dtype=torch.float32).eval()
         keep_a_layer_of_each_kind(model)
         torch.manual_seed(0)

@@ -10,6 +10,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_dist.models.load import ScoredModel
 
@@ -20,9 +22,9 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nullcontext(),
                    keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name as in the transformers model, whole CPU tensor) of each weight, LoRA merged in fp32. `gathered` makes
-    sharded parameters whole, on all ranks at once. If not `keep`, tensors are empty: the rank only takes part in the
-    gathering."""
+    """(name as in the model's files, whole CPU tensor) of each weight, LoRA merged in fp32. `gathered` makes sharded
+    parameters whole, on all ranks at once. If not `keep`, tensors are empty: the rank only takes part in the gathering.
+    """
     modules = dict(model.causal.named_modules())
     for name, parameter in model.causal.named_parameters():
         if ".lora_" in name:
@@ -37,12 +39,24 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
                     merged = merged + owner.get_delta_weight(name_of_adapter).detach().float()
                 weight = merged.to(weight.dtype)
             whole = weight.cpu().clone().contiguous() if keep else torch.empty(0)
-        yield name.replace(".base_layer", ""), whole
+        yield from _as_in_files(model.causal, name.replace(".base_layer", ""), whole)
     parameters = {name for name, _ in model.causal.named_parameters(remove_duplicate=False)}
     persistent = set(model.causal.state_dict(keep_vars=True)) - parameters
     for name, buffer in model.causal.named_buffers():
         if name in persistent:
-            yield name, buffer.detach().cpu().clone() if keep else torch.empty(0)
+            yield from _as_in_files(model.causal, name, buffer.detach().cpu().clone() if keep else torch.empty(0))
+
+
+def _as_in_files(lm: PreTrainedModel, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a weight is in the files that the model came from, where transformers renames it or stacks experts when it
+    loads them; other programs know those names only."""
+    if not weight.numel():
+        yield name, weight
+        return
+    parts = revert_weight_conversion(lm, {name: weight})
+    for part, tensor in parts.items():
+        # a piece of a stack shares its memory, which files cannot
+        yield part, tensor.clone().contiguous() if len(parts) > 1 else tensor.contiguous()
 
 
 def _adapters(layer: Any) -> list[nn.Parameter]:

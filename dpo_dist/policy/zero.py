@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dpo_dist.config.schema import OptimConfig, ZeroConfig
 from dpo_dist.models.cost import layer_elements
-from dpo_dist.models.load import ScoredModel, sharded_load
+from dpo_dist.models.load import ScoredModel
+from dpo_dist.models.sharded import sharded_load
 from dpo_dist.models.text import layer_stack
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy import Policy

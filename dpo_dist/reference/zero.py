@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.engines.zero import ZeroReferenceConfig
-from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory, sharded_load, token_logps
+from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory, token_logps
+from dpo_dist.models.sharded import sharded_load
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import prepare_deepspeed
 from dpo_dist.types import PackedBatch

@@ -158,9 +158,11 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
                         "has one") from error
     shape = model_shape(config)
-    if "text_config" not in config:
-        return shape
-    return replace(shape, frozen=max(0, _stored_elements(folder) - shape.parameters))
+    more = _stored_elements(folder) - shape.parameters
+    if "text_config" in config:
+        return replace(shape, frozen=max(0, more))
+    # a head that config.json denies: the files hold, as in models/folder.py
+    return replace(shape, tied=False) if shape.tied and more == shape.head else shape
 
 
 def _stored_elements(folder: Path) -> int:

@@ -35,7 +35,7 @@ def main(model: str, rows: str, cache: str) -> int:
         world = World.start(config.cluster)
         pairs = world.on_main(lambda config=config: prepare(config.data, None, None)[0])
         policy = make_policy(config, Path(model), "branch", world)
-        flops = forward_flops(read_config(model)).training(frozen_base=False)
+        flops = forward_flops(read_config(Path(model))).training(frozen_base=False)
         batches = step_batches(pairs, np.arange(8), config.loss, world, 400, flops)
 
         def step(skip: float, policy=policy, config=config, batches=batches, world=world) -> torch.Tensor:

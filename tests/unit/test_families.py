@@ -9,10 +9,13 @@ import pytest
 import torch
 import transformers
 from conftest import REPO
+from safetensors.torch import load_file
 
 from dpo_dist.models.final_logits import final_logits
 from dpo_dist.models.fit import branch_misfit, padded_misfit
+from dpo_dist.models.load import ScoredModel, load_causal_lm
 from dpo_dist.models.tiny import shrink, tiny_backbone
+from dpo_dist.models.weights import merged_weights, write_shards
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import families
@@ -35,6 +38,19 @@ def test_no_family_came_out_wrong():
     assert set(results["families"]) == set(families.FAMILIES) or results["transformers"] != transformers.__version__
     assert results["counted"]["wrong"] == 0
     assert results["counted"]["packed"] + results["counted"]["padded"] > 150
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma3", "gpt_neox", "qwen3_next"])
+def test_weights_are_exported_under_the_names_and_in_the_pieces_of_the_files_they_came_from(family: str,
+                                                                                           tmp_path: Path):
+    """transformers stacks experts and renames towers; other programs read the published names."""
+    families.save_tiny(families.published(family), tmp_path)
+    model = ScoredModel(load_causal_lm(tmp_path, torch.float32, "padded"), "padded")
+    (tmp_path / "out").mkdir()
+    write_shards(tmp_path / "out", merged_weights(model), write=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_layers_that_are_special_late_are_in_the_tiny_model():

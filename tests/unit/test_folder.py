@@ -16,6 +16,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.models.digest import model_digest
 from dpo_dist.models.folder import read_config, resolve, tied_embeddings, truthful_json
 from dpo_dist.models.load import load_causal_lm
+from dpo_dist.sizing.shape import read_shape
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
@@ -53,6 +54,7 @@ def test_files_with_two_matrices_are_two_matrices_whatever_the_flag_says(tmp_pat
     assert read_config(true).tie_word_embeddings is False
     assert truthful_json(true)["tie_word_embeddings"] is False
     assert model_digest(true) == model_digest(false), "the same content has the same key"
+    assert read_shape(true).parameters == read_shape(false).parameters
     model = load_causal_lm(true, torch.float32, "branch")
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert torch.equal(logits(model), logits(load_causal_lm(false, torch.float32, "branch")))

@@ -303,3 +303,16 @@ def test_a_server_holds_a_copy_of_the_model_on_every_gpu_or_on_every_group_that_
     assert after(words(1), "--data-parallel-size") is None and after(words(1), "--tensor-parallel-size") == "1"
     assert (words(8, "reference.server='serve --copies {copies} --port {port}'")
             == ["serve", "--copies", "8", "--port", "8000"])
+
+
+def test_a_server_that_reads_config_json_itself_is_told_what_the_weight_files_contradict(tmp_path: Path):
+    folder = write_tiny_llama(tmp_path / "m")
+
+    def words() -> list[str]:
+        config = compose([f"model.path={folder}", "reference=vllm", "reference.server=python3"])
+        return command(server_spec(config, "bfloat16", folder, 1), "127.0.0.1", 8000)
+
+    assert "--hf-overrides" not in words()
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    assert json.loads(words()[words().index("--hf-overrides") + 1]) == {"tie_word_embeddings": False}
