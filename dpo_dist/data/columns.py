@@ -63,7 +63,7 @@ def _read_text(key: str, text: str) -> Any:
     if key in LISTS or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return text
         return value if isinstance(value, list) or (isinstance(value, dict) and "messages" in value) else text
     try:

@@ -92,8 +92,8 @@ def from_json(value: Any, key: str, kind: type) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise Unfit(f"{key} is not JSON", error.msg) from None
+        except (ValueError, RecursionError) as error:
+            raise Unfit(f"{key} is not JSON", getattr(error, "msg", str(error))) from None
     if not isinstance(value, kind):
         raise Unfit(f"{key} is not {'a list' if kind is list else 'an object'}", type(value).__name__)
     return value

@@ -28,6 +28,7 @@ SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".par
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
 CHUNK_CHARS = 1 << 20
+TOO_MUCH = (RecursionError, ValueError)      # JSON nested too deeply, a number of more than 4,300 digits
 
 
 def read_records(dataset: DatasetConfig) -> Iterator[Record | BadRow]:
@@ -147,6 +148,8 @@ def _read_json_lines(path: Path, stream: Iterable[bytes], padding: Padding | Non
             yield BadRow(where, "broken JSON line", f"not UTF-8 at byte {error.start + 1}")
         except json.JSONDecodeError as error:
             yield BadRow(where, "broken JSON line", f"{error.msg} at column {error.colno}")
+        except TOO_MUCH as error:
+            yield BadRow(where, "broken JSON line", str(error))
 
 
 def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iterator[Record]:
@@ -168,6 +171,8 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iter
             value, end = decoder.raw_decode(window, start)
         except json.JSONDecodeError as error:
             failure, separator, end = error.msg, "", error.pos
+        except TOO_MUCH as error:            # reading more of the file would not help
+            failure, separator, end, at_end = str(error), "", start, True
         else:
             end = skip_blank(end)
             separator = window[end:end + 1]

@@ -162,7 +162,7 @@ def _parsed(value: Any, kind: type) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return value if isinstance(value, kind) else kind()
 
