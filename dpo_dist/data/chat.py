@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dpo_dist.data.fields import Turns, n_shared
-from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, without_closing
+from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, from_last, without_closing
 from dpo_dist.types import Message, PreferenceRow
 
 NEXT = "\ue000"                              # begins a placeholder for what follows an answer: no text begins with it
@@ -102,7 +102,7 @@ class ChatTemplate:
         if not self.end_of_turn:
             text += self._stop(turns[-1])
         closed = bool(self.end_of_turn or self._stop(turns[-1])) and text.endswith(self.special)
-        after = prompt_text[max((prompt_text.rfind(mark) for mark in self.frame.marks), default=-1):] or "\n"
+        after = from_last(prompt_text, self.frame.marks) or prompt_text[-1:] or "\n"
         if not own or len(turns) == 1:
             return Answer(text, closed, after)
         ends = [0]                           # of the assistant's turns: where it begins and ends, in turn
