@@ -20,6 +20,8 @@ from typing import IO, Any, TextIO, cast
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.data.fields import Unfit
+from dpo_dist.data.messages import chat_in_text, value_in_text
 from dpo_dist.data.padding import Padding
 from dpo_dist.data.records import BadRow, Record
 
@@ -28,6 +30,7 @@ SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".par
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(?:^|[^a-z])(train|validation|valid|dev|eval|test)(?![a-z])")
 CHUNK_CHARS = 1 << 20
+NULL = re.compile("null|None")
 TOO_MUCH = (RecursionError, ValueError)      # JSON nested too deeply, a number of more than 4,300 digits
 
 
@@ -106,25 +109,23 @@ def _read_file(path: Path) -> Iterator[Record | BadRow]:
     if path.suffix == ".parquet":
         yield from _from_arrow(str(path), _stream_parquet(path))
         return
+    yield from _read_text_file(path, Padding(lambda: _values(path)))
+
+
+def _read_text_file(path: Path, padding: Padding | None) -> Iterator[Record | BadRow]:
+    """padding None: the records just as they are written."""
     with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
         if ".csv" in path.suffixes:
-            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""), padding)
+        elif _first_character(stream) == b"[":
+            yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding)
         else:
-            yield from _read_json(path, stream, Padding(lambda: _values(path)))
-
-
-def _read_json(path: Path, stream: IO[bytes], padding: Padding | None) -> Iterator[Record | BadRow]:
-    """padding None: the records just as they are written."""
-    if _first_character(stream) == b"[":
-        yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding)
-    else:
-        yield from _read_json_lines(path, stream, padding)
+            yield from _read_json_lines(path, stream, padding)
 
 
 def _values(path: Path) -> Iterator[Any]:
-    """The records of a JSON file once more, for what a whole file says of its nulls."""
-    with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
-        yield from (record.value for record in _read_json(path, stream, None) if isinstance(record, Record))
+    """The records of a file once more, for what a whole file says of its nulls."""
+    yield from (record.value for record in _read_text_file(path, None) if isinstance(record, Record))
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -195,7 +196,7 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None) -> Iter
 # ---------------------------------------------------------------------------------------------------- CSV, parquet, hub
 
 
-def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
+def _read_csv(path: Path, stream: TextIO, padding: Padding | None) -> Iterator[Record | BadRow]:
     csv.field_size_limit(2**31 - 1)          # the default of 131,072 characters is less than a long answer
     reader = csv.DictReader(stream, strict=True)
     try:
@@ -206,9 +207,20 @@ def _read_csv(path: Path, stream: TextIO) -> Iterator[Record | BadRow]:
                 yield BadRow(where, "more cells than the header has")
                 continue
             # an empty cell is what tables write for null
-            yield Record(where, {key: text for key, text in cells.items() if text})
+            value = {key: text if padding and not NULL.search(text) else _structure(key, text)
+                     for key, text in cells.items() if text}
+            yield Record(where, padding.without(value) if padding else value)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; mend the file") from error
+
+
+def _structure(key: str, text: str) -> Any:
+    """The chat or the tools in a cell, any other text as it is. A CSV has no other way to hold them, so a table may
+    have added nulls to them."""
+    try:
+        return value_in_text(text) or text if key == "tools" else chat_in_text(text, key)
+    except Unfit:                            # said when the columns are read
+        return text
 
 
 def _stream_parquet(path: Path) -> Iterable[dict[str, Any]]:

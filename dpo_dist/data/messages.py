@@ -140,16 +140,23 @@ def chat_in_text(text: str, key: str) -> Any:
     """
     if not CHAT_TEXT.match(text):
         return text
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
+    value = value_in_text(text)
+    if value is not None:
         turns = value if isinstance(value, list) else [value]
         return value if all(_is_turn(turn) for turn in turns) else text
     if text.rstrip().endswith("]"):
         raise Unfit(f"{key} looks like a chat, but is neither JSON nor Python", repr(text[:60]))
     return text
+
+
+def value_in_text(text: str) -> Any:
+    """What a text holds as JSON, or as the Python text that tables are written with; None where it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 def _is_turn(turn: Any) -> bool:
