@@ -14,6 +14,7 @@ ABSENT = object()
 # Where these hold text, as in a CSV, it is that of a list.
 LISTS = ("tools", "responses", "completions", "ratings", "scores", "generations", "generation_models", "history",
          "individual_preference", "prompt_ids", "chosen_ids", "rejected_ids")
+FLATTENED = (".responses", ".responses.users", ".responses.status")              # Argilla's, after any question's name
 NUMBERS = ("weight", "strength", "margin")
 # Text of these that looks like a chat must be one; text of other columns may be anything.
 CHATS = ("prompt", "chosen", "rejected", "messages", "conversations", "context", "completion", "chosen_response",
@@ -66,7 +67,7 @@ def _look_up(row: Fields, column: str) -> Any:
 
 
 def _read_text(key: str, text: str) -> Any:
-    if key in LISTS or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
+    if key in LISTS or key.endswith(FLATTENED) or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
         value = value_in_text(text)
         return value if isinstance(value, list) or (isinstance(value, dict) and "messages" in value) else text
     try:

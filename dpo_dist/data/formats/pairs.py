@@ -46,6 +46,8 @@ def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     rest = judgment_of(fields)
     answers = all(turns and turns[0]["role"] == "assistant" for turns in (chosen, rejected))
     key = "messages" if "prompt" not in fields and "messages" in fields and answers else "prompt"
+    if answers:                              # else all that a system text leaves for a prompt is that
+        need(fields, key)
     prompt = turns_of(fields[key], key, "user") if key in fields else ()
     if prompt and answers:
         yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, **rest)
