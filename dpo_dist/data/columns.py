@@ -67,7 +67,8 @@ def _look_up(row: Fields, column: str) -> Any:
 
 
 def _read_text(key: str, text: str) -> Any:
-    if key in LISTS or key.endswith(FLATTENED) or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
+    openai = key == "input" and '"messages"' in text                 # in other formats it is text of any kind
+    if key in LISTS or key.endswith(FLATTENED) or openai:
         value = value_in_text(text)
         return value if isinstance(value, list) or (isinstance(value, dict) and "messages" in value) else text
     try:
