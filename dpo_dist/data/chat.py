@@ -9,6 +9,7 @@ none) has no right boundary and is an error.
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class ChatTemplate:
     name: str = ""                           # for messages
     variables: Mapping[str, Any] = field(default_factory=dict)       # data.chat_template_kwargs
     in_parts: bool = False                   # whether a content is [{"type": "text", "text": ...}] to it
+    arguments_in_text: bool = False          # whether a tool call's arguments are JSON text to it (DeepSeek V3)
     # what ends an answer: nearly always one token; () where the template has none
     end_of_turn: tuple[str, ...] = ()
     blank_tail: str = ""                     # the white space that the template puts after an answer
@@ -75,6 +77,9 @@ class ChatTemplate:
         tools, own = (row.tools, row.template_kwargs) if row else ((), {})
         if self.in_parts:
             turns = tuple({**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns)
+        if self.arguments_in_text:
+            turns = tuple({**turn, "tool_calls": list(map(_with_text, turn["tool_calls"]))} if "tool_calls" in turn
+                          else turn for turn in turns)
         return str(self.tokenizer.apply_chat_template(
             list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation,
             tokenize=False, **{**self.variables, **own}))
@@ -160,3 +165,9 @@ class ChatTemplate:
         tokens, n = tuple(token for token, _ in closing), len(self.end_of_turn)
         first = next((i for i in range(len(tokens)) if n and tokens[i:i + n] == self.end_of_turn), len(tokens) - n)
         return text[:closing[first + n - 1][1]]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """The tool call with its arguments as JSON text."""
+    text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}

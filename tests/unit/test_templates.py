@@ -116,6 +116,14 @@ def test_a_template_that_wants_contents_in_parts_gets_them():
     assert texts(bpe(parts), chat()) == texts(bpe(CHATML), chat())
 
 
+def test_a_template_that_wants_arguments_as_text_gets_them_as_text():
+    said = "{% for c in m.tool_calls or [] %}{{ c.function.name + '(' + c.function.arguments + ')' }}{% endfor %}"
+    turn = assistant("", tool_calls=[{"function": {"name": "clock", "arguments": {"zone": "über", "n": None}}}])
+    row = of((user("a"),), (turn,), (assistant("c"),))
+    template = CHATML.replace("m.content +", "m.content }}" + said + "{{")
+    assert texts(bpe(template), row)[1] == 'clock({"zone": "über", "n": null})<|im_end|>'
+
+
 def test_templates_and_variables_decide_the_store(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     data = (DatasetConfig(path=str(tmp_path / "a.jsonl")),)
