@@ -9,6 +9,7 @@ none) has no right boundary and is an error.
 """
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dpo_dist.data.fields import Turns, n_shared
-from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, without_closing
+from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, from_last, without_closing
 from dpo_dist.types import Message, PreferenceRow
 
 NEXT = "\ue000"                              # begins a placeholder for what follows an answer: no text begins with it
@@ -59,6 +60,7 @@ class ChatTemplate:
     name: str = ""                           # for messages
     variables: Mapping[str, Any] = field(default_factory=dict)       # data.chat_template_kwargs
     in_parts: bool = False                   # whether a content is [{"type": "text", "text": ...}] to it
+    arguments_in_text: bool = False          # whether a tool call's arguments are JSON text to it (DeepSeek V3)
     # what ends an answer: nearly always one token; () where the template has none
     end_of_turn: tuple[str, ...] = ()
     blank_tail: str = ""                     # the white space that the template puts after an answer
@@ -82,6 +84,9 @@ class ChatTemplate:
         tools, own = (row.tools, row.template_kwargs) if row else ((), {})
         if self.in_parts:
             turns = tuple({**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns)
+        if self.arguments_in_text:
+            turns = tuple({**turn, "tool_calls": list(map(_with_text, turn["tool_calls"]))} if "tool_calls" in turn
+                          else turn for turn in turns)
         return str(self.tokenizer.apply_chat_template(
             list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation,
             tokenize=False, **{**self.variables, **own}))
@@ -109,7 +114,7 @@ class ChatTemplate:
         if not self.end_of_turn:
             text += self._stop(turns[-1])
         closed = bool(self.end_of_turn or self._stop(turns[-1])) and text.endswith(self.special)
-        after = prompt_text[max((prompt_text.rfind(mark) for mark in self.frame.marks), default=-1):] or "\n"
+        after = from_last(prompt_text, self.frame.marks) or prompt_text[-1:] or "\n"
         if not own or len(turns) == 1:
             return Answer(text, closed, after)
         ends = [0]                           # of the assistant's turns: where it begins and ends, in turn
@@ -168,3 +173,9 @@ class ChatTemplate:
         tokens, n = tuple(token for token, _ in closing), len(self.end_of_turn)
         first = next((i for i in range(len(tokens)) if n and tokens[i:i + n] == self.end_of_turn), len(tokens) - n)
         return text[:closing[first + n - 1][1]]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """The tool call with its arguments as JSON text."""
+    text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}

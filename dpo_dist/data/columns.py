@@ -1,19 +1,21 @@
 """A file's own columns → the names that formats know: data.train[].columns, and chats and lists that stand as text."""
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.fields import Fields, Unfit
-from dpo_dist.data.messages import chat_in_text
+from dpo_dist.data.messages import chat_in_text, value_in_text
 from dpo_dist.data.records import BadRow, Record
 
 ABSENT = object()
-# Where these hold text, as in a CSV, it is that of a JSON list.
-LISTS = ("responses", "completions", "ratings", "scores", "generations", "generation_models", "history",
+# Where these hold text, as in a CSV, it is that of a list.
+LISTS = ("tools", "responses", "completions", "ratings", "scores", "generations", "generation_models", "history",
          "individual_preference", "prompt_ids", "chosen_ids", "rejected_ids")
+FLATTENED = (".responses", ".responses.users", ".responses.status")              # Argilla's, after any question's name
+NUMBERS = ("weight", "strength", "margin")
 # Text of these that looks like a chat must be one; text of other columns may be anything.
 CHATS = ("prompt", "chosen", "rejected", "messages", "conversations", "context", "completion", "chosen_response",
          "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output")
@@ -32,7 +34,7 @@ class Columns:
         if not isinstance(value, dict):
             raise Unfit("the row is not an object with fields", type(value).__name__)
         named = self._renamed(value) if self.names else value
-        fields = {key: inner for key, inner in named.items() if inner is not None}
+        fields = {key: inner for key, inner in named.items() if inner is not None and not _is_gap(key, inner)}
         for key, inner in fields.items():
             if isinstance(inner, str) and inner.lstrip()[:1] in ("[", "{"):
                 fields[key] = _read_text(key, inner)
@@ -45,6 +47,11 @@ class Columns:
             self.unseen -= {column for name, column in self.names.items() if found[name] is not ABSENT and column}
         rest = {key: value for key, value in row.items() if key not in self.names and key not in self.names.values()}
         return rest | {name: value for name, value in found.items() if value is not ABSENT}
+
+
+def _is_gap(key: str, value: Any) -> bool:
+    """Whether it is the NaN that pandas has for null. Where a number is meant, a NaN may be a mistake."""
+    return isinstance(value, float) and math.isnan(value) and key not in NUMBERS
 
 
 def _look_up(row: Fields, column: str) -> Any:
@@ -60,11 +67,9 @@ def _look_up(row: Fields, column: str) -> Any:
 
 
 def _read_text(key: str, text: str) -> Any:
-    if key in LISTS or (key == "input" and '"messages"' in text):    # OpenAI's input; others hold text of any kind
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            return text
+    openai = key == "input" and '"messages"' in text                 # in other formats it is text of any kind
+    if key in LISTS or key.endswith(FLATTENED) or openai:
+        value = value_in_text(text)
         return value if isinstance(value, list) or (isinstance(value, dict) and "messages" in value) else text
     try:
         return chat_in_text(text, key)

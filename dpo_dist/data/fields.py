@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from dpo_dist.types import Message
@@ -70,7 +71,7 @@ def number_or_none(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
         return None
     return float(value)
 
@@ -92,8 +93,8 @@ def from_json(value: Any, key: str, kind: type) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise Unfit(f"{key} is not JSON", error.msg) from None
+        except (ValueError, RecursionError) as error:
+            raise Unfit(f"{key} is not JSON", getattr(error, "msg", str(error))) from None
     if not isinstance(value, kind):
         raise Unfit(f"{key} is not {'a list' if kind is list else 'an object'}", type(value).__name__)
     return value

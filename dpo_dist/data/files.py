@@ -21,6 +21,8 @@ from typing import IO, Any, TextIO, cast
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.data.fields import Unfit
+from dpo_dist.data.messages import chat_in_text, value_in_text
 from dpo_dist.data.padding import Padding
 from dpo_dist.data.records import BadRow, Record
 from dpo_dist.runtime.remember import remembered
@@ -34,6 +36,8 @@ ARROW_ROWS = 512                             # of an Arrow table, at once
 Wanted = Callable[[int], bool]               # of the records of a data set, by number from 0: shall it be parsed?
 # how much larger compressed files are once they are read, about
 EXPANSION = {".gz": 4, ".parquet": 3}
+NULL = re.compile("null|None")
+TOO_MUCH = (RecursionError, ValueError)      # JSON nested too deeply, a number of more than 4,300 digits
 
 
 def read_records(dataset: DatasetConfig, wanted: Wanted = lambda number: True) -> Iterator[Record | BadRow | None]:
@@ -129,27 +133,24 @@ def _read_file(path: Path, is_wanted: Callable[[], bool]) -> Iterator[Record | B
     if path.suffix == ".parquet":
         yield from _from_arrow(str(path), _stream_parquet(path), is_wanted)
         return
+    yield from _read_text_file(path, Padding(lambda: _values(path)), is_wanted)
+
+
+def _read_text_file(path: Path, padding: Padding | None,
+                    is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
+    """padding None: the records just as they are written."""
     with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
         if ".csv" in path.suffixes:
-            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""), is_wanted)
+            yield from _read_csv(path, TextIOWrapper(stream, encoding="utf-8-sig", newline=""), padding, is_wanted)
+        elif _first_character(stream) == b"[":
+            yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding, is_wanted)
         else:
-            yield from _read_json(path, stream, Padding(lambda: _values(path)), is_wanted)
-
-
-def _read_json(path: Path, stream: IO[bytes], padding: Padding | None,
-               is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
-    """padding None: the records just as they are written."""
-    if _first_character(stream) == b"[":
-        yield from _read_json_list(path, TextIOWrapper(stream, encoding="utf-8-sig"), padding, is_wanted)
-    else:
-        yield from _read_json_lines(path, stream, padding, is_wanted)
+            yield from _read_json_lines(path, stream, padding, is_wanted)
 
 
 def _values(path: Path) -> Iterator[Any]:
-    """The records of a JSON file once more, for what a whole file says of its nulls."""
-    with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
-        records = _read_json(path, stream, None, lambda: True)
-        yield from (record.value for record in records if isinstance(record, Record))
+    """The records of a file once more, for what a whole file says of its nulls."""
+    yield from (record.value for record in _read_text_file(path, None, lambda: True) if isinstance(record, Record))
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -179,6 +180,8 @@ def _read_json_lines(path: Path, stream: Iterable[bytes], padding: Padding | Non
             yield BadRow(where, "broken JSON line", f"not UTF-8 at byte {error.start + 1}")
         except json.JSONDecodeError as error:
             yield BadRow(where, "broken JSON line", f"{error.msg} at column {error.colno}")
+        except TOO_MUCH as error:
+            yield BadRow(where, "broken JSON line", str(error))
 
 
 def _read_json_list(path: Path, stream: TextIO, padding: Padding | None,
@@ -201,6 +204,8 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None,
             value, end = decoder.raw_decode(window, start)
         except json.JSONDecodeError as error:
             failure, separator, end = error.msg, "", error.pos
+        except TOO_MUCH as error:            # reading more of the file would not help
+            failure, separator, end, at_end = str(error), "", start, True
         else:
             end = skip_blank(end)
             separator = window[end:end + 1]
@@ -223,7 +228,8 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None,
 # ---------------------------------------------------------------------------------------------------- CSV, parquet, hub
 
 
-def _read_csv(path: Path, stream: TextIO, is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
+def _read_csv(path: Path, stream: TextIO, padding: Padding | None,
+              is_wanted: Callable[[], bool]) -> Iterator[Record | BadRow | None]:
     csv.field_size_limit(2**31 - 1)          # the default of 131,072 characters is less than a long answer
     reader = csv.DictReader(stream, strict=True)
     try:
@@ -237,9 +243,20 @@ def _read_csv(path: Path, stream: TextIO, is_wanted: Callable[[], bool]) -> Iter
                 yield BadRow(where, "more cells than the header has")
                 continue
             # an empty cell is what tables write for null
-            yield Record(where, {key: text for key, text in cells.items() if text})
+            value = {key: text if padding and not NULL.search(text) else _structure(key, text)
+                     for key, text in cells.items() if text}
+            yield Record(where, padding.without(value) if padding else value)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; mend the file") from error
+
+
+def _structure(key: str, text: str) -> Any:
+    """The chat or the tools in a cell, any other text as it is. A CSV has no other way to hold them, so a table may
+    have added nulls to them."""
+    try:
+        return value_in_text(text) or text if key == "tools" else chat_in_text(text, key)
+    except Unfit:                            # said when the columns are read
+        return text
 
 
 def _stream_parquet(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """What a chat template puts around the turns, by which a text that was rendered already is known."""
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Frame:
             if self.ending and row.prompt.rstrip().endswith(self.ending):
                 return f"prompt ends with {self.ending!r}"
         for turn in as_turns(row.prompt, "user"):
-            for opening in self.openings:
+            for opening in (*self.openings, *self.marks):    # a header may name a day, a mark is always the same
                 if turn["content"].lstrip().startswith(opening):
                     return f"prompt begins with {opening!r}"
         return self._sign_in_answer("chosen", row.chosen) or self._sign_in_answer("rejected", row.rejected)
@@ -90,6 +90,12 @@ def without_closing(text: str, special: tuple[str, ...]) -> str:
     while token := closing_token(text, special):
         text = text[:-len(token)].rstrip()
     return text
+
+
+def from_last(text: str, marks: Iterable[str]) -> str:
+    """The text from the last of these marks on; empty where it has none."""
+    at = max((text.rfind(mark) for mark in marks), default=-1)
+    return text[at:] if at >= 0 else ""
 
 
 def as_turns(part: Turns | str, role: str) -> Turns:

@@ -24,7 +24,7 @@ def turns_of(value: Any, key: str, role_of_text: str, turn: Callable[[Any, str],
         return ({"role": role_of_text, "content": sound_text(value, key)},)
     if not isinstance(value, list | dict):
         raise Unfit(f"{key} is neither text nor messages", type(value).__name__)
-    return tuple((turn or message_of)(m, key) for m in (value if isinstance(value, list) else [value]))
+    return tuple((turn or turn_of)(m, key) for m in (value if isinstance(value, list) else [value]))
 
 
 def message_of(message: Any, key: str) -> Message:
@@ -111,12 +111,12 @@ def system_of(fields: Fields, key: str = "system") -> str:
     return sound_text(system, key)
 
 
-def sharegpt_turn(turn: Any, key: str) -> Message:
-    """A turn of {from, value}, or an ordinary message."""
-    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+def turn_of(turn: Any, key: str) -> Message:
+    """An ordinary message, or ShareGPT's {from, value}."""
+    if not isinstance(turn, dict) or "from" not in turn:
         return message_of(turn, key)
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise Unfit(f"{key} has a turn without 'from' and 'value'", repr(turn)[:60])
+    if "value" not in turn:
+        raise Unfit(f"{key} has a turn without 'value'", repr(turn)[:60])
     if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
         raise Unfit(f"{key} has a turn from an unknown speaker",
                     f"{turn['from']!r}, known: {', '.join(SHAREGPT_ROLES)}")
@@ -140,16 +140,23 @@ def chat_in_text(text: str, key: str) -> Any:
     """
     if not CHAT_TEXT.match(text):
         return text
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
+    value = value_in_text(text)
+    if value is not None:
         turns = value if isinstance(value, list) else [value]
         return value if all(_is_turn(turn) for turn in turns) else text
     if text.rstrip().endswith("]"):
         raise Unfit(f"{key} looks like a chat, but is neither JSON nor Python", repr(text[:60]))
     return text
+
+
+def value_in_text(text: str) -> Any:
+    """What a text holds as JSON, or as the Python text that tables are written with; None where it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 def _is_turn(turn: Any) -> bool:

@@ -1,9 +1,10 @@
 """Nulls that a table's one schema added, told from nulls that were meant, and taken out.
 
-A table (parquet, a hub set, also JSON written from one) has one schema: an object that lacks a field which some other
-object at the same place has, gets it as null. What chat templates would make of such nulls is never meant. The rule:
+A table (parquet, a hub set, also JSON and CSV written from one) has one schema: an object that lacks a field which some
+other object at the same place has, gets it as null. What chat templates would make of such nulls is never meant. The
+rule:
 
-- Nulls in lists, and all within JSON text, are as they were written.
+- Nulls in lists, and all within JSON text, are as they were written. (A CSV's chats and tools are read before.)
 - Elsewhere than in a tool call's arguments and in tool schemas, a null says no more than an absent field: taken out. In
   schemas only `default`, `const` and `example` can be null; any other null there is taken out as well.
 - Of those that remain, a JSON file tells by its objects within messages and tools. Where nothing but null ever stands
@@ -162,7 +163,7 @@ def _parsed(value: Any, kind: type) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return value if isinstance(value, kind) else kind()
 

@@ -18,6 +18,7 @@ from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
 DEFAULT, TOOL_USE = "default", "tool_use"    # names that transformers chooses by itself
+CALL = {"type": "function", "id": "call00001", "function": {"name": "dpo-dist-call", "arguments": {}}}
 # the date, for templates that ask for it: tokens must not depend on the day
 TODAY = datetime(2024, 7, 26)
 # transformers passes no functions to a template, so this one is Jinja; trim_blocks removes the final line break.
@@ -127,7 +128,10 @@ def _checked(template: ChatTemplate) -> ChatTemplate:
     within = _rendered_or_empty(template, (question, answers[0], question)).rpartition(ANSWER)[2]
     with_system = _rendered_or_empty(template, ({"role": "system", "content": ANSWER}, question))
     end_of_turn = _end_of_turn(tail, within, special)
-    return replace(template, end_of_turn=end_of_turn, blank_tail=tail[len(tail.rstrip()):],
+    call = (question, {**answers[0], "content": "", "tool_calls": [CALL]})
+    in_text = not _rendered_or_empty(template, call) and bool(
+        _rendered_or_empty(replace(template, arguments_in_text=True), call))
+    return replace(template, arguments_in_text=in_text, end_of_turn=end_of_turn, blank_tail=tail[len(tail.rstrip()):],
                    stops=("", "") if end_of_turn else _stops(template, (question, answers[0]), special),
                    frame=frame_of(template.tokenizer, prompt, whole, within, with_system, special))
 
@@ -158,8 +162,7 @@ def _stops(template: ChatTemplate, turns: Turns, special: set[str]) -> tuple[str
     """The special tokens that begin the turn after an answer and after a tool call, where generation stops at them:
     some models (GLM) have no other end of turn."""
     at_stop = stop_tokens(template.tokenizer)
-    call = {"type": "function", "id": "call00001", "function": {"name": "dpo-dist-call", "arguments": {}}}
-    called = ({**turns[-1], "content": "", "tool_calls": [call]}, {"role": "tool", "content": QUESTION})
+    called = ({**turns[-1], "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": QUESTION})
     found = []
     for following in ((*turns, turns[0]), (*turns[:-1], *called)):
         whole = _rendered_or_empty(template, following)

@@ -14,6 +14,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.chat import Answer, RowTexts, TemplateMisfit
 from dpo_dist.data.formats import DataRow
+from dpo_dist.data.frame import from_last
 from dpo_dist.data.rows import Tally
 from dpo_dist.data.shown import Said, Shown
 from dpo_dist.data.templates import PLAIN, ChatTemplates, chat_templates
@@ -115,7 +116,9 @@ class PairTokenizer:
             raise UserError(f"{row.where}: the row has chat_template_kwargs, but there is no chat template; set "
                             "data.chat_template, or map that column away (columns: {chat_template_kwargs: null})")
         if isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str):
-            return _Split(RowTexts(row.prompt, Answer(row.chosen), Answer(row.rejected)))
+            # a rendered prompt ends with a special token, after which text is tokenized otherwise
+            after = from_last(row.prompt, self.tokenizer.all_special_tokens) or Answer.after
+            return _Split(RowTexts(row.prompt, Answer(row.chosen, after=after), Answer(row.rejected, after=after)))
         raise UserError(f"{row.where}: messages need a chat template; the tokenizer has none, or "
                         f"data.chat_template={PLAIN} switched it off; set data.chat_template to a Jinja file, or give "
                         "rows of format preference")

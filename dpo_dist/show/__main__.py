@@ -62,7 +62,8 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
     if as_json:
         for key, dataset in _data_sets(config):
             for outcome in islice(outcomes(dataset, config.data, encoder)[0], rows):
-                print(json.dumps(as_object(outcome, key, dataset, tokenizer), ensure_ascii=False), file=out)
+                # all ASCII: texts may hold characters at which readers split lines, such as U+2028
+                print(json.dumps(as_object(outcome, key, dataset, tokenizer)), file=out)
         return
     page, sets = Page(page_console(out), tokenizer, config.data), list(_data_sets(config))
     page.head(config.model.path, encoder.templates is not None)

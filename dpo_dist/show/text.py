@@ -21,12 +21,12 @@ class Piece:
 
 
 def decode(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> str:
-    """The text of ids that stand after others, special tokens included. (Alone, some tokenizers drop a first space.)"""
+    """The text of ids that stand after others, special tokens included. (Alone, some tokenizers drop a first space; and
+    a character may take several tokens, so only all that stands before tells where characters begin.)"""
     def plain(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    last = before[-1:]
-    return plain([*last, *ids])[len(plain(last)) if last else 0:]
+    return plain([*before, *ids])[len(plain(before)) if before else 0:]
 
 
 def pieces_of(tokenizer: Any | None, ids: Sequence[int], before: Sequence[int], counts: Sequence[bool]) -> list[Piece]:
@@ -39,7 +39,7 @@ def pieces_of(tokenizer: Any | None, ids: Sequence[int], before: Sequence[int], 
         if tokenizer is None:
             text = ("" if not pieces else " ") + " ".join(map(str, run))
         else:
-            text = decode(tokenizer, run, ids[:places[0]] or before)
+            text = decode(tokenizer, run, [*before, *ids[:places[0]]])
         pieces.append(Piece(text, counted, is_special))
     return pieces
 

@@ -101,6 +101,11 @@ def test_numbers_and_lists_of_a_csv_are_text_that_is_read(tmp_path):
     (tmp_path / "rows.csv").write_text('prompt,responses,ratings,weight\nq,"[""a"", ""b""]","[1, 2.5]",2\n')
     (row,), report = read(tmp_path / "rows.csv")
     assert (report.format, row.chosen, row.strength, row.weight) == ("ratings", "b", 1.5, 2.0)
+    (tmp_path / "argilla.csv").write_text(
+        'prompt,response_1,response_2,best.responses,best.responses.status\n'
+        'q,x,y,"[""response_2"", ""response_1""]","[\'submitted\', \'draft\']"\n')
+    (row,), report = read(tmp_path / "argilla.csv")
+    assert (report.format, row.chosen, row.strength) == ("argilla", "y", 1.0)
     (tmp_path / "kto.csv").write_text("prompt,completion,label\nq,x,True\nq,y,False\n")
     assert read(tmp_path / "kto.csv")[1].pairs == 1
 

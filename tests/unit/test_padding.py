@@ -1,6 +1,7 @@
 """Nulls: those that a table's schema added never reach a template; those that were meant stay where a file can tell."""
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,30 @@ def test_rows_that_went_through_a_table_are_those_that_were_written(tmp_path, ki
     if kind != "parquet":
         assert "null" in path.read_text()
     assert parts(path) == expected
+
+
+@pytest.mark.parametrize("as_text", [json.dumps, repr])
+def test_a_tables_nulls_are_taken_out_of_the_chats_and_tools_in_a_csvs_cells(tmp_path, as_text):
+    datasets = pytest.importorskip("datasets")
+    expected = parts(write_lines(tmp_path / "rows.jsonl", *ROWS))
+    both = row([WEATHER, CLOCK], calls("clock", {"zone": "utc", "style": "a"}))      # its arguments have no null
+    for name, rows in (("padded", datasets.Dataset.from_list([*ROWS, both]).to_list()), ("written", [*ROWS, both])):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ROWS[0])
+            writer.writeheader()
+            writer.writerows({key: as_text(value) for key, value in row.items()} for row in rows)
+    padded, written = parts(tmp_path / "padded.csv"), parts(tmp_path / "written.csv")
+    assert "zone" in (tmp_path / "padded.csv").read_text().splitlines()[1]
+    assert padded == written and padded[:3] == expected
+
+
+def test_a_null_that_a_call_in_a_cell_really_passed_stays(tmp_path):
+    found = row([tool("weather", town=MAYBE_TEXT)], calls("weather", {"town": None}))
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, found)
+        writer.writeheader()
+        writer.writerow({key: json.dumps(value) for key, value in found.items()})
+    assert arguments(parts(tmp_path / "rows.csv")[0].chosen[0]) == {"town": None}
 
 
 def test_padded_calls_and_schemas_of_a_table_read_as_calls_in_json_text_do(tmp_path):

@@ -1,12 +1,15 @@
 """Rows as people have them: each is read as what it plainly is, or refused with a reason, and never ends in a crash."""
 from __future__ import annotations
 
+import json
 import random
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from row_files import PLAIN, assistant, calls, read, reasons, user, write_lines
 
+from dpo_dist.config.errors import UserError
 from dpo_dist.data.columns import Columns
 from dpo_dist.data.fields import Unfit
 from dpo_dist.data.formats import FORMATS
@@ -14,9 +17,19 @@ from dpo_dist.data.padding import Padding
 from dpo_dist.data.records import Record
 from dpo_dist.data.rows import ReadReport, rows_of
 
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict:
+    return {"from": "gpt", "value": text}
+
+
 SYSTEM = {"role": "system", "content": "s"}
 CHATS = {"chosen": [user("q"), assistant("x")], "rejected": [user("q"), assistant("y")]}
 ANSWERS = {"chosen": "x", "rejected": "y"}
+NAN = float("nan")
 PARTS = [{"type": "text", "text": "q", "image_url": None}]
 DEEP = [{"role": "system", "content": ""}, user("q")]
 
@@ -54,10 +67,17 @@ def text_of(part: Any) -> str:
     ({"messages": [user("q")], "chosen": assistant("x"), "rejected": assistant("y")}, "messages", "u:q"),
     ({"messages": [SYSTEM, user("q")], **ANSWERS}, "messages", "s:s u:q"),
     ({"chosen": [*DEEP, assistant("x")], "rejected": [*DEEP, assistant("y")], "prompt": "q"}, "messages", "s: u:q"),
+    ({"chosen": [human("q"), gpt("x")], "rejected": [human("q"), gpt("y")]}, "messages", "u:q"),
+    ({"prompt": [human("q")], "chosen": gpt("x"), "rejected": "y"}, "messages", "u:q"),
+    # what pandas has for null
+    ({"prompt": "q", **ANSWERS, "system": NAN, "tools": NAN, "images": NAN, "tags": NAN}, "preference", "q"),
+    ({"instruction": "q", "input": NAN, **ANSWERS, "history": NAN, "chosen_rating": NAN}, "alpaca", "q"),
     # other trainers'
     ({"conversations": [user("q")], "chosen": assistant("x"), "rejected": assistant("y"), "tools": "[]"}, "sharegpt",
      "u:q"),
     ({"conversations": [{"from": "human", "value": "q"}], **ANSWERS, "tools": ""}, "sharegpt", "u:q"),
+    ({"conversations": [human("q")], "chosen": gpt("x"), "rejected": gpt("y"), "system": "s"}, "sharegpt", "s:s u:q"),
+    ({"system": "s", "question": "q", "chosen": [assistant("x")], "rejected": [assistant("y")]}, "axolotl", "s:s u:q"),
     ({"system": "s", "question": "q", **ANSWERS}, "axolotl", "s:s u:q"),
     ({"system": "", "input": "q", **ANSWERS, "generations": ["x", "y"], "rating": [9, 1]}, "axolotl", "q"),
     ({"instruction": "Sum up.", "input": '[{"a": 1}]', **ANSWERS}, "alpaca", 'Sum up.\n[{"a": 1}]'),
@@ -82,6 +102,7 @@ def test_rows_are_read_as_what_they_plainly_are(tmp_path, row, format, prompt):
     ({"prompt": [user("q")], "system": "t", "chosen": [SYSTEM, user("q"), assistant("x")], "rejected": "y"},
      "chosen and rejected part at a system turn, not at an answer"),
     ({"prompt": [SYSTEM, user("q")], "system": "t", **ANSWERS}, "system is given twice"),
+    ({"system": "s", "chosen": [assistant("x")], "rejected": [assistant("y")]}, "prompt is missing"),
     ({"prompt": "z", **CHATS}, "chosen and rejected begin with turns other than prompt"),
     ({"instruction": "q", "input": ["a"], **ANSWERS}, "input is not text"),
     ({**PLAIN, "chosen": ["x"]}, "chosen has a message without a role"),
@@ -98,8 +119,9 @@ def test_texts_and_chats_may_stand_in_one_file(tmp_path):
     assert report.format == "preference" and [text_of(row.prompt) for row in rows] == [PLAIN["prompt"], "u:q", "u:q"]
 
 
-@pytest.mark.parametrize("tools", ['[{"name": "f"}]', ['{"name": "f"}'], [{"name": "f"}], '["{\\"name\\": \\"f\\"}"]'])
-def test_tools_may_be_objects_json_text_or_a_list_of_json_texts(tmp_path, tools):
+@pytest.mark.parametrize("tools", ['[{"name": "f"}]', ['{"name": "f"}'], [{"name": "f"}], '["{\\"name\\": \\"f\\"}"]',
+                                   "[{'name': 'f'}]"])
+def test_tools_may_be_objects_text_or_a_list_of_json_texts(tmp_path, tools):
     (row,), _ = read(write_lines(tmp_path / "rows.jsonl", {**PLAIN, "tools": tools}))
     assert row.tools == ({"name": "f"},)
 
@@ -108,6 +130,21 @@ def test_parameters_of_a_tool_may_be_json_text(tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": '{"properties": {"a": {"default": null}}}'}}
     (row,), _ = read(write_lines(tmp_path / "rows.jsonl", {**PLAIN, "tools": [tool]}))
     assert row.tools[0]["function"]["parameters"] == {"properties": {"a": {"default": None}}}
+
+
+def test_a_number_may_be_a_decimal_as_tables_have_them(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist([{**PLAIN, "weight": Decimal("2.5")}]), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet")[0][0].weight == 2.5
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_a_line_that_python_cannot_read_is_a_broken_line(tmp_path, value):
+    line = json.dumps(PLAIN)[:-1] + f', "own": {value}}}'
+    assert reasons(tmp_path, "auto", line, PLAIN) == {"broken JSON line": 1}
+    (tmp_path / "list.json").write_text(f"[{line}]")
+    with pytest.raises(UserError, match=r"list\.json:1: broken JSON after row 0"):
+        read(tmp_path / "list.json")
 
 
 @pytest.mark.parametrize("kwargs", [{"enable_thinking": False}, {"enable_thinking": False, "n": None},

@@ -119,6 +119,15 @@ def test_json_texts_are_the_decoded_ids_and_a_record_of_rated_responses_gives_se
     assert found[0]["strength"] == 2 and len(found[0]["chosen_ids"]) == len("grüß dich".encode()) + 1
 
 
+def test_every_reader_of_lines_takes_a_row_for_one_line(model: str, tmp_path: Path):
+    text = "a\u2028b\x85c\x0bd"
+    row = {"prompt": text, "chosen": "x", "rejected": "y"}
+    out = io.StringIO()
+    assert main(["--json", model, "data.train=" + write(tmp_path / "rows.jsonl", [row, row])], out) == 0
+    first, second = map(json.loads, out.getvalue().splitlines())
+    assert text in first["prompt"] and second["where"].endswith(":2")
+
+
 def test_token_ids_need_no_tokenizer_and_have_no_texts(tmp_path: Path):
     (tmp_path / "m").mkdir()
     path = write(tmp_path / "ids.jsonl", [{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 9, 1]}])
@@ -224,6 +233,15 @@ def test_a_space_at_the_start_of_a_completion_is_kept_by_tokenizers_that_drop_a_
 
 
 # ------------------------------------------------------------------------------------------ it reads what it shows
+
+
+def test_a_character_of_several_tokens_is_whole_where_the_text_before_ends_with_another():
+    core = Tokenizer(models.BPE({"a": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    letters = PreTrainedTokenizerFast(tokenizer_object=core)
+    before, ids = (letters(text)["input_ids"] for text in ("a\u5317", "\u4eaca"))
+    assert len(before) == len(ids) == 4 and decode(letters, ids, before) == "\u4eaca"
+    assert [p.text for p in pieces_of(letters, ids, before, [True] * 3 + [False])] == ["\u4eac", "a"]
 
 
 def test_the_longest_and_a_random_pair_are_of_the_first_2000_rows(tmp_path: Path):

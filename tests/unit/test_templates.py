@@ -37,6 +37,7 @@ TOOL_USE = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
 RAG = "{{ documents[0].text if documents else 'no documents' }}" + CHATML
 NAMED = {"default": CHATML, "tool_use": TOOL_USE, "rag": RAG}
 THINKS = CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n{{ '' if enable_thinking else 'x' }}")
+DATED = "<|im_start|>system\nIt is {{ day or 'Friday' }}.<|im_end|>\n" + CHATML.replace("m.role", "m['role']")
 SWITCHED = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {{- m.content + '<|im_end|>\\n' }}{% endfor %}
@@ -126,6 +127,14 @@ def test_a_template_that_wants_contents_in_parts_gets_them():
     assert texts(bpe(parts), chat()) == texts(bpe(CHATML), chat())
 
 
+def test_a_template_that_wants_arguments_as_text_gets_them_as_text():
+    said = "{% for c in m.tool_calls or [] %}{{ c.function.name + '(' + c.function.arguments + ')' }}{% endfor %}"
+    turn = assistant("", tool_calls=[{"function": {"name": "clock", "arguments": {"zone": "über", "n": None}}}])
+    row = of((user("a"),), (turn,), (assistant("c"),))
+    template = CHATML.replace("m.content +", "m.content }}" + said + "{{")
+    assert texts(bpe(template), row)[1] == 'clock({"zone": "über", "n": null})<|im_end|>'
+
+
 def test_templates_and_variables_decide_the_store(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     data = (DatasetConfig(path=str(tmp_path / "a.jsonl")),)
@@ -164,6 +173,8 @@ def test_the_export_has_all_of_the_tokenizers_templates_or_the_one_that_was_give
     (CHATML, of((user("<|im_start|>system\nBe kind.<|im_end|>\n"),), (assistant("b"),), (assistant("c"),)),
      "prompt begins with '<|im_start|>system'"),
     (LLAMA3, of((user(" <s><|start|>user"),), (assistant("b"),), (assistant("c"),)), "prompt begins with '<s>'"),
+    (DATED, of((user("<|im_start|>system\nIt is Monday.<|im_end|>\n"),), (assistant("b"),), (assistant("c"),)),
+     "prompt begins with '<|im_start|>'"),
     (CHATML, of("Two?", "<|im_start|>assistant\nFour.<|im_end|>"), "chosen holds '<|im_start|>'"),
     (CHATML, of("Two?", "Four.", "Five.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>"), "rejected holds"),
     (CHATML, of((user("a"),), (assistant("<|im_start|>assistant\nFour."),), (assistant("c"),)),
@@ -281,6 +292,15 @@ def test_an_answer_is_tokenized_as_it_stands_after_a_special_token_that_swallows
     for ids, answer in ((pair.chosen_ids, row.chosen), (pair.rejected_ids, row.rejected)):
         whole = tokenizer.apply_chat_template([*row.prompt, *answer], return_dict=False)
         assert list(pair.prompt_ids + ids) == whole[:len(pair.prompt_ids + ids)]
+
+
+def test_an_answer_to_a_rendered_prompt_is_tokenized_as_it_stands_there():
+    tokenizer = sentencepiece_like()
+    for prompt in ("<s>Two and two?<|im_start|>", "Two and two?", "<s>Two and two?\n"):
+        pair = make_tokenize(tokenizer, config(chat_template="none"))(of(prompt, "It is four.", "Five!"))
+        whole = tokenizer(prompt.removeprefix("<s>") + "It is four.</s>", add_special_tokens=False)["input_ids"]
+        begun = [tokenizer.bos_token_id] if prompt.startswith("<s>") else []
+        assert [*pair.prompt_ids, *pair.chosen_ids] == begun + whole
 
 
 def test_a_completion_of_one_turn_counts_whole():

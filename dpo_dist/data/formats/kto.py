@@ -11,7 +11,7 @@ from dpo_dist.data.formats.format import DataRow, NoPair
 from dpo_dist.data.formats.judgment import judgment_of
 from dpo_dist.data.formats.pairs import pair
 from dpo_dist.data.formats.trainers import question_of
-from dpo_dist.data.messages import sharegpt_turn, turns_of
+from dpo_dist.data.messages import turns_of
 from dpo_dist.data.records import BadRow, Record, canonical
 
 LABELS = ("label", "kto_tag")
@@ -80,7 +80,7 @@ def _one_answer(fields: Fields) -> tuple[Any, Any, bool]:
     if asked:
         return question_of(fields, asked), fields[first_of(fields, *COMPLETIONS)], good
     chat_key = first_of(fields, *CHATS, "completion")
-    chat = list(turns_of(fields[chat_key], chat_key, "assistant", sharegpt_turn))
+    chat = list(turns_of(fields[chat_key], chat_key, "assistant"))
     if len(chat) < 2 or chat[-1]["role"] != "assistant":
         answer = next((k for k in COMPLETIONS if k in fields and k != chat_key), None)
         if answer is None:

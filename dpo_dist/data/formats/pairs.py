@@ -8,7 +8,7 @@ from typing import Any
 from dpo_dist.data.fields import Fields, Turns, Unfit, counts_of, ids_of, n_shared, need, text_of
 from dpo_dist.data.formats.format import DataRow
 from dpo_dist.data.formats.judgment import judgment_of
-from dpo_dist.data.messages import sharegpt_turn, system_of, turns_of, with_system
+from dpo_dist.data.messages import system_of, turns_of, with_system
 from dpo_dist.types import Message, PreferenceRow, TokenizedPair
 
 
@@ -46,6 +46,8 @@ def messages(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     rest = judgment_of(fields)
     answers = all(turns and turns[0]["role"] == "assistant" for turns in (chosen, rejected))
     key = "messages" if "prompt" not in fields and "messages" in fields and answers else "prompt"
+    if answers:                              # else all that a system text leaves for a prompt is that
+        need(fields, key)
     prompt = turns_of(fields[key], key, "user") if key in fields else ()
     if prompt and answers:
         yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, **rest)
@@ -77,8 +79,8 @@ def diverge(chosen: Turns, rejected: Turns, where: str, source: str, system: Fie
 def sharegpt(fields: Fields, where: str, source: str) -> Iterator[DataRow]:
     """{"conversations": [{"from", "value"}], "chosen", "rejected"}: the last two are one turn, or a list of turns."""
     need(fields, "conversations", "chosen", "rejected")
-    prompt = turns_of(fields["conversations"], "conversations", "user", sharegpt_turn)
-    chosen, rejected = (turns_of(fields[key], key, "assistant", sharegpt_turn) for key in ("chosen", "rejected"))
+    prompt = turns_of(fields["conversations"], "conversations", "user")
+    chosen, rejected = (turns_of(fields[key], key, "assistant") for key in ("chosen", "rejected"))
     yield PreferenceRow(with_system(fields, prompt), chosen, rejected, where, source, **judgment_of(fields))
 
 

@@ -8,7 +8,7 @@ from dpo_dist.data.fields import Fields, Turns, Unfit, first_of, from_json, need
 from dpo_dist.data.formats.format import DataRow
 from dpo_dist.data.formats.judgment import judgment_of
 from dpo_dist.data.formats.pairs import diverge, pair
-from dpo_dist.data.messages import called, message_of, turns_of, with_system
+from dpo_dist.data.messages import called, turn_of, turns_of, with_system
 from dpo_dist.types import Message, PreferenceRow
 
 
@@ -58,7 +58,7 @@ def _swift_turn(turn: Any, key: str) -> Message:
     role = turn.get("role") if isinstance(turn, dict) else None
     if role == "tool_call":
         return called(sound_text(turn.get("content"), f"{key}'s content"), key)
-    return message_of({**turn, "role": "tool"} if role == "tool_response" else turn, key)
+    return turn_of({**turn, "role": "tool"} if role == "tool_response" else turn, key)
 
 
 def _one_turn_of_calls(turns: Turns) -> Turns:
