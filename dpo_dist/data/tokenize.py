@@ -13,6 +13,7 @@ from typing import Any
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.chat import Answer, RowTexts, TemplateMisfit
+from dpo_dist.data.fields import Unfit, sound_text
 from dpo_dist.data.formats import DataRow
 from dpo_dist.data.frame import from_last
 from dpo_dist.data.rows import Tally
@@ -126,6 +127,12 @@ class PairTokenizer:
     def _rendered(self, row: PreferenceRow, templates: ChatTemplates) -> _Split:
         template = templates.of(row)
         texts = template.split(row, own=self.config.train_on == "assistant")
+        for name, text in (("prompt", texts.prompt), ("chosen", texts.chosen.text), ("rejected", texts.rejected.text)):
+            try:
+                sound_text(text, name)       # contents are sound, but half a character may come from a call or a tool
+            except Unfit as unfit:
+                raise TemplateMisfit(f"{unfit.reason} once rendered", f"{unfit.reason} once rendered", "mend the row",
+                                     unfit.detail) from None
         missing = self.shown.setdefault(template.text, Shown(template)).missing(row, texts)
         if missing and self.config.on_missing_content == "error":
             raise _left_out(missing[0], template.name)

@@ -135,6 +135,17 @@ def test_a_template_that_wants_arguments_as_text_gets_them_as_text():
     assert texts(bpe(template), row)[1] == 'clock({"zone": "über", "n": null})<|im_end|>'
 
 
+@pytest.mark.parametrize("row", [
+    of((user("a"),), (assistant("", tool_calls=[{"function": {"name": "f", "arguments": {"a": "\ud83d"}}}]),),
+       (assistant("c"),)),
+    of((user("a"),), (assistant("b"),), (assistant("c"),), tools=({"name": "\ud83d"},)),
+])
+def test_half_a_character_in_a_call_or_a_tool_is_a_row_that_does_not_fit(row: PreferenceRow):
+    template = "{{ tools | tojson }}" + CHATML.replace("m.content +", "m.content }}{{ m.tool_calls | tojson }}{{")
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: .* is not valid Unicode once rendered; mend the row"):
+        make_tokenize(bpe(template.replace("m.tool_calls |", "(m.tool_calls or []) |")), config())(row)
+
+
 def test_templates_and_variables_decide_the_store(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     data = (DatasetConfig(path=str(tmp_path / "a.jsonl")),)
