@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from dpo_dist.config.errors import UserError
@@ -19,13 +21,22 @@ NUMBERS = ("weight", "strength", "margin")
 # Text of these that looks like a chat must be one; text of other columns may be anything.
 CHATS = ("prompt", "chosen", "rejected", "messages", "conversations", "context", "completion", "chosen_response",
          "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output")
+# names that formats read, for mistakes in spelling; Argilla's depend on a data set's own questions
+KNOWN = {*LISTS, *CHATS, *NUMBERS, "system", "system_prompt", "tags", "chat_template_kwargs", "instruction", "question",
+         "query", "input", "output", "response", "label", "overall_preference", "preference_strength", "chosen_rating",
+         "rejected_rating", "chosen_model", "rejected_model"}
 
 
 class Columns:
-    """data.train[].columns: {a name that formats know: the column that holds it, None for no column}."""
+    """data.train[].columns: {a name that formats know: the column that holds it, None for no column}. Raises UserError
+    for a name that looks misspelt."""
 
     def __init__(self, names: Mapping[str, str | None] | None):
         self.names = names or {}
+        for name, column in self.names.items():
+            meant = get_close_matches(name, KNOWN, 1, cutoff=0.8)
+            if column is not None and name not in KNOWN and meant and not re.search(r"[\d.]", name):
+                raise UserError(f"columns={{{name}: {column}}} names nothing that formats read; did you mean {meant[0]}?")
         # the columns that no row had so far
         self.unseen = {column for column in self.names.values() if column is not None}
 

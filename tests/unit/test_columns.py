@@ -37,6 +37,14 @@ def test_a_column_that_one_row_lacks_is_a_bad_row_and_one_that_all_lack_an_error
             read(path, format, "skip", columns={**NAMES, "chosen": "godo"})
 
 
+def test_a_misspelt_name_of_ours_is_an_error_and_a_name_of_a_data_sets_own_question_is_not(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", OWN)
+    with pytest.raises(UserError, match=r"columns=\{wieght: weight\} names nothing .* did you mean weight\?"):
+        read(path, columns={**NAMES, "wieght": "weight"})
+    (row,), _ = read(path, columns={**NAMES, "which-is-better.responses": "good"})
+    assert row.chosen == "Four."
+
+
 def test_a_reserved_name_that_holds_something_else_is_a_bad_row_that_says_how_to_map_it_away(tmp_path):
     for name, value in (("weight", "heavy"), ("margin", "large"), ("tools", "Excel, Word"), ("system", ["x"]),
                         ("chat_template_kwargs", "on"), ("images", ["a.png"]), ("strength", {"a": 1})):
