@@ -36,7 +36,8 @@ class Columns:
         for name, column in self.names.items():
             meant = get_close_matches(name, KNOWN, 1, cutoff=0.8)
             if column is not None and name not in KNOWN and meant and not re.search(r"[\d.]", name):
-                raise UserError(f"columns={{{name}: {column}}} names nothing that formats read; did you mean {meant[0]}?")
+                raise UserError(f"columns={{{name}: {column}}} names nothing that formats read; did you mean "
+                                f"{meant[0]}?")
         # the columns that no row had so far
         self.unseen = {column for column in self.names.values() if column is not None}
 
