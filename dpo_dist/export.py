@@ -11,7 +11,7 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
-from dpo_dist.models.folder import truthful_json
+from dpo_dist.models.folder import Stored, stored_tensors, tied_embeddings, truthful_json
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
@@ -33,12 +33,15 @@ NAMED_TEMPLATES = "additional_chat_templates"        # a folder: {name}.jinja
 
 
 def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
-                 world: World) -> Path:
+                 world: World, terminal: Terminal) -> Path:
     """Writes the model beside its final place and moves it there whole. All ranks call it; rank 0 writes."""
     folder, partial = run_dir.model, run_dir.model.with_name("model.partial")
     world.on_main(lambda: _start(partial, inputs, config, held_out))
     write_shards(partial, policy.export_weights(), write=world.is_main)
     world.on_main(lambda: _finish(partial, folder))
+    if left := world.on_main(lambda: not_exported(inputs.policy_folder, folder)):
+        terminal.say(f"not exported: {len(left)} tensors of {inputs.policy_folder} that transformers does not load, "
+                     f"such as {left[0]}")
     return folder
 
 
@@ -67,6 +70,21 @@ def copy_templates(source: Path, partial: Path, setting: str | None) -> None:
         shutil.rmtree(partial / NAMED_TEMPLATES, ignore_errors=True)
         tokenizer.chat_template = given
         tokenizer.save_pretrained(partial)
+
+
+def not_exported(source: Path, model: Path) -> list[str]:
+    """Names of tensors that the exported model lacks and its source has, as layers that predict further tokens ahead
+    are; but for a second copy of tied embeddings."""
+    known, exported = stored_tensors(source), stored_tensors(model)
+    second_copy = tied_embeddings(source).in_files
+    left = sorted(known.keys() - exported.keys())
+    left = [name for name in left if not (second_copy and known[name].shape in _shapes_of_embeddings(exported))]
+    # files that name the same tensors otherwise have as many
+    return left if len(known) - second_copy > len(exported) else []
+
+
+def _shapes_of_embeddings(tensors: dict[str, Stored]) -> set[tuple[int, ...]]:
+    return {tensor.shape for name, tensor in tensors.items() if "emb" in name or "wte" in name}
 
 
 def _finish(partial: Path, folder: Path) -> None:
@@ -108,7 +126,7 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
                         "overrides")
     policy = open_policy(config, inputs, world)
     policy.load(resumed[0])
-    model = export_model(run_dir, policy, inputs, config, {}, world)
+    model = export_model(run_dir, policy, inputs, config, {}, world, terminal)
     terminal.say(f"model: {model} (from {resumed[0].name})")
 
 

@@ -97,7 +97,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 after = run.evaluate(step)
             clock.mark(None)                             # evaluation and saving are not training time
 
-    model = export_model(run_dir, policy, inputs, config, after, world)
+    model = export_model(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
     if reference is not None:
         reference.close()
