@@ -20,7 +20,7 @@ import numpy as np
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, deciding
 from dpo_dist.config.schema import DataConfig, DatasetConfig
-from dpo_dist.data.files import content_digest
+from dpo_dist.data.locate import content_digest
 from dpo_dist.data.rows import Chunk, ReadReport, Share, read_chunks
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.templates import stop_tokens, template_texts

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.files import data_bytes, data_files, read_records
+from dpo_dist.data.files import read_records
+from dpo_dist.data.locate import data_bytes, data_files
 from dpo_dist.data.parts import begin_parts, join_parts, part_folder, records_done
 from dpo_dist.data.prepare import build, built, data_sets, open_stores, store_folder
 from dpo_dist.data.store import PairStore

@@ -12,7 +12,7 @@ from conftest import write_tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dpo_dist.config.schema import DatasetConfig
-from dpo_dist.data.files import content_digest
+from dpo_dist.data.locate import content_digest
 from dpo_dist.models.digest import model_digest
 from dpo_dist.runtime import remember
 from dpo_dist.runtime.remember import remembered
