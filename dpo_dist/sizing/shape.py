@@ -158,15 +158,16 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
                         "has one") from error
     shape = model_shape(config)
-    more = _stored_elements(folder) - shape.parameters
+    more = stored_elements(folder) - shape.parameters
     if "text_config" in config:
         return replace(shape, frozen=max(0, more))
     # a head that config.json denies: the files hold, as in models/folder.py
     return replace(shape, tied=False) if shape.tied and more == shape.head else shape
 
 
-def _stored_elements(folder: Path) -> int:
-    """Elements of all tensors in the weight files, by their headers: u64 header size, JSON header, data."""
+def stored_elements(folder: Path) -> int:
+    """Elements of all tensors in a model's weight files, by their headers (u64 header size, JSON header, data); 0 where
+    there are none."""
     elements = 0
     for file in folder.glob("model*.safetensors"):
         with file.open("rb") as f:

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import math
 import os
 import shutil
 import tempfile
@@ -15,6 +13,7 @@ from dpo_dist.launcher.doctor.finding import Finding, together
 from dpo_dist.launcher.doctor.network import node_count
 from dpo_dist.runtime.shared_folders import shared_folders
 from dpo_dist.sizing.estimate import GIB
+from dpo_dist.sizing.shape import stored_elements
 
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay"}
 SKEW_SECONDS = 5                   # with more, files of different nodes cannot be ordered
@@ -112,7 +111,7 @@ def _file_system(folder: Path) -> str:
 
 def needed_bytes(config: RunConfig) -> tuple[int, str]:
     """(bytes that a run will write, for what): its checkpoints and model, or a minimum if the size is not known."""
-    parameters = _parameters(Path(config.model.path))
+    parameters = stored_elements(Path(config.model.path))
     if not parameters or config.model.lora.rank:
         return LEAST_FREE_GIB * GIB, "for a run whose size is not known"
     checkpoints = config.train.keep_checkpoints + 1      # the newest is written before the oldest goes
@@ -120,13 +119,3 @@ def needed_bytes(config: RunConfig) -> tuple[int, str]:
     needed = parameters * ((STATE_BYTES + apart) * checkpoints + MODULE_BYTES)
     why = f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
     return max(LEAST_FREE_GIB * GIB, needed), why
-
-
-def _parameters(folder: Path) -> int:
-    """The number of parameters in a folder's safetensors files, from their headers; 0 where there are none."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count
