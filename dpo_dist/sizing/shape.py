@@ -25,7 +25,9 @@ class _Family:
     post_norms: int = 0                  # those of them whose output no matrix reads
     layer_norm: bool = False             # LayerNorm with bias instead of RMSNorm
     wide_norm: bool = False              # the norm's weight is multiplied in fp32
-    head_norms: bool = False             # q and k are normalized
+    llamas_norm: bool = True             # but for its dtype, the norm computes what Llama's does
+    head_norms: bool = False             # q and k are normalized, head by head
+    joint_norms: bool = False            # q and k are normalized, over all heads together
     qkv_bias: bool = False
     gated: bool = True                   # MLP of three matrices; otherwise two, with biases
     eager: bool = False                  # attention by written-out scores (a soft cap)
@@ -39,10 +41,13 @@ FAMILIES = {
     "llama": _Family(), "mistral": _Family(sliding="all"), "mixtral": _Family(sliding="all"),
     "qwen2": _Family(qkv_bias=True, sliding="where used"),
     "qwen3": _Family(head_norms=True, head_dim=128, sliding="where used"),
-    "gemma2": _Family(norms=4, post_norms=2, wide_norm=True, eager=True, tied=True, head_dim=256,
+    "gemma2": _Family(norms=4, post_norms=2, wide_norm=True, llamas_norm=False, eager=True, tied=True, head_dim=256,
                       sliding="every other"),
-    "gemma3_text": _Family(norms=4, post_norms=2, wide_norm=True, head_norms=True, tied=True, head_dim=256),
-    "gpt2": _Family(layer_norm=True, gated=False, tied=True),
+    "gemma3_text": _Family(norms=4, post_norms=2, wide_norm=True, llamas_norm=False, head_norms=True, tied=True,
+                           head_dim=256),
+    "olmo3": _Family(wide_norm=True, joint_norms=True),
+    "smollm3": _Family(tied=True),
+    "gpt2": _Family(layer_norm=True, llamas_norm=False, gated=False, tied=True),
 }
 
 
@@ -99,7 +104,7 @@ class ModelShape:
         if recompute:
             return self._kept_beside_cheap_parts(width)
         f, h, q, kv = self.family, self.hidden, self.query_width, self.key_width
-        fused = fused and not (f.layer_norm or f.wide_norm)             # as models/fused.py finds out: Llama's recipe
+        fused = fused and f.llamas_norm                                 # as models/fused.py finds out
         if f.layer_norm:
             norms, fp32 = 2.0 * f.norms * h, 2.0 * f.norms              # input and output; mean and deviation
         elif fused:
@@ -110,10 +115,11 @@ class ModelShape:
             wide = (2 if f.wide_norm else 1) * h
             norms = f.norms * (2.0 * h + h - wide) - f.post_norms * h
             fp32 = f.norms * (wide + 1.0)
-        if f.head_norms:
-            # the input in fp32, the normalized (in fp32 too where it is multiplied so), the root mean square
-            wide = q + kv if f.wide_norm and width == 2 else 0
-            norms, fp32 = norms + (q + kv) - wide, fp32 + wide + (0 if fused else q + kv) + (q + kv) * self.heads / q
+        if f.head_norms or f.joint_norms:
+            # the input in fp32, the normalized (in fp32 too where it is multiplied so), the root mean squares
+            wide = q + kv if f.wide_norm and width == 2 and not fused else 0
+            roots = 2.0 if f.joint_norms else (q + kv) * self.heads / q
+            norms, fp32 = norms + (q + kv) - wide, fp32 + wide + (0 if fused else q + kv) + roots
         keys = 2.0 * keys_per_token * (q if f.eager else kv)
         # GPT-2's are a view of one product with keys and values
         queries = 3.0 * h if not f.gated else q
@@ -206,7 +212,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     all_biased = kind == "gpt2" or get("attention_bias")
     biases = (q + 2 * kv if family.qkv_bias or all_biased else 0) + (h if all_biased else 0)
     attention_matrices = 2 * h * q + 2 * h * kv
-    attention = attention_matrices + biases + (2 * head_dim if family.head_norms else 0)
+    normalized = q + kv if family.joint_norms else 2 * head_dim if family.head_norms else 0
+    attention = attention_matrices + biases + normalized
     matrices = 3 if family.gated else 2
     mlp_bias = (matrices - 1) * inner + h if kind == "gpt2" or get("mlp_bias") else 0
     router = experts * h if experts > 1 else 0

@@ -18,8 +18,10 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from dpo_dist.config.errors import UserError
@@ -46,6 +48,8 @@ CONFIGS = {
                                                                                                 sliding_window=None),
     "gemma2": Gemma2Config(**SHAPE, head_dim=32, sliding_window=4096),
     "gemma3_text": Gemma3TextConfig(**SHAPE, head_dim=32, sliding_window=4096),
+    "olmo3": Olmo3Config(**SHAPE, sliding_window=4096), "olmo3, tied": Olmo3Config(**SHAPE, tie_word_embeddings=True),
+    "smollm3": SmolLM3Config(**SHAPE), "smollm3, untied": SmolLM3Config(**SHAPE, tie_word_embeddings=False),
     "gpt2": GPT2Config(n_embd=64, n_head=4, n_layer=4, n_inner=160, vocab_size=96, n_positions=128, bos_token_id=1,
                        eos_token_id=2),
     "gpt2, untied": GPT2Config(n_embd=64, n_head=4, n_layer=4, vocab_size=96, n_positions=128, bos_token_id=1,
