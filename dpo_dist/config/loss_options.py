@@ -47,7 +47,8 @@ LOSS_OPTIONS: dict[str, LossOptions] = {
     "apo_zero": LossOptions(_PAIR),
     "apo_down": LossOptions(_PAIR),
     "discopop": LossOptions({**_DIFFERENCE, "discopop_tau": 0.05}),
-    "sigmoid_norm": LossOptions(_DIFFERENCE),
+    # of log-ratios a token, which are small: beta as in Tülu 3 and OLMo 3 (arXiv 2411.15124, 2512.13961)
+    "sigmoid_norm": LossOptions({**_DIFFERENCE, "beta": 5.0}),
     "odpo": LossOptions({**_DIFFERENCE, "odpo_alpha": 1.0}, needs_strength=True),
     "sft": LossOptions({}, needs_reference=False, uses_rejected=False),
     "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False, reward_scale="beta"),
