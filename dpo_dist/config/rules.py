@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.loss_options import LOSS_OPTIONS, MIXTURE
-from dpo_dist.config.schema import DatasetConfig, LossConfig, RunConfig
+from dpo_dist.config.schema import DatasetConfig, LossConfig, OptimConfig, RunConfig
 
 PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
 
@@ -60,6 +60,7 @@ def validate(c: RunConfig) -> None:
     _validate_label_smoothing(c.loss)
     _validate_data(c)
     _validate_model(c)
+    _validate_optim(c.optim)
     _validate_reference(c)
     c.reference.check(c)
     _validate_zero(c)
@@ -103,10 +104,15 @@ def _validate_dataset(key: str, dataset: DatasetConfig) -> None:
             raise _does_nothing(f"{key}.columns.{name}", column, "that is its name already")
 
 
-def _validate_model(c: RunConfig) -> None:
-    for beta in c.optim.betas:
+def _validate_optim(optim: OptimConfig) -> None:
+    for beta in optim.betas:
         if not 0 <= beta < 1:
-            raise UserError(f"optim.betas={list(c.optim.betas)} must each be at least 0 and less than 1")
+            raise UserError(f"optim.betas={list(optim.betas)} must each be at least 0 and less than 1")
+    if optim.min_lr_ratio and optim.schedule == "constant":
+        raise _does_nothing("optim.min_lr_ratio", optim.min_lr_ratio, "optim.schedule=constant keeps optim.lr")
+
+
+def _validate_model(c: RunConfig) -> None:
     lora, again = c.model.lora, c.model.gradient_checkpointing
     if again != "auto" and again < 0:
         raise UserError(f"model.gradient_checkpointing={again} must be auto, true, false, or a number of layers, 0 or "

@@ -121,6 +121,7 @@ class OptimConfig:
     eps: float = option(RUN, above=0)
     schedule: Literal["constant", "linear", "cosine"] = option(RUN)
     warmup_ratio: float = option(RUN, between=(0, 1))
+    min_lr_ratio: float = option(RUN, between=(0, 1), unnamed=0.0)
     max_grad_norm: float | None = option(RUN, between=(0, float("inf")))
 
 

@@ -35,6 +35,8 @@ MISTAKES = {
     "loss.beta=0.2 is not used by loss 'sft'": ["loss=sft", "loss.beta=0.2"],
     "loss.f_alpha=0.5 needs loss.f_divergence=alpha_divergence": ["loss.f_alpha=0.5"],
     "a weighted sum takes loss.name=mixture": ["loss.terms={sft: 1}"],
+    "loss.beta has another default for 'sigmoid_norm'": ["loss.name=mixture", "loss.terms={sigmoid: 1, "
+                                                         "sigmoid_norm: 1}"],
     "loss.beta has another default for 'simpo'": ["loss.name=mixture", "loss.terms={sigmoid: 1, simpo: 1}"],
     "loss.ld_alpha=0.5 does not go with a loss that sorts": ["loss.name=mixture", "loss.terms={aot: 1, sigmoid: 1}",
                                                              "loss.ld_alpha=0.5"],
@@ -55,6 +57,9 @@ MISTAKES = {
                                                                               "reference.server=python"],
     "reference.server=podman run x has no {port}": ["reference=vllm", "reference.server='podman run x'"],
     "optim.betas=[0.9, 1.5] must each be at least 0 and less than 1": ["optim.betas=[0.9,1.5]"],
+    "optim.min_lr_ratio=0.1 would do nothing: optim.schedule=constant": ["optim.schedule=constant",
+                                                                         "optim.min_lr_ratio=0.1"],
+    "optim.min_lr_ratio=1.5 must be between 0 and 1": ["optim.min_lr_ratio=1.5"],
     "optim.eps=-1.0 must be greater than 0": ["optim.eps=-1"],
     "model.lora.rank=-4 must be 0 (no adapters) or greater": ["model.lora.rank=-4"],
     "zero.persistence_threshold=5 does nothing with zero.stage=2": ["zero=zero2", "zero.persistence_threshold=5"],
@@ -181,6 +186,7 @@ def test_a_losss_own_defaults_are_filled_in_and_shown():
     assert compose(["model.path=m"]).loss.beta == 0.1
     assert compose(["model.path=m", "loss=simpo"]).loss.simpo_gamma == 1.0
     assert compose(["model.path=m", "loss.name=sft"]).loss.beta is None
+    assert compose(["model.path=m", "loss=sigmoid_norm"]).loss.beta == 5.0
 
 
 def test_a_config_survives_being_written_and_decoded():
