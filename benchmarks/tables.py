@@ -1,13 +1,16 @@
-"""Writes the tables of README.md and docs/gpu.md from the committed results: tables.py [--check]. With --check, 1
-where they differ."""
+"""Writes the tables of README.md and docs/gpu.md, from the committed results and from conf/experiment/: tables.py
+[--check]. With --check, 1 where they differ."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from trl_verdicts import tokens_tables
+
+from dpo_dist.config.compose import choices, compose, conf_dir
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -16,13 +19,14 @@ SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed --
 TOKENS = "<!-- tokens: written by benchmarks/tables.py -->", "<!-- end of tokens -->"
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
 FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
+RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of recipes -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
         "ratings": "four rated responses a prompt, all six pairs"}
 
 
 def main(check: bool) -> int:
     changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
-                                                 (README, FAMILIES, family_table()),
+                                                 (README, FAMILIES, family_table()), (README, RECIPES, recipe_table()),
                                                  (README, TOKENS, tokens_tables(read("trl_tokens"))),
                                                  (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
@@ -169,6 +173,28 @@ def family_table() -> str:
         line("refused: other reasons, told in the message", "refused", other),
         line("no tiny model of it could be made here, so step 0 decides", "not built"),
     ])
+
+
+def recipe_table() -> str:
+    """A line for each experiment that names the source of its figures."""
+    lines = ["| `experiment=` | start, data | loss | learning rate | pairs a step, epochs | tokens | source |",
+             "|---|---|---|---|---|---|---|"]
+    for name in choices("experiment"):
+        source = re.search(r"^# Source: (.+?)(?: \(arXiv (.+)\))?$",
+                           (conf_dir() / "experiment" / f"{name}.yaml").read_text(), re.M)
+        if source is None:
+            continue
+        config = compose([f"experiment={name}"])
+        data, optim, train = config.data, config.optim, config.train
+        start = ", ".join(dict.fromkeys([config.model.path, *(d.path for d in data.train)]))
+        margin = f", gamma {config.loss.simpo_gamma:g}" if config.loss.simpo_gamma else ""
+        floor = f" to {optim.min_lr_ratio:.0%}" if optim.min_lr_ratio else ""
+        lr = f"{optim.lr:.0e}".replace("e-0", "e-")
+        paper = f"; [{source[2]}](https://arxiv.org/abs/{source[2].split(',')[0]})" if source[2] else ""
+        lines.append(f"| `{name}` | {start} | {config.loss.name}, beta {config.loss.beta:g}{margin} | {lr}, "
+                     f"{optim.schedule}{floor} | {train.pairs_per_step}, {train.epochs:g} | {data.max_length:,} | "
+                     f"{source[1]}{paper} |")
+    return "\n".join(lines)
 
 
 def gpu_table() -> str:

@@ -84,6 +84,13 @@ def choices(group: str) -> list[str]:
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml") if not file.stem.startswith("_"))
 
 
+def experiments() -> dict[str, str]:
+    """{name of an experiment: what it is}, by the head of its file, which names the command that runs it."""
+    heads = {name: (conf_dir() / "experiment" / f"{name}.yaml").read_text() for name in choices("experiment")}
+    return {name: match[1] for name, head in heads.items()
+            if (match := re.search(r"^# (.+?): dpo-dist run", head, re.M))}
+
+
 def _to_plain(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dpo_dist.config.compose import compose, documented_keys
+from dpo_dist.config.compose import compose, documented_keys, experiments
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
@@ -175,8 +175,10 @@ def _usage() -> str:
 
 def _verb_help(verb: str) -> str:
     keys = [f"  {key + '=' + default:<44} {meaning}" for key, default, meaning in documented_keys()]
+    recipes = [f"  experiment={name:<33} {what}" for name, what in experiments().items()]
     return "\n".join([
         f"dpo-dist {verb} [key=value ...]: {VERBS[verb]}", *([SHOW_OPTIONS.rstrip()] if verb == "show" else []), "",
+        "Whole configurations, in which any key may be set as well (conf/experiment/):", "", *recipes, "",
         "Groups are chosen as in loss=ipo zero=zero2 tracking=wandb; keys are set as in loss.beta=0.3:", "", *keys])
 
 

@@ -8,12 +8,17 @@ from dpo_dist.config.errors import UserError
 
 
 def hub_folder(name: str, key: str, offline: bool, wanted: Sequence[str]) -> Path:
-    """The local folder of a hub model, with the files that the patterns in `wanted` name. UserError naming `key`."""
+    """The local folder of a hub model, with the files that the patterns in `wanted` name. UserError naming `key`.
+
+    name: owner/model, or owner/model@revision (a branch, tag or commit).
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    model, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(wanted), local_files_only=offline))
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(wanted),
+                                      local_files_only=offline))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         remedy = "; set run.offline=false to download it" if offline else ""
         raise UserError(f"{key}={name} is neither a folder nor a model in the local hub cache{remedy}") from error
