@@ -4,8 +4,8 @@ The prompt is rendered as at generation time (`add_generation_prompt`), the whol
 it, and the completion is what the whole has beyond the prompt: an empty think block that a template puts before an
 answer is part of the completion, since the model would have to generate it. The one difference that is bridged is white
 space at the end of the generation prompt (a template that trims): the completion then begins where the template puts
-the first character of an answer. Anything else (a generation prompt that opens <think>, where rendered answers have
-none) has no right boundary and is an error.
+the first character of an answer. Anything else (a generation prompt that opens <think>, where a rendered answer does
+not begin with it) has no right boundary and is an error.
 """
 from __future__ import annotations
 

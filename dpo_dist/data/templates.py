@@ -106,7 +106,9 @@ def _checked(template: ChatTemplate) -> ChatTemplate:
     """The template with what one question and its answer show of it."""
     question = {"role": "user", "content": QUESTION}
     answers = [{"role": "assistant", "content": ANSWER}]
-    answers.append({**answers[0], "reasoning_content": "dpo-dist-thought"})  # some templates suit no others
+    # some templates suit no others: their generation prompts open <think>
+    answers += [{**answers[0], "reasoning_content": "dpo-dist-thought"},
+                {**answers[0], "content": f"<think>\ndpo-dist-thought\n</think>\n\n{ANSWER}"}]
     # templates of models that also see images may want a list of parts where others have a text
     tried = [replace(template, in_parts=in_parts) for in_parts in (False, True)]
     renderings = []

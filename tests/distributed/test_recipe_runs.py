@@ -60,7 +60,7 @@ def answers(i: int) -> dict[str, Any]:
 
 
 def thoughts(i: int) -> dict[str, Any]:
-    return row(i, "" if i % 3 == 2 else f"<think>{i} twice.</think>")
+    return row(i, f"<think>{i} twice.</think>")
 
 
 def both(i: int) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def test_variables_without_a_template_are_an_error():
 def test_a_template_that_thinks_names_the_variable_that_stops_it():
     opens = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n' }}"
                            "{% if enable_thinking is not false %}{{ '<think>\\n' }}{% endif %}")
-    with pytest.raises(UserError, match=r"no boundary .*data\.chat_template_kwargs=\{enable_thinking: false\}"):
-        make_tokenize(bpe(opens), config())
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*data\.chat_template_kwargs=\{enable_thinking: false\}"):
+        make_tokenize(bpe(opens), config())(chat())
     assert texts(bpe(opens), chat(), chat_template_kwargs={"enable_thinking": False})[1] == "It is four.<|im_end|>"
 
 

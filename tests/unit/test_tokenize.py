@@ -80,8 +80,22 @@ def test_an_empty_think_block_that_the_template_puts_before_an_answer_is_part_of
 
 
 def test_a_template_whose_generation_prompt_is_not_how_answers_begin_is_an_error():
-    with pytest.raises(UserError, match=r"data\.chat_template \(the tokenizer's own\) has no boundary .*<think>"):
-        make_tokenize(bpe(OPENS_THINK), config())
+    other = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>model\\n' }}")
+    with pytest.raises(UserError, match=r"data\.chat_template \(the tokenizer's own\) has no boundary .*model"):
+        make_tokenize(bpe(other), config())
+    cuts = OPENS_THINK.replace("m.content +", "m.content.split('</think>')[-1] +")       # as DeepSeek-R1's
+    with pytest.raises(UserError, match=r"has no boundary .*<think>"):
+        make_tokenize(bpe(cuts), config())
+
+
+def test_where_a_generation_prompt_opens_the_thinking_answers_that_begin_with_theirs_go_on_from_there():
+    """As OLMo 3 Think's rows under its template."""
+    thought = chat("<think>\nTwice.\n</think>\n\nIt is four.", rejected="<think>\nOh.\n</think>\n\nFive!")
+    assert texts(bpe(OPENS_THINK), thought) == (
+        "<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "Twice.\n</think>\n\nIt is four.<|im_end|>", "Oh.\n</think>\n\nFive!<|im_end|>")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template renders the prompt otherwise .*<think>"):
+        make_tokenize(bpe(OPENS_THINK), config())(chat())
 
 
 def test_a_row_that_the_template_renders_otherwise_once_an_answer_follows_is_an_error_or_counted():
