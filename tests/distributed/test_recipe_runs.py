@@ -23,12 +23,13 @@ OLMO3 = Olmo3Config(**SHAPE, sliding_window=16, max_position_embeddings=65536)
 SMOLLM2, SMOLLM3 = LlamaConfig(**SHAPE, tie_word_embeddings=True), SmolLM3Config(**SHAPE)
 
 TULU = """{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}
-{%- if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% if not loop.last or m.role != 'assistant' %}{{ '\\n' }}{% endif %}
+{%- if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{%- if not loop.last or m.role != 'assistant' %}{{ '\\n' }}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 ZEPHYR = """{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
-SYSTEM = """{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' }}
-{%- endif %}"""
+SYSTEM = """{%- if messages[0].role != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' }}{%- endif %}"""
 # OLMo 3's last answer ends with the tokenizer's EOS, and its Think's generation prompt opens the thinking
 OLMO_INSTRUCT = SYSTEM + """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
 {%- if loop.last and m.role == 'assistant' %}{{ eos_token }}{% else %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}
