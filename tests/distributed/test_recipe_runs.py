@@ -116,3 +116,18 @@ def test_a_recipe_trains_with_its_loss_and_schedule(name: str, tmp_path: Path):
     assert [step["lr"] for step in steps] == pytest.approx([peak * share for share in shares])
     assert len(metrics(tmp_path / "run", "eval")) == 2 * len(held_out)
     assert (tmp_path / "run" / "DONE").exists() and all(step["grad_norm"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize(("name", "peak", "shares"), [("lora", 1e-5, LINEAR)])
+def test_adapters_train_beside_the_policy_without_them(name: str, peak: float, shares: list[float], tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}            # whole blocks, should weights be quantized
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, **sizes})).save_pretrained(tmp_path / "m")
+    bpe(LLAMA3).save_pretrained(tmp_path / "m")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(answers(i)) + "\n" for i in range(12)))
+    dpo_dist("train", f"experiment={name}", f"model.path={tmp_path / 'm'}", f"data.train={tmp_path / 'rows.jsonl'}",
+             "cluster.device=cpu", "cluster.procs_per_node=1", "train.pairs_per_step=4", "train.max_steps=4",
+             f"data.cache_dir={tmp_path / 'tokens'}", f"reference.cache_dir={tmp_path / 'reference'}",
+             f"run.dir={tmp_path / 'run'}")
+    assert [step["lr"] for step in metrics(tmp_path / "run")] == pytest.approx([peak * share for share in shares])
+    assert (tmp_path / "run" / "DONE").exists()
