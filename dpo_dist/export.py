@@ -12,6 +12,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
 from dpo_dist.models.folder import Stored, stored_tensors, tied_embeddings, truthful_json
+from dpo_dist.models.quantized import is_scale
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
@@ -49,7 +50,8 @@ def _start(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str,
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = truthful_json(inputs.policy_folder)
-    model.pop("torch_dtype", None)
+    for name in ("torch_dtype", "quantization_config"):                      # weights are written whole, in this dtype
+        model.pop(name, None)
     model["dtype"] = str(inputs.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model, indent=2) + "\n")
     for file in sorted(inputs.policy_folder.iterdir()):
@@ -77,6 +79,7 @@ def not_exported(source: Path, model: Path) -> list[str]:
     are; but for a second copy of tied embeddings."""
     known, exported = stored_tensors(source), stored_tensors(model)
     second_copy = tied_embeddings(source).in_files
+    known = {name: tensor for name, tensor in known.items() if not is_scale(name)}
     left = sorted(known.keys() - exported.keys())
     left = [name for name in left if not (second_copy and known[name].shape in _shapes_of_embeddings(exported))]
     # files that name the same tensors otherwise have as many

@@ -165,7 +165,7 @@ def evaluate_before(run: Run, resumed: TrainState | None,
         world.on_main(lambda: add_parity(run.run_dir))
     if resumed is None:
         # where policy and reference start from the same weights, every first margin must be 0
-        same_start = run.reference if inputs.policy_digest == inputs.reference_digest else None
+        same_start = run.reference if inputs.same_start else None
         first_pairs = run.sampler.pairs_of_step(1, config.train.epochs, config.train.max_steps)
         check_step_0(run.policy, same_start, run.batches(1), first_pairs, inputs.train, inputs.dtype, world)
         means = run.evaluate(0)

@@ -51,6 +51,12 @@ class ReferenceConfig:
         return False
 
     @property
+    def described(self) -> str:
+        """Its keys, as far as they say which weights it can compute."""
+        offload = getattr(self, "offload", "none")
+        return f"reference.engine={self.engine}" + (f" with reference.offload={offload}" if offload != "none" else "")
+
+    @property
     def may_fuse(self) -> bool:
         """Whether fused kernels may compute its norms, rotary embedding and SwiGLU, which in bf16 round otherwise."""
         return True

@@ -123,6 +123,26 @@ def _validate_model(c: RunConfig) -> None:
         if lora.rank == 0 and getattr(lora, key) != default:
             raise UserError(f"model.lora.{key}={getattr(lora, key)} does nothing while model.lora.rank=0; set "
                             "model.lora.rank=16")
+    if c.model.quantization != "none":
+        _validate_quantization(c)
+
+
+def _validate_quantization(c: RunConfig) -> None:
+    how, reference = f"model.quantization={c.model.quantization}", c.reference
+    if c.model.lora.rank == 0:
+        raise UserError(f"{how} freezes the weights, and model.lora.rank=0 trains nothing else; set "
+                        "model.lora.rank=16, or model.quantization=none")
+    if not c.loss.needs_reference:
+        return
+    if reference.is_policy and reference.path is not None:
+        raise UserError(f"reference.path={reference.path} would be those weights in full, but with {how} and "
+                        f"reference.engine={reference.engine} the reference is in 4 bits; remove reference.path, or "
+                        "set reference=hf")
+    in_four_bits = reference.is_policy or (reference.computes_quantized and not reference.outside)
+    if reference.path is None and not in_four_bits:
+        raise UserError(f"with {how} and no reference.path the reference is the same 4-bit weights, which "
+                        f"{reference.described} cannot compute; set reference=adapter_off or reference=hf, or "
+                        f"reference.path={c.model.path} for the full weights")
 
 
 def _validate_reference(c: RunConfig) -> None:

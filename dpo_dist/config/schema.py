@@ -34,6 +34,7 @@ class ModelConfig:
     gradient_checkpointing: Literal["auto"] | bool | int = option()
     kernels: Literal["auto", "eager", "fused"] = option()
     lora: LoraConfig = option(RUN)
+    quantization: Literal["none", "nf4"] = option(RUN, default="none", unnamed="none")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from dpo_dist.models.text import backbone
 aten = torch.ops.aten
 # Not eager attention's bmm: its scores grow with the square of the length, so they are recomputed.
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten._grouped_mm.default}
-# in names of operators: aten's, torch_attn's, flash_attn's
-_ATTENTION = ("_attention", "_attn", "flash_attn")
+# in names of operators: attention of aten, torch_attn, flash_attn; the product of bitsandbytes
+_COSTLY = ("_attention", "_attn", "flash_attn", "gemm_4bit")
 _MUCH_WIDER = 8                                                     # columns of a product over what it sums: LoRA's B
 
 
@@ -124,4 +124,4 @@ def _is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
     if operator in _PRODUCTS:
         matrix = args[2 if operator is aten.addmm.default else 1]
         return matrix.shape[-1] < _MUCH_WIDER * matrix.shape[-2]
-    return any(part in operator._schema.name for part in _ATTENTION)
+    return any(part in operator._schema.name for part in _COSTLY)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig, ModelConfig
+from dpo_dist.models import quantized
 from dpo_dist.models.attention import Forest
 from dpo_dist.models.final_logits import final_logits
 from dpo_dist.models.folder import read_config, weight_files
@@ -100,12 +101,15 @@ def torch_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool = False) -> PreTrainedModel:
+def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool = False,
+                   quantization: str = "none") -> PreTrainedModel:
     """The model with its weights in `dtype`, of which text rows train what is not frozen; sharded over the ranks where
     an HfDeepSpeedConfig for ZeRO-3 is alive. UserError where the files are not the weights of this config.
-    fused: with one kernel each for norms, rotary embedding and SwiGLU (fused.choose_kernels)."""
+    fused: with one kernel each for norms, rotary embedding and SwiGLU (fused.choose_kernels). quantization: as
+    model.quantization."""
     weight_files(folder)
     config = read_config(folder)
+    bits = quantized.loading(config, quantization, dtype)
 
     def load(implementation: str) -> PreTrainedModel:
         part = text_part(config)                         # what sees images keeps its own attention
@@ -113,7 +117,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
             model, found = lm_class(config).from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
                 attn_implementation=implementation if part is None else {part: implementation},
-                output_loading_info=True)
+                output_loading_info=True, **bits)
         except RuntimeError as error:
             if "mismatch" not in str(error):
                 raise
@@ -133,6 +137,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
             model = load("sdpa")
         except ValueError:                               # the architecture has no sdpa attention
             model = load("eager")
+    quantized.settle(model, dtype)
     _without_dropout(model)
     model.config.use_cache = False
     freeze_other_parts(model)

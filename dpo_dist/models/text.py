@@ -110,6 +110,7 @@ def freeze_other_parts(lm: Any) -> None:
     """Text rows train the language model and its head; whatever else the checkpoint has keeps its weights."""
     if has_other_parts(lm.config):
         lm.requires_grad_(False)
-        backbone(lm).requires_grad_(True)
+        for weight in backbone(lm).parameters():
+            weight.requires_grad_(weight.is_floating_point())                 # 4-bit weights cannot
         if (head := output_head(lm)) is not None:
             head.requires_grad_(True)

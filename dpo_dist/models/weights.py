@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from dpo_dist.models import quantized
 from dpo_dist.models.load import ScoredModel
 
 SHARD_BYTES = 5_000_000_000
@@ -29,16 +30,17 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
     for name, parameter in model.causal.named_parameters():
         if ".lora_" in name:
             continue                                     # merged into its base weight
+        layer = modules[name.rpartition(".")[0]]
         owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
         adapters = _adapters(owner) if name.endswith(".base_layer.weight") else []
         with gathered([parameter, *adapters]):
-            weight = parameter.detach()
+            weight = quantized.whole_weight(layer, parameter) if keep else parameter.detach()
             if adapters and keep:
                 merged = weight.float()
                 for name_of_adapter in owner.active_adapters:
                     merged = merged + owner.get_delta_weight(name_of_adapter).detach().float()
                 weight = merged.to(weight.dtype)
-            whole = weight.cpu().clone().contiguous() if keep else torch.empty(0)
+            whole = quantized.as_in_files(layer, weight).cpu().clone().contiguous() if keep else torch.empty(0)
         yield from _as_in_files(model.causal, name.replace(".base_layer", ""), whole)
     parameters = {name for name, _ in model.causal.named_parameters(remove_duplicate=False)}
     persistent = set(model.causal.state_dict(keep_vars=True)) - parameters

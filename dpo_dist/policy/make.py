@@ -9,6 +9,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
+from dpo_dist.models.quantized import adapters_in
 from dpo_dist.policy import Policy
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.runtime.world import World
@@ -19,8 +20,10 @@ def make_policy(config: RunConfig, folder: Path, attention: str, world: World, f
     dtype = torch_dtype(config.model, world.device)
 
     def load_model() -> ScoredModel:
-        lm = load_causal_lm(folder, dtype, attention, fused)
+        lm = load_causal_lm(folder, dtype, attention, fused, config.model.quantization)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
+        if config.model.quantization != "none":
+            adapters_in(dtype, wrapped)
         assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (sizing/automatic.py)"
         # last: peft looks for checkpointing, and would give embeddings gradients
         checkpoint_layers(wrapped, config.model.gradient_checkpointing)

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 def open_engine(config: HfConfig, setup: Setup) -> HfReference:
     return HfReference(setup.folder, setup.dtype, setup.attention, setup.world.device, config.offload,
-                       setup.fused_for(config))
+                       setup.fused_for(config), setup.quantization)
 
 
 class HfReference(ReferenceEngine):
     """Data-parallel: each rank scores packs of its own."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str = "none",
-                 fused: bool = False):
+                 fused: bool = False, quantization: str = "none"):
         if offload == "disk":
             model = load_streamed(folder, dtype, attention, device)
         else:
-            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention).to(device)
+            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused, quantization), attention).to(device)
         self.model = model.eval().requires_grad_(False)
         self._device = device
 

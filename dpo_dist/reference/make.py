@@ -27,6 +27,7 @@ class Setup:
     world: World
     policy: HasAdapters | None = None      # for an engine that is the policy
     fused: bool = False                    # as in load_causal_lm
+    quantization: str = "none"             # as in load_causal_lm
     # for an engine outside the training stack: what it serves, and under which key
     run: RunConfig | None = None
     key: ReferenceKey | None = None

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
 from dpo_dist.data.prepare import digests_folder
@@ -24,6 +23,7 @@ from dpo_dist.models.folder import check_quantized, quantization, read_config, r
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
 from dpo_dist.models.load import torch_dtype
+from dpo_dist.models.quantized import check_library, describe, recipe, trainable
 from dpo_dist.models.text import text_config
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
@@ -41,6 +41,7 @@ class Inputs:
     policy_folder: Path
     policy_digest: str
     reference_digest: str
+    same_start: bool                     # whether policy and reference start from the same weights
     dtype: torch.dtype
     attention: str                       # how the policy's packs are computed: branch or padded
     fused: bool                          # whether one kernel each computes its norms, rotary embedding and SwiGLU
@@ -69,6 +70,8 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
         reference_folder = resolve(config.reference_path, "reference.path", config.run.offline)
     model, reference_model = read_config(policy_folder), read_config(reference_folder)
     _check_quantization(config, model, reference_model)
+    if config.model.quantization != "none":
+        terminal.say(describe(model, config.model.path))
     for folder, name in {reference_folder: "reference.path", policy_folder: "model.path"}.items():
         _tell_tied(folder, name, terminal)
     digests = digests_folder(config.data)
@@ -85,15 +88,19 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
     reference_fused = fused and (
         reference_folder == policy_folder or fused_misfit(reference_model, dtype, world.device) is None)
-    setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused)
-    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, quantization(reference_model)))
+    # a reference that has a path is as its files are
+    bits = config.model.quantization if config.reference.path is None else "none"
+    setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused, quantization=bits)
+    key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, recipe(reference_model, bits)))
+    same_start = digest == reference_digest and (
+        recipe(model, config.model.quantization) == recipe(reference_model, bits))
     train, held_out = _read_pairs(config, policy_folder, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
             _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, reference_model, f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, digest, reference_digest, dtype, attention, fused, setup, key,
+    return Inputs(policy_folder, digest, reference_digest, same_start, dtype, attention, fused, setup, key,
                   replace(forward_flops(model), padded=padded), train, held_out)
 
 
@@ -121,21 +128,20 @@ def _tell_kernels(config: RunConfig, model: Any, attention: str, dtype: torch.dt
 
 
 def _check_quantization(config: RunConfig, policy: Any, reference: Any) -> None:
-    """UserError for a quantized policy, or a quantized reference that cannot be computed here, by their configs."""
-    if how := quantization(policy):
-        raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; give the full "
-                        "weights, and the quantized ones as reference.path")
-    if how := quantization(reference):
+    """UserError for quantized weights that cannot be trained or computed here, by the models' configs."""
+    wanted = config.model.quantization != "none"
+    if (how := quantization(policy)) and not (wanted and trainable(policy)):
+        remedy = ("set model.quantization=nf4 and model.lora.rank=16 to train adapters on them" if trainable(policy)
+                  else "give the full weights, and the quantized ones as reference.path")
+        raise UserError(f"model.path={config.model.path} is quantized ({how}) and cannot be trained; {remedy}")
+    if wanted:
+        check_library(f"model.quantization={config.model.quantization}")
+    if (how := quantization(reference)) and not config.reference.is_policy:
         if not config.reference.computes_quantized:
             raise UserError(f"reference.path={config.reference_path} is quantized ({how}), which "
-                            f"{_named(config.reference)} cannot compute; set reference=hf reference.offload=none")
+                            f"{config.reference.described} cannot compute; set reference=hf reference.offload=none")
         if not config.reference.outside:
             check_quantized(reference, f"reference.path={config.reference_path}")
-
-
-def _named(reference: ReferenceConfig) -> str:
-    offload = getattr(reference, "offload", "none")
-    return f"reference.engine={reference.engine}" + (f" with reference.offload={offload}" if offload != "none" else "")
 
 
 def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Terminal) -> tuple[PairStore, PairStore]:

@@ -20,6 +20,8 @@ SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
 # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
 WHOLE_BUCKET = 500_000_000
 REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
+# of a weight in NF4, bytes: 4 bits; of 64 a scale of 8 bits, and of 256 scales one in fp32 (models/quantized.py)
+FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # stage3_max_live_parameters: gathered elements that may stay until backward needs them
 LIVE = 1_000_000_000
 
@@ -38,6 +40,7 @@ class Memory:
 
     framework: float
     weights: float                   # in model.dtype, this rank's part
+    loading: float                   # ZeRO-3 with 4-bit weights: those of the other ranks, before they are sharded
     master_weights: float            # DeepSpeed's fp32 copy, also where model.dtype is fp32
     optimizer: float                 # AdamW's two moments, fp32
     gradients: float                 # held from one micro-step to the next (ZeRO-3: always)
@@ -48,6 +51,7 @@ class Memory:
     activations: float               # what forward keeps for backward; with checkpointing the layers' inputs alone
     passing: float                   # with checkpointing: what one layer holds while it goes forward
     recomputed: float                # with checkpointing: one layer's activations, made again
+    dequantized: float               # the largest 4-bit weight, made whole while it multiplies
     workspace: float                 # gradients of activations inside one layer
     head: float                      # blocks of logits and what goes with them, while the head computes
     head_gradient: float             # of the head's weight: there while the last layer goes backward
@@ -58,14 +62,16 @@ class Memory:
 
     @property
     def moments(self) -> dict[str, float]:
-        """{moment: bytes} of the five that may be the peak. Backward frees gathered weights when it is done with them.
+        """{moment: bytes} of those that may be the peak. Backward frees gathered weights when it is done with them.
         """
         always = (self.framework + self.weights + self.master_weights + self.optimizer + self.gradients + self.buckets
                   + self.reference)
         kept = always + self.gathered + self.activations
-        return {"the last layer goes forward": kept + self.in_flight + self.passing,
+        return {"the model is loaded": self.framework + self.weights + self.loading + self.reference,
+                "the last layer goes forward": kept + self.in_flight + self.passing + self.dequantized,
                 "the head computes": kept + self.head,
-                "the last layer goes backward": kept + self.recomputed + self.workspace + self.head_gradient,
+                "the last layer goes backward": (kept + self.recomputed + self.workspace + self.dequantized
+                                                 + self.head_gradient),
                 "gradients are reduced": always + self.reduction, "the optimizer steps": always + self.update}
 
     @property
@@ -83,9 +89,9 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     width, ranks, device = dtype_bytes(config, world.device), world.ranks, world.device
     packs = packs or Packs.of(config, lengths, ranks)
     trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
-    everything = shape.parameters + shape.frozen + (trained if config.model.lora.rank else 0)
+    whole = weight_bytes(config, shape, width) + width * (shape.frozen + (trained if config.model.lora.rank else 0))
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
-    terms |= _model_terms(config, width, everything, trained, ranks, shape, packs.micro_steps > 1, device)
+    terms |= _model_terms(config, width, whole, trained, ranks, shape, packs.micro_steps > 1, device)
     # the optimizer steps on the host, where its state and the gradients are
     if config.zero.offload_optimizer == "cpu":
         terms["host"] += terms["master_weights"] + terms["optimizer"] + 4.0 * trained / ranks
@@ -103,25 +109,25 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     return Memory(**terms)
 
 
-def _model_terms(config: RunConfig, width: int, everything: float, trained: float, ranks: int, shape: ModelShape,
+def _model_terms(config: RunConfig, width: int, whole: float, trained: float, ranks: int, shape: ModelShape,
                  again: bool, device: Device) -> dict[str, float]:
-    """Terms that depend on the parameters alone: one case for each ZeRO stage."""
+    """Terms that depend on the parameters alone: one case for each ZeRO stage. whole: bytes of all weights."""
     stage, part = config.zero.stage, trained / ranks
     size = bucket_elements(shape.layer)
     travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
     elements = size if device.whole_buckets else min(trained, size)      # of a bucket
     # fp32 master weights, whose gradients add up in fp32 as they come
     if stage is None and width == 2:
-        return {"weights": 2.0 * everything, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained,
+        return {"weights": whole, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained,
                 "gradients": 4.0 * trained}
     if stage is None or stage == 0:
         copy = 0.0 if stage is None else width * min(trained, WHOLE_BUCKET)      # all-reduced in a flat copy
         held = 4.0 * trained if again else 0.0
-        return {"weights": width * everything, "optimizer": 8.0 * trained, "gradients": held,
+        return {"weights": whole, "optimizer": 8.0 * trained, "gradients": held,
                 "reduction": 4.0 * trained - held + copy, "update": 4.0 * trained - held}
     # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
     if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":
-        return {"weights": 2.0 * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
+        return {"weights": whole, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
                 "gradients": 4.0 * trained, "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
     if stage in (1, 2):
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
@@ -129,17 +135,20 @@ def _model_terms(config: RunConfig, width: int, everything: float, trained: floa
         staged = (width + travels) * elements
         # what earlier buckets brought, in fp32
         reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))
-        return {"weights": width * everything, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
+        return {"weights": whole, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
                 "buckets": staged if device.whole_buckets else 0.0,
                 "reduction": reduced + (0.0 if device.whole_buckets else staged),
                 "update": 8.0 * part - min(held, 4.0 * part)}
     assert stage == 3, f"zero.stage={stage} is chosen before sizes are predicted"
     # one rank holds all weights anyway
-    gathered = width * min(everything, max(LIVE + size, shape.largest)) if ranks > 1 else 0.0
+    gathered = min(whole, float(width * max(LIVE + size, shape.largest))) if ranks > 1 else 0.0
     # the copy that hpZ keeps, one for each group of that many ranks
-    nearby = width * everything / config.zero.secondary_partition if config.zero.secondary_partition else 0.0
-    return {"weights": width * everything / ranks + nearby, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
-            "gradients": 4.0 * part, "buckets": width * elements, "gathered": gathered,
+    nearby = whole / config.zero.secondary_partition if config.zero.secondary_partition else 0.0
+    # 4-bit weights are sharded once they are loaded, and not their scales
+    scales = (FOUR_BITS - 1 / 2) * four_bit_parameters(config, shape)
+    weights = (whole - scales) / ranks + scales + nearby
+    return {"weights": weights, "loading": whole - weights if scales else 0.0, "master_weights": 4.0 * part,
+            "optimizer": 8.0 * part, "gradients": 4.0 * part, "buckets": width * elements, "gathered": gathered,
             "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
             # a larger tensor goes alone
             "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}
@@ -169,6 +178,7 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     return {"activations": whole * stream + (shape.layers - whole) * other + 3 * stream,
             "passing": packs.tokens * shape.forward_workspace_bytes_per_token(width) if whole else 0.0,
             "recomputed": layer if whole else layer - other,
+            "dequantized": float(width * shape.largest_linear) if four_bit_parameters(config, shape) else 0.0,
             "workspace": packs.tokens * shape.training_workspace_bytes_per_token(width),
             "head": max(in_forward, in_backward) + rows * shape.hidden * width, "head_gradient": head_gradient}
 
@@ -198,6 +208,17 @@ def dtype_bytes(config: RunConfig, device: Device) -> int:
     return 4 if config.model.dtype == "fp32" or (config.model.dtype == "auto" and not device.overlaps) else 2
 
 
+def four_bit_parameters(config: RunConfig, shape: ModelShape) -> int:
+    """How many of the policy's weights are in 4 bits."""
+    return shape.four_bit_parameters if config.model.quantization == "nf4" else 0
+
+
+def weight_bytes(config: RunConfig, shape: ModelShape, width: int) -> float:
+    """Bytes of the policy's own weights, which are the reference's unless reference.path is set."""
+    narrow = four_bit_parameters(config, shape)
+    return width * (shape.parameters - narrow) + FOUR_BITS * narrow
+
+
 def scoring_memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardware) -> float:
     """Bytes of a rank that scores the reference: weights, one layer's work, logits. vLLM's servers are not counted."""
     width = dtype_bytes(config, world.device)
@@ -216,7 +237,8 @@ def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> 
     """Bytes of the reference's weights on a rank; with adapter_off those that it shares with the policy."""
     piece = max(shape.layer, shape.embedding, shape.head) / shape.parameters
     share = config.reference.weight_share(piece, world.nodes, world.ranks, policy_is_sharded=config.zero.stage == 3)
-    return share * dtype_bytes(config, world.device) * shape.parameters
+    width = dtype_bytes(config, world.device)
+    return share * (weight_bytes(config, shape, width) if config.reference.path is None else width * shape.parameters)
 
 
 def cache_bytes(lengths: Lengths) -> float | None:

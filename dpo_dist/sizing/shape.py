@@ -87,6 +87,16 @@ class ModelShape:
         """Of the language model."""
         return self.layers * self.layer + self.embedding + self.final_norm + (0 if self.tied else self.head)
 
+    @property
+    def four_bit_parameters(self) -> int:
+        """Those that model.quantization=nf4 quantizes: of the layers' linear layers."""
+        return self.layers * sum(a * b for a, b in self.linear_sides)
+
+    @property
+    def largest_linear(self) -> int:
+        """Parameters of the largest of them."""
+        return max(a * b for a, b in self.linear_sides)
+
     def lora_parameters(self, rank: int) -> int:
         """Of adapters on every linear layer: A and B (arXiv 2106.09685)."""
         return self.layers * rank * sum(a + b for a, b in self.linear_sides)

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.sizing.estimate import LIVE, WHOLE_BUCKET, bucket_elements, dtype_bytes, recomputed_layers
+from dpo_dist.sizing.estimate import (
+    LIVE,
+    WHOLE_BUCKET,
+    bucket_elements,
+    dtype_bytes,
+    recomputed_layers,
+    weight_bytes,
+)
 from dpo_dist.sizing.hardware import Hardware
 from dpo_dist.sizing.lengths import Lengths, Packs
 from dpo_dist.sizing.shape import ModelShape
@@ -89,7 +96,7 @@ def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: 
         again = recomputed_layers(config, shape.layers) != (0, False)
         gathers = 3 if again and 2 * shape.layer > LIVE else 2
     tensors = 9 * shape.layers
-    sent = gathers * width * shape.parameters * around + gradients
+    sent = gathers * weight_bytes(config, shape, width) * around + gradients
     return micro_steps * sent, micro_steps * (gathers * tensors + buckets)
 
 
