@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,11 +152,28 @@ def forked_ranks(size: int, *words: object) -> str:
     return outputs[0][0]
 
 
-@cache
 def template() -> Template:
     """The process that commands are forked from; started by the first test that needs it, ended with the session."""
+    return _template(tuple(_packages))
+
+
+@contextmanager
+def packages_of(*folders: Path) -> Iterator[None]:
+    """Inside, commands are forked from a template that has imported everything with these folders' packages at hand."""
+    _packages.extend(folders)
+    try:
+        yield
+    finally:
+        del _packages[len(_packages) - len(folders):]
+
+
+_packages: list[Path] = [REPO]
+
+
+@cache
+def _template(packages: tuple[Path, ...]) -> Template:
     folder = Path(tempfile.mkdtemp(prefix="dpo-dist-template-"))
-    started = Template(folder, {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    started = Template(folder, {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                                 "TOKENIZERS_PARALLELISM": "false"})
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(started.close)
@@ -232,8 +249,8 @@ def process_of_rank(rank: int, folder: Path) -> int:
 
 
 def forked_processes() -> list[tuple[int, list[bytes], str | None]]:
-    """As Template.processes; none before the template is started."""
-    return list(template().processes()) if template.cache_info().currsize else []
+    """As Template.processes; none before a template is started."""
+    return list(template().processes()) if _template.cache_info().currsize else []
 
 
 def command_line(process: Path) -> list[bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.errors import UserError
@@ -85,13 +85,16 @@ def loading(config: PretrainedConfig, how: str, dtype: torch.dtype) -> dict[str,
         llm_int8_skip_modules=others)}
 
 
-def settle(model: nn.Module, dtype: torch.dtype) -> None:
+def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Gives 4-bit layers one arithmetic: in `dtype`, whatever their files say, the same in training and evaluation.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 would repack a weight at the first forward in evaluation, compute in
     bf16 from then on (in fp32 7e-3 off), and let no gradient through. Checkpoints hold what is trained; a frozen
-    layer's scales would be in them.
+    layer's scales would be in them. Exports hold whole weights; transformers would make 4-bit ones of them, and cannot.
     """
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [c for c in conversions if not any(
+            "bitsandbytes" in type(operation).__module__ for operation in getattr(c, "operations", ()))]
     for name, layer in _four_bit(model):
         state = layer.weight.quant_state
         if layer.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
@@ -134,13 +137,13 @@ def trainable(config: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def whole_weight(layer: Any, weight: Tensor) -> Tensor:
+def whole_weight(layer: Any, weight: Any) -> Tensor:
     """A layer's weight as its forward multiplies with it, (outputs, inputs)."""
     if not is_four_bit(weight):
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)  # type: ignore[attr-defined]
+    return dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
 
 
 def as_in_files(layer: Any, weight: Tensor) -> Tensor:
