@@ -59,6 +59,14 @@ def test_every_stage_trains_as_plain_peft_and_bitsandbytes_do_and_the_merged_exp
     assert "all stages agree" in forked_ranks(2, program, tmp_path / "m", tmp_path / "rows.jsonl", tmp_path / "tokens")
 
 
+def test_the_layers_of_the_language_model_are_in_4_bits_and_exports_have_them_as_the_files_had(tmp_path: Path):
+    write_tiny_llama(tmp_path / "narrow", hidden_size=64, intermediate_size=96)
+    write_tiny_llama(tmp_path / "wide", hidden_size=128, intermediate_size=192)
+    checked = forked(Path(__file__).with_name("quantized_models.py"), tmp_path)
+    out, err = checked.communicate(120)
+    assert "all models are right" in out, err[-3000:]
+
+
 def test_the_reference_is_the_same_4_bit_weights_unless_it_has_a_path_and_shares_its_values(tmp_path: Path,
                                                                                            words: list[str]):
     done = dpo_dist("train", *words, "zero=none", f"run.dir={tmp_path / 'hf'}")
