@@ -20,6 +20,7 @@ from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.policy.make import make_policy
 from dpo_dist.runtime.process import exit_with
 from dpo_dist.runtime.world import World
+from dpo_dist.sizing.estimate import FOUR_BITS
 from dpo_dist.types import TokenizedPair
 
 BATCH = pack_pairs([TokenizedPair((3, 4, 5), (6, 7, 1), (8, 1), "a"),
@@ -98,6 +99,10 @@ def check_bf16(folder: Path) -> None:
                       "model.quantization=nf4", "cluster.device=cpu", "model.gradient_checkpointing=false"])
     policy = make_policy(config, folder / "wide", "branch", World.start(config.cluster))
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    weight = policy.model.causal.model.layers[0].self_attn.q_proj.base_layer.weight
+    state = weight.quant_state
+    stored = [weight, state.absmax, state.state2.absmax]
+    assert sum(t.numel() * t.element_size() for t in stored) == FOUR_BITS * 128 * 128, "as plans count"
     policy.backward(-policy.token_logps(BATCH).logps.sum(), is_last=True)
     before = policy.token_logps(BATCH).logps.sum().item()
     assert policy.step(1e-3).item() > 0 and policy.token_logps(BATCH).logps.sum().item() > before

@@ -62,6 +62,15 @@ MISTAKES = {
     "optim.min_lr_ratio=1.5 must be between 0 and 1": ["optim.min_lr_ratio=1.5"],
     "optim.eps=-1.0 must be greater than 0": ["optim.eps=-1"],
     "model.lora.rank=-4 must be 0 (no adapters) or greater": ["model.lora.rank=-4"],
+    "model.quantization=nf4 freezes the weights, and model.lora.rank=0 trains nothing else": ["model.quantization=nf4"],
+    "the reference is the same 4-bit weights, which reference.engine=zero cannot compute; set reference=adapter_off": [
+        "model.quantization=nf4", "model.lora.rank=4", "reference=zero"],
+    "which reference.engine=hf with reference.offload=disk cannot compute": [
+        "model.quantization=nf4", "model.lora.rank=4", "reference.offload=disk"],
+    "which reference.engine=vllm cannot compute; set reference=adapter_off or reference=hf, or reference.path=m": [
+        "model.quantization=nf4", "model.lora.rank=4", "reference=vllm"],
+    "reference.path=m would be those weights in full, but with model.quantization=nf4": [
+        "model.quantization=nf4", "model.lora.rank=4", "reference=adapter_off", "reference.path=m"],
     "zero.persistence_threshold=5 does nothing with zero.stage=2": ["zero=zero2", "zero.persistence_threshold=5"],
     "is for the nodes of reference.nodes, which is not set": ["cluster=slurm",
                                                               "cluster.slurm.server_extra=['--mem=0']"],

@@ -83,6 +83,22 @@ def test_offloading_moves_terms_to_the_host_and_lora_leaves_only_adapters_to_tra
     assert (lora.weights, lora.optimizer) == (4 * (N + adapters), 8 * adapters)
 
 
+def test_weights_in_4_bits_with_their_scales_are_whole_at_first_and_a_matrix_is_made_whole_while_it_multiplies():
+    gpu, adapters = Hardware(1, 2, GPU_80GB), 4 * 8 * (4 * (512 + 512) + 3 * (512 + 1408))
+    linear = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
+    scales = linear / 64 + 4 * linear / (64 * 256)
+    keys = ["model.lora.rank=8", "model.quantization=nf4", "cluster.device=auto"]
+    whole, sharded = (memory(config(f"zero.stage={stage}", *keys), SHAPE, LENGTHS, gpu) for stage in (2, 3))
+    assert whole.weights == 2 * (N - linear + adapters) + linear / 2 + scales
+    assert sharded.weights == pytest.approx((whole.weights - scales) / 2 + scales)
+    assert (whole.loading, sharded.loading) == (0, whole.weights - sharded.weights)
+    assert sharded.moments["the model is loaded"] == sharded.framework + whole.weights
+    assert whole.dequantized == sharded.dequantized == 2 * 512 * 1408
+    scored = reference_weights(config("zero.stage=2", *keys), SHAPE, gpu)
+    assert scored == whole.weights - 2 * adapters
+    assert reference_weights(config("zero.stage=2", "reference.path=full", *keys), SHAPE, gpu) == 2 * N
+
+
 def test_activations_of_a_pack_and_with_checkpointing():
     tokens, h, inner, heads = 1024, 512, 1408, 8
     mask = 2 * 128 * (256 + 128) / 512
