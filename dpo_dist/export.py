@@ -101,10 +101,12 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
     reference = "none"
     if config.loss.needs_reference:
         reference = f"`{config.reference_path}` (weights {inputs.reference_digest})"
+    bits = f", in 4 bits ({config.model.quantization})" if config.model.quantization != "none" else ""
     names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
     lines = ["---", "library_name: transformers", "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
              f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "", "| | |", "|---|---|",
-             f"| starting weights | `{config.model.path}` ({inputs.policy_digest}) |", f"| reference | {reference} |",
+             f"| starting weights | `{config.model.path}` ({inputs.policy_digest}){bits} |",
+             f"| reference | {reference} |",
              f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |",
              f"| loss | {config.loss.name} ({loss}) |",
              f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs "

@@ -173,8 +173,8 @@ _packages: list[Path] = [REPO]
 @cache
 def _template(packages: tuple[Path, ...]) -> Template:
     folder = Path(tempfile.mkdtemp(prefix="dpo-dist-template-"))
-    started = Template(folder, {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                "TOKENIZERS_PARALLELISM": "false"})
+    started = Template(folder, {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)),
+                                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"})
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(started.close)
     return started

@@ -181,6 +181,12 @@ class RunConfig:
         return self.reference.path or self.model.path
 
     @property
+    def reference_quantization(self) -> str:
+        """As model.quantization, of the reference: the policy's starting weights, or the files of `reference.path` as
+        they are."""
+        return self.model.quantization if self.reference.path is None else "none"
+
+    @property
     def scores_apart(self) -> bool:
         """Whether scoring is a stage of its own, so that the trainer never shares memory with the reference."""
         return self.loss.needs_reference and self.reference.mode == "cached" and not self.reference.is_policy

@@ -88,8 +88,7 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
     reference_fused = fused and (
         reference_folder == policy_folder or fused_misfit(reference_model, dtype, world.device) is None)
-    # a reference that has a path is as its files are
-    bits = config.model.quantization if config.reference.path is None else "none"
+    bits = config.reference_quantization
     setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused, quantization=bits)
     key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, recipe(reference_model, bits)))
     same_start = digest == reference_digest and (

@@ -214,7 +214,7 @@ def four_bit_parameters(config: RunConfig, shape: ModelShape) -> int:
 
 
 def weight_bytes(config: RunConfig, shape: ModelShape, width: int) -> float:
-    """Bytes of the policy's own weights, which are the reference's unless reference.path is set."""
+    """Bytes of the policy's own weights, whole."""
     narrow = four_bit_parameters(config, shape)
     return width * (shape.parameters - narrow) + FOUR_BITS * narrow
 
@@ -238,7 +238,8 @@ def reference_weights(config: RunConfig, shape: ModelShape, world: Hardware) -> 
     piece = max(shape.layer, shape.embedding, shape.head) / shape.parameters
     share = config.reference.weight_share(piece, world.nodes, world.ranks, policy_is_sharded=config.zero.stage == 3)
     width = dtype_bytes(config, world.device)
-    return share * (weight_bytes(config, shape, width) if config.reference.path is None else width * shape.parameters)
+    full = config.reference_quantization == "none"
+    return share * (width * shape.parameters if full else weight_bytes(config, shape, width))
 
 
 def cache_bytes(lengths: Lengths) -> float | None:

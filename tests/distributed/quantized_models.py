@@ -1,5 +1,5 @@
-"""Run by test_quantized.py: which layers of an architecture are in 4 bits, and that exports have all of them whole, as its
-files have them."""
+"""Run by test_quantized.py: which layers of an architecture are in 4 bits, and that exports have all of them whole, as
+its files have them."""
 from __future__ import annotations
 
 import sys
@@ -25,8 +25,8 @@ from dpo_dist.types import TokenizedPair
 
 BATCH = pack_pairs([TokenizedPair((3, 4, 5), (6, 7, 1), (8, 1), "a"),
                     TokenizedPair((9,), (10, 1), (11, 12, 13, 1), "b")], [0, 1], [1.0, 1.0])
-VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-          "patch_size": 14}
+VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}
 TEXT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}
 

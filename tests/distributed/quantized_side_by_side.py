@@ -96,9 +96,11 @@ def check_export(policy: Policy, model: str, pairs: PairStore) -> None:
         return                                           # not on the first rank
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     lm.load_state_dict(merged)
+    completions = [(pair.prompt_ids, ids) for pair in (pairs[i] for i in range(PAIRS))
+                   for ids in (pair.chosen_ids, pair.rejected_ids)]
     with torch.no_grad():
-        theirs = torch.cat([plain_token_logps(lm, torch.tensor(pair.prompt_ids), torch.tensor(ids))
-                            for pair in (pairs[i] for i in range(PAIRS)) for ids in (pair.chosen_ids, pair.rejected_ids)])
+        theirs = torch.cat([plain_token_logps(lm, torch.tensor(prompt), torch.tensor(ids))
+                            for prompt, ids in completions])
     assert (mine.sort().values - theirs.sort().values).abs().max() < 1e-5
 
 

@@ -1,5 +1,5 @@
-"""Adapters on weights in 4 bits: the numbers of plain peft and bitsandbytes, the step-0 gate, the cache's keys, resume and
-export. What only fits with full weights is refused."""
+"""Adapters on weights in 4 bits: the numbers of plain peft and bitsandbytes, the step-0 gate, the cache's keys, resume
+and export."""
 from __future__ import annotations
 
 import json
@@ -108,7 +108,8 @@ import sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.bfloat16)
-AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=how).save_pretrained(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=how)
+model.save_pretrained(sys.argv[2])
 """
 
 
@@ -124,6 +125,8 @@ def test_files_that_hold_4_bits_are_trained_on_as_they_are(tmp_path: Path, words
     assert "quantization_config" not in json.loads((tmp_path / "in_files" / "model" / "config.json").read_text())
     assert recipes(tmp_path) == {"nf4 by bitsandbytes, double quantization",
                                  "bitsandbytes, 4 bits, computed in model.dtype"}
+    same = dpo_dist("score", *words, f"reference.path={tmp_path / 'q'}", f"run.dir={tmp_path / 'score'}")
+    assert same.stdout.strip().endswith("scored 0, cached 60"), "as a reference they are the same"
     refused = dpo_dist("train", *in_files, "model.quantization=none", f"run.dir={tmp_path / 'no'}", code=2).stderr
     assert "cannot be trained; set model.quantization=nf4 and model.lora.rank=16" in refused
 

@@ -85,22 +85,6 @@ def test_an_architecture_that_deepspeed_splits_wrongly_is_refused(tmp_path: Path
     assert "does not fit this reference, a olmo2" in done.stderr and "reference=zero" in done.stderr
 
 
-def test_a_quantized_reference_has_a_key_of_its_own_and_a_quantized_policy_is_refused(tmp_path: Path, words: list[str]):
-    pytest.importorskip("bitsandbytes", reason="needs the bitsandbytes library, which quantizes the model")
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    write_tiny_llama(tmp_path / "big", hidden_size=128, intermediate_size=256)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "big", quantization_config=how,
-                                         device_map={"": "cpu"}).save_pretrained(tmp_path / "ref")
-    score = ["score", *words, f"run.dir={tmp_path / 'score'}"]
-    assert dpo_dist(*score, f"reference.path={tmp_path / 'ref'}").stdout.strip().endswith("scored 32, cached 0")
-    keys = [json.loads(file.read_text())["recipe"] for file in (tmp_path / "reference").rglob("key.json")]
-    assert keys == ["torch, softmax in fp32, v1, bitsandbytes, 4 bits"]
-    assert "cannot be trained" in dpo_dist(*score, f"model.path={tmp_path / 'ref'}", code=2).stderr
-
-
 def test_a_quantized_reference_is_refused_where_its_library_is_missing(tmp_path: Path, words: list[str]):
     write_tiny_llama(tmp_path / "ref")
     config = json.loads((tmp_path / "ref" / "config.json").read_text())

@@ -103,6 +103,16 @@ def test_a_version_outside_the_supported_range_is_red(tmp_path: Path):
     assert "torch 2.1.0, needs >=2.8" in seen["versions"] and "pip install -c constraints.txt" in seen["versions"]
 
 
+def test_what_4_bit_weights_need_is_looked_at_where_a_run_has_them(tmp_path: Path):
+    about = tmp_path / "asks" / "dpo_dist-0.1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dpo-dist\nVersion: 0.1.0\nRequires-Python: >=3.10\n"
+                                    "Requires-Dist: bitsandbytes>=99; extra == 'qlora'\n")
+    seen = doctor(tmp_path, "model.lora.rank=4", "model.quantization=nf4", code=1, path=tmp_path / "asks")
+    assert "bitsandbytes" in seen["versions"] and "pip install -c constraints.txt '.[qlora]'" in seen["versions"]
+    assert "bitsandbytes" not in doctor(tmp_path, code=0, path=tmp_path / "asks")["versions"]
+
+
 def test_a_torch_that_does_not_load_and_a_gpu_that_is_not_there_are_red(tmp_path: Path):
     broken = package(tmp_path / "broken", "torch", "raise ImportError('libcudart.so.12: cannot open shared object "
                                                    "file')")

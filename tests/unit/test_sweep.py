@@ -87,6 +87,10 @@ def test_runs_share_a_scoring_whatever_does_not_change_the_references_log_probs(
     other = ["reference.path=r", "model.dtype=bf16", "data.max_length=100", "data.truncation=keep_end",
              "reference.cache_dir=x", "reference=vllm"]
     assert len({reference_group(job(word).config) for word in other} | {plain}) == len(other) + 1
+    lora, narrow = ["model.lora.rank=4"], ["model.lora.rank=4", "model.quantization=nf4"]
+    assert reference_group(job(*lora).config) == plain != reference_group(job(*narrow).config)
+    full = "reference.path=r"
+    assert reference_group(job(*narrow, full).config) == reference_group(job(*lora, full).config)
 
 
 @pytest.mark.parametrize("words", [["loss=simpo"], ["reference.mode=live"],

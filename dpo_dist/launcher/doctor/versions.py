@@ -18,7 +18,8 @@ SHOWN = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "omegac
 CONSTRAINTS = Path(dpo_dist.__file__).resolve().parent.parent / "constraints.txt"
 
 
-def versions(_: RunConfig) -> Finding:
+def versions(config: RunConfig) -> Finding:
+    extras = ["", *(["qlora"] if config.model.quantization != "none" else [])]
     try:
         about = metadata.metadata("dpo-dist")
     except metadata.PackageNotFoundError:
@@ -27,7 +28,7 @@ def versions(_: RunConfig) -> Finding:
     if platform.python_version() not in SpecifierSet(about["Requires-Python"]):
         wrong.append(f"Python {platform.python_version()}, needs {about['Requires-Python']}")
     for needed in map(Requirement, metadata.requires("dpo-dist") or []):
-        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+        if needed.marker and not any(needed.marker.evaluate({"extra": extra}) for extra in extras):
             continue
         found = installed(needed.name)
         if found is None:
@@ -35,7 +36,8 @@ def versions(_: RunConfig) -> Finding:
         elif not needed.specifier.contains(found, prereleases=True):
             wrong.append(f"{needed.name} {found}, needs {needed.specifier}")
     if wrong:
-        return Finding("; ".join(wrong), "pip install -c constraints.txt . installs the tested versions")
+        project = f"'.[{extras[-1]}]'" if extras[-1] else "."
+        return Finding("; ".join(wrong), f"pip install -c constraints.txt {project} installs the tested versions")
     shown = ", ".join(f"{name} {installed(name)}" for name in SHOWN)
     untested = list(_other_than_tested())
     return Finding(f"Python {platform.python_version()}, {shown}"

@@ -104,6 +104,7 @@ def reference_group(config: RunConfig) -> str | None:
     decides = {
         "reference": config.reference_path, "tokenizer": config.model.path, "dtype": config.model.dtype,
         "data": deciding(config.data, TOKENS), "cache": config.reference.cache_dir,
+        **({"quantization": bits} if (bits := config.reference_quantization) != "none" else {}),
         **deciding(config.reference, VALUES)}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
