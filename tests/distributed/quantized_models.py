@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig
 from dpo_dist.data.pack import pack_pairs
+from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, token_logps
 from dpo_dist.models.quantized import is_four_bit
 from dpo_dist.models.weights import merged_weights, write_shards
@@ -108,12 +110,34 @@ def check_bf16(folder: Path) -> None:
     assert policy.step(1e-3).item() > 0 and policy.token_logps(BATCH).logps.sum().item() > before
 
 
+class Products(TorchDispatchMode):
+    """Counts products with 4-bit weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += operator is torch.ops.bitsandbytes.gemm_4bit.default
+        return operator(*args, **(kwargs or {}))
+
+
+def check_recomputing(folder: Path) -> None:
+    """Cheap parts are recomputed without their products; whole layers with them."""
+    for how, products in ((0, 14), (1, 14 + 7)):
+        lm = add_lora(load_causal_lm(folder / "wide", torch.float32, "branch", quantization="nf4"),
+                      LoraConfig(4, None, "all-linear"), 0)
+        checkpoint_layers(lm, how)
+        with Products() as seen:
+            token_logps(ScoredModel(lm, "branch").train(), BATCH).logps.sum().backward()
+        assert seen.count == products, (how, seen.count)
+
+
 def main(folder: str) -> int:
     torch.manual_seed(0)
     check_transposed_layers(Path(folder))
     check_text_and_image(Path(folder))
     check_files_with_other_rows(Path(folder))
     check_bf16(Path(folder))
+    check_recomputing(Path(folder))
     print("all models are right")
     return 0
 
