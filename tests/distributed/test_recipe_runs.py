@@ -118,7 +118,7 @@ def test_a_recipe_trains_with_its_loss_and_schedule(name: str, tmp_path: Path):
     assert (tmp_path / "run" / "DONE").exists() and all(step["grad_norm"] > 0 for step in steps)
 
 
-@pytest.mark.parametrize(("name", "peak", "shares"), [("lora", 1e-5, LINEAR)])
+@pytest.mark.parametrize(("name", "peak", "shares"), [("lora", 1e-5, LINEAR), ("qlora", 5e-6, COSINE)])
 def test_adapters_train_beside_the_policy_without_them(name: str, peak: float, shares: list[float], tmp_path: Path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128}            # whole blocks, should weights be quantized
