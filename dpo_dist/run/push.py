@@ -20,10 +20,11 @@ def check_push(config: RunConfig) -> None:
     name = config.export.push_to_hub
     if name is None:
         return
-    from huggingface_hub import create_repo
+    from huggingface_hub import HfApi
 
     try:
-        create_repo(name, private=True, exist_ok=True)
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().auth_check(name, write=True)             # a repository that exists passes without
     except Exception as error:                           # its own kinds, httpx's, the operating system's
         raise UserError(f"export.push_to_hub={name}: the hub does not take it ({_line(error)}); run `hf auth login` or "
                         "set HF_TOKEN, with a token that may write there, or leave export.push_to_hub out") from error
@@ -35,12 +36,12 @@ def push_model(config: RunConfig, run_dir: RunDir, terminal: Terminal) -> None:
     name = config.export.push_to_hub
     if name is None or _is_pushed(run_dir, name):
         return
-    from huggingface_hub import upload_folder
+    from huggingface_hub import HfApi
 
     terminal.say(f"uploading {run_dir.model} to {name}")
     try:
-        commit = upload_folder(repo_id=name, folder_path=run_dir.model, commit_message="A model trained with dpo-dist",
-                               delete_patterns=WEIGHTS)
+        commit = HfApi().upload_folder(repo_id=name, folder_path=run_dir.model, delete_patterns=WEIGHTS,
+                                       commit_message="A model trained with dpo-dist")
     except Exception as error:
         raise UserError(f"export.push_to_hub={name}: the upload failed ({_line(error)}); nothing is lost: the model is "
                         f"in {run_dir.model}, and the same command, or dpo-dist export, uploads it again") from error
