@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         if "/tree/" in self.path:
             return self.answer([{"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
                                 for path, content in self.server.files.items()])
-        self.answer({"id": "me/model", "sha": "0" * 40, "siblings": [{"rfilename": path} for path in self.server.files]})
+        self.answer({"id": "me/model", "sha": "0" * 40})
 
     def do_PUT(self) -> None:                                # a large file's content; the address is signed, as on S3
         self.server.objects[self.path.rpartition("/")[2]] = self.body()

@@ -37,5 +37,5 @@ class MlflowConfig(TrackingConfig):
     experiment: str = option()
 
 
-TRACKERS: dict[str, type[TrackingConfig]] = {"none": NoTracking, "tensorboard": TensorBoardConfig, "wandb": WandbConfig,
-                                             "mlflow": MlflowConfig}
+TRACKERS: dict[str, type[TrackingConfig]] = {
+    "none": NoTracking, "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "mlflow": MlflowConfig}

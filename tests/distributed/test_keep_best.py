@@ -23,9 +23,9 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_rows(tmp_path / "rows.jsonl", 40)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=10", f"train.max_steps={STEPS}", "optim.lr=5e-3",
-            "optim.schedule=constant", "optim.warmup_ratio=0", "loss.beta=0.5", "train.eval_every_steps=1",
-            "train.keep_checkpoints=1", "zero.persistence_threshold=0"]
+            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=10", f"train.max_steps={STEPS}",
+            "optim.lr=5e-3", "optim.schedule=constant", "optim.warmup_ratio=0", "loss.beta=0.5",
+            "train.eval_every_steps=1", "train.keep_checkpoints=1", "zero.persistence_threshold=0"]
 
 
 def checkpoints(run_dir: Path) -> list[str]:
@@ -44,7 +44,8 @@ def test_the_best_checkpoint_is_kept_and_exported_also_after_a_kill(tmp_path: Pa
     rows = {row["step"]: row for row in metrics(tmp_path / "straight", "eval")}
     assert 1 < best < STEPS, "the last step is not the best"
     assert checkpoints(tmp_path / "straight") == [f"step-{best:06d}", f"step-{STEPS:06d}"]
-    told = f"exported: step {best} of {STEPS}, the best by held-out rewards/accuracies: {rows[best]['rewards/accuracies']:.4f}"
+    told = (f"exported: step {best} of {STEPS}, the best by held-out rewards/accuracies: "
+            f"{rows[best]['rewards/accuracies']:.4f}")
     assert told in done.stdout and f" {rows[best]['loss']:.4f}" in done.stdout.partition("held-out pairs")[2]
     assert f"best      step-{best:06d}: held-out rewards/accuracies" in dpo_dist("status", tmp_path / "straight").stdout
 

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from dpo_dist.run.tracking import MetricsRow, SampleRow, named_by_split
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.run_dir import RunDir
 
+log = logging.getLogger(__name__)
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")            # read at import; else it calls home
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")             # it prefers databases, which need more packages
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")        # 7 would hold a step for minutes
 
 try:
     from mlflow.entities import Metric, Param
@@ -39,7 +43,7 @@ class Mlflow:
     only a copy: a step that is made again after a resume has two points there."""
 
     def __init__(self, config: RunConfig, run_dir: RunDir):
-        t = config.tracking
+        t, self._failed = config.tracking, False
         assert isinstance(t, MlflowConfig)
         uri = t.uri or run_dir.mlflow.resolve().as_uri()
         try:
@@ -52,16 +56,26 @@ class Mlflow:
 
     def log(self, row: MetricsRow) -> None:
         now = int(time.time() * 1000)
-        self._client.log_batch(self._id, metrics=[Metric(name, float(value), now, row["step"])
-                                                  for name, value in named_by_split(row).items()])
+        metrics = [Metric(name, float(value), now, row["step"]) for name, value in named_by_split(row).items()]
+        self._copy(lambda: self._client.log_batch(self._id, metrics=metrics))
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         text = json.dumps(list(rows), indent=2, ensure_ascii=False)
-        self._client.log_text(self._id, text, f"samples/step-{step:06d}.json")
+        self._copy(lambda: self._client.log_text(self._id, text, f"samples/step-{step:06d}.json"))
 
     def finish(self, summary: MetricsRow) -> None:
         """A run that ends without a summary was stopped, and will go on."""
-        self._client.set_terminated(self._id, "FINISHED" if summary else "KILLED")
+        self._copy(lambda: self._client.set_terminated(self._id, "FINISHED" if summary else "KILLED"))
+
+    def _copy(self, work: Callable[[], object]) -> None:
+        """Does the work. Where MLflow fails, its copy ends there: training neither fails nor waits for it again."""
+        if self._failed:
+            return
+        try:
+            work()
+        except Exception as error:                       # its file store raises that kind itself
+            self._failed = True
+            log.warning("MLflow failed, so its copy of this run ends here; metrics.jsonl goes on: %s", error)
 
     def _resumed(self, run_dir: RunDir) -> str | None:
         if not run_dir.mlflow_id.exists():
