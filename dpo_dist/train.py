@@ -20,7 +20,7 @@ from dpo_dist.run.samples import Samples, show_samples
 from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.step_results import StepLog, StepResults
-from dpo_dist.run.tracking.make import open_tracker
+from dpo_dist.run.tracking.make import check_tracker, open_tracker
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.prefetch import prefetched
@@ -35,6 +35,7 @@ from dpo_dist.train_run import Run, checkpointed, evaluate_before
 def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Trains, evaluates and exports; goes on from the newest checkpoint."""
     preemption.listen()
+    world.on_main(lambda: check_tracker(config))
     world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):

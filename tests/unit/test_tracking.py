@@ -14,7 +14,7 @@ import pytest
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.run.tracking.make import open_tracker
+from dpo_dist.run.tracking.make import check_tracker, open_tracker
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -177,10 +177,10 @@ def test_tensorboard_and_wandb_show_answers(tmp_path: Path, no_login: None) -> N
     assert [row[:2] for row in json.loads(table.read_text())["data"]] == [["a <b>\nc", f"answer {i}"] for i in range(2)]
 
 
-def test_mlflow_that_is_not_installed_is_one_message_with_the_remedy(tmp_path: Path) -> None:
+def test_mlflow_that_is_not_installed_is_one_message_with_the_remedy() -> None:
     with (mock.patch.dict(sys.modules, {"mlflow.entities": None}),
           pytest.raises(UserError, match=r"tracking=mlflow needs MLflow.*pip install 'dpo-dist\[mlflow\]'")):
-        open_tracker(config("tracking=mlflow"), tmp_path, True, 0)
+        check_tracker(config("tracking=mlflow"))
 
 
 def test_mlflow_keeps_a_run_and_a_resumed_run_goes_on_in_it(tmp_path: Path) -> None:

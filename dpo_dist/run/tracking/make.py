@@ -28,6 +28,12 @@ def open_tracker(config: RunConfig, run_dir: str | Path, is_main: bool, resumed_
     return Trackers(metrics, module.open_tracker(config, run_dir, resumed_step))
 
 
+def check_tracker(config: RunConfig) -> None:
+    """UserError where the tracker's library is missing: known before anything is computed."""
+    if not isinstance(config.tracking, NoTracking):
+        import_module(f"dpo_dist.run.tracking.{config.tracking.name}")
+
+
 class Trackers:
     """Several trackers as one. Processes other than the main one have none: nothing is kept there."""
 
