@@ -18,7 +18,8 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
 # Nothing is compiled. Triton and bitsandbytes stand beside the environment, for the tests that need them alone: where
-# DeepSpeed finds the one, every process is 80 MB larger, and where peft finds the other, 45 MB. An interrupted set-up leaves no stamp, so the next `make` takes it up where it stopped.
+# DeepSpeed finds the one, every process is 80 MB larger, and where peft finds the other, 45 MB. An interrupted set-up
+# leaves no stamp, so the next `make` takes it up where it stopped.
 .venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("dpo-dist needs Python 3.10 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'

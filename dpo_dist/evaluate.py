@@ -1,6 +1,7 @@
 """Held-out evaluation: the loss and the rewards over pairs that are not trained on. Also `dpo-dist eval`."""
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from dpo_dist.reference import ReferenceEngine
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, without_auto
+from dpo_dist.run.samples import Samples, show_samples
 from dpo_dist.runtime import preemption
-from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.files import write_atomic, write_json
 from dpo_dist.runtime.process import exit_with, run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -70,12 +72,18 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     config = without_auto(config, inputs, world, terminal)
     policy, reference = open_models(config, inputs, [inputs.eval], world, terminal)
     means = evaluate(config, inputs, policy, reference, world)
+    samples = Samples.of(config, inputs)
+    answers = samples.answer(policy, 0, world) if samples.prompts else []
     if world.is_main:
-        path = RunDir(config.run_dir).eval_json
+        run_dir = RunDir(config.run_dir)
+        path = run_dir.eval_json
         write_json(path, {"model": config.model.path, "pairs": len(inputs.eval), **means})
         rows = [[name, f"{value:.4f}"] for name, value in means.items()]
         terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], rows)
         terminal.say(f"written to {path}")
+        if answers:
+            write_atomic(run_dir.samples, "".join(json.dumps(row) + "\n" for row in answers))
+            show_samples(terminal, run_dir, {"answer": 0})
 
 
 if __name__ == "__main__":

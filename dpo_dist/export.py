@@ -20,6 +20,8 @@ from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.open_models import open_policy, without_auto
 from dpo_dist.run.provenance import check_same_run, provenance
+from dpo_dist.run.push import check_push, push_model
+from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.process import exit_with, run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -39,7 +41,7 @@ def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunCon
     folder, partial = run_dir.model, run_dir.model.with_name("model.partial")
     world.on_main(lambda: _start(partial, inputs, config, held_out))
     write_shards(partial, policy.export_weights(), write=world.is_main)
-    world.on_main(lambda: _finish(partial, folder))
+    world.on_main(lambda: _finish(partial, run_dir))
     if left := world.on_main(lambda: not_exported(inputs.policy_folder, folder)):
         terminal.say(f"not exported: {len(left)} tensors of {inputs.policy_folder} that transformers does not load, "
                      f"such as {left[0]}")
@@ -90,9 +92,10 @@ def _shapes_of_embeddings(tensors: dict[str, Stored]) -> set[tuple[int, ...]]:
     return {tensor.shape for name, tensor in tensors.items() if "emb" in name or "wte" in name}
 
 
-def _finish(partial: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+def _finish(partial: Path, run_dir: RunDir) -> None:
+    run_dir.pushed_json.unlink(missing_ok=True)          # it tells of the model that goes
+    shutil.rmtree(run_dir.model, ignore_errors=True)
+    partial.rename(run_dir.model)
 
 
 def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> str:
@@ -120,8 +123,9 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
 
 
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """Writes <run.dir>/model from the run's newest whole checkpoint."""
+    """Writes <run.dir>/model from the run's newest whole checkpoint, or the best with train.keep_best."""
     run_dir = RunDir(config.run_dir)
+    world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
     config = without_auto(config, inputs, world, terminal)
     world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
@@ -129,10 +133,13 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
                         "overrides")
+    newest = resumed[1].step
+    step, held_out = world.on_main(lambda: exported_step(run_dir, config.train.keep_best, newest))
     policy = open_policy(config, inputs, world)
-    policy.load(resumed[0])
-    model = export_model(run_dir, policy, inputs, config, {}, world, terminal)
-    terminal.say(f"model: {model} (from {resumed[0].name})")
+    policy.load(run_dir.checkpoint(step))
+    model = export_model(run_dir, policy, inputs, config, held_out, world, terminal)
+    terminal.say(f"model: {model} (from {run_dir.checkpoint(step).name})")
+    world.on_main(lambda: push_model(config, run_dir, terminal))
 
 
 if __name__ == "__main__":

@@ -2,40 +2,41 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.sampler import Sampler, make_sampler
-from dpo_dist.evaluate import evaluate
+from dpo_dist.data.sampler import make_sampler
 from dpo_dist.export import export_model
-from dpo_dist.policy import Policy
-from dpo_dist.reference import ReferenceEngine
-from dpo_dist.reference.audit import believe_earlier_audit
-from dpo_dist.run.checkpoint import Checkpointed, TrainState, resume_point, save_checkpoint
-from dpo_dist.run.inputs import Inputs, read_inputs
+from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
-from dpo_dist.run.provenance import add_parity, check_same_run, provenance, write_run
+from dpo_dist.run.provenance import check_same_run, provenance, write_run
+from dpo_dist.run.push import check_push, push_model
+from dpo_dist.run.samples import Samples, show_samples
+from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.step_results import StepLog, StepResults
-from dpo_dist.run.tracking import Tracker
-from dpo_dist.run.tracking.make import open_tracker
+from dpo_dist.run.tracking.make import check_tracker, open_tracker
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.prefetch import prefetched
 from dpo_dist.runtime.process import exit_with, run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
-from dpo_dist.step import StepBatches, step_batches, train_step
-from dpo_dist.step0_checks import check_step_0
+from dpo_dist.step import StepBatches, train_step
+from dpo_dist.train_run import Run, checkpointed, evaluate_before
 
 
 def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     """Trains, evaluates and exports; goes on from the newest checkpoint."""
     preemption.listen()
+    world.on_main(lambda: check_tracker(config))
+    world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
@@ -49,6 +50,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     done = resumed[1].step if resumed else 0
     if done == total and world.on_main(run_dir.model.exists):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir.model}")
+        world.on_main(lambda: push_model(config, run_dir, terminal))
         return
     world.on_main(lambda: write_run(run_dir, config, lineage))
 
@@ -58,9 +60,10 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
-    run = Run(config, run_dir, inputs, sampler, total, policy, reference, tracker, world)
-    before, after = evaluate_before(run, resumed[1] if resumed else None, terminal)
-    run = replace(run, before=before)
+    timer = SaveTimer(config.train.save_every_minutes if world.is_main else None)
+    run = Run(config, run_dir, inputs, sampler, total, policy, reference, tracker, Samples.of(config, inputs), timer,
+              world)
+    run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
     clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
@@ -83,8 +86,9 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             if run.is_due(config.train.log_every_steps, step):
                 row, sums = (sums, clock.interval()), MetricSums(config.loss, world.device)
             log.add(StepResults.of(step, lr, not_finite, grad_norm, row))
-            signal = world.max(preemption.received())
-            saves = bool(signal) or run.is_due(config.train.save_every_steps, step)
+            asked = world.max(max(preemption.received(), timer.asks()))
+            signal = int(asked)                          # 0 where only the timer asks
+            saves = bool(asked) or run.is_due(config.train.save_every_steps, step)
             evaluates = run.evaluates_after(step)
             if saves or evaluates:
                 log.catch_up()                           # nothing is saved before it is known to be sound
@@ -94,99 +98,16 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 tracker.finish({})
                 raise preemption.Stopped(signal, f"step {step} of {total} is saved")
             if evaluates:
-                after = run.evaluate(step)
+                run.save_if_best(step, run.evaluate(step), sums)
             clock.mark(None)                             # evaluation and saving are not training time
 
+    exported, after = load_best(run, terminal)
     model = export_model(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
     if reference is not None:
         reference.close()
-    tell_results(terminal, run, after, model)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a training run consists of, once everything is open."""
-
-    config: RunConfig
-    run_dir: RunDir
-    inputs: Inputs
-    sampler: Sampler
-    total: int                           # optimizer steps
-    policy: Policy
-    reference: ReferenceEngine | None
-    tracker: Tracker
-    world: World
-    before: dict[str, float] = field(default_factory=dict)               # held-out means before training
-
-    def batches(self, step: int) -> StepBatches:
-        """This rank's packs of a step."""
-        flops = self.inputs.flops.training(frozen_base=self.config.model.lora.rank > 0)
-        return step_batches(
-            self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
-            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
-
-    def is_due(self, every: int | None, step: int) -> bool:
-        """Whether this step is a multiple of `every`, or the last one."""
-        return step == self.total or bool(every and step % every == 0)
-
-    def evaluates_after(self, step: int) -> bool:
-        return step == 0 or self.is_due(self.config.train.eval_every_steps, step)
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
-        means = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
-        if means:
-            self.tracker.log({"step": step, "split": "eval", **means})
-        return means
-
-    def save(self, step: int, sums: MetricSums) -> None:
-        """A checkpoint after this step. All ranks call it."""
-        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world), self.before)
-        save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state,
-                        self.config.train.keep_checkpoints, self.world)
-
-
-def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:
-    """The parts of a run that a checkpoint holds."""
-    return [policy] if reference is None else [policy, reference]
-
-
-def evaluate_before(run: Run, resumed: TrainState | None,
-                    terminal: Terminal) -> tuple[dict[str, float], dict[str, float]]:
-    """(held-out means before training, those after the steps done), once step 0's checks pass. All ranks call it."""
-    config, inputs, world = run.config, run.inputs, run.world
-    done = resumed.step if resumed else 0
-    if config.reference.outside:
-        # the scoring processes audit it before their first value
-        if config.reference.mode == "ahead" and run.reference is not None:
-            run.reference.wait_for(run.batches(min(done + 1, run.total)).batches)
-            world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
-        world.on_main(lambda: add_parity(run.run_dir))
-    if resumed is None:
-        # where policy and reference start from the same weights, every first margin must be 0
-        same_start = run.reference if inputs.same_start else None
-        first_pairs = run.sampler.pairs_of_step(1, config.train.epochs, config.train.max_steps)
-        check_step_0(run.policy, same_start, run.batches(1), first_pairs, inputs.train, inputs.dtype, world)
-        means = run.evaluate(0)
-        return means, means
-    before = means_before(run, resumed)
-    if run.evaluates_after(done):
-        # the last start ended between saving and evaluating
-        if not world.on_main(lambda: any(row["step"] == done for row in run.run_dir.rows("eval"))):
-            return before, run.evaluate(done)
-        if done == run.total:
-            return before, evaluate(config, inputs, run.policy, run.reference, world)
-    return before, {}
-
-
-def means_before(run: Run, resumed: TrainState) -> dict[str, float]:
-    """The held-out means before training of a run that goes on: from its checkpoint, else from its metrics; empty where
-    neither has them. All ranks call it."""
-    if resumed.before is not None:
-        return resumed.before
-    rows = run.world.on_main(lambda: [row for row in run.run_dir.rows("eval") if row["step"] == 0])
-    return {name: float(value) for name, value in (rows[-1] if rows else {}).items() if name not in ("step", "split")}
+    tell_results(terminal, run, exported, after, model)
+    world.on_main(lambda: push_model(config, run_dir, terminal))
 
 
 def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sums: MetricSums, log: StepLog) -> None:
@@ -202,12 +123,26 @@ def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sum
         raise
 
 
-def tell_results(terminal: Terminal, run: Run, after: dict[str, float], model: Path) -> None:
-    """The held-out table, and where everything is."""
+def load_best(run: Run, terminal: Terminal) -> tuple[int, dict[str, float]]:
+    """(the step whose weights the policy has now, its held-out means): the last one, or the best by train.keep_best.
+    All ranks call it."""
+    metric = run.config.train.keep_best
+    step, means = run.world.on_main(lambda: exported_step(run.run_dir, metric, run.total))
+    if step != run.total:
+        run.policy.load(run.run_dir.checkpoint(step))
+    if metric:
+        terminal.say(f"exported: step {step} of {run.total}, the best by held-out {metric}: {means[metric]:.4f}")
+    return step, means
+
+
+def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, float], model: Path) -> None:
+    """The held-out table, a few answers, and where everything is."""
     if after:
         rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
                 for name, value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
+    if run.samples.prompts:
+        show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
     terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     ["run"],
     ["step"],
     ["step0_checks", "evaluate", "export", "score", "show"],
+    ["train_run"],
     ["train"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -28,15 +29,16 @@ LAUNCHER_IMPORTS = {"config", "sizing", "runtime", "launcher"}
 ONLY_IN = {
     "deepspeed": {"policy.zero", "reference.zero", "reference.tensor_parallel", "runtime.world"},
     "wandb": {"run.tracking.wandb"},
+    "mlflow": {"run.tracking.mlflow"},
     "hydra": {"config.compose", "launcher.sweep.multirun"},
     "omegaconf": {"config.compose", "launcher.cli", "launcher.sweep.multirun"},
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
-TORCH_FREE = ("config", "sizing", "launcher", "runtime.child_process", "runtime.cores", "runtime.files", "runtime.lock",
-              "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank",
-              "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
-SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "peft", "accelerate")
+TORCH_FREE = ("config", "sizing", "launcher", "runtime.best", "runtime.child_process", "runtime.cores", "runtime.files",
+              "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
+              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
+SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 
 

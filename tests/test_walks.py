@@ -131,10 +131,13 @@ class Shout:
     def log(self, row):
         self.file.write_text(f"STEP {row['step']}")
 
+    def log_samples(self, step, rows):
+        pass
+
     def finish(self, summary):
         pass
 """)
-    add_line(house, "dpo_dist/config/tracking.py", "TRACKERS: dict",
+    add_line(house, "dpo_dist/config/tracking.py", '"mlflow": MlflowConfig}',
              'TRACKERS["shout"] = dataclass(frozen=True)(type("ShoutConfig", (TrackingConfig,), {}))')
     add(house, "conf/tracking/shout.yaml", "name: shout                     # the last step, in capitals\n")
     assert touched(house) == {"dpo_dist/run/tracking/shout.py", "dpo_dist/config/tracking.py",

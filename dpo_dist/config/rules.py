@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.loss_options import LOSS_OPTIONS, MIXTURE
+from dpo_dist.config.output_rules import validate_outputs
 from dpo_dist.config.schema import DatasetConfig, LossConfig, OptimConfig, RunConfig
 
 PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
@@ -65,6 +66,7 @@ def validate(c: RunConfig) -> None:
     c.reference.check(c)
     _validate_zero(c)
     c.cluster.check(c.reference.server_nodes)
+    validate_outputs(c)
 
 
 def _validate_label_smoothing(loss: LossConfig) -> None:

@@ -136,7 +136,21 @@ class TrainConfig:
     log_every_steps: int = option(above=0)
     eval_every_steps: int | None = option(above=0)
     save_every_steps: int | None = option(above=0)
+    save_every_minutes: float | None = option(above=0)
     keep_checkpoints: int = option(above=0)
+    keep_best: str | None = option(RUN, unnamed=None)            # decides which weights are the run's
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    samples: int = option(between=(0, float("inf")))
+    max_new_tokens: int = option(above=0)
+    temperature: float = option(between=(0, float("inf")))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    push_to_hub: str | None = option()
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,8 @@ class RunConfig:
     loss: LossConfig = option(RUN)
     optim: OptimConfig = option(RUN)
     train: TrainConfig = option(RUN)
+    eval: EvalConfig = option()
+    export: ExportConfig = option()
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()
     tracking: TrackingConfig = option()

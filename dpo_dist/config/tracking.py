@@ -30,4 +30,12 @@ class WandbConfig(TrackingConfig):
     mode: Literal["online", "offline"] | None = option()
 
 
-TRACKERS: dict[str, type[TrackingConfig]] = {"none": NoTracking, "tensorboard": TensorBoardConfig, "wandb": WandbConfig}
+@dataclass(frozen=True)
+class MlflowConfig(TrackingConfig):
+    name: Literal["mlflow"] = option()
+    uri: str | None = option()
+    experiment: str = option()
+
+
+TRACKERS: dict[str, type[TrackingConfig]] = {
+    "none": NoTracking, "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "mlflow": MlflowConfig}

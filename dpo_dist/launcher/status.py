@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.slurm import job_states, recorded_jobs
+from dpo_dist.runtime.best import best_evaluation
 from dpo_dist.runtime.run_dir import RunDir
 
 
@@ -16,8 +18,25 @@ def status(run_dir: Path) -> str:
         raise UserError(f"{run_dir} holds no run; give the run.dir of one, as in: dpo-dist status runs/my-run")
     saved = ", ".join(checkpoint.name for checkpoint in folder.checkpoints())
     return "\n".join([f"run       {run_dir}", f"state     {folder.state()}", f"step      {_last_step(folder)}",
-                      f"saved     {saved or 'nothing yet'}",
+                      f"saved     {saved or 'nothing yet'}", *_best(folder), *_on_the_hub(folder),
                       *(f"{stage:<9} job {job}: {_job_state(job)}" for stage, job in jobs.items())])
+
+
+def _best(folder: RunDir) -> list[str]:
+    metric = _config(folder).get("train", {}).get("keep_best")
+    found = best_evaluation(folder, metric) if metric else None
+    return [] if found is None else [f"best      {folder.checkpoint(found['step']).name}: held-out {metric} "
+                                     f"{float(found[metric]):.4f}"]
+
+
+def _on_the_hub(folder: RunDir) -> list[str]:
+    if not folder.pushed_json.exists():
+        return []
+    return [f"uploaded  {json.loads(folder.pushed_json.read_text())['commit']}"]
+
+
+def _config(folder: RunDir) -> dict[str, Any]:
+    return dict(json.loads(folder.run_json.read_text())["config"]) if folder.run_json.exists() else {}
 
 
 def _job_state(job: str) -> str:
@@ -31,6 +50,5 @@ def _last_step(folder: RunDir) -> str:
     train = folder.rows("train")
     if not train:
         return "none yet"
-    written = folder.run_json
-    most = json.loads(written.read_text())["config"]["train"]["max_steps"] if written.exists() else None
+    most = _config(folder).get("train", {}).get("max_steps")
     return f"{train[-1]['step']}{f' of {most}' if most else ''}, loss {float(train[-1]['loss']):.4f}"

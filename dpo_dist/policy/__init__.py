@@ -20,6 +20,7 @@ class Policy(ABC):
     model: ScoredModel
     _engine: Any                             # what is called: the model itself, or DeepSpeed's engine around it
     _device: torch.device
+    is_sharded = False                       # whether forwards gather weights, so that all ranks must make as many
 
     def token_logps(self, batch: PackedBatch, collision: bool = False) -> TokenLogps:
         """Log-probs of the pack's completion tokens, with gradient outside `evaluating`."""

@@ -32,6 +32,7 @@ class ZeroPolicy(Policy):
                  world: World):
         prepare_deepspeed(world.device)
         self._world, self._device, self._stage = world, world.device, zero.stage
+        self.is_sharded = zero.stage == 3
         bf16, on_gpu = dtype == torch.bfloat16, world.device.type == "cuda"
         config = deepspeed_config(zero, optim, bf16, on_gpu)
         with sharded_load(config):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime.best import best_evaluation
 from dpo_dist.runtime.files import sync_folder, sync_tree, write_atomic
 from dpo_dist.runtime.run_dir import COMPLETE, RunDir
 from dpo_dist.runtime.world import World
@@ -34,10 +35,21 @@ class Checkpointed(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def save_checkpoint(run_dir: RunDir, parts: Sequence[Checkpointed], state: TrainState, keep: int, world: World) -> Path:
-    """Writes checkpoints/step-NNNNNN, unless it is there, and removes the oldest beyond `keep`. All ranks call it."""
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the newest few, and the best by a held-out metric."""
+
+    newest: int
+    best_by: str | None = None
+
+
+def save_checkpoint(run_dir: RunDir, parts: Sequence[Checkpointed], state: TrainState, keep: Keep,
+                    world: World) -> Path:
+    """Writes checkpoints/step-NNNNNN, unless it is there, and removes those that `keep` does not name. All ranks call
+    it."""
     folder = run_dir.checkpoint(state.step)
     if world.on_main(lambda: _is_there(folder)):
+        world.on_main(lambda: _remove_old(run_dir, keep))
         return folder
     for part in parts:
         part.save(folder)
@@ -83,10 +95,16 @@ def _is_there(folder: Path) -> bool:
     return False
 
 
-def _complete(run_dir: RunDir, folder: Path, state: TrainState, keep: int) -> None:
+def _complete(run_dir: RunDir, folder: Path, state: TrainState, keep: Keep) -> None:
     write_atomic(folder / "state.json", json.dumps(asdict(state)))
     (folder / COMPLETE).touch()
     sync_folder(folder)
-    for old in run_dir.checkpoints()[:-keep]:
-        (old / COMPLETE).unlink()                          # first invalid, then removed
-        shutil.rmtree(old)
+    _remove_old(run_dir, keep)
+
+
+def _remove_old(run_dir: RunDir, keep: Keep) -> None:
+    best = best_evaluation(run_dir, keep.best_by) if keep.best_by else None
+    for old in run_dir.checkpoints()[:-keep.newest]:
+        if best is None or old != run_dir.checkpoint(best["step"]):
+            (old / COMPLETE).unlink()                      # first invalid, then removed
+            shutil.rmtree(old)

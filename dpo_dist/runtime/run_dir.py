@@ -30,11 +30,15 @@ class RunDir:
         self.path = path = Path(folder)
         self.run_json = path / "run.json"              # the resolved config and where the run's numbers come from
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
+        self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
         self.model = path / "model"                    # what from_pretrained loads
         self.eval_json = path / "eval.json"
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.data_summary = path / "data.txt"
+        self.pushed_json = path / "pushed.json"        # where the model on the hub is
         self.wandb_id = path / "wandb_id"
+        self.mlflow_id = path / "mlflow_id"
+        self.mlflow = path / "mlruns"
         self.tensorboard = path / "tensorboard"
         self.logs = path / "logs"
         self.launcher_log = self.logs / "launcher.log"

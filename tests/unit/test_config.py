@@ -105,6 +105,22 @@ MISTAKES = {
     "model.lora.alpha=8.0 does nothing while model.lora.rank=0": ["model.lora.alpha=8"],
     "model.lora.target_modules=('nope',) does nothing while model.lora.rank=0": ["model.lora.target_modules=[nope]"],
     "train.eval_every_steps=5 has nothing to evaluate": ["train.eval_every_steps=5"],
+    "train.keep_best=rewards/accuracy is not allowed: did you mean 'rewards/accuracies'": [
+        "train.keep_best=rewards/accuracy", "data.eval_fraction=0.1"],
+    "train.keep_best=kl is not allowed: one of: loss, rewards/accuracies, rewards/margins": ["train.keep_best=kl"],
+    "train.keep_best=loss is measured on held-out pairs, and there are none": ["train.keep_best=loss"],
+    "train.keep_best=rewards/margins is not measured with loss.name=sft": [
+        "train.keep_best=rewards/margins", "data.eval_fraction=0.1", "loss=sft"],
+    "train.save_every_minutes=0.0 must be greater than 0": ["train.save_every_minutes=0"],
+    "eval.samples=4 answers held-out prompts, and there are none": ["eval.samples=4"],
+    "eval.samples=-1 must be between 0 and inf": ["eval.samples=-1"],
+    "eval.temperature=0.7 would do nothing: eval.samples=0": ["eval.temperature=0.7"],
+    "eval.max_new_tokens=8 would do nothing: eval.samples=0": ["eval.max_new_tokens=8"],
+    "export.push_to_hub=mine is no name of a model on the hub; write owner/name": [
+        "export.push_to_hub=mine", "run.offline=false"],
+    "export.push_to_hub=me/my--model is no name": ["export.push_to_hub=me/my--model", "run.offline=false"],
+    "export.push_to_hub=me/mine needs the network; set run.offline=false": ["export.push_to_hub=me/mine"],
+    "unknown key 'tracking.uri': it goes with tracking=mlflow": ["tracking.uri=http://a"],
     "reference.mode=live would do nothing: loss.name=orpo uses no reference": ["loss=orpo", "reference.mode=live"],
     "reference.mode=ahead scores beside training, but": ["reference=adapter_off", "model.lora.rank=4",
                                                          "reference.mode=ahead"],
@@ -170,7 +186,7 @@ def test_every_yaml_key_has_a_comment():
 def test_help_lists_every_key_of_the_configuration():
     config = to_dict(compose(["model.path=m"]))
     listed = {key for key, _, _ in documented_keys()}
-    for group in ("model", "data", "reference", "optim", "train", "zero", "cluster", "run"):
+    for group in ("model", "data", "reference", "optim", "train", "eval", "export", "zero", "cluster", "run"):
         for key, value in config[group].items():
             assert f"{group}.{key}" in listed or any(f"{group}.{key}.{k}" in listed
                                                      for k in (value or {})), f"{group}.{key}"
@@ -247,7 +263,15 @@ def test_every_field_says_what_it_decides_and_only_what_is_trained_names_a_run()
             assert "decides" in spec.metadata, f"{section.__name__}.{spec.name} is declared without option()"
     identity = compose(["model.path=m"]).identity_dict()
     assert identity["reference"] == {"path": None, "sync": {"mode": "none", "alpha": None, "every_steps": None}}
-    assert not {"cluster", "tracking", "run", "zero", "experiment"} & identity.keys()
+    assert not {"cluster", "tracking", "run", "zero", "experiment", "eval", "export"} & identity.keys()
+
+
+def test_what_is_exported_names_a_run_and_how_it_is_followed_does_not():
+    plain, held_out = compose(["model.path=m"]), ["model.path=m", "data.eval_fraction=0.1"]
+    followed = compose([*held_out, "train.save_every_minutes=10", "eval.samples=8", "export.push_to_hub=me/it",
+                        "run.offline=false", "tracking=mlflow"])
+    assert followed.identity() == compose(held_out).identity() != plain.identity()
+    assert compose([*held_out, "train.keep_best=loss"]).identity() != compose(held_out).identity()
 
 
 @pytest.mark.parametrize("words, digest", [

@@ -252,6 +252,8 @@ MISTAKES = {
                                                                          "hydra.launcher.objective=los"],
     "hydra.launcher.objective=rewards/accuracies is not measured with loss.name=sft": ["loss=sft",
                                                                                        "optim.lr=1e-6,1e-5"],
+    "export.push_to_hub=me/it: the runs of a sweep would overwrite": [
+        "loss.beta=0.1,0.2", "export.push_to_hub=me/it", "run.offline=false"],
     "leave no held-out pairs to compare the runs of a sweep by": ["loss.beta=0.1,0.2", "data.eval_fraction=0"],
     "cannot read the override 'loss.beta=[0.1,'": ["loss.beta=[0.1,"],
 }

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.run.tracking.make import open_tracker
+from dpo_dist.run.tracking.make import check_tracker, open_tracker
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -138,6 +139,76 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/rewards/margins"}
     assert [e.step for e in events.Scalars("train/rewards/margins")] == list(range(8))
     assert events.Scalars("train/loss")[0].value == 0.5
+
+
+SAMPLES = [{"step": 0, "prompt": "a <b>\nc", "completion": f"answer {i}", "tokens": 2, "ended": True} for i in range(2)]
+
+
+def test_answers_are_kept_once_over_a_resume_and_a_kill_amid_writing(tmp_path: Path) -> None:
+    def kept() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+
+    def log(resumed_step: int, *steps: int) -> None:
+        tracker = open_tracker(config(), tmp_path, True, resumed_step)
+        for step in steps:
+            tracker.log_samples(step, [{**row, "step": step} for row in SAMPLES])
+
+    log(0, 0, 1, 2)
+    assert kept() == [0, 0, 1, 1, 2, 2]
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3, "pro')
+    log(1, 1)                                                # step 1 is evaluated again
+    assert kept() == [0, 0, 1, 1]
+    log(0, 0)
+    assert kept() == [0, 0]
+
+
+def test_tensorboard_and_wandb_show_answers(tmp_path: Path, no_login: None) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("tensorboard", "wandb"):
+        tracker = open_tracker(config(f"tracking={name}"), tmp_path, True, 0)
+        tracker.log_samples(4, SAMPLES)
+        tracker.finish({})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("samples/1/text_summary")
+    assert event.step == 4 and b"    a <b>\n    c" in event.tensor_proto.string_val[0]
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
+    assert [row[:2] for row in json.loads(table.read_text())["data"]] == [["a <b>\nc", f"answer {i}"] for i in range(2)]
+
+
+def test_mlflow_that_is_not_installed_is_one_message_with_the_remedy() -> None:
+    with (mock.patch.dict(sys.modules, {"mlflow.entities": None}),
+          pytest.raises(UserError, match=r"tracking=mlflow needs MLflow.*pip install 'dpo-dist\[mlflow\]'")):
+        check_tracker(config("tracking=mlflow"))
+
+
+def test_mlflow_keeps_a_run_and_a_resumed_run_goes_on_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="needs MLflow: pip install 'dpo-dist[mlflow]'")
+    from mlflow.tracking import MlflowClient
+
+    tracker = open_tracker(config("tracking=mlflow"), tmp_path, True, 0)
+    tracker.log(row(1, grad_norm=float("nan")))
+    tracker.log_samples(1, SAMPLES)
+    tracker.finish({})
+    client, run_id = MlflowClient((tmp_path / "mlruns").as_uri()), (tmp_path / "mlflow_id").read_text()
+    assert client.get_run(run_id).info.status == "KILLED"
+    track(tmp_path, range(2, 4), 1, "tracking=mlflow")
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED" and found.info.run_name == tmp_path.name
+    assert found.data.params["train.pairs_per_step"] == "64" and found.data.metrics["train/loss"] == 0.5
+    assert [m.step for m in client.get_metric_history(run_id, "train/rewards/margins")] == [1, 2, 3]
+    assert len(client.search_runs([found.info.experiment_id])) == 1
+    kept = next((tmp_path / "mlruns").rglob("samples/step-000001.json"))
+    assert json.loads(kept.read_text()) == SAMPLES
+
+    tracker = open_tracker(config("tracking=mlflow"), tmp_path, True, 3)
+    (tmp_path / "mlruns").rename(tmp_path / "gone")
+    tracker.log(row(4))
+    tracker.finish({})
+    assert rows_of(tmp_path)[-1]["step"] == 4, "a copy that cannot be made ends no training"
+    with pytest.raises(UserError, match=r"tracking\.uri=nowhere://a: MLflow could not start"):
+        open_tracker(config("tracking=mlflow", "tracking.uri=nowhere://a"), tmp_path / "other", True, 0)
 
 
 def test_a_tracking_key_that_would_do_nothing_is_an_error() -> None:

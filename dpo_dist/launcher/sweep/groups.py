@@ -110,7 +110,11 @@ def reference_group(config: RunConfig) -> str | None:
 
 
 def check_comparable(config: RunConfig, objective: str) -> None:
-    """UserError where the runs of a sweep could not share their reference, or be compared on held-out pairs."""
+    """UserError where the runs of a sweep could not share their reference, be compared on held-out pairs, or keep
+    their models apart."""
+    if config.export.push_to_hub:
+        raise UserError(f"export.push_to_hub={config.export.push_to_hub}: the runs of a sweep would overwrite each "
+                        "other's model there; leave it out, and upload the best run's with dpo-dist export")
     if config.reference.mode == "ahead":
         raise UserError("reference.mode=ahead is for a single run; the runs of a sweep share what is scored first: set "
                         "reference.mode=cached")

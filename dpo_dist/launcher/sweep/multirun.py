@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.config.compose import choices, compose, conf_dir, explain, with_groups
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.objectives import OBJECTIVES
 from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.launcher.plan import quoted
 from dpo_dist.launcher.sweep.groups import (
@@ -29,7 +30,7 @@ from dpo_dist.launcher.sweep.groups import (
     sweep_folder,
 )
 from dpo_dist.launcher.sweep.page import write_page
-from dpo_dist.launcher.sweep.results import OBJECTIVES, Result, best, command_of, read_result, table, write_results
+from dpo_dist.launcher.sweep.results import Result, best, command_of, read_result, table, write_results
 
 
 def multirun(words: Sequence[str], dry_run: bool = False) -> int:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.objectives import OBJECTIVES, badness
 from dpo_dist.config.options import to_dict
 from dpo_dist.launcher.sweep.groups import Job, shown
+from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.files import jsonable, write_json
 from dpo_dist.runtime.run_dir import RunDir
 
-# What a sweep can optimize, and in which direction. The scale of `loss` depends on beta: not for sweeps of beta.
-OBJECTIVES = {"rewards/accuracies": "maximize", "rewards/margins": "maximize", "loss": "minimize"}
 KL, DRIFT = "reference/kl_per_token", "reference/chosen_drift_per_token"
 COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "KL estimate", DRIFT: "chosen drift",
            "loss": "loss"}
@@ -22,7 +22,8 @@ COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", KL: "K
 
 @dataclass(frozen=True)
 class Result:
-    """`metrics`: of the last held-out evaluation, empty unless the job is done. `message`: why it is not."""
+    """`metrics`: of the held-out evaluation of what is exported, empty unless the job is done. `message`: why it is
+    not."""
 
     job: Job
     done: bool
@@ -34,8 +35,8 @@ def read_result(job: Job, why_not: str = "") -> Result:
     """What the job's folder says. `why_not`: why the job could not be started, where that is known."""
     folder = RunDir(job.run_dir)
     if job.is_done():
-        last = (folder.rows("eval") or [{}])[-1]
-        return Result(job, True, {name: float(value) for name, value in last.items() if name not in ("step", "split")})
+        last = (folder.rows("eval") or [{"step": 0}])[-1]["step"]
+        return Result(job, True, exported_step(folder, job.config.train.keep_best, last)[1])
     failure = folder.failure()
     if not why_not and failure is not None:
         why_not = failure.message
@@ -44,9 +45,8 @@ def read_result(job: Job, why_not: str = "") -> Result:
 
 def best(results: Sequence[Result], objective: str) -> Result | None:
     """The finished job with the best objective, among equals the closest to the reference; None if none is finite."""
-    sign = 1 if OBJECTIVES[objective] == "minimize" else -1
     able = [r for r in results if math.isfinite(r.metrics.get(objective, math.nan))]
-    return min(able, key=lambda r: (sign * r.metrics[objective], r.metrics.get(KL, 0.0)), default=None)
+    return min(able, key=lambda r: (badness(objective, r.metrics[objective]), r.metrics.get(KL, 0.0)), default=None)
 
 
 def command_of(job: Job) -> str:

@@ -1,12 +1,13 @@
 """RunConfig → the run's Tracker. A tracker's own module, named as in `tracking.name`, is imported here alone."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking import NoTracking
-from dpo_dist.run.tracking import MetricsRow, Tracker
+from dpo_dist.run.tracking import MetricsRow, SampleRow, Tracker
 from dpo_dist.run.tracking.metrics_file import MetricsFile
 from dpo_dist.runtime.run_dir import RunDir
 
@@ -20,11 +21,17 @@ def open_tracker(config: RunConfig, run_dir: str | Path, is_main: bool, resumed_
         return Trackers()
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = MetricsFile(RunDir(run_dir).metrics, resumed_step)
+    metrics = MetricsFile(RunDir(run_dir), resumed_step)
     if isinstance(config.tracking, NoTracking):
         return metrics
     module = import_module(f"dpo_dist.run.tracking.{config.tracking.name}")
     return Trackers(metrics, module.open_tracker(config, run_dir, resumed_step))
+
+
+def check_tracker(config: RunConfig) -> None:
+    """UserError where the tracker's library is missing: known before anything is computed."""
+    if not isinstance(config.tracking, NoTracking):
+        import_module(f"dpo_dist.run.tracking.{config.tracking.name}")
 
 
 class Trackers:
@@ -36,6 +43,10 @@ class Trackers:
     def log(self, row: MetricsRow) -> None:
         for tracker in self._trackers:
             tracker.log(row)
+
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        for tracker in self._trackers:
+            tracker.log_samples(step, rows)
 
     def finish(self, summary: MetricsRow) -> None:
         for tracker in self._trackers:

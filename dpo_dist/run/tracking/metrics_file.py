@@ -1,13 +1,17 @@
-"""<run.dir>/metrics.jsonl: one JSON object a row, always written; resumes, sweeps and people read it."""
+"""<run.dir>/metrics.jsonl: one JSON object a row, always written; resumes, sweeps and people read it. Beside it
+samples.jsonl."""
 from __future__ import annotations
 
 import json
 import logging
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
-from dpo_dist.run.tracking import MetricsRow
+from dpo_dist.run.tracking import MetricsRow, SampleRow
 from dpo_dist.runtime.files import jsonable, write_atomic
+from dpo_dist.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -15,25 +19,36 @@ log = logging.getLogger(__name__)
 class MetricsFile:
     """One JSON object a line. The summary is not kept here: its numbers are rows already."""
 
-    def __init__(self, path: Path, resumed_step: int):
-        keep_rows_until(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, run_dir: RunDir, resumed_step: int):
+        self._samples = run_dir.samples
+        for path in (run_dir.metrics, run_dir.samples):
+            keep_rows_until(path, resumed_step if resumed_step > 0 else -1)
+        self._file = run_dir.metrics.open("a", encoding="utf-8")
 
     def log(self, row: MetricsRow) -> None:
-        self._file.write(json.dumps({key: jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fdatasync(self._file.fileno())               # 0.2 ms on a local disk: nothing beside a step
+        _append(self._file, [{key: jsonable(value) for key, value in row.items()}])
+
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        keep_rows_until(self._samples, step - 1)        # an evaluation that a kill cut off is made again
+        with self._samples.open("a", encoding="utf-8") as file:
+            _append(file, rows)
 
     def finish(self, summary: MetricsRow) -> None:
         self._file.close()
 
 
+def _append(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    file.flush()
+    os.fdatasync(file.fileno())                         # 0.2 ms on a local disk: nothing beside a step
+
+
 def keep_rows_until(path: Path, step: int) -> None:
-    """Drops rows after `step` (0 = all), and what a kill left half-written. The file is replaced in one go."""
+    """Drops rows after `step`, and what a kill left half-written. The file is replaced in one go."""
     if not path.exists():
         return
     old = path.read_bytes()
-    kept = b"".join(line for line in old.splitlines(keepends=True) if step > 0 and _is_row_until(line, step))
+    kept = b"".join(line for line in old.splitlines(keepends=True) if _is_row_until(line, step))
     if kept == old:
         return
     log.info("%s: %d of %d lines stay, up to step %d", path, kept.count(b"\n"), len(old.splitlines()), step)
@@ -44,5 +59,5 @@ def _is_row_until(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except ValueError:
-        log.warning("a line of metrics.jsonl was not whole and is dropped: %r", line[:80])
+        log.warning("a line was not whole and is dropped: %r", line[:80])
         return False

@@ -1,13 +1,14 @@
 """tracking=tensorboard: a copy of the rows as event files."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.run.tracking import MetricsRow, named_by_split
+from dpo_dist.run.tracking import MetricsRow, SampleRow, named_by_split
 from dpo_dist.runtime.run_dir import RunDir
 
 
@@ -27,7 +28,18 @@ class TensorBoard:
             self._writer.add_scalar(name, value, row["step"])
         self._writer.flush()
 
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        for number, row in enumerate(rows):
+            text = f"**prompt**\n\n{indented(row['prompt'])}\n\n**completion**\n\n{indented(row['completion'])}"
+            self._writer.add_text(f"samples/{number}", text, step)
+        self._writer.flush()
+
     def finish(self, summary: MetricsRow) -> None:
         if summary:
             self._writer.add_text("summary", "\n".join(f"- {name}: {value}" for name, value in summary.items()))
         self._writer.close()
+
+
+def indented(text: object) -> str:
+    """The text as Markdown shows it to the letter."""
+    return "\n".join(f"    {line}" for line in str(text).splitlines())

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import wandb
@@ -10,7 +11,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking import WandbConfig
-from dpo_dist.run.tracking import MetricsRow, named_by_split
+from dpo_dist.run.tracking import MetricsRow, SampleRow, named_by_split
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.run_dir import RunDir
 
@@ -47,6 +48,11 @@ class Wandb:
 
     def log(self, row: MetricsRow) -> None:
         self._run.log({"step": row["step"], **named_by_split(row)})
+
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        columns = ["prompt", "completion", "tokens", "ended"]
+        cells = [[str(row["prompt"]), str(row["completion"]), row["tokens"], row["ended"]] for row in rows]
+        self._run.log({"step": step, "samples": wandb.Table(columns=columns, data=cells)})
 
     def finish(self, summary: MetricsRow) -> None:
         self._run.summary.update(dict(summary))

@@ -1,0 +1,55 @@
+"""Rules on what a run leaves: the checkpoint that is exported, samples, and the upload. No torch here."""
+from __future__ import annotations
+
+import re
+
+from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.objectives import OBJECTIVES
+from dpo_dist.config.schema import RunConfig
+
+MAX_NEW_TOKENS, TEMPERATURE = 256, 0.0               # as in conf/config.yaml
+# as the hub's own rule: letters, digits, "_", "-" and ".", no two "-" or "." in a row, none at an end
+_HUB_NAME = re.compile(r"\w+(?:[-.]\w+|_)*/(?=.{1,96}$)\w+(?:[-.]\w+|_)*")
+
+
+def validate_outputs(c: RunConfig) -> None:
+    """Raises UserError for keys of this kind that contradict each other, or would do nothing."""
+    _validate_best(c)
+    _validate_samples(c)
+    name = c.export.push_to_hub
+    if name is None:
+        return
+    if not _HUB_NAME.fullmatch(name) or name.endswith(".git"):
+        raise UserError(f"export.push_to_hub={name} is no name of a model on the hub; write owner/name, of letters, "
+                        "digits, '-', '_' and '.'")
+    if c.run.offline:
+        raise UserError(f"export.push_to_hub={name} needs the network; set run.offline=false")
+
+
+def _validate_best(c: RunConfig) -> None:
+    metric = c.train.keep_best
+    if metric is None:
+        return
+    if metric not in OBJECTIVES:
+        raise UserError(f"train.keep_best={metric} is not allowed: {nearest(metric, OBJECTIVES)}")
+    if not _holds_out(c):
+        raise UserError(f"train.keep_best={metric} is measured on held-out pairs, and there are none; set data.eval or "
+                        "data.eval_fraction=0.05")
+    if metric.startswith("rewards/") and not c.loss.uses_rejected:
+        raise UserError(f"train.keep_best={metric} is not measured with loss.name={c.loss.name}, which implies no "
+                        "rewards; set train.keep_best=loss")
+
+
+def _validate_samples(c: RunConfig) -> None:
+    samples = c.eval
+    if samples.samples and not _holds_out(c):
+        raise UserError(f"eval.samples={samples.samples} answers held-out prompts, and there are none; set data.eval "
+                        "or data.eval_fraction=0.05")
+    for key, default in (("max_new_tokens", MAX_NEW_TOKENS), ("temperature", TEMPERATURE)):
+        if not samples.samples and getattr(samples, key) != default:
+            raise UserError(f"eval.{key}={getattr(samples, key)} would do nothing: eval.samples=0; remove it, or set "
+                            "eval.samples=8")
+
+
+def _holds_out(c: RunConfig) -> bool:
+    return bool(c.data.eval or c.data.eval_fraction)

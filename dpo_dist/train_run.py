@@ -1,0 +1,117 @@
+"""A training run once everything is open: its steps' packs, its evaluations, its checkpoints."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.sampler import Sampler
+from dpo_dist.evaluate import evaluate
+from dpo_dist.policy import Policy
+from dpo_dist.reference import ReferenceEngine
+from dpo_dist.reference.audit import believe_earlier_audit
+from dpo_dist.run.checkpoint import Checkpointed, Keep, TrainState, save_checkpoint
+from dpo_dist.run.inputs import Inputs
+from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.provenance import add_parity
+from dpo_dist.run.samples import Samples
+from dpo_dist.run.save_timer import SaveTimer
+from dpo_dist.run.tracking import Tracker
+from dpo_dist.runtime.best import is_best_yet
+from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.world import World
+from dpo_dist.step import StepBatches, step_batches
+from dpo_dist.step0_checks import check_step_0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run consists of."""
+
+    config: RunConfig
+    run_dir: RunDir
+    inputs: Inputs
+    sampler: Sampler
+    total: int                           # optimizer steps
+    policy: Policy
+    reference: ReferenceEngine | None
+    tracker: Tracker
+    samples: Samples
+    timer: SaveTimer
+    world: World
+    before: dict[str, float] = field(default_factory=dict)               # held-out means before training
+
+    def batches(self, step: int) -> StepBatches:
+        """This rank's packs of a step."""
+        flops = self.inputs.flops.training(frozen_base=self.config.model.lora.rank > 0)
+        return step_batches(
+            self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
+            self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
+
+    def is_due(self, every: int | None, step: int) -> bool:
+        """Whether this step is a multiple of `every`, or the last one."""
+        return step == self.total or bool(every and step % every == 0)
+
+    def evaluates_after(self, step: int) -> bool:
+        return step == 0 or self.is_due(self.config.train.eval_every_steps, step)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
+        means = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
+        if self.samples.prompts:                         # written first: a row of metrics says that all is done
+            self.tracker.log_samples(step, self.samples.answer(self.policy, step, self.world))
+        if means:
+            self.tracker.log({"step": step, "split": "eval", **means})
+        return means
+
+    def save(self, step: int, sums: MetricSums) -> None:
+        """A checkpoint after this step. All ranks call it."""
+        train = self.config.train
+        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world), self.before)
+        save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state,
+                        Keep(train.keep_checkpoints, train.keep_best), self.world)
+        self.timer.restart()
+
+    def save_if_best(self, step: int, means: dict[str, float], sums: MetricSums) -> None:
+        """A checkpoint after this step where train.keep_best asks for one: its held-out means are the best so far. All
+        ranks call it."""
+        metric = self.config.train.keep_best
+        if metric and self.world.on_main(lambda: is_best_yet(self.run_dir, metric, step, means[metric])):
+            self.save(step, sums)
+
+
+def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:
+    """The parts of a run that a checkpoint holds."""
+    return [policy] if reference is None else [policy, reference]
+
+
+def evaluate_before(run: Run, resumed: TrainState | None, terminal: Terminal) -> dict[str, float]:
+    """The held-out means before training, once step 0's checks pass. What the last start still had to evaluate is
+    evaluated. All ranks call it."""
+    config, inputs, world = run.config, run.inputs, run.world
+    done = resumed.step if resumed else 0
+    if config.reference.outside:
+        # the scoring processes audit it before their first value
+        if config.reference.mode == "ahead" and run.reference is not None:
+            run.reference.wait_for(run.batches(min(done + 1, run.total)).batches)
+            world.on_main(lambda: believe_earlier_audit(config, inputs.reference_key, inputs.dtype, terminal))
+        world.on_main(lambda: add_parity(run.run_dir))
+    if resumed is None:
+        # where policy and reference start from the same weights, every first margin must be 0
+        same_start = run.reference if inputs.same_start else None
+        first_pairs = run.sampler.pairs_of_step(1, config.train.epochs, config.train.max_steps)
+        check_step_0(run.policy, same_start, run.batches(1), first_pairs, inputs.train, inputs.dtype, world)
+        return run.evaluate(0)
+    if run.evaluates_after(done) and not world.on_main(
+            lambda: any(row["step"] == done for row in run.run_dir.rows("eval"))):
+        run.evaluate(done)                               # the last start ended between saving and evaluating
+    return means_before(run, resumed)
+
+
+def means_before(run: Run, resumed: TrainState) -> dict[str, float]:
+    """The held-out means before training of a run that goes on: from its checkpoint, else from its metrics; empty where
+    neither has them. All ranks call it."""
+    if resumed.before is not None:
+        return resumed.before
+    rows = run.world.on_main(lambda: [row for row in run.run_dir.rows("eval") if row["step"] == 0])
+    return {name: float(value) for name, value in (rows[-1] if rows else {}).items() if name not in ("step", "split")}
