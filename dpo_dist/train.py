@@ -9,7 +9,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler, make_sampler
 from dpo_dist.evaluate import evaluate
-from dpo_dist.export import export_model
+from dpo_dist.export import export
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
@@ -47,8 +47,9 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     done = resumed[1].step if resumed else 0
-    if done == total and world.on_main(run_dir.model.exists):
-        terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir.model}")
+    exports = run_dir.exports(config.export.merged, config.export.adapter)
+    if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):
+        terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         return
     world.on_main(lambda: write_run(run_dir, config, lineage))
 
@@ -97,11 +98,11 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 after = run.evaluate(step)
             clock.mark(None)                             # evaluation and saving are not training time
 
-    model = export_model(run_dir, policy, inputs, config, after, world, terminal)
+    models = export(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
     if reference is not None:
         reference.close()
-    tell_results(terminal, run, after, model)
+    tell_results(terminal, run, after, models)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Run:
 
     def batches(self, step: int) -> StepBatches:
         """This rank's packs of a step."""
-        flops = self.inputs.flops.training(frozen_base=self.config.model.lora.rank > 0)
+        flops = self.inputs.flops.training(frozen_base=self.config.trains_adapter)
         return step_batches(
             self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
             self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
@@ -202,13 +203,13 @@ def wait_for_reference(run: Run, step: int, done: int, batches: StepBatches, sum
         raise
 
 
-def tell_results(terminal: Terminal, run: Run, after: dict[str, float], model: Path) -> None:
+def tell_results(terminal: Terminal, run: Run, after: dict[str, float], models: list[Path]) -> None:
     """The held-out table, and where everything is."""
     if after:
         rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
                 for name, value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
-    terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
+    terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 
 if __name__ == "__main__":

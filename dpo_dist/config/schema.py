@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dpo_dist.config.adapter import names_adapter
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.loss_options import LOSS_OPTIONS
 from dpo_dist.config.options import RUN, TOKENS, deciding, option
@@ -24,6 +25,9 @@ class LoraConfig:
     rank: int = option(RUN)
     alpha: float | None = option(RUN)
     target_modules: tuple[str, ...] | str = option(RUN)
+    modules_to_save: tuple[str, ...] = option(RUN, default=(), unnamed=())
+    rslora: bool = option(RUN, default=False, unnamed=False)
+    dora: bool = option(RUN, default=False, unnamed=False)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,19 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    what: Literal["merged", "adapter", "both"] = option()
+
+    @property
+    def merged(self) -> bool:
+        return self.what != "adapter"
+
+    @property
+    def adapter(self) -> bool:
+        return self.what != "merged"
+
+
+@dataclass(frozen=True)
 class RunSection:
     dir: str | None = option()
     offline: bool = option()
@@ -171,6 +188,7 @@ class RunConfig:
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()
     tracking: TrackingConfig = option()
+    export: ExportConfig = option()
     run: RunSection = option()
     experiment: str | None = option(default=None)
 
@@ -178,6 +196,11 @@ class RunConfig:
     def reference_path(self) -> str:
         """The reference's weights: the policy's starting weights unless `reference.path` says otherwise."""
         return self.reference.path or self.model.path
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the policy trains LoRA adapters, fresh ones or those of model.path, and its base stays frozen."""
+        return self.model.lora.rank > 0 or names_adapter(self.model.path)
 
     @property
     def scores_apart(self) -> bool:

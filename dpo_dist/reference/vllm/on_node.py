@@ -14,8 +14,8 @@ import torch
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.folder import resolve
 from dpo_dist.models.load import torch_dtype
+from dpo_dist.models.resolve import resolve
 from dpo_dist.reference.vllm.open import served, server_spec
 from dpo_dist.reference.vllm.process import end_of, start_server
 from dpo_dist.runtime.run_dir import RunDir
@@ -28,7 +28,7 @@ def main(words: Sequence[str]) -> int:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         config = compose(overrides)
-        folder = resolve(config.reference_path, "reference.path", config.run.offline)
+        folder = resolve(config.reference_path, "reference.path", config.run.offline).base
         device = device_of(config.cluster, 0)
         dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1

@@ -1,0 +1,146 @@
+"""A LoRA adapter is trained on as plain peft and torch train it, on any number of ranks; another one, frozen, is the
+reference; what comes out is a model and an adapter that say the same. Each test is the real command."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import dpo_dist, eval_on, metrics, train_on, write_rows, write_tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+ROWS, STEPS, RATE, BETA = 10, 3, 1e-2, 0.5
+SHARDED = ["zero=zero3", "cluster.procs_per_node=2", "zero.persistence_threshold=0", "train.tokens_per_microbatch=120"]
+WHOLE = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.3}
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA, trained head, embedding and norm": {
+        "use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head", "model.norm"]},
+    "DoRA, ranks by pattern": {"use_dora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+}
+
+
+def write_adapter(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
+    """Saves an adapter as peft does, with random weights, so that it does something."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base),
+                                peft.LoraConfig(**{**WHOLE, **settings}, task_type="CAUSAL_LM"))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapted(base: Path, adapter: Path | None, trained: bool = False) -> Any:
+    """A plain peft model, in fp32 and without dropout."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return (model if adapter is None else peft.PeftModel.from_pretrained(model, adapter, is_trainable=trained)).eval()
+
+
+def margins(model: Any, rows: list[dict[str, list[int]]]) -> Any:
+    """(pairs,) log p(chosen) - log p(rejected), by one plain forward a sequence."""
+    import torch
+
+    def logp(prompt: list[int], completion: list[int]) -> Any:
+        ids = torch.tensor([prompt + completion])
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return logps[torch.arange(ids.shape[1] - 1), ids[0, 1:]][len(prompt) - 1:].sum()
+
+    return torch.stack([logp(row["prompt_ids"], row["chosen_ids"]) - logp(row["prompt_ids"], row["rejected_ids"])
+                        for row in rows])
+
+
+def trained_plainly(base: Path, adapter: Path, reference: Any, rows: list[dict[str, list[int]]],
+                    into: Path) -> list[float]:
+    """The losses of some steps over all rows; peft saves what comes of them."""
+    import torch
+
+    policy = adapted(base, adapter, trained=True)
+    with torch.no_grad():
+        wanted = margins(reference, rows)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=RATE, betas=(0.9, 0.95),
+                                  eps=1e-8, weight_decay=0.0)
+    losses = []
+    for _ in range(STEPS):
+        loss = -torch.nn.functional.logsigmoid(BETA * (margins(policy, rows) - wanted)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    policy.save_pretrained(into)
+    return losses
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict[str, list[int]]]:
+    write_tiny_llama(tmp_path / "m")
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def words(tmp_path: Path, base: list[str], rows: object) -> list[str]:
+    return ["train", *base, train_on(tmp_path / "rows.jsonl"), f"train.pairs_per_step={ROWS}",
+            f"train.max_steps={STEPS}", f"train.epochs={STEPS}", f"optim.lr={RATE}", "optim.schedule=constant",
+            "optim.warmup_ratio=0", "optim.weight_decay=0", "optim.max_grad_norm=null", "optim.betas=[0.9,0.95]",
+            f"loss.beta={BETA}", "export.what=both"]
+
+
+def tensors(adapter: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def check_same(one: dict[str, Any], other: dict[str, Any], within: float = 1e-5) -> None:
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < within
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run_dir)]
+
+
+CASES = {
+    "plain torch, another model for the reference": ("LoRA", ["zero=none", "reference=hf"]),
+    "2 processes, ZeRO-2, a second adapter beside the first": (
+        "LoRA", ["zero=zero2", "cluster.procs_per_node=2", "reference=adapter"]),
+    "2 processes, ZeRO-3, a second adapter, live": (
+        "rsLoRA, trained head, embedding and norm", [*SHARDED, "reference=adapter", "reference.mode=live"]),
+    "1 process, ZeRO-3, a sharded reference": (
+        "rsLoRA, trained head, embedding and norm", [*SHARDED, "cluster.procs_per_node=1", "reference=zero"]),
+    "DoRA": ("DoRA, ranks by pattern", ["zero=none", "reference=adapter", "model.gradient_checkpointing=true"]),
+    "DoRA, 2 processes, ZeRO-3": ("DoRA, ranks by pattern", [*SHARDED, "reference=adapter", "reference.mode=live"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_with_an_adapter_as_plain_peft_does_and_another_is_the_reference(
+        case: str, tmp_path: Path, words: list[str], rows: list[dict[str, list[int]]]):
+    import torch
+
+    kind, more = CASES[case]
+    base = tmp_path / "m"
+    start, reference = (write_adapter(tmp_path / name, base, seed, **KINDS[kind]) for name, seed in
+                        (("start", 1), ("reference_adapter", 2)))
+    wanted = trained_plainly(base, start, adapted(base, reference), rows, tmp_path / "plain")
+    run_dir = tmp_path / "run"
+    done = dpo_dist(*words, *more, f"model.path={start}", f"reference.path={reference}", f"run.dir={run_dir}")
+    assert "lora_dropout=0.3; here it is 0" in " ".join(done.stdout.split())
+    assert losses(run_dir) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    check_same(tensors(run_dir / "adapter"), tensors(tmp_path / "plain"))
+    assert tensors(run_dir / "adapter").keys() == tensors(start).keys()
+    with torch.no_grad():
+        merged, alone = margins(adapted(run_dir / "model", None), rows), margins(adapted(base, run_dir / "adapter"), rows)
+    assert (merged - alone).abs().max() < 1e-4
