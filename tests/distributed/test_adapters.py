@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import dpo_dist, metrics, train_on, write_rows, write_tiny_llama
+from conftest import GOLDEN, dpo_dist, metrics, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -136,8 +136,8 @@ def test_training_goes_on_with_an_adapter_as_plain_peft_does_and_another_is_the_
                         (("start", 1), ("reference_adapter", 2)))
     for folder in (base, start):
         shutil.copyfile(GOLDEN / "policy" / "tokenizer.json", folder / "tokenizer.json")
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast",
-                                                                  "name_or_path": folder.name}))
+        settings = json.loads((GOLDEN / "policy" / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "name_or_path": folder.name}))
     wanted = trained_plainly(base, start, adapted(base, reference), rows, tmp_path / "plain")
     run_dir = tmp_path / "run"
     done = dpo_dist(*words, *more, f"model.path={start}", f"reference.path={reference}", f"run.dir={run_dir}")
