@@ -16,9 +16,11 @@ from conftest import write_text_and_image, write_tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.config.adapter import names_adapter
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig
+from dpo_dist.export import _base_of
 from dpo_dist.models.digest import folder_digest, model_digest
 from dpo_dist.models.load import load_causal_lm
 from dpo_dist.models.lora import REFERENCE, add_adapter, add_lora
@@ -68,18 +70,25 @@ def test_the_base_is_found_from_the_working_folder_and_from_the_adapters(
     assert found(change(adapter, base_model_name_or_path="base")).samefile(base)
 
 
-def test_a_base_of_the_hub_is_looked_up_in_its_revision(
+def test_adapters_and_bases_of_the_hub_are_looked_up_and_exported_with_their_revision(
         base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    model = tmp_path / "hub" / "models--some--model"
-    shutil.copytree(base, model / "snapshots" / "abc")
-    (model / "refs").mkdir()
-    (model / "refs" / "v2").write_text("abc")
-    change(adapter, base_model_name_or_path="some/model", revision="v2")
-    assert found(adapter).samefile(model / "snapshots" / "abc")
-    with pytest.raises(UserError, match=r"adapter for 'some/model'.* neither a folder nor .* run\.offline=false"):
+    change(adapter, base_model_name_or_path="a/model", revision="v2")
+    for name, folder in (("model", base), ("adapter", adapter)):
+        cached = tmp_path / "hub" / f"models--a--{name}"
+        shutil.copytree(folder, cached / "snapshots" / "abc")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "v2").write_text("abc")
+    assert names_adapter("a/adapter@v2") and not names_adapter("a/adapter") and not names_adapter("a/model@v2")
+    config = compose(["model.path=a/adapter@v2", "reference=adapter_off", "export.what=adapter"])
+    policy = resolve(config.model.path, "model.path", offline=True)
+    assert policy.base.samefile(tmp_path / "hub" / "models--a--model" / "snapshots" / "abc")
+    assert _base_of(policy, config) == ("a/model", "v2")
+    fresh = compose(["model.path=a/model@v2", "model.lora.rank=4"])
+    assert _base_of(resolve(fresh.model.path, "model.path", offline=True), fresh) == ("a/model", "v2")
+    with pytest.raises(UserError, match=r"adapter for 'a/model'.* neither a folder nor .* run\.offline=false"):
         found(change(adapter, revision="v3"))
 
 
