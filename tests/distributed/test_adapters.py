@@ -120,8 +120,9 @@ CASES = {
         "rsLoRA, trained head, embedding and norm", [*SHARDED, "reference=adapter", "reference.mode=live"]),
     "1 process, ZeRO-3, a sharded reference": (
         "rsLoRA, trained head, embedding and norm", [*SHARDED, "cluster.procs_per_node=1", "reference=zero"]),
-    "DoRA": ("DoRA, ranks by pattern", ["zero=none", "reference=adapter", "model.gradient_checkpointing=true"]),
-    "DoRA, 2 processes, ZeRO-3": ("DoRA, ranks by pattern", [*SHARDED, "reference=adapter", "reference.mode=live"]),
+    "DoRA, 2 processes, ZeRO-3, layers recomputed": (
+        "DoRA, ranks by pattern", [*SHARDED, "reference=adapter", "reference.mode=live",
+                                   "model.gradient_checkpointing=true"]),
 }
 
 
