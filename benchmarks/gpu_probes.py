@@ -373,6 +373,7 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     from dpo_dist.data.prepare import prepare
     from dpo_dist.models.cost import forward_flops
     from dpo_dist.models.fused import choose_kernels
+    from dpo_dist.models.resolve import ModelFolder
     from dpo_dist.policy.make import make_policy
     from dpo_dist.reference.cache.fill import fill, plan_fill
     from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
@@ -397,13 +398,14 @@ def profile_step(model: str, stage: str, folder: Path) -> None:
     dtype = torch.bfloat16 if on_gpu() else torch.float32
     fused, why_not = choose_kernels(config.model.kernels, config_of(model), dtype, world.device)
     cache = LogpCache(str(folder / "reference"), ReferenceKey("bench", str(dtype)))
-    engine = HfReference(folder / "model", dtype, "branch", world.device, fused=fused)
+    folder_of_model = ModelFolder(folder / "model")
+    engine = HfReference(folder_of_model, dtype, "branch", world.device, fused=fused)
     # warms up
     engine.token_logps(step_batches(data, np.arange(2), config.loss, world, budget, flops).batches[0])
     synchronize()
     scoring = median_of_one(lambda: fill(plan_fill(cache, [data], world, budget)[0], cache, [data], engine, world))
     engine.close()
-    policy, reference = make_policy(config, folder / "model", "branch", world, fused), CachedReference(cache)
+    policy, reference = make_policy(config, folder_of_model, "branch", world, fused), CachedReference(cache)
     batches = step_batches(data, np.arange(pairs), config.loss, world, budget, flops, reference)
 
     def step() -> Tensor:

@@ -67,6 +67,7 @@ def prepare(folder: Path, vocabulary: int, budget: int) -> None:
     from workload import write_model
 
     from dpo_dist.models.digest import model_digest
+    from dpo_dist.models.resolve import ModelFolder
     from dpo_dist.reference.cache.fill import fill, plan_fill
     from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
     from dpo_dist.reference.hf import HfReference
@@ -80,7 +81,7 @@ def prepare(folder: Path, vocabulary: int, budget: int) -> None:
             f.write(json.dumps(ids) + "\n")
     _, world, pairs = inputs(folder, budget)
     cache = LogpCache(str(folder / "reference"), ReferenceKey(model_digest(folder / "model"), "float32"))
-    engine = HfReference(folder / "model", torch.float32, "branch", world.device)
+    engine = HfReference(ModelFolder(folder / "model"), torch.float32, "branch", world.device)
     fill(plan_fill(cache, [pairs], world, budget)[0], cache, [pairs], engine, world)
 
 

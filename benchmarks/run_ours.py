@@ -26,6 +26,7 @@ from dpo_dist.data.store import PairStore
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.folder import read_config
 from dpo_dist.models.load import ScoredModel, load_causal_lm
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.cache.fill import fill, plan_fill
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
@@ -50,7 +51,7 @@ def main(what: str, folder: Path, kind: str, steps: int) -> None:
                            config.optim, world.device))
     flops = forward_flops(read_config(folder / "model")).training(frozen_base=False)
     cache = LogpCache(str(folder / "reference"), ReferenceKey("bench", "float32"))
-    engine = HfReference(folder / "model", torch.float32, "branch", world.device)
+    engine = HfReference(ModelFolder(folder / "model"), torch.float32, "branch", world.device)
     scoring, _ = plan_fill(cache, [pairs], world, 1024)
     fill(scoring, cache, [pairs], engine, world)
     engine.close()

@@ -24,6 +24,7 @@ from dpo_dist.data.prepare import prepare
 from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.folder import read_config
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy.make import make_policy
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.run.metrics import MetricSums
@@ -125,7 +126,7 @@ def main(steps: int, overrides: list[str]) -> None:
     pairs = prepare(config.data, None, None)[0]
     flops = forward_flops(read_config(folder)).training(frozen_base=config.model.lora.rank > 0)
     clock = PhaseClock(world)
-    policy = make_policy(config, folder, "branch", world)
+    policy = make_policy(config, ModelFolder(folder), "branch", world)
     clock.mark("load")
     per_step = config.train.pairs_per_step
     check_packing(policy, pairs, np.arange(per_step), torch.float32)

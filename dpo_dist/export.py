@@ -1,5 +1,5 @@
-"""<run.dir>/model: trained weights, tokenizer, chat template and model card, for from_pretrained. Also `dpo-dist
-export`."""
+"""<run.dir>/model: trained weights, tokenizer, chat template and model card, for from_pretrained. <run.dir>/adapter:
+the LoRA adapter alone, for peft. Also `dpo-dist export`."""
 from __future__ import annotations
 
 import json
@@ -8,11 +8,16 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import safetensors.torch
+
+from dpo_dist.config.adapter import ADAPTER_WEIGHTS
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
 from dpo_dist.models.folder import Stored, stored_tensors, tied_embeddings, truthful_json
+from dpo_dist.models.lora import write_adapter_config
 from dpo_dist.models.quantized import is_scale
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
@@ -30,37 +35,94 @@ from dpo_dist.runtime.world import World
 # What is copied of the model's folder: files of tokenizers (of whatever name), chat templates, processors of images ...
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # ... and what is not: written anew, or of another training
-NOT_COPIED = ("config.json", "*.index.json", "trainer_state.json", "*_results.json", "quantize_config.json",
-              "requirements*.txt", "LICENSE*", "README*")
+NOT_COPIED = ("config.json", "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
+              "quantize_config.json", "requirements*.txt", "LICENSE*", "README*")
+SETTINGS, OF_TOKENIZER = "*config.json", "tokenizer_config.json"       # of the model, but for the tokenizer's
 NAMED_TEMPLATES = "additional_chat_templates"        # a folder: {name}.jinja
 
 
-def export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
-                 world: World, terminal: Terminal) -> Path:
-    """Writes the model beside its final place and moves it there whole. All ranks call it; rank 0 writes."""
-    folder, partial = run_dir.model, run_dir.model.with_name("model.partial")
-    world.on_main(lambda: _start(partial, inputs, config, held_out))
+def export(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
+           world: World, terminal: Terminal) -> list[Path]:
+    """The folders that export.what asks for, each written beside its place and moved there whole. All ranks call it;
+    rank 0 writes."""
+    if config.export.merged:
+        _export_model(run_dir, policy, inputs, config, held_out, world, terminal)
+    if config.export.adapter:
+        _export_adapter(run_dir, policy, inputs, config, held_out, world)
+    return run_dir.exports(config.export.merged, config.export.adapter)
+
+
+def _export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
+                  world: World, terminal: Terminal) -> None:
+    folder, base = run_dir.model, inputs.policy.base
+    partial = folder.with_name("model.partial")
+    world.on_main(lambda: _start_model(partial, inputs, config, held_out))
     write_shards(partial, policy.export_weights(), write=world.is_main)
-    world.on_main(lambda: _finish(partial, run_dir))
-    if left := world.on_main(lambda: not_exported(inputs.policy_folder, folder)):
-        terminal.say(f"not exported: {len(left)} tensors of {inputs.policy_folder} that transformers does not load, "
-                     f"such as {left[0]}")
-    return folder
+    world.on_main(lambda: _finish(partial, folder, run_dir))
+    if left := world.on_main(lambda: not_exported(base, folder)):
+        terminal.say(f"not exported: {len(left)} tensors of {base} that transformers does not load, such as {left[0]}")
 
 
-def _start(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model = truthful_json(inputs.policy_folder)
+def _start_model(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> None:
+    _start(partial)
+    model = truthful_json(inputs.policy.base)
     for name in ("torch_dtype", "quantization_config"):                      # weights are written whole, in this dtype
         model.pop(name, None)
     model["dtype"] = str(inputs.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-    for file in sorted(inputs.policy_folder.iterdir()):
-        if file.suffix in COPIED and file.is_file() and not any(fnmatch(file.name, name) for name in NOT_COPIED):
+    for file in copied_files(inputs.policy.base):
+        if _is_setting(file):
             shutil.copyfile(file, partial / file.name)
-    copy_templates(inputs.policy_folder, partial, config.data.chat_template)
+    copy_tokenizer(inputs.policy.tokenizer, partial, config.data.chat_template)
     (partial / "README.md").write_text(model_card(inputs, config, held_out))
+
+
+def _export_adapter(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
+                    world: World) -> None:
+    partial = run_dir.adapter.with_name("adapter.partial")
+    weights = policy.export_adapter(keep=world.is_main)
+
+    def write() -> None:
+        _start(partial)
+        write_adapter_config(policy.model.lm, partial, *_base_of(inputs.policy, config))
+        safetensors.torch.save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        copy_tokenizer(inputs.policy.tokenizer, partial, config.data.chat_template)
+        (partial / "README.md").write_text(model_card(inputs, config, held_out, adapter_alone=True))
+        _finish(partial, run_dir.adapter, run_dir)
+
+    world.on_main(write)
+
+
+def _base_of(policy: ModelFolder, config: RunConfig) -> tuple[str, str | None]:
+    """(the base's folder or hub name, the revision of a hub model) as an exported adapter names it."""
+    named = config.model.path if policy.adapter is None else policy.adapter.hub_name
+    if Path(named).is_dir() or (policy.adapter is not None and policy.adapter.base_folder() is not None):
+        return str(policy.base.resolve()), None
+    name, _, revision = named.partition("@")
+    return name, revision or None
+
+
+def copied_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix in COPIED and file.is_file()
+            and not any(fnmatch(file.name, name) for name in NOT_COPIED)]
+
+
+def _is_setting(file: Path) -> bool:
+    """Whether a file is the model's or its processor's, not the tokenizer's."""
+    return fnmatch(file.name, SETTINGS) and file.name != OF_TOKENIZER
+
+
+def copy_tokenizer(source: Path, partial: Path, template: str | None) -> None:
+    """Puts the tokenizer and its chat templates into the export."""
+    for file in copied_files(source):
+        if not _is_setting(file):
+            shutil.copyfile(file, partial / file.name)
+    copy_templates(source, partial, template)
+
+
+def _start(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
 
 
 def copy_templates(source: Path, partial: Path, setting: str | None) -> None:
@@ -92,13 +154,13 @@ def _shapes_of_embeddings(tensors: dict[str, Stored]) -> set[tuple[int, ...]]:
     return {tensor.shape for name, tensor in tensors.items() if "emb" in name or "wte" in name}
 
 
-def _finish(partial: Path, run_dir: RunDir) -> None:
-    run_dir.pushed_json.unlink(missing_ok=True)          # it tells of the model that goes
-    shutil.rmtree(run_dir.model, ignore_errors=True)
-    partial.rename(run_dir.model)
+def _finish(partial: Path, folder: Path, run_dir: RunDir) -> None:
+    run_dir.pushed_json.unlink(missing_ok=True)          # it tells of the export that goes
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
-def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> str:
+def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float], adapter_alone: bool = False) -> str:
     """Markdown: what was trained, on which data, with which reference and loss, and the held-out results."""
     loss = ", ".join(f"{k}={v}" for k, v in vars(config.loss).items() if v is not None and k != "name")
     reference = "none"
@@ -106,7 +168,10 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
         reference = f"`{config.reference_path}` (weights {inputs.reference_digest})"
     bits = f", in 4 bits ({config.model.quantization})" if config.model.quantization != "none" else ""
     names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
-    lines = ["---", "library_name: transformers", "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
+    library = ["library_name: peft", f"base_model: {_base_of(inputs.policy, config)[0]}"] if adapter_alone else [
+        "library_name: transformers"]
+    merged = ", merged" if config.trains_adapter and not adapter_alone else ""
+    lines = ["---", *library, "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
              f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "", "| | |", "|---|---|",
              f"| starting weights | `{config.model.path}` ({inputs.policy_digest}){bits} |",
              f"| reference | {reference} |",
@@ -114,16 +179,26 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float]) ->
              f"| loss | {config.loss.name} ({loss}) |",
              f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs "
              "a step |",
-             "| trained weights | "
-             f"{'LoRA rank ' + str(config.model.lora.rank) + ', merged' if config.model.lora.rank else 'all'} |", ""]
+             f"| trained weights | {_trained(inputs, config)}{merged} |", ""]
     if held_out:
         lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|"]
         lines += [*(f"| {name} | {value:.4f} |" for name, value in held_out.items()), ""]
     return "\n".join(lines)
 
 
+def _trained(inputs: Inputs, config: RunConfig) -> str:
+    lora = config.model.lora
+    if inputs.policy.adapter is not None:
+        return f"{inputs.policy.adapter.described()}, gone on with"
+    if not lora.rank:
+        return "all"
+    kinds = [word for chosen, word in ((lora.rslora, "rsLoRA"), (lora.dora, "DoRA")) if chosen]
+    return f"{', '.join(kinds) or 'LoRA'} rank {lora.rank}"
+
+
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """Writes <run.dir>/model from the run's newest whole checkpoint, or the best with train.keep_best."""
+    """Writes <run.dir>/model, <run.dir>/adapter or both from the run's newest whole checkpoint, or the best with
+    train.keep_best."""
     run_dir = RunDir(config.run_dir)
     world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
@@ -137,8 +212,8 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     step, held_out = world.on_main(lambda: exported_step(run_dir, config.train.keep_best, newest))
     policy = open_policy(config, inputs, world)
     policy.load(run_dir.checkpoint(step))
-    model = export_model(run_dir, policy, inputs, config, held_out, world, terminal)
-    terminal.say(f"model: {model} (from {run_dir.checkpoint(step).name})")
+    models = export(run_dir, policy, inputs, config, held_out, world, terminal)
+    terminal.say(f"model: {' and '.join(map(str, models))} (from {run_dir.checkpoint(step).name})")
     world.on_main(lambda: push_model(config, run_dir, terminal))
 
 

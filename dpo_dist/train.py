@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
-from dpo_dist.export import export_model
+from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.metrics import MetricSums
@@ -48,8 +48,9 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
     resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
     done = resumed[1].step if resumed else 0
-    if done == total and world.on_main(run_dir.model.exists):
-        terminal.say(f"nothing to do: all {total} steps are done, the model is in {run_dir.model}")
+    exports = run_dir.exports(config.export.merged, config.export.adapter)
+    if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):
+        terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         world.on_main(lambda: push_model(config, run_dir, terminal))
         return
     world.on_main(lambda: write_run(run_dir, config, lineage))
@@ -102,11 +103,11 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
             clock.mark(None)                             # evaluation and saving are not training time
 
     exported, after = load_best(run, terminal)
-    model = export_model(run_dir, policy, inputs, config, after, world, terminal)
+    models = export(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
     if reference is not None:
         reference.close()
-    tell_results(terminal, run, exported, after, model)
+    tell_results(terminal, run, exported, after, models)
     world.on_main(lambda: push_model(config, run_dir, terminal))
 
 
@@ -135,7 +136,7 @@ def load_best(run: Run, terminal: Terminal) -> tuple[int, dict[str, float]]:
     return step, means
 
 
-def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, float], model: Path) -> None:
+def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, float], models: list[Path]) -> None:
     """The held-out table, a few answers, and where everything is."""
     if after:
         rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
@@ -143,7 +144,7 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
     if run.samples.prompts:
         show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
-    terminal.say(f"model: {model}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
+    terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
 LONGEST_FIRST = ("test_slurm.py", "test_resume.py", "test_two_nodes.py", "test_gpu_benchmark.py",
                  "test_demo_and_data.py", "test_samples.py", "test_keep_best.py", "test_stop.py",
-                 "test_served_reference.py", "test_ahead.py", "test_policy.py",
+                 "test_served_reference.py", "test_ahead.py", "test_policy.py", "test_adapters.py",
                  "test_recipe_runs.py",
                  "test_reference_engines.py", "test_walks.py", "test_launch_scripts.py", "test_sweep_command.py",
                  "test_docker.py", "test_cache_and_score.py", "test_sync.py", "test_golden_trajectories.py")

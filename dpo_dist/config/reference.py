@@ -37,6 +37,8 @@ class ReferenceConfig:
 
     # the reference is the policy itself: no weights, no process of its own
     is_policy: ClassVar[bool] = False
+    bare_base: ClassVar[bool] = False              # ... without the adapter that it may start from
+    adapter_beside: ClassVar[bool] = False         # ... with the reference's adapter, which is loaded beside its own
     outside: ClassVar[bool] = False                # not of the training stack: see OutsideConfig
     uses_deepspeed: ClassVar[bool] = False
     gathers_weights: ClassVar[bool] = False        # sharded: a layer is made whole on every rank while it computes
@@ -55,6 +57,11 @@ class ReferenceConfig:
         """Its keys, as far as they say which weights it can compute."""
         offload = getattr(self, "offload", "none")
         return f"reference.engine={self.engine}" + (f" with reference.offload={offload}" if offload != "none" else "")
+
+    @property
+    def may_adapt(self) -> bool:
+        """Whether it can compute a base with an adapter on it."""
+        return False
 
     @property
     def may_fuse(self) -> bool:

@@ -8,12 +8,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.adapter import Adapter, is_adapter, read_adapter
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.loss_options import LOSS_OPTIONS, MIXTURE
 from dpo_dist.config.output_rules import validate_outputs
 from dpo_dist.config.schema import DatasetConfig, LossConfig, OptimConfig, RunConfig
 
 PERSISTENCE_THRESHOLD = 100_000          # as in conf/zero/zero3.yaml
+# as in conf/model/default.yaml
+LORA_DEFAULTS = {"alpha": None, "target_modules": "all-linear", "modules_to_save": (), "rslora": False, "dora": False}
 
 
 def resolve_loss(loss: LossConfig) -> LossConfig:
@@ -64,6 +67,7 @@ def validate(c: RunConfig) -> None:
     _validate_optim(c.optim)
     _validate_reference(c)
     c.reference.check(c)
+    _validate_export(c)
     _validate_zero(c)
     c.cluster.check(c.reference.server_nodes)
     validate_outputs(c)
@@ -121,7 +125,9 @@ def _validate_model(c: RunConfig) -> None:
                         "more")
     if lora.rank < 0:
         raise UserError(f"model.lora.rank={lora.rank} must be 0 (no adapters) or greater")
-    for key, default in (("alpha", None), ("target_modules", "all-linear")):
+    if is_adapter(Path(c.model.path)):
+        check_starting_adapter(c, read_adapter(Path(c.model.path), "model.path"))
+    for key, default in LORA_DEFAULTS.items():
         if lora.rank == 0 and getattr(lora, key) != default:
             raise UserError(f"model.lora.{key}={getattr(lora, key)} does nothing while model.lora.rank=0; set "
                             "model.lora.rank=16")
@@ -131,12 +137,12 @@ def _validate_model(c: RunConfig) -> None:
 
 def _validate_quantization(c: RunConfig) -> None:
     how, reference = f"model.quantization={c.model.quantization}", c.reference
-    if c.model.lora.rank == 0:
+    if not c.trains_adapter:
         raise UserError(f"{how} freezes the weights, and model.lora.rank=0 trains nothing else; set "
                         "model.lora.rank=16, or model.quantization=none")
     if not c.loss.needs_reference:
         return
-    if reference.is_policy and reference.path is not None:
+    if reference.bare_base and reference.path is not None:
         raise UserError(f"reference.path={reference.path} would be those weights in full, but with {how} and "
                         f"reference.engine={reference.engine} the reference is in 4 bits; remove reference.path, or "
                         "set reference=hf")
@@ -145,6 +151,31 @@ def _validate_quantization(c: RunConfig) -> None:
         raise UserError(f"with {how} and no reference.path the reference is the same 4-bit weights, which "
                         f"{reference.described} cannot compute; set reference=adapter_off or reference=hf, or "
                         f"reference.path={c.model.path} for the full weights")
+
+
+def check_starting_adapter(c: RunConfig, adapter: Adapter) -> None:
+    """UserError where model.path is this adapter and keys ask for another one."""
+    for key, default in {"rank": 0, **LORA_DEFAULTS}.items():
+        if (value := getattr(c.model.lora, key)) != default:
+            raise _does_nothing(f"model.lora.{key}", value, f"model.path={c.model.path} is an adapter already "
+                                f"({adapter.described()}), which is trained on as it is")
+
+
+def check_reference_adapter(c: RunConfig) -> None:
+    """UserError where the reference is an adapter on a base and its engine computes whole models only."""
+    r = c.reference
+    if not r.may_adapt and not r.bare_base:
+        offload = getattr(r, "offload", "none")
+        how = r.engine + (f" with reference.offload={offload}" if offload != "none" else "")
+        raise UserError(f"reference.path={c.reference_path} is an adapter, which reference.engine={how} cannot "
+                        "compute; set reference=adapter (beside a LoRA policy on the same base), reference=hf or "
+                        "reference=zero, or give the merged model")
+
+
+def _validate_export(c: RunConfig) -> None:
+    if c.export.adapter and not c.trains_adapter:
+        raise UserError(f"export.what={c.export.what}, but no adapter is trained; set model.lora.rank=16, or give an "
+                        "adapter as model.path, or remove export.what")
 
 
 def _validate_reference(c: RunConfig) -> None:
@@ -156,6 +187,8 @@ def _validate_reference(c: RunConfig) -> None:
         raise UserError(f"reference.procs={r.procs} would do nothing: with reference.mode={r.mode} the training "
                         "processes score; remove it, or set reference.mode=ahead")
     _validate_sync(c)
+    if c.loss.needs_reference and is_adapter(Path(c.reference_path)):
+        check_reference_adapter(c)
     if not c.loss.needs_reference:
         for key, default in (("path", None), ("engine", "hf"), ("mode", "cached")):
             if getattr(r, key) != default:
@@ -183,9 +216,9 @@ def _validate_sync(c: RunConfig) -> None:
         raise UserError(f"reference.sync.mode={sync.mode} moves the reference's own weights, which "
                         f"reference.engine={c.reference.engine} does not have at hand; set reference=hf or "
                         "reference=zero")
-    if c.model.lora.rank:
+    if c.trains_adapter:
         raise UserError(f"reference.sync.mode={sync.mode} needs a policy that trains whole weights; set "
-                        "model.lora.rank=0")
+                        "model.lora.rank=0, and give a whole model as model.path")
 
 
 def _validate_zero(c: RunConfig) -> None:

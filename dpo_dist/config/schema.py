@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dpo_dist.config.adapter import names_adapter
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.loss_options import LOSS_OPTIONS
 from dpo_dist.config.options import RUN, TOKENS, deciding, option
@@ -24,6 +25,9 @@ class LoraConfig:
     rank: int = option(RUN)
     alpha: float | None = option(RUN)
     target_modules: tuple[str, ...] | str = option(RUN)
+    modules_to_save: tuple[str, ...] = option(RUN, default=(), unnamed=())
+    rslora: bool = option(RUN, default=False, unnamed=False)
+    dora: bool = option(RUN, default=False, unnamed=False)
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    push_to_hub: str | None = option()
-
-
-@dataclass(frozen=True)
 class ZeroConfig:
     stage: Literal["auto", 0, 1, 2, 3] | None = option()
     offload_optimizer: Literal["none", "cpu"] = option()
@@ -167,6 +166,20 @@ class ZeroConfig:
         """The stage, once `auto` has become one (sizing/automatic.py)."""
         assert self.stage != "auto", "zero.stage is chosen before it is asked for"
         return self.stage
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    what: Literal["merged", "adapter", "both"] = option()
+    push_to_hub: str | None = option()
+
+    @property
+    def merged(self) -> bool:
+        return self.what != "adapter"
+
+    @property
+    def adapter(self) -> bool:
+        return self.what != "merged"
 
 
 @dataclass(frozen=True)
@@ -199,8 +212,13 @@ class RunConfig:
     @property
     def reference_quantization(self) -> str:
         """As model.quantization, of the reference: the policy's starting weights, or the files of `reference.path` as
-        they are."""
-        return self.model.quantization if self.reference.path is None else "none"
+        they are; the policy's own base where an engine computes with it."""
+        return self.model.quantization if self.reference.path is None or self.reference.is_policy else "none"
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the policy trains LoRA adapters, fresh ones or those of model.path, and its base stays frozen."""
+        return self.model.lora.rank > 0 or names_adapter(self.model.path)
 
     @property
     def scores_apart(self) -> bool:

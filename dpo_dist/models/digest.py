@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.folder import truthful_json
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.runtime.remember import remembered
 from dpo_dist.runtime.world import World
 
@@ -33,6 +34,19 @@ def model_digest(folder: Path, memory: Path | None = None, world: World | None =
     for name, kind, digest in sorted(tensor for share in shares for tensor in share):
         whole.update(f"{name}\0{kind}\0{digest}\n".encode())
     whole.update(json.dumps(config, sort_keys=True).encode())
+    return whole.hexdigest()
+
+
+def folder_digest(folder: ModelFolder, memory: Path | None = None, world: World | None = None) -> str:
+    """Hex digest of a model's content, with that of its adapter where it is one: the adapter's tensors, and what scales
+    them. As model_digest."""
+    base = model_digest(folder.base, memory, world)
+    if folder.adapter is None:
+        return base
+    whole = hashlib.blake2b(base.encode(), digest_size=16)
+    for name, kind, digest in sorted(_of_files([folder.adapter.weights], memory)):
+        whole.update(f"{name}\0{kind}\0{digest}\n".encode())
+    whole.update(json.dumps(folder.adapter.numeric, sort_keys=True).encode())
     return whole.hexdigest()
 
 

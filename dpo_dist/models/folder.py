@@ -1,4 +1,4 @@
-"""A model's folder: where it is, what its config.json says, and what its weight files hold."""
+"""A model's folder: what its config.json says, and what its weight files hold. Where it is: resolve.py."""
 from __future__ import annotations
 
 import json
@@ -14,37 +14,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.hub import hub_folder
 from dpo_dist.models.text import empty_lm, output_head, setting, text_config
 
-ADAPTER = "adapter_config.json"
 _BLOCK_BYTES = 1 << 24
-
-
-def resolve(path: str, key: str, offline: bool) -> Path:
-    """The local folder of a model given as a folder or a hub name. Raises UserError naming `key`."""
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = hub_folder(path, key, offline, ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-    if (folder / ADAPTER).is_file():
-        raise UserError(_merge_first(folder, path, key))
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{key}={path} has no config.json; give the folder of a transformers model")
-    return folder
-
-
-def _merge_first(folder: Path, path: str, key: str) -> str:
-    """How to make a model of an adapter's folder."""
-    merged = f"{path.rstrip('/')}-merged"
-    tokenizer = path if (folder / "tokenizer_config.json").is_file() else json.loads(
-        (folder / ADAPTER).read_text()).get("base_model_name_or_path")
-    leave = (f" (or, if its model.safetensors is merged already, take {ADAPTER} out of the folder)"
-             if (folder / "config.json").is_file() else "")
-    return "\n".join([
-        f"{key}={path} is an adapter ({ADAPTER}), not a model; merge it first, like this, and set "
-        f"{key}={merged}{leave}:", "    import peft, transformers",
-        f"    peft.AutoPeftModelForCausalLM.from_pretrained({path!r}).merge_and_unload().save_pretrained({merged!r})",
-        f"    transformers.AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained({merged!r})"])
 
 
 # --------------------------------------------------------------------------------------------------------- config.json

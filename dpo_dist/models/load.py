@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_dist.config.errors import UserError
-from dpo_dist.config.schema import LoraConfig, ModelConfig
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.models import quantized
 from dpo_dist.models.attention import Forest
 from dpo_dist.models.final_logits import final_logits
@@ -21,10 +20,8 @@ from dpo_dist.models.head import LogpHead
 from dpo_dist.models.text import (
     backbone,
     freeze_other_parts,
-    has_other_parts,
     head_name,
     lm_class,
-    output_head,
     text_part,
     weights_between,
 )
@@ -39,19 +36,15 @@ class ScoredModel(nn.Module):
         self.lm: Any = lm                                     # a transformers model, or a peft model around one
         self.attention = attention
         causal = self.causal
-        head, name = output_head(causal), head_name(causal)
+        name = head_name(causal)
         if name is None:
             raise UserError(f"model.path: {type(causal).__name__} has no output head of its own; choose a causal "
                             "language model")
         if between := weights_between(causal):
             raise UserError(f"model.path: between its layers and its output head a {type(causal).__name__} has weights "
                             f"({between[0]}) that log-probs are not computed with here; choose another model")
-        if hasattr(head, "base_layer"):
-            raise UserError(f"model.lora.target_modules names the output head '{name}', which cannot have "
-                            "adapters here; leave it out")
         self._head_name = name
-        parent, _, own = name.rpartition(".")
-        setattr(causal.get_submodule(parent), own, LogpHead(head, *final_logits(causal.config)))
+        _replace_head(causal, name, final_logits(causal.config))
 
     @property
     def causal(self) -> Any:
@@ -61,7 +54,8 @@ class ScoredModel(nn.Module):
         return self.head(self.hidden(batch), batch.targets, collision)
 
     @property
-    def head(self) -> LogpHead:
+    def head(self) -> Any:
+        """The LogpHead; where adapters bring heads of their own, what chooses among them."""
         return self.causal.get_submodule(self._head_name)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
@@ -83,6 +77,19 @@ class ScoredModel(nn.Module):
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         hidden = backbone(self.causal)(input_ids=padded, use_cache=False).last_hidden_state
         return hidden[batch.sequence, prompts[batch.sequence] - 1 + batch.offset]
+
+
+def _replace_head(causal: Any, name: str, logits: tuple[float, float | None]) -> None:
+    """Puts a LogpHead in the output head's place, and of each copy that an adapter trains (peft's modules_to_save)."""
+    head = causal.get_submodule(name)
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        parent, _, own = name.rpartition(".")
+        setattr(causal.get_submodule(parent), own, LogpHead(head, *logits))
+    else:
+        head.original_module = LogpHead(head.original_module, *logits)
+        for adapter, copy in list(copies.items()):
+            copies[adapter] = LogpHead(copy, *logits)
 
 
 def token_logps(model: nn.Module, batch: PackedBatch, collision: bool = False) -> TokenLogps:
@@ -163,27 +170,3 @@ def _without_dropout(model: PreTrainedModel) -> None:
         for name, value in vars(owner).items():
             if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(owner, name, 0.0)
-
-
-def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
-    """The model with fresh adapters (peft; B = 0, so that it starts as the base) and its own weights frozen."""
-    import peft
-
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    elsewhere = None                                     # what sees images has layers of the same names
-    if has_other_parts(model.config):
-        trained = next(name for name, module in model.named_modules() if module is backbone(model))
-        elsewhere = rf"(?!{re.escape(trained)}\.).*"
-    torch.manual_seed(seed)                              # the same adapters on every rank
-    try:
-        adapted = peft.get_peft_model(model, peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, exclude_modules=elsewhere,
-            task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
-    for name, module in adapted.named_modules():
-        is_embedding = bool(getattr(module, "lora_embedding_A", None))
-        if is_embedding or (hasattr(module, "base_layer") and not hasattr(module.base_layer, "weight")):
-            raise UserError(f"model.lora.target_modules={lora.target_modules} names '{name}', which is no linear "
-                            "layer; name linear layers")
-    return adapted

@@ -106,9 +106,9 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def adapters_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Gives adapters the dtype that peft takes from full weights."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    """Gives adapters, trained and frozen ones, the dtype that peft takes from full weights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
 
 

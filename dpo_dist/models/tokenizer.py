@@ -5,20 +5,22 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dpo_dist.config.adapter import is_adapter
 from dpo_dist.models.hub import hub_folder
-
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+from dpo_dist.models.resolve import SMALL, has_tokenizer, resolve
 
 
 def tokenizer_folder(path: str, key: str, offline: bool) -> Path:
-    """The local folder of a model given as a folder or a hub name, of which only the small files are downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
-    return hub_folder(path, key, offline, ["*.json", "*.model", "*.txt", "*.jinja"])
+    """The local folder with the tokenizer of a model given as a folder or a hub name, of which only the small files are
+    downloaded. An adapter without a tokenizer has its base's."""
+    folder = Path(path) if Path(path).is_dir() else hub_folder(path, key, offline, SMALL)
+    if not is_adapter(folder) or has_tokenizer(folder):
+        return folder
+    return resolve(path, key, offline, SMALL).tokenizer
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's folder, or None where there is none (token_ids data needs none)."""
-    if not any((folder / name).is_file() for name in FILES):
+    if not has_tokenizer(folder):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,4 +1,5 @@
-"""A live model → safetensors files that `from_pretrained` loads: streamed one tensor at a time, LoRA merged."""
+"""A live model → safetensors files that `from_pretrained` loads: streamed one tensor at a time, LoRA merged; and the
+adapter alone."""
 from __future__ import annotations
 
 import json
@@ -15,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_dist.models import quantized
 from dpo_dist.models.load import ScoredModel
+from dpo_dist.models.lora import TRAINED, as_in_file, is_of
 
 SHARD_BYTES = 5_000_000_000
 
@@ -28,20 +30,18 @@ def merged_weights(model: ScoredModel, gathered: Gather = lambda parameters: nul
     """
     modules = dict(model.causal.named_modules())
     for name, parameter in model.causal.named_parameters():
-        if ".lora_" in name:
-            continue                                     # merged into its base weight
+        merged_name = _merged_name(name, modules)
+        if merged_name is None:
+            continue
         layer = modules[name.rpartition(".")[0]]
         owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
-        adapters = _adapters(owner) if name.endswith(".base_layer.weight") else []
+        adapters = _adapter_of(owner) if name.endswith(".base_layer.weight") else []
         with gathered([parameter, *adapters]):
             weight = quantized.whole_weight(layer, parameter) if keep else parameter.detach()
             if adapters and keep:
-                merged = weight.float()
-                for name_of_adapter in owner.active_adapters:
-                    merged = merged + owner.get_delta_weight(name_of_adapter).detach().float()
-                weight = merged.to(weight.dtype)
+                weight = _merged(owner, weight.float()).to(weight.dtype)
             whole = quantized.as_in_files(layer, weight).cpu().clone().contiguous() if keep else torch.empty(0)
-        yield from _as_in_files(model.causal, name.replace(".base_layer", ""), whole)
+        yield from _as_in_files(model.causal, merged_name, whole)
     parameters = {name for name, _ in model.causal.named_parameters(remove_duplicate=False)}
     persistent = set(model.causal.state_dict(keep_vars=True)) - parameters
     for name, buffer in model.causal.named_buffers():
@@ -61,9 +61,46 @@ def _as_in_files(lm: PreTrainedModel, name: str, weight: Tensor) -> Iterator[tup
         yield part, tensor.clone().contiguous() if len(parts) > 1 else tensor.contiguous()
 
 
-def _adapters(layer: Any) -> list[nn.Parameter]:
-    """A and B of each LoRA adapter on a layer: its weight is base + scaling · B A (arXiv 2106.09685, section 4.1)."""
-    return [side[name].weight for name in layer.active_adapters for side in (layer.lora_A, layer.lora_B)]
+def _merged_name(name: str, modules: dict[str, Any]) -> str | None:
+    """What a parameter is called in the merged model; None for one that is not a weight of its own there."""
+    if ".lora_" in name:
+        return None                                      # merged into its base weight
+    for part in (".original_module.", ".modules_to_save."):
+        wrapper, found, own = name.partition(part)
+        if found:                                        # of modules that are trained whole, the trained one
+            adapter, _, rest = own.partition(".")
+            copies = modules[wrapper].modules_to_save
+            if part == ".modules_to_save.":
+                return f"{wrapper}.{rest}" if adapter == TRAINED else None
+            return None if TRAINED in copies else f"{wrapper}.{own}"
+    return name.replace(".base_layer", "")
+
+
+def _adapter_of(layer: Any) -> list[nn.Parameter]:
+    """The parameters of the trained adapter on a layer; none where it has none there."""
+    return [p for name, p in layer.named_parameters() if is_of(f".{name}", TRAINED)]
+
+
+def _merged(layer: Any, base: Tensor) -> Tensor:
+    """A layer's fp32 weight with its adapter: W + scaling · B A (arXiv 2106.09685, section 4.1). DoRA gives it lengths
+    of its own along each output: m (W + scaling · B A) / |W + scaling · B A| (arXiv 2402.09353, equation 5)."""
+    weight = base + layer.get_delta_weight(TRAINED).detach().float()
+    if TRAINED not in layer.lora_magnitude_vector:
+        return weight
+    magnitude = layer.lora_magnitude_vector[TRAINED].weight.detach().float()
+    inputs = 0 if layer.fan_in_fan_out else 1            # GPT-2's matrices are transposed
+    return weight * (magnitude / weight.norm(dim=inputs)).unsqueeze(inputs)
+
+
+def adapter_weights(model: ScoredModel, gathered: Gather, keep: bool) -> dict[str, Tensor]:
+    """{name as peft writes it: whole CPU tensor} of the trained adapter; empty if not `keep`. As merged_weights."""
+    whole = {}
+    for name, parameter in model.lm.named_parameters():
+        if is_of(name, TRAINED):
+            with gathered([parameter]):
+                if keep:
+                    whole[name] = parameter.detach().cpu().clone().contiguous()
+    return as_in_file(model.lm, whole) if keep else {}
 
 
 def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: bool) -> None:

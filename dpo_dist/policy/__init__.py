@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.models.load import ScoredModel, token_logps
+from dpo_dist.models.lora import REFERENCE, TRAINED
+from dpo_dist.models.weights import adapter_weights
 from dpo_dist.types import PackedBatch, TokenLogps
 
 
@@ -50,6 +52,13 @@ class Policy(ABC):
         """Inside: the base model without its LoRA adapters."""
         return self.model.lm.disable_adapter()
 
+    @contextmanager
+    def reference_adapter(self) -> Iterator[None]:
+        """Inside: the base model with the reference's adapter in place of the one that is trained."""
+        self.model.lm.set_adapter(REFERENCE, inference_mode=True)
+        yield
+        self.model.lm.set_adapter(TRAINED)
+
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         """Inside: these of the model's parameters are whole on every rank, as they always are unless it is sharded."""
         return nullcontext()
@@ -65,3 +74,8 @@ class Policy(ABC):
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name for from_pretrained, whole CPU tensor) one at a time, adapters merged; empty except on rank 0."""
+
+    def export_adapter(self, keep: bool) -> dict[str, Tensor]:
+        """{name as in adapter_model.safetensors: whole CPU tensor} of the trained adapter; empty if not `keep`, which
+        is true on one rank."""
+        return adapter_weights(self.model, self.gathered, keep)

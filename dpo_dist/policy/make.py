@@ -1,27 +1,34 @@
 """RunConfig → the Policy that it asks for."""
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from dpo_dist.config.adapter import Adapter
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.checkpointing import checkpoint_layers
-from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
+from dpo_dist.models.load import ScoredModel, torch_dtype
+from dpo_dist.models.lora import REFERENCE, add_adapter, add_lora, load_adapted
 from dpo_dist.models.quantized import adapters_in
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy import Policy
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.runtime.world import World
 
 
-def make_policy(config: RunConfig, folder: Path, attention: str, world: World, fused: bool = False) -> Policy:
-    """The policy with its starting weights from `folder`, ready to train. fused: as in load_causal_lm."""
+def make_policy(config: RunConfig, folder: ModelFolder, attention: str, world: World, fused: bool = False,
+                beside: Adapter | None = None) -> Policy:
+    """The policy with its starting weights from `folder`, ready to train. fused: as in load_causal_lm. beside: an
+    adapter of the reference's, frozen, for Policy.reference_adapter."""
     dtype = torch_dtype(config.model, world.device)
 
     def load_model() -> ScoredModel:
-        lm = load_causal_lm(folder, dtype, attention, fused, config.model.quantization)
+        lm: Any = load_adapted(folder, dtype, attention, fused, config.model.quantization)
         wrapped = add_lora(lm, config.model.lora, config.train.seed) if config.model.lora.rank else lm
+        if beside is not None:
+            wrapped = add_adapter(wrapped, beside, REFERENCE)
         if config.model.quantization != "none":
             adapters_in(dtype, wrapped)
         assert config.model.gradient_checkpointing != "auto", "chosen before the policy is made (sizing/automatic.py)"

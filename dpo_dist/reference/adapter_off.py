@@ -20,9 +20,11 @@ def open_engine(config: AdapterOffConfig, setup: Setup) -> AdapterOffReference:
 
 
 class HasAdapters(Protocol):
-    """What this engine needs of the policy (which it does not import)."""
+    """What engines that are the policy need of it (which they do not import)."""
 
     def adapters_off(self) -> AbstractContextManager[None]: ...
+
+    def reference_adapter(self) -> AbstractContextManager[None]: ...
 
     def evaluating(self) -> AbstractContextManager[None]: ...
 

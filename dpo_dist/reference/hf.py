@@ -1,14 +1,15 @@
 """The oracle: the whole reference model on every rank, by transformers and torch. Other engines are held against it."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dpo_dist.config.engines.hf import HfConfig
-from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory, token_logps
+from dpo_dist.models.load import ScoredModel, release_memory, token_logps
+from dpo_dist.models.lora import load_adapted
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.stream import load_streamed
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.types import PackedBatch
@@ -25,12 +26,12 @@ def open_engine(config: HfConfig, setup: Setup) -> HfReference:
 class HfReference(ReferenceEngine):
     """Data-parallel: each rank scores packs of its own."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str = "none",
-                 fused: bool = False, quantization: str = "none"):
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype, attention: str, device: torch.device,
+                 offload: str = "none", fused: bool = False, quantization: str = "none"):
         if offload == "disk":
-            model = load_streamed(folder, dtype, attention, device)
+            model = load_streamed(folder.base, dtype, attention, device)
         else:
-            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused, quantization), attention).to(device)
+            model = ScoredModel(load_adapted(folder, dtype, attention, fused, quantization), attention).to(device)
         self.model = model.eval().requires_grad_(False)
         self._device = device
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.adapter_off import HasAdapters
 from dpo_dist.reference.cache.store import PLAIN_RECIPE, ReferenceKey
@@ -21,7 +21,7 @@ from dpo_dist.runtime.world import World
 class Setup:
     """What an engine is opened with, besides its keys."""
 
-    folder: Path                           # the frozen weights
+    folder: ModelFolder                    # the frozen weights
     dtype: torch.dtype
     attention: str                         # branch or padded
     world: World

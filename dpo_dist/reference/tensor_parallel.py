@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def open_engine(config: TensorParallelConfig, setup: Setup) -> TensorParallelReference:
-    return TensorParallelReference(setup.folder, setup.dtype, setup.attention, setup.world, config.tensor_parallel_size)
+    return TensorParallelReference(setup.folder.base, setup.dtype, setup.attention, setup.world,
+                                   config.tensor_parallel_size)
 
 
 class TensorParallelReference(ReferenceEngine):

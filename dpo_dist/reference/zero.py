@@ -1,7 +1,6 @@
 """The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer; its shards may stay in CPU memory."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -9,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.engines.zero import ZeroReferenceConfig
-from dpo_dist.models.load import ScoredModel, load_causal_lm, release_memory, token_logps
+from dpo_dist.models.load import ScoredModel, release_memory, token_logps
+from dpo_dist.models.lora import load_adapted
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.sharded import sharded_load
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import prepare_deepspeed
@@ -27,7 +28,7 @@ def open_engine(config: ZeroReferenceConfig, setup: Setup) -> ZeroReference:
 class ZeroReference(ReferenceEngine):
     """Each rank scores its own packs and gathers a layer at a time. All ranks must score the same number of packs."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device, offload: str,
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype, attention: str, device: torch.device, offload: str,
                  fused: bool = False):
         prepare_deepspeed(device)
         config: dict[str, Any] = {
@@ -36,7 +37,7 @@ class ZeroReference(ReferenceEngine):
             "zero_optimization": {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})},
         }
         with sharded_load(config):
-            model = ScoredModel(load_causal_lm(folder, dtype, attention, fused), attention)
+            model = ScoredModel(load_adapted(folder, dtype, attention, fused), attention)
         model.eval().requires_grad_(False)
         self._engine: Any = deepspeed.initialize(model=model, config=config)[0]
         self._engine.eval()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.rules import check_reference_adapter, check_starting_adapter
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import check_budget
 from dpo_dist.data.prepare import digests_folder
@@ -17,13 +18,14 @@ from dpo_dist.data.summary import summary_lines
 from dpo_dist.losses import check_strengths
 from dpo_dist.models.attention import describe_attention
 from dpo_dist.models.cost import forward_flops
-from dpo_dist.models.digest import model_digest
+from dpo_dist.models.digest import folder_digest, model_digest
 from dpo_dist.models.fit import choose_attention
-from dpo_dist.models.folder import check_quantized, quantization, read_config, resolve, tied_embeddings
+from dpo_dist.models.folder import check_quantized, quantization, read_config, tied_embeddings
 from dpo_dist.models.fused import choose_kernels, fused_misfit
 from dpo_dist.models.head import kernels_misfit
 from dpo_dist.models.load import torch_dtype
 from dpo_dist.models.quantized import check_library, describe, recipe, trainable
+from dpo_dist.models.resolve import ModelFolder, resolve
 from dpo_dist.models.text import text_config
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
@@ -38,7 +40,7 @@ from dpo_dist.sizing.lengths import Lengths
 
 @dataclass(frozen=True)
 class Inputs:
-    policy_folder: Path
+    policy: ModelFolder
     policy_digest: str
     reference_digest: str
     same_start: bool                     # whether policy and reference start from the same weights
@@ -64,43 +66,71 @@ class Inputs:
 def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     """All inputs, checked."""
     check_shared(config, world)
-    policy_folder = resolve(config.model.path, "model.path", config.run.offline)
-    reference_folder = policy_folder
-    if config.loss.needs_reference:
-        reference_folder = resolve(config.reference_path, "reference.path", config.run.offline)
-    model, reference_model = read_config(policy_folder), read_config(reference_folder)
+    policy, reference = _model_folders(config, terminal)
+    model, reference_model = read_config(policy.base), read_config(reference.base)
     _check_quantization(config, model, reference_model)
     if config.model.quantization != "none":
         terminal.say(describe(model, config.model.path))
-    for folder, name in {reference_folder: "reference.path", policy_folder: "model.path"}.items():
+    for folder, name in {reference.base: "reference.path", policy.base: "model.path"}.items():
         _tell_tied(folder, name, terminal)
     digests = digests_folder(config.data)
-    digest = model_digest(policy_folder, digests, world)
-    attention, misfit = choose_attention(config.model, policy_folder)
+    digest = folder_digest(policy, digests, world)
+    attention, misfit = choose_attention(config.model, policy.base)
     if misfit:
         terminal.say(f"attention: padded rows, as branch attention does not fit this model ({misfit})")
     reference_digest, reference_attention = digest, attention
-    if reference_folder != policy_folder:
-        reference_digest = model_digest(reference_folder, digests, world)
-        reference_attention = choose_attention(config.model, reference_folder)[0]
+    if reference != policy:
+        reference_digest = folder_digest(reference, digests, world)
+        reference_attention = choose_attention(config.model, reference.base)[0]
+    if config.reference.adapter_beside:
+        _check_same_base(config, policy, reference, digests, world)
     padded = attention == "padded" or (config.reference.mode == "live" and reference_attention == "padded")
     dtype = torch_dtype(config.model, world.device)
     fused = _tell_kernels(config, model, attention, dtype, world, terminal)
     reference_fused = fused and (
-        reference_folder == policy_folder or fused_misfit(reference_model, dtype, world.device) is None)
+        reference.base == policy.base or fused_misfit(reference_model, dtype, world.device) is None)
     bits = config.reference_quantization
-    setup = Setup(reference_folder, dtype, reference_attention, world, fused=reference_fused, quantization=bits)
+    setup = Setup(reference, dtype, reference_attention, world, fused=reference_fused, quantization=bits)
     key = world.on_main(lambda: reference_key(config.reference, reference_digest, setup, recipe(reference_model, bits)))
     same_start = digest == reference_digest and (
         recipe(model, config.model.quantization) == recipe(reference_model, bits))
-    train, held_out = _read_pairs(config, policy_folder, world, terminal)
+    train, held_out = _read_pairs(config, policy.tokenizer, world, terminal)
     for pairs in (train, held_out):
         if len(pairs):
             _check_pairs(pairs, config, padded)
             _check_fits(pairs, model, f"model.path={config.model.path}")
             _check_fits(pairs, reference_model, f"reference.path={config.reference_path}")
-    return Inputs(policy_folder, digest, reference_digest, same_start, dtype, attention, fused, setup, key,
+    return Inputs(policy, digest, reference_digest, same_start, dtype, attention, fused, setup, key,
                   replace(forward_flops(model), padded=padded), train, held_out)
+
+
+def _model_folders(config: RunConfig, terminal: Terminal) -> tuple[ModelFolder, ModelFolder]:
+    """(the policy's, the reference's). UserError where an adapter does not go with other keys."""
+    policy = resolve(config.model.path, "model.path", config.run.offline)
+    if policy.adapter is not None:
+        check_starting_adapter(config, policy.adapter)                   # a hub's adapter is known only now
+        if policy.adapter.dropout:
+            terminal.say(f"model.path: the adapter was trained with lora_dropout={policy.adapter.dropout}; here it is "
+                         "0, as log-probs of one model are one set of numbers")
+    if not config.loss.needs_reference:
+        return policy, policy
+    if config.reference.bare_base:
+        return policy, ModelFolder(policy.base)
+    reference = resolve(config.reference_path, "reference.path", config.run.offline)
+    if reference.adapter is not None:
+        check_reference_adapter(config)
+    elif config.reference.adapter_beside:
+        raise UserError(f"reference.path={config.reference_path} is no adapter, which reference.engine="
+                        f"{config.reference.engine} needs; set reference=hf or reference=zero")
+    return policy, reference
+
+
+def _check_same_base(config: RunConfig, policy: ModelFolder, reference: ModelFolder, memory: Path,
+                     world: World) -> None:
+    if model_digest(policy.base, memory, world) != model_digest(reference.base, memory, world):
+        raise UserError(f"reference.path={config.reference_path} is an adapter for {reference.base}, whose weights are "
+                        f"others than those of the policy's base {policy.base}; reference=adapter needs one base: give "
+                        "an adapter for it, or set reference=hf or reference=zero")
 
 
 def _tell_tied(folder: Path, key: str, terminal: Terminal) -> None:

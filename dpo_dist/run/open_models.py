@@ -54,7 +54,7 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
         device = replace(GPU_80GB, name=torch.cuda.get_device_name(world.device), memory=USABLE * memory)
     machine = Hardware(world.size // world.local_size, world.size, device)
     try:
-        shape = read_shape(inputs.policy_folder)
+        shape = read_shape(inputs.policy.base, inputs.policy.adapter)
     except UserError as unknown:
         choice = without_sizes(config, world.size, on_gpu, str(unknown))
     else:
@@ -90,8 +90,9 @@ def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore
 
 
 def open_policy(config: RunConfig, inputs: Inputs, world: World) -> Policy:
-    """The policy with its starting weights."""
-    return make_policy(config, inputs.policy_folder, inputs.attention, world, inputs.fused)
+    """The policy with its starting weights; beside them the reference's adapter, where the engine wants it there."""
+    beside = inputs.reference_setup.folder.adapter if config.reference.adapter_beside else None
+    return make_policy(config, inputs.policy, inputs.attention, world, inputs.fused, beside)
 
 
 def fill_cache(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World, terminal: Terminal,

@@ -31,20 +31,21 @@ def check_push(config: RunConfig) -> None:
 
 
 def push_model(config: RunConfig, run_dir: RunDir, terminal: Terminal) -> None:
-    """Uploads <run.dir>/model in one commit, unless that model is there already. UserError where it fails; the model
+    """Uploads the exported model in one commit, unless that model is there already. UserError where it fails; the model
     stays where it is."""
     name = config.export.push_to_hub
     if name is None or _is_pushed(run_dir, name):
         return
     from huggingface_hub import HfApi
 
-    terminal.say(f"uploading {run_dir.model} to {name}")
+    folder = run_dir.model if config.export.merged else run_dir.adapter
+    terminal.say(f"uploading {folder} to {name}")
     try:
-        commit = HfApi().upload_folder(repo_id=name, folder_path=run_dir.model, delete_patterns=WEIGHTS,
+        commit = HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns=WEIGHTS,
                                        commit_message="A model trained with dpo-dist")
     except Exception as error:
         raise UserError(f"export.push_to_hub={name}: the upload failed ({_line(error)}); nothing is lost: the model is "
-                        f"in {run_dir.model}, and the same command, or dpo-dist export, uploads it again") from error
+                        f"in {folder}, and the same command, or dpo-dist export, uploads it again") from error
     write_json(run_dir.pushed_json, {"repository": name, "commit": str(commit.commit_url)})
     terminal.say(f"on the hub: {commit.commit_url}")
 

@@ -37,8 +37,8 @@ class Samples:
         """The `eval.samples` held-out prompts with the smallest hashes of their tokens: the same whatever the order of
         the rows, and more of them keep those that fewer gave. Fewer where there are no more."""
         pairs = inputs.eval
-        tokenizer = load_tokenizer(inputs.policy_folder) if config.eval.samples else None
-        stop = stop_ids(inputs.policy_folder, tokenizer, config)
+        tokenizer = load_tokenizer(inputs.policy.tokenizer) if config.eval.samples else None
+        stop = stop_ids(inputs.policy.base, tokenizer, config)
         how = Sampling(stop, config.eval.max_new_tokens, config.eval.temperature, config.train.tokens_per_microbatch,
                        config.train.seed)
         return Samples(tuple(pairs[i].prompt_ids for i in _first_of_each(pairs)[:config.eval.samples]), how, tokenizer)

@@ -32,6 +32,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
         self.model = path / "model"                    # what from_pretrained loads
+        self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.data_summary = path / "data.txt"
@@ -52,6 +53,10 @@ class RunDir:
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
                             "written") from error
+
+    def exports(self, merged: bool, adapter: bool) -> list[Path]:
+        """The folders that a run leaves behind."""
+        return [folder for folder, wanted in ((self.model, merged), (self.adapter, adapter)) if wanted]
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
@@ -117,7 +122,7 @@ class RunDir:
     def state(self) -> str:
         """How the run stands, for a person."""
         if self.is_done:
-            return f"done; the model is in {self.model}"
+            return f"done; the model is in {self.model if self.model.exists() else self.adapter}"
         for marker, means in ((FAILED, "failed"), (PREEMPTED, "stopped early")):
             if (found := _read(self.path / marker)) is not None:
                 return f"{means}: {found['message']}"

@@ -88,8 +88,9 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     `packs`: what a rank forwards at once, where it is not that of mean lengths."""
     width, ranks, device = dtype_bytes(config, world.device), world.ranks, world.device
     packs = packs or Packs.of(config, lengths, ranks)
-    trained = shape.lora_parameters(config.model.lora.rank) if config.model.lora.rank else shape.parameters
-    whole = weight_bytes(config, shape, width) + width * (shape.frozen + (trained if config.model.lora.rank else 0))
+    trained = shape.trained_parameters(config.model.lora)
+    adapters = trained if shape.freezes_base(config.model.lora) else 0
+    whole = weight_bytes(config, shape, width) + width * (shape.frozen + adapters)
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
     terms |= _model_terms(config, width, whole, trained, ranks, shape, packs.micro_steps > 1, device)
     # the optimizer steps on the host, where its state and the gradients are
@@ -170,7 +171,7 @@ def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: P
     whole, others_recompute = recomputed_layers(config, shape.layers)
     other = kept(recompute=True) if others_recompute else layer
     rows = packs.tokens * packs.completion_share
-    head_gradient = 0.0 if config.model.lora.rank else float(width * shape.head)
+    head_gradient = float(width * shape.head) if shape.trains_head(config.model.lora) else 0.0
     logits, at_once = _logits(shape, rows, width, device)
     in_forward = logits + (width if device.whole_buckets else 8.0 + (width if width == 2 else 0)) * at_once
     in_backward = (logits + (width if device.whole_buckets else 4.0 + (width if width == 2 else 0)) * at_once

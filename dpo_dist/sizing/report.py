@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_dist.config.adapter import local_folders
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, deciding, override
 from dpo_dist.config.schema import RunConfig, with_keys
@@ -35,7 +36,7 @@ class Change(NamedTuple):
 def sizing_lines(config: RunConfig, procs_per_node: int) -> list[str]:
     """The lines that `plan` shows; one line with the reason where sizes cannot be predicted."""
     try:
-        shape = read_shape(Path(config.model.path))
+        shape = read_shape(*local_folders(config.model.path, "model.path"))
     except UserError as error:
         return [f"sizes     not predicted: {error}"]
     nodes = config.cluster.nodes

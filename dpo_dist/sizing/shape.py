@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.adapter import Adapter
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.schema import LoraConfig
 from dpo_dist.sizing.flops import Flops
 
 
@@ -81,6 +83,8 @@ class ModelShape:
     final_norm: int
     family: _Family
     frozen: int = 0                      # of a text-and-image model: parameters beside the language model's
+    adapter: int = 0                     # of the adapter that training goes on with
+    adapter_saves: tuple[str, ...] = ()  # modules that it trains whole
 
     @property
     def parameters(self) -> int:
@@ -100,6 +104,20 @@ class ModelShape:
     def lora_parameters(self, rank: int) -> int:
         """Of adapters on every linear layer: A and B (arXiv 2106.09685)."""
         return self.layers * rank * sum(a + b for a, b in self.linear_sides)
+
+    def trained_parameters(self, lora: LoraConfig) -> int:
+        """Of what is updated: everything, or adapters and what is trained whole beside them."""
+        if self.adapter or not lora.rank:
+            return self.adapter or self.parameters
+        magnitudes = self.layers * sum(outputs for _, outputs in self.linear_sides) if lora.dora else 0
+        embedding = self.embedding if set(lora.modules_to_save) & {"embed_tokens", "wte"} else 0
+        return self.lora_parameters(lora.rank) + magnitudes + embedding + (self.head if self.trains_head(lora) else 0)
+
+    def freezes_base(self, lora: LoraConfig) -> bool:
+        return bool(self.adapter or lora.rank)
+
+    def trains_head(self, lora: LoraConfig) -> bool:
+        return not self.freezes_base(lora) or "lm_head" in (*lora.modules_to_save, *self.adapter_saves)
 
     def saved_bytes_per_token(self, width: int, keys_per_token: float, scores_per_token: float, pieces: int,
                               fused: bool = False, recompute: bool = False) -> float:
@@ -166,8 +184,11 @@ class ModelShape:
         return width * (3.0 * self.intermediate * min(self.visited_experts, self.experts) + 2.0 * self.hidden)
 
 
-def read_shape(folder: Path) -> ModelShape:
-    """The shape that a model's folder describes. UserError where it has no config.json."""
+def read_shape(folder: Path, adapter: Adapter | None = None) -> ModelShape:
+    """The shape that a model's folder describes, with the adapter that is trained on it. UserError where it has no
+    config.json."""
+    if adapter is not None:
+        return replace(read_shape(folder), adapter=adapter.elements, adapter_saves=adapter.modules_to_save)
     try:
         config = json.loads((folder / "config.json").read_text())
     except OSError as error:

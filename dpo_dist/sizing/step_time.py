@@ -45,11 +45,11 @@ def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
     """The terms of a step's time."""
     device, ranks = world.device, world.ranks
     packs = Packs.of(config, lengths, ranks)
-    frozen = config.model.lora.rank > 0
+    frozen = shape.freezes_base(config.model.lora)
     whole, cheap = recomputed_layers(config, shape.layers)
     flops = pair_flops(shape, lengths, frozen, whole / shape.layers) * config.train.pairs_per_step
     rate = (config.cluster.peak_tflops * 1e12 if config.cluster.peak_tflops else device.flops) * device.efficiency
-    trained = shape.lora_parameters(config.model.lora.rank) if frozen else shape.parameters
+    trained = shape.trained_parameters(config.model.lora)
     sent, collectives = traffic(config, shape, world, packs.micro_steps, trained)
     link, hooks = world.link, 0.0
     if config.zero.stage == 3:

@@ -14,6 +14,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.load import load_causal_lm
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.reference.make import Setup, make_reference
 from dpo_dist.runtime.process import exit_with
 from dpo_dist.runtime.world import World
@@ -56,7 +57,7 @@ def main(models: list[str]) -> None:
                 split = [] if size is None else [f"reference.tensor_parallel_size={size}"]
                 config = compose(["model.path=unused", f"reference={engine}",
                                   *([] if offload == "none" else [f"reference.offload={offload}"]), *split]).reference
-                reference = make_reference(config, Setup(folder, torch.float32, attention, world))
+                reference = make_reference(config, Setup(ModelFolder(folder), torch.float32, attention, world))
                 held = (sum(p.numel() for name, p in reference._model.named_parameters() if ".layers." in name)
                         if engine == "tensor_parallel" else None)
                 got = [reference.token_logps(pack_sequences(trees)) for trees in work]

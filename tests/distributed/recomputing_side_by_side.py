@@ -22,7 +22,8 @@ from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.fused import fuse
-from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm
+from dpo_dist.models.load import ScoredModel, load_causal_lm
+from dpo_dist.models.lora import add_lora
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.policy.zero import ZeroPolicy
 from dpo_dist.policy.zero_config import deepspeed_config

@@ -11,6 +11,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.folder import read_config
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.run.metrics import MetricSums
@@ -34,7 +35,7 @@ def main(model: str, rows: str, cache: str) -> int:
                           *(["zero.persistence_threshold=0"] if stage == "3" else [])])
         world = World.start(config.cluster)
         pairs = world.on_main(lambda config=config: prepare(config.data, None, None)[0])
-        policy = make_policy(config, Path(model), "branch", world)
+        policy = make_policy(config, ModelFolder(Path(model)), "branch", world)
         flops = forward_flops(read_config(Path(model))).training(frozen_base=False)
         batches = step_batches(pairs, np.arange(8), config.loss, world, 400, flops)
 

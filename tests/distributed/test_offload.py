@@ -18,12 +18,13 @@ import os, sys
 from pathlib import Path
 import numpy, torch
 from dpo_dist.data.pack import Sequences, pack_sequences
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.reference.hf import HfReference
 
 folder, offload, into, group = sys.argv[1:]
 if group:
     Path(group, "cgroup.procs").write_text(str(os.getpid()))       # what was allocated so far is charged elsewhere
-engine = HfReference(Path(folder), torch.float32, "branch", torch.device("cpu"), offload)
+engine = HfReference(ModelFolder(Path(folder)), torch.float32, "branch", torch.device("cpu"), offload)
 pack = pack_sequences([Sequences(tuple(range(3, 40)), (tuple(range(3, 30)), tuple(range(30, 60))))] * 2)
 numpy.save(into, torch.cat([engine.token_logps(pack) for _ in range(2)]).numpy())
 """

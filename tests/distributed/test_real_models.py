@@ -88,13 +88,6 @@ def test_text_trains_a_text_and_image_model_alike_in_every_stage_and_it_is_expor
     assert "cannot split" in refused.stderr and "set reference=zero" in refused.stderr
 
 
-def test_an_adapter_as_a_model_ends_the_command_with_the_lines_that_merge_it(tmp_path: Path, words: list[str]):
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
-    done = dpo_dist("train", *words, f"run.dir={tmp_path / 'run'}", code=2)
-    assert "merge it first, like this" in done.stderr and "merge_and_unload" in done.stderr
-
-
 def test_a_text_and_image_run_goes_on_from_a_checkpoint_of_another_number_of_ranks(tmp_path: Path, words: list[str]):
     """Frozen weights are not in checkpoints: they come from the model's folder again."""
     write_text_and_image(tmp_path / "m")

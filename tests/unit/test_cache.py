@@ -9,6 +9,7 @@ import torch
 from conftest import write_tiny_llama
 
 from dpo_dist.config.compose import compose
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey, ShardWriter, sequence_key
 from dpo_dist.reference.make import Setup, reference_key
 from dpo_dist.runtime.world import World
@@ -106,8 +107,8 @@ def test_values_of_fused_kernels_in_bf16_have_a_key_of_their_own_and_exact_ones_
 
     def key(dtype: torch.dtype, fused: bool, *more: str) -> ReferenceKey:
         config = compose([f"model.path={folder}", "cluster.device=cpu", *more])
-        return reference_key(config.reference, "weights", Setup(folder, dtype, "branch", world, fused=fused),
-                             quantized=None)
+        setup = Setup(ModelFolder(folder), dtype, "branch", world, fused=fused)
+        return reference_key(config.reference, "weights", setup, quantized=None)
 
     assert key(torch.bfloat16, True) != key(torch.bfloat16, False) and "fused kernels" in key(torch.bfloat16,
                                                                                               True).recipe

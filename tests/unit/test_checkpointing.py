@@ -24,7 +24,8 @@ from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models import checkpointing
 from dpo_dist.models.attention import Forest
 from dpo_dist.models.checkpointing import checkpoint_layers, decoder_layers
-from dpo_dist.models.load import _without_dropout, add_lora
+from dpo_dist.models.load import _without_dropout
+from dpo_dist.models.lora import add_lora
 from dpo_dist.models.tiny import shrink
 
 CONFIGS = [LlamaConfig, Qwen2Config, Qwen3Config, Gemma2Config, GPT2Config, MixtralConfig]

@@ -61,6 +61,12 @@ MISTAKES = {
                                                                          "optim.min_lr_ratio=0.1"],
     "optim.min_lr_ratio=1.5 must be between 0 and 1": ["optim.min_lr_ratio=1.5"],
     "optim.eps=-1.0 must be greater than 0": ["optim.eps=-1"],
+    "model.lora.dora=True does nothing while model.lora.rank=0": ["model.lora.dora=true"],
+    "export.what=both, but no adapter is trained": ["export.what=both"],
+    "reference.engine=adapter needs a LoRA policy": ["reference=adapter", "reference.path=r"],
+    "which is the base itself; set reference=adapter_off": ["reference=adapter", "model.lora.rank=4"],
+    "with reference.engine=adapter the reference is the policy's own base": [
+        "reference=adapter", "model.lora.rank=4", "reference.path=r", "reference.mode=ahead"],
     "model.lora.rank=-4 must be 0 (no adapters) or greater": ["model.lora.rank=-4"],
     "model.quantization=nf4 freezes the weights, and model.lora.rank=0 trains nothing else": ["model.quantization=nf4"],
     "the reference is the same 4-bit weights, which reference.engine=zero cannot compute; set reference=adapter_off": [
@@ -197,7 +203,8 @@ def test_every_group_choice_composes():
         if not folder.is_dir() or folder.name in ("experiment", "sweep"):
             continue
         for choice in (f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_")):
-            extra = ["model.lora.rank=8"] if choice == "adapter_off" else []
+            extra = ["model.lora.rank=8"] if choice in ("adapter_off", "adapter") else []
+            extra += ["reference.path=r"] if choice == "adapter" else []
             extra += ["data.train.0.path=rows"] if folder.name == "data" and choice != "default" else []
             compose(["model.path=m", f"{folder.name}={choice}", *extra])
 

@@ -22,6 +22,7 @@ from dpo_dist.data.store import PairStore
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.losses import preference_loss
 from dpo_dist.models.load import ScoredModel, load_causal_lm
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.ahead import AheadReference, Scorer
@@ -151,7 +152,7 @@ def test_loss_and_gradient_are_those_of_the_counted_tokens_alone(
         reference_folder: Path):
     loss = resolve_loss(loss)
     wanted, wanted_gradients = by_definition(policy_folder, reference_folder, rows, loss)
-    reference = HfReference(reference_folder, torch.float32, attention, ALONE.device)
+    reference = HfReference(ModelFolder(reference_folder), torch.float32, attention, ALONE.device)
     found, gradients = ours(policy_folder, attention, reference, store(rows), loss)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert gradients.keys() == wanted_gradients.keys()
@@ -177,7 +178,7 @@ def test_counting_every_token_is_counting_none_apart(rows: list[Row], store: Cal
 def test_a_cache_filled_without_counts_knows_all_and_every_reference_gives_the_same_values(
         rows: list[Row], store: Callable[[list[Row]], PairStore], reference_folder: Path, tmp_path: Path, world: World):
     bare = [{key: value for key, value in row.items() if "counts" not in key} for row in rows]
-    live, cache = (HfReference(reference_folder, torch.float32, "branch", world.device),
+    live, cache = (HfReference(ModelFolder(reference_folder), torch.float32, "branch", world.device),
                    LogpCache(str(tmp_path / "cache"), ReferenceKey("weights", "fp32")))
     unscored, _ = plan_fill(cache, [store(bare)], world, 200)
     fill(unscored, cache, [store(bare)], live, world)

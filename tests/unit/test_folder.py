@@ -1,5 +1,4 @@
-"""What a model's folder holds is found out before anything is computed: a head of its own or not, all weights, an
-adapter."""
+"""What a model's folder holds is found out before anything is computed: a head of its own or not, all weights."""
 from __future__ import annotations
 
 import json
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.models.digest import model_digest
-from dpo_dist.models.folder import read_config, resolve, tied_embeddings, truthful_json
+from dpo_dist.models.folder import read_config, tied_embeddings, truthful_json
 from dpo_dist.models.load import load_causal_lm
 from dpo_dist.sizing.shape import read_shape
 
@@ -139,27 +138,6 @@ def test_a_file_that_the_index_names_and_that_is_not_there_is_refused_by_name(tm
     gone.unlink()
     with pytest.raises(UserError, match=rf"lacks {gone.name} \(1 of "):
         read_config(folder)
-
-
-@pytest.mark.parametrize("beside_a_model", [False, True])
-def test_an_adapter_is_refused_with_the_lines_that_merge_it(beside_a_model: bool, tmp_path: Path):
-    import peft
-
-    base = write_tiny_llama(tmp_path / "base")
-    adapter = tmp_path / "adapter"
-    peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base),
-                        peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
-    if beside_a_model:
-        (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
-    with pytest.raises(UserError, match=r"reference\.path=.* merge it first, like this") as refusal:
-        resolve(str(adapter), "reference.path", offline=True)
-    assert ("take adapter_config.json out of the folder" in str(refusal.value)) is beside_a_model
-    merging = [line.strip() for line in str(refusal.value).splitlines()[1:]]
-    assert len(merging) == 3
-    exec("\n".join(merging[:2]), {})                     # the third wants a tokenizer, which this model has not
-    assert resolve(f"{adapter}-merged", "reference.path", offline=True) == Path(f"{adapter}-merged")
-    assert load_causal_lm(Path(f"{adapter}-merged"), torch.float32, "branch") is not None
-    assert repr(str(base)) in merging[2]
 
 
 def test_code_in_a_models_folder_is_never_run(tmp_path: Path):

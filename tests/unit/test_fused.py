@@ -40,7 +40,7 @@ from dpo_dist.models.fused import (
     fuse,
     fused_misfit,
 )
-from dpo_dist.models.load import add_lora
+from dpo_dist.models.lora import add_lora
 
 ALL = {NORM, SWIGLU, ROTARY}
 KINDS = {LlamaConfig: ALL, Qwen2Config: ALL, Qwen3Config: ALL, MistralConfig: ALL, Olmo2Config: ALL,

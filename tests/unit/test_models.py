@@ -17,7 +17,8 @@ from dpo_dist.models.attention import Forest, branch_attention, packed_attention
 from dpo_dist.models.digest import model_digest
 from dpo_dist.models.fit import branch_misfit, choose_attention
 from dpo_dist.models.folder import stored_dtype
-from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.models.lora import add_lora
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.types import PackedBatch, TokenizedPair
 
@@ -156,7 +157,7 @@ def test_attention_sinks_which_branch_attention_does_not_know_are_found_out():
 
 def test_adapters_on_the_output_head_are_refused_instead_of_lost(tmp_path: Path):
     folder = write_tiny_llama(tmp_path)
-    with pytest.raises(UserError, match=r"model\.lora\.target_modules names the output head 'lm_head'"):
+    with pytest.raises(UserError, match=r"model\.lora\.target_modules=.* names the output head 'lm_head'"):
         ScoredModel(add_lora(load_causal_lm(folder, torch.float32, "branch"),
                              LoraConfig(4, None, ("lm_head", "q_proj")), 0), "branch")
 

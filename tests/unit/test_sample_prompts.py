@@ -12,6 +12,7 @@ from conftest import write_rows
 from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
 from dpo_dist.demo import write_inputs
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.run.samples import Samples, stop_ids
 
@@ -25,7 +26,7 @@ def test_the_prompts_depend_on_content_alone_and_more_keep_those_that_fewer_gave
     def chosen(file: str, number: int) -> list[tuple[int, ...]]:
         config = compose(["model.path=m", f"data.eval=[{{path: {tmp_path / file}, format: token_ids}}]",
                           f"data.cache_dir={tmp_path / 'tokens'}", f"eval.samples={number}"])
-        inputs = SimpleNamespace(eval=prepare(config.data, None, None)[1], policy_folder=tmp_path)
+        inputs = SimpleNamespace(eval=prepare(config.data, None, None)[1], policy=ModelFolder(tmp_path))
         return list(Samples.of(config, inputs).prompts)
 
     assert chosen("rows.jsonl", 4) == chosen("twice.jsonl", 4) == chosen("rows.jsonl", 9)[:4]

@@ -17,6 +17,7 @@ from dpo_dist.config.schema import LossConfig
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
 from dpo_dist.models.load import ScoredModel, load_causal_lm
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.reference.hf import HfReference
 from dpo_dist.run.metrics import MetricSums
@@ -33,7 +34,7 @@ WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def gradient(tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
     """gradient(rows, loss, tokens_per_microbatch) → {parameter: gradient of one step over these rows}."""
     policy_folder, reference_folder = write_tiny_llama(tmp_path / "p", seed=0), write_tiny_llama(tmp_path / "r", seed=1)
-    reference = HfReference(reference_folder, torch.float32, "branch", WORLD.device)
+    reference = HfReference(ModelFolder(reference_folder), torch.float32, "branch", WORLD.device)
 
     def pairs_of(rows: list[dict[str, object]]) -> PairStore:
         path = tmp_path / "rows.jsonl"

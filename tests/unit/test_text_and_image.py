@@ -17,7 +17,8 @@ from dpo_dist.models.checkpointing import decoder_layers
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.fit import branch_misfit
 from dpo_dist.models.folder import read_config
-from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.models.lora import add_lora
 from dpo_dist.models.text import backbone, layer_stack
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.sizing.shape import read_shape

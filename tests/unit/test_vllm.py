@@ -19,6 +19,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.engines.vllm import RequestsConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.pack import Sequences, pack_pairs, pack_sequences
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 from dpo_dist.reference.hf import HfReference
 from dpo_dist.reference.vllm.engine import VllmReference, continuations
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(folder: Path) -> torch.Tensor:
-    return HfReference(folder, torch.float32, "branch", torch.device("cpu")).token_logps(pack())
+    return HfReference(ModelFolder(folder), torch.float32, "branch", torch.device("cpu")).token_logps(pack())
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def write_qwen2(folder: Path) -> Path:
 
 def test_it_agrees_with_the_oracle_on_llama_and_qwen2_in_requests_of_any_size(folder: Path, tmp_path: Path):
     for where in (folder, write_qwen2(tmp_path / "qwen2")):
-        oracle = HfReference(where, torch.float32, "branch", torch.device("cpu")).token_logps(pack())
+        oracle = HfReference(ModelFolder(where), torch.float32, "branch", torch.device("cpu")).token_logps(pack())
         with LogProbServer(where) as running:
             for size in (1, 4, 64):
                 assert off(client(running, sequences=size).token_logps(pack()), oracle) < 5e-5
@@ -85,7 +86,7 @@ def test_it_agrees_with_the_oracle_on_llama_and_qwen2_in_requests_of_any_size(fo
 def test_of_a_training_pack_it_gives_the_values_of_the_counted_tokens(folder: Path, server: LogProbServer):
     pair = TokenizedPair((5, 6, 7), (8, 9, 10, 1), (11, 1), "a", chosen_counts=(False, True, False, True))
     batch = pack_pairs([pair], [0], [1.0])
-    oracle = HfReference(folder, torch.float32, "branch", torch.device("cpu")).token_logps(batch)
+    oracle = HfReference(ModelFolder(folder), torch.float32, "branch", torch.device("cpu")).token_logps(batch)
     assert len(oracle) == 4 and off(client(server).token_logps(batch), oracle) < 5e-5
 
 

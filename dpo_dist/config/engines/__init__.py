@@ -4,6 +4,7 @@ What computes is `open_engine` in dpo_dist/reference/<name>.py, imported when it
 """
 from __future__ import annotations
 
+from dpo_dist.config.engines.adapter import AdapterReferenceConfig
 from dpo_dist.config.engines.adapter_off import AdapterOffConfig
 from dpo_dist.config.engines.hf import HfConfig
 from dpo_dist.config.engines.tensor_parallel import TensorParallelConfig
@@ -16,5 +17,6 @@ ENGINES: dict[str, type[ReferenceConfig]] = {
     "zero": ZeroReferenceConfig,
     "tensor_parallel": TensorParallelConfig,
     "adapter_off": AdapterOffConfig,
+    "adapter": AdapterReferenceConfig,
     "vllm": VllmConfig,
 }

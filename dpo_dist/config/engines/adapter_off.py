@@ -17,6 +17,7 @@ class AdapterOffConfig(ReferenceConfig):
     engine: Literal["adapter_off"] = option()
 
     is_policy = True
+    bare_base = True
     why_not_ahead = ("with reference.engine=adapter_off the reference is the policy itself; set reference.mode=cached "
                      "or live, or reference.engine=hf")
 
@@ -24,9 +25,9 @@ class AdapterOffConfig(ReferenceConfig):
         return 1.0 / ranks if policy_is_sharded else 1.0
 
     def check(self, run: RunConfig) -> None:
-        if run.model.lora.rank == 0:
-            raise UserError("reference.engine=adapter_off needs a LoRA policy; set model.lora.rank=16, or "
-                            "reference.engine=hf")
+        if not run.trains_adapter:
+            raise UserError("reference.engine=adapter_off needs a LoRA policy; set model.lora.rank=16, or give an "
+                            "adapter as model.path, or set reference.engine=hf")
         if self.path not in (None, run.model.path):
             raise UserError(f"reference.path={self.path} differs from model.path={run.model.path}, but adapter_off "
                             "takes the policy's own base weights as reference; remove reference.path or set "

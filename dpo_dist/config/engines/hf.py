@@ -24,6 +24,10 @@ class HfConfig(ReferenceConfig):
         return self.offload == "none"
 
     @property
+    def may_adapt(self) -> bool:
+        return self.offload == "none"                    # adapters are in memory, not in the base's files
+
+    @property
     def may_fuse(self) -> bool:
         return self.offload == "none"                    # weights read from disk are used by the model's own code
 

@@ -18,5 +18,9 @@ class ZeroReferenceConfig(ReferenceConfig):
     may_follow = True
     needs_less = "reference.offload=cpu"
 
+    @property
+    def may_adapt(self) -> bool:
+        return True
+
     def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
         return 0.0 if self.offload == "cpu" else 1.0 / ranks

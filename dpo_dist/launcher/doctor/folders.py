@@ -112,7 +112,7 @@ def _file_system(folder: Path) -> str:
 def needed_bytes(config: RunConfig) -> tuple[int, str]:
     """(bytes that a run will write, for what): its checkpoints and model, or a minimum if the size is not known."""
     parameters = stored_elements(Path(config.model.path))
-    if not parameters or config.model.lora.rank:
+    if not parameters or config.trains_adapter:
         return LEAST_FREE_GIB * GIB, "for a run whose size is not known"
     checkpoints = config.train.keep_checkpoints + 1      # the newest is written before the oldest goes
     apart = MODULE_BYTES if config.zero.stage in (0, 1, 2, "auto") else 0

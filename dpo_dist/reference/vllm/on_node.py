@@ -14,8 +14,9 @@ import torch
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.models.folder import resolve
+from dpo_dist.config.rules import check_reference_adapter
 from dpo_dist.models.load import torch_dtype
+from dpo_dist.models.resolve import resolve
 from dpo_dist.reference.vllm.open import served, server_spec
 from dpo_dist.reference.vllm.process import end_of, start_server
 from dpo_dist.runtime.run_dir import RunDir
@@ -28,15 +29,17 @@ def main(words: Sequence[str]) -> int:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         config = compose(overrides)
-        folder = resolve(config.reference_path, "reference.path", config.run.offline)
+        reference = resolve(config.reference_path, "reference.path", config.run.offline)
+        if reference.adapter is not None:
+            check_reference_adapter(config)
         device = device_of(config.cluster, 0)
         dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         run_dir = RunDir(config.run_dir)
         run_dir.make()
         log = run_dir.server_log(node)
-        server = start_server(server_spec(config, dtype, folder, gpus), log, served(config).requests.wait_seconds,
-                              "0.0.0.0", port)
+        server = start_server(server_spec(config, dtype, reference.base, gpus), log,
+                              served(config).requests.wait_seconds, "0.0.0.0", port)
     except UserError as error:
         print(f"error: {node}: {error}", file=sys.stderr, flush=True)
         return 2

@@ -75,7 +75,7 @@ def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
                         "that scores; run `dpo-dist score` with the same keys first")
     elif config.server:
         gpus = world.local_size if world.device.type == "cuda" else 1
-        spec = server_spec(run, key.dtype, setup.folder, gpus)
+        spec = server_spec(run, key.dtype, setup.folder.base, gpus)
         copies = spec.copies
         if world.local_rank == 0:
             log = RunDir(run.run_dir).server_log(world.rank)
