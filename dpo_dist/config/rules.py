@@ -65,6 +65,7 @@ def validate(c: RunConfig) -> None:
     _validate_reference(c)
     c.reference.check(c)
     _validate_zero(c)
+    c.optim.check(c)
     c.cluster.check(c.reference.server_nodes)
     validate_outputs(c)
 

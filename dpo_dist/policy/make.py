@@ -11,6 +11,7 @@ from dpo_dist.models.checkpointing import checkpoint_layers
 from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, torch_dtype
 from dpo_dist.models.quantized import adapters_in
 from dpo_dist.policy import Policy
+from dpo_dist.policy.optimizers.make import optimizer_module
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.runtime.world import World
 
@@ -18,6 +19,7 @@ from dpo_dist.runtime.world import World
 def make_policy(config: RunConfig, folder: Path, attention: str, world: World, fused: bool = False) -> Policy:
     """The policy with its starting weights from `folder`, ready to train. fused: as in load_causal_lm."""
     dtype = torch_dtype(config.model, world.device)
+    optimizer_module(config.optim)                       # may lack a library, which is told before the model is loaded
 
     def load_model() -> ScoredModel:
         lm = load_causal_lm(folder, dtype, attention, fused, config.model.quantization)

@@ -61,6 +61,13 @@ MISTAKES = {
                                                                          "optim.min_lr_ratio=0.1"],
     "optim.min_lr_ratio=1.5 must be between 0 and 1": ["optim.min_lr_ratio=1.5"],
     "optim.eps=-1.0 must be greater than 0": ["optim.eps=-1"],
+    "unknown key 'optim.momentum': it goes with optim=muon": ["optim.momentum=0.9"],
+    "optim.nesterov=true would do nothing with optim.momentum=0": ["optim=muon", "optim.momentum=0"],
+    "optim.momentum=1.0 must be less than 1": ["optim=muon", "optim.momentum=1"],
+    "model.lora.rank=4 trains two factors instead": ["optim=muon", "model.lora.rank=4"],
+    "optim.name=muon multiplies matrices in its update": ["optim=muon", "zero.offload_optimizer=cpu"],
+    "optim.name=adamw_8bit makes state small": ["optim.name=adamw_8bit", "zero.offload_optimizer=cpu"],
+    "optim.name=cpu_adam updates state that lies in CPU memory": ["optim=cpu_adam"],
     "model.lora.rank=-4 must be 0 (no adapters) or greater": ["model.lora.rank=-4"],
     "model.quantization=nf4 freezes the weights, and model.lora.rank=0 trains nothing else": ["model.quantization=nf4"],
     "the reference is the same 4-bit weights, which reference.engine=zero cannot compute; set reference=adapter_off": [
@@ -198,6 +205,7 @@ def test_every_group_choice_composes():
             continue
         for choice in (f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_")):
             extra = ["model.lora.rank=8"] if choice == "adapter_off" else []
+            extra += ["zero.offload_optimizer=cpu"] if choice == "cpu_adam" else []
             extra += ["data.train.0.path=rows"] if folder.name == "data" and choice != "default" else []
             compose(["model.path=m", f"{folder.name}={choice}", *extra])
 
