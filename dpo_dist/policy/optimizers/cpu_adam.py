@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -24,12 +25,20 @@ from dpo_dist.policy.optimizers.weights import TrainedWeights
 from dpo_dist.policy.skip import SkipsOnHost
 
 KERNEL = "cpu_adam"
+NO_STEP = 2**40
 SECONDS = 1200                             # that compiling may take: 60 on a quiet machine, 600 on a busy one
 COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
 
 
 class CpuAdam(SkipsOnHost, DeepSpeedCPUAdam):
     """The process looks at `found_inf` itself: gradients and state are in its memory anyway."""
+
+    def step(self, closure: Any = None) -> Any:
+        # The kernel multiplies its last call's powers of betas by them, and takes the powers themselves after a call of
+        # another step. So that a resumed run has the same bits, it is always given such a call, of one element.
+        group, element = self.param_groups[0], [torch.zeros(1) for _ in range(4)]
+        self.ds_opt_adam.adam_update(self.opt_id, NO_STEP, 0.0, *group["betas"], 1.0, 0.0, True, *element)
+        return super().step(closure)
 
 
 def make_optimizer(optim: OptimConfig, weights: TrainedWeights) -> CpuAdam:
@@ -74,7 +83,8 @@ def _compile(folder: Path) -> None:
     try:
         done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, timeout=SECONDS, text=True,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        why = None if done.returncode == 0 else next(reversed(done.stdout.split("\n")[:-1]), "no reason told")
+        told = [line for line in done.stdout.splitlines() if "Error" in line]
+        why = None if done.returncode == 0 else (told or ["no reason told"])[-1][:300]
     except subprocess.TimeoutExpired:
         why = f"it took more than {SECONDS} s"
     if why is not None:
