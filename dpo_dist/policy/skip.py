@@ -24,4 +24,10 @@ class SkipsOnHost:
     found_inf: Tensor | None = None
 
     def step(self, closure: Any = None) -> Any:
-        return None if self.found_inf is not None and bool(self.found_inf) else super().step(closure)  # type: ignore[misc]
+        skip = self.found_inf
+        if skip is not None and bool(skip):
+            return None
+        self.found_inf = None                            # some of torch's refuse to see one
+        result = super().step(closure)  # type: ignore[misc]
+        self.found_inf = skip                            # DeepSpeed calls once for each group
+        return result

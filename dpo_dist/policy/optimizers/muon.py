@@ -59,7 +59,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        momentum, rate = state["momentum_buffer"], torch.tensor(group["lr"], dtype=torch.float64, device=p.device)
+        momentum, rate = state["momentum_buffer"], torch.full((), group["lr"], dtype=torch.float64, device=p.device)
         if self.found_inf is not None:
             # the momentum stays where the gradient equals it, and the weights where the rate is 0
             torch.where(self.found_inf.bool(), momentum, gradient, out=gradient)
