@@ -117,5 +117,5 @@ def _convert(saved: Path, universal: Path) -> None:
     partial = universal.with_name("universal.partial")
     shutil.rmtree(partial, ignore_errors=True)
     ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1,
-                              num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
+                              num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
     partial.rename(universal)
