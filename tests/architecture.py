@@ -29,7 +29,7 @@ LAUNCHER_IMPORTS = {"config", "sizing", "runtime", "launcher"}
 ONLY_IN = {
     "deepspeed": {"policy.zero", "policy.optimizers.cpu_adam", "reference.zero", "reference.tensor_parallel",
                   "runtime.world"},
-    "bitsandbytes": {"policy.optimizers.adamw_8bit"},
+    "bitsandbytes": {"policy.optimizers.adamw_8bit", "models.quantized"},
     "wandb": {"run.tracking.wandb"},
     "mlflow": {"run.tracking.mlflow"},
     "hydra": {"config.compose", "launcher.sweep.multirun"},

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import dpo_dist, forked_ranks, train_on, write_rows, write_tiny_llama
+from conftest import dpo_dist, forked_ranks, packages_of, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
+BITSANDBYTES = Path(sys.prefix) / "bnb"                # where `make` puts it
 PROGRAM = Path(__file__).with_name("optimizers_side_by_side.py")
 FP32, BF16 = "model.dtype=fp32", "model.dtype=bf16"
 SHARDED = "zero=zero3 zero.persistence_threshold=0"
@@ -30,8 +32,6 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_an_optimizer_is_its_librarys_own_skips_what_is_unsound_and_resumes_to_the_same_bits(
         name: str, tmp_path: Path, model: Path):
-    if name == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     if name == "cpu_adam":
         from dpo_dist.policy.optimizers.cpu_adam import compiled, kernel_folder
 
@@ -40,7 +40,8 @@ def test_an_optimizer_is_its_librarys_own_skips_what_is_unsound_and_resumes_to_t
     for ranks, cases in ((2, CASES[name]), (1, ALONE.get(name, []))):
         scratch = tmp_path / f"{ranks} ranks"
         scratch.mkdir()
-        shown = forked_ranks(ranks, PROGRAM, model, scratch, *(f"{name} {case}" for case in cases)) if cases else ""
+        with packages_of(*([BITSANDBYTES] if name == "adamw_8bit" else [])):
+            shown = forked_ranks(ranks, PROGRAM, model, scratch, *(f"{name} {case}" for case in cases)) if cases else ""
         assert shown.count(" ok") == len(cases)
 
 

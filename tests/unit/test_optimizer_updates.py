@@ -27,6 +27,11 @@ def optim(*words: str) -> OptimConfig:
     return compose(["model.path=m", *words]).optim
 
 
+@pytest.fixture(autouse=True)
+def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(sys.prefix) / "bnb")            # where `make` puts it
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> ScoredModel:
     """Its matrices are large enough for moments of 8 bits."""
@@ -93,8 +98,6 @@ def test_muon_has_the_layers_matrices_and_the_adamw_beside_it_a_rate_of_its_own(
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_state_takes_the_bytes_that_plan_predicts(name: str, tmp_path: Path, model: ScoredModel):
-    if name == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     config = compose([f"model.path={tmp_path / 'm'}", f"optim={name}"])
     optimizer = stepped(optimizer_module(config.optim).make_optimizer(config.optim, trained_weights(model)))
     held = {t.data_ptr(): t.nbytes for state in optimizer.state.values() for key, t in state.items()
@@ -105,8 +108,6 @@ def test_state_takes_the_bytes_that_plan_predicts(name: str, tmp_path: Path, mod
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_a_skipped_update_changes_neither_weights_nor_state(name: str, model: ScoredModel):
-    if name == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     config = optim(f"optim={name}", "optim.weight_decay=0.1")
     optimizer = stepped(optimizer_module(config).make_optimizer(config, trained_weights(model)))
 
