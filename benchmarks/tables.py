@@ -20,6 +20,7 @@ TOKENS = "<!-- tokens: written by benchmarks/tables.py -->", "<!-- end of tokens
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
 FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
 RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of recipes -->"
+OPTIMIZERS = "<!-- optimizers: written by benchmarks/tables.py -->", "<!-- end of optimizers -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
         "ratings": "four rated responses a prompt, all six pairs"}
 
@@ -27,6 +28,7 @@ ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
 def main(check: bool) -> int:
     changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
                                                  (README, FAMILIES, family_table()), (README, RECIPES, recipe_table()),
+                                                 (README, OPTIMIZERS, optimizer_table(read("optimizers"))),
                                                  (README, TOKENS, tokens_tables(read("trl_tokens"))),
                                                  (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
@@ -142,6 +144,18 @@ def run_table(start: dict[str, Any], tokenizing: dict[str, Any], sweep: dict[str
         f"| step times that `plan` predicts: pairs of runs in the wrong order (CPU seconds) | {len(order)} of "
         f"{sizing['pairs_of_runs']} |",
     ])
+
+
+def optimizer_table(results: dict[str, Any]) -> str:
+    """Of the demo's model: loss curves at one learning rate, and bytes of state."""
+    steps = next(iter(results["runs"].values()))["loss"]
+    lines = [f"| `{name}` | " + " | ".join(f"{loss:.3f}" for loss in of["loss"].values())
+             + f" | {of['held_out_loss']:.3f} | {of['held_out_accuracy']:.2f} | {of['state_bytes_a_parameter']:.2f} |"
+             for name, of in results["runs"].items()]
+    return "\n".join([
+        "| the demo's model: loss at step | " + " | ".join(steps)
+        + " | held-out loss | held-out accuracy | bytes of state a parameter |",
+        "|---|" + "---|" * (len(steps) + 3), *lines])
 
 
 REFUSALS = {"encoder-decoder": "is an encoder-decoder", "not causal": "so it is not causal",

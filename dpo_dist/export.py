@@ -177,8 +177,8 @@ def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float], ad
              f"| reference | {reference} |",
              f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |",
              f"| loss | {config.loss.name} ({loss}) |",
-             f"| optimizer | AdamW, lr {config.optim.lr}, {config.optim.schedule}, {config.train.pairs_per_step} pairs "
-             "a step |",
+             f"| optimizer | {config.optim.title}, lr {config.optim.lr}, {config.optim.schedule}, "
+             f"{config.train.pairs_per_step} pairs a step |",
              f"| trained weights | {_trained(inputs, config)}{merged} |", ""]
     if held_out:
         lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|"]
@@ -204,7 +204,7 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     inputs = read_inputs(config, world, terminal)
     config = without_auto(config, inputs, world, terminal)
     world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
-    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
+    resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
                         "overrides")

@@ -46,7 +46,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
-    resumed = world.on_main(lambda: resume_point(run_dir, config.zero.chosen_stage, world.size))
+    resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
     done = resumed[1].step if resumed else 0
     exports = run_dir.exports(config.export.merged, config.export.adapter)
     if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):

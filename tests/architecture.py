@@ -27,7 +27,9 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # The launcher starts the entry points as processes. It may import these, and of `runtime` what is free of torch.
 LAUNCHER_IMPORTS = {"config", "sizing", "runtime", "launcher"}
 ONLY_IN = {
-    "deepspeed": {"policy.zero", "reference.zero", "reference.tensor_parallel", "runtime.world"},
+    "deepspeed": {"policy.zero", "policy.optimizers.cpu_adam", "reference.zero", "reference.tensor_parallel",
+                  "runtime.world"},
+    "bitsandbytes": {"policy.optimizers.adamw_8bit", "models.quantized"},
     "wandb": {"run.tracking.wandb"},
     "mlflow": {"run.tracking.mlflow"},
     "hydra": {"config.compose", "launcher.sweep.multirun"},

@@ -119,6 +119,30 @@ def test_a_loss_is_a_function_a_yaml_and_one_line(house: Path, words: list[str])
     assert "loss 1.0000" in run(house, "run", *words, "loss=squared")
 
 
+def test_an_optimizer_is_its_entry_its_module_and_its_yaml(house: Path, words: list[str], tmp_path: Path):
+    add(house, "dpo_dist/policy/optimizers/sgd.py", """
+import torch
+from dpo_dist.policy.skip import SkipsOnHost
+
+class Sgd(SkipsOnHost, torch.optim.SGD):
+    pass
+
+def make_optimizer(optim, weights):
+    return Sgd(weights.everything, lr=0.0, momentum=optim.momentum)
+""")
+    add_line(house, "dpo_dist/config/optimizers.py", '    "adamw": AdamWConfig', """    "sgd": dataclass(frozen=True)(
+        type("SgdConfig", (OptimConfig,), {"__annotations__": {"momentum": "float"}, "momentum": option(RUN),
+                                           "title": "SGD", "state_bytes": lambda self, *elements: 4.0 * sum(elements),
+                                           "__module__": __name__})),""")
+    add(house, "conf/optim/sgd.yaml", "defaults:\n  - adamw\n  - _self_\n\nname: sgd                       # plain\n"
+                                      "momentum: 0.5                   # of the gradients\n")
+    assert touched(house) == {"dpo_dist/policy/optimizers/sgd.py", "dpo_dist/config/optimizers.py",
+                              "conf/optim/sgd.yaml"}
+    assert "it goes with optim=muon or optim=sgd" in run(house, "plan", *words, "optim.momentum=0.1", code=2)
+    run(house, "train", *words, "optim=sgd")
+    assert "| optimizer | SGD, lr" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
 def test_a_tracker_is_its_module_its_yaml_and_its_entry(house: Path, words: list[str], tmp_path: Path):
     add(house, "dpo_dist/run/tracking/shout.py", """
 def open_tracker(config, run_dir, resumed_step):

@@ -60,7 +60,7 @@ def with_groups(overrides: Sequence[str]) -> list[str]:
 def _group_of(word: str, overrides: Sequence[str]) -> str:
     """group=variant for the key that names a variant, unless its group is chosen as well."""
     key, _, value = word.partition("=")
-    for group, name in (("reference", "engine"), ("cluster", "name"), ("tracking", "name")):
+    for group, name in (("reference", "engine"), ("cluster", "name"), ("tracking", "name"), ("optim", "name")):
         if key == f"{group}.{name}" and not any(other.startswith(f"{group}=") for other in overrides):
             return f"{group}={value}"
     return word

@@ -10,14 +10,16 @@ from typing import Any, Literal
 from dpo_dist.config.cluster import CLUSTERS, ClusterConfig
 from dpo_dist.config.engines import ENGINES
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.optimizers import OPTIMIZERS
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.rules import resolve_loss, validate
-from dpo_dist.config.schema import DatasetConfig, RunConfig
+from dpo_dist.config.schema import DatasetConfig, OptimConfig, RunConfig
 from dpo_dist.config.tracking import TRACKERS, TrackingConfig
 
 # Sections with variants, each with keys of its own: (the key that names the variant, {name: variant}).
 VARIANTS: dict[Any, tuple[str, Mapping[str, Any]]] = {
-    ReferenceConfig: ("engine", ENGINES), ClusterConfig: ("name", CLUSTERS), TrackingConfig: ("name", TRACKERS)}
+    ReferenceConfig: ("engine", ENGINES), ClusterConfig: ("name", CLUSTERS), TrackingConfig: ("name", TRACKERS),
+    OptimConfig: ("name", OPTIMIZERS)}
 ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
 
 

@@ -69,6 +69,7 @@ def validate(c: RunConfig) -> None:
     c.reference.check(c)
     _validate_export(c)
     _validate_zero(c)
+    c.optim.check(c)
     c.cluster.check(c.reference.server_nodes)
     validate_outputs(c)
 

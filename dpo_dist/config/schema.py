@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dpo_dist.config.adapter import names_adapter
 from dpo_dist.config.cluster import ClusterConfig
@@ -120,6 +120,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """An optimizer as callers see it, whichever it is. Each of optimizers.py overrides what is different about it."""
+
+    name: str = option(RUN, unnamed="adamw")
     lr: float = option(RUN, above=0)
     weight_decay: float = option(RUN, between=(0, float("inf")))
     betas: tuple[float, float] = option(RUN)
@@ -128,6 +131,26 @@ class OptimConfig:
     warmup_ratio: float = option(RUN, between=(0, 1))
     min_lr_ratio: float = option(RUN, between=(0, 1), unnamed=0.0)
     max_grad_norm: float | None = option(RUN, between=(0, float("inf")))
+
+    title: ClassVar[str]                       # for people
+    # its state can be cut up anew, so that a run goes on with another number of ranks under ZeRO 1 to 3
+    may_reshard: ClassVar[bool] = True
+
+    def state_bytes(self, matrices: float, embeddings: float, head: float, vectors: float) -> float:
+        """Bytes of its state for so many trained elements: of the layers' matrices, of embeddings, of a head that is
+        none of them, and of norms and biases."""
+        raise NotImplementedError
+
+    def update_bytes(self, matrices: float, sharded: bool) -> float:
+        """Bytes that the update takes for a moment, for so many elements of the layers' matrices on a rank."""
+        return 0.0
+
+    def update_flops(self, sides: Iterable[tuple[int, int]]) -> float:
+        """FLOPs of an update besides those of each element, for matrices of these sides."""
+        return 0.0
+
+    def check(self, run: RunConfig) -> None:
+        """UserError where this optimizer's keys contradict each other, or other keys."""
 
 
 @dataclass(frozen=True)

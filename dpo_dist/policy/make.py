@@ -14,6 +14,7 @@ from dpo_dist.models.lora import REFERENCE, add_adapter, add_lora, load_adapted
 from dpo_dist.models.quantized import adapters_in
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy import Policy
+from dpo_dist.policy.optimizers.make import optimizer_module
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.runtime.world import World
 
@@ -23,6 +24,7 @@ def make_policy(config: RunConfig, folder: ModelFolder, attention: str, world: W
     """The policy with its starting weights from `folder`, ready to train. fused: as in load_causal_lm. beside: an
     adapter of the reference's, frozen, for Policy.reference_adapter."""
     dtype = torch_dtype(config.model, world.device)
+    optimizer_module(config.optim)                       # may lack a library, which is told before the model is loaded
 
     def load_model() -> ScoredModel:
         lm: Any = load_adapted(folder, dtype, attention, fused, config.model.quantization)

@@ -13,6 +13,8 @@ from dpo_dist.models.load import ScoredModel
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy import Policy
 from dpo_dist.policy.master_weights import MasterWeights
+from dpo_dist.policy.optimizers.make import optimizer_module
+from dpo_dist.policy.optimizers.weights import trained_weights
 from dpo_dist.policy.skip import prepare_update
 
 
@@ -23,8 +25,7 @@ class SinglePolicy(Policy):
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._masters = MasterWeights(trained.values())
         self._weights = dict(zip(trained, self._masters.parameters, strict=True))      # what is updated, by name
-        self._optimizer = torch.optim.AdamW(self._masters.parameters, lr=0.0, betas=optim.betas, eps=optim.eps,
-                                            weight_decay=optim.weight_decay, fused=True)
+        self._optimizer = optimizer_module(optim).make_optimizer(optim, trained_weights(self.model, self._weights))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()

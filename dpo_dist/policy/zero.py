@@ -20,6 +20,10 @@ from dpo_dist.models.sharded import sharded_load
 from dpo_dist.models.text import layer_stack
 from dpo_dist.models.weights import merged_weights
 from dpo_dist.policy import Policy
+from dpo_dist.policy.matrix_parts import parts_of
+from dpo_dist.policy.optimizers.make import optimizer_module
+from dpo_dist.policy.optimizers.muon import MuonAndAdamW
+from dpo_dist.policy.optimizers.weights import trained_weights
 from dpo_dist.policy.skip import prepare_update
 from dpo_dist.policy.zero_config import deepspeed_config
 from dpo_dist.runtime.world import World, prepare_deepspeed
@@ -37,17 +41,18 @@ class ZeroPolicy(Policy):
         config = deepspeed_config(zero, optim, bf16, on_gpu)
         with sharded_load(config):
             self.model = load_model().train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps,
-                                      weight_decay=optim.weight_decay, fused=True)
+        weights = trained_weights(self.model)
+        optimizer = optimizer_module(optim).make_optimizer(optim, weights)
         layers = layer_stack(self.model.causal)
         if zero.stage == 3 and all(p.requires_grad for p in layers.parameters()):
             # a layer's weights are gathered together, by one hook instead of thirteen. Not with adapters: DeepSpeed
             # fails on frozen weights
             deepspeed.utils.set_z3_leaf_modules(self.model, list({type(layer) for layer in layers}))
         config = deepspeed_config(zero, optim, bf16, on_gpu, layer_elements(layers))
-        self._adamw = optimizer                          # DeepSpeed gives it the fp32 parts, and calls its step
+        self._optimizer = optimizer                      # DeepSpeed gives it the fp32 parts, and calls its step
         self._engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
+        if isinstance(optimizer, MuonAndAdamW) and zero.stage:
+            optimizer.parts_of = parts_of(self._engine.optimizer, weights, world)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)
@@ -58,8 +63,8 @@ class ZeroPolicy(Policy):
 
     def step(self, lr: float, skip: Tensor | None = None) -> Tensor:
         if skip is not None and self._engine.zero_cpu_offload():
-            skip = skip.cpu()                            # AdamW would read a copy that has not arrived yet
-        prepare_update(self._adamw, lr, skip)
+            skip = skip.cpu()                            # it would read a copy that has not arrived yet
+        prepare_update(self._optimizer, lr, skip)
         # under stage 0 no optimizer of DeepSpeed's knows the norm, but every rank holds whole, averaged gradients
         own = (torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
                if self._stage == 0 else None)
@@ -112,5 +117,5 @@ def _convert(saved: Path, universal: Path) -> None:
     partial = universal.with_name("universal.partial")
     shutil.rmtree(partial, ignore_errors=True)
     ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1,
-                              num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
+                              num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
     partial.rename(universal)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.best import best_evaluation
 from dpo_dist.runtime.files import sync_folder, sync_tree, write_atomic
 from dpo_dist.runtime.run_dir import COMPLETE, RunDir
@@ -71,18 +72,21 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**json.loads((folder / "state.json").read_text()))
 
 
-def resume_point(run_dir: RunDir, zero_stage: int | None, ranks: int) -> tuple[Path, TrainState] | None:
+def resume_point(run_dir: RunDir, config: RunConfig, ranks: int) -> tuple[Path, TrainState] | None:
     """The newest whole checkpoint and where it stands, or None. UserError where this run cannot go on from it."""
     folder = latest_checkpoint(run_dir)
     if folder is None:
         return None
-    state = read_state(folder)
+    state, zero_stage = read_state(folder), config.zero.chosen_stage
     if state.zero_stage != zero_stage:
         raise UserError(f"{folder.name} was written with zero.stage={state.zero_stage}, not {zero_stage}; go on with "
                         "the same zero.stage, or start a new run from the exported model")
     if zero_stage == 0 and state.ranks != ranks:
         raise UserError(f"{folder.name} was written by {state.ranks} ranks under ZeRO-0, which cannot go on with "
                         f"{ranks}; start as many, or train with zero=zero1 or higher")
+    if state.ranks != ranks and not config.optim.may_reshard:
+        raise UserError(f"{folder.name} was written by {state.ranks} ranks with optim.name={config.optim.name}, whose "
+                        f"state cannot be cut anew for {ranks}; start as many, or a new run from the exported model")
     return folder, state
 
 

@@ -114,6 +114,16 @@ class World:
         dist.all_gather_object(out, value)
         return out
 
+    def exchange(self, outgoing: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
+        """What each rank sent this one, in order of rank: flat tensors of these lengths. outgoing: what goes to each
+        rank, flat, on the device."""
+        sent, dtype = torch.cat(outgoing), outgoing[0].dtype
+        received = sent.new_empty(sum(lengths))
+        width = dtype.itemsize                                       # gloo moves bytes, not bf16
+        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), [width * n for n in lengths],
+                               [width * len(part) for part in outgoing])
+        return list(received.split(lengths))
+
     def on_main(self, work: Callable[[], T]) -> T:
         """The result of `work()` on rank 0, on every rank. An exception there is raised on all, so none waits.
 

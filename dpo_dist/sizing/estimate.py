@@ -42,7 +42,7 @@ class Memory:
     weights: float                   # in model.dtype, this rank's part
     loading: float                   # ZeRO-3 with 4-bit weights: those of the other ranks, before they are sharded
     master_weights: float            # DeepSpeed's fp32 copy, also where model.dtype is fp32
-    optimizer: float                 # AdamW's two moments, fp32
+    optimizer: float                 # the optimizer's state: for AdamW two moments, fp32
     gradients: float                 # held from one micro-step to the next (ZeRO-3: always)
     buckets: float                   # buffers for reductions that stay
     gathered: float                  # ZeRO-3: weights made whole: as many as may stay, at least the largest
@@ -93,6 +93,8 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
     whole = weight_bytes(config, shape, width) + width * (shape.frozen + adapters)
     terms = dict.fromkeys((f.name for f in fields(Memory)), 0.0)
     terms |= _model_terms(config, width, whole, trained, ranks, shape, packs.micro_steps > 1, device)
+    matrices = shape.layers * shape.layer_matrices / (ranks if config.zero.stage else 1)
+    terms["update"] += config.optim.update_bytes(matrices, sharded=bool(config.zero.stage))
     # the optimizer steps on the host, where its state and the gradients are
     if config.zero.offload_optimizer == "cpu":
         terms["host"] += terms["master_weights"] + terms["optimizer"] + 4.0 * trained / ranks
@@ -113,22 +115,22 @@ def memory(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
 def _model_terms(config: RunConfig, width: int, whole: float, trained: float, ranks: int, shape: ModelShape,
                  again: bool, device: Device) -> dict[str, float]:
     """Terms that depend on the parameters alone: one case for each ZeRO stage. whole: bytes of all weights."""
-    stage, part = config.zero.stage, trained / ranks
+    stage, part, state = config.zero.stage, trained / ranks, optimizer_state(config, shape)
     size = bucket_elements(shape.layer)
     travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
     elements = size if device.whole_buckets else min(trained, size)      # of a bucket
     # fp32 master weights, whose gradients add up in fp32 as they come
     if stage is None and width == 2:
-        return {"weights": whole, "master_weights": 4.0 * trained, "optimizer": 8.0 * trained,
+        return {"weights": whole, "master_weights": 4.0 * trained, "optimizer": state,
                 "gradients": 4.0 * trained}
     if stage is None or stage == 0:
         copy = 0.0 if stage is None else width * min(trained, WHOLE_BUCKET)      # all-reduced in a flat copy
         held = 4.0 * trained if again else 0.0
-        return {"weights": whole, "optimizer": 8.0 * trained, "gradients": held,
+        return {"weights": whole, "optimizer": state, "gradients": held,
                 "reduction": 4.0 * trained - held + copy, "update": 4.0 * trained - held}
     # DeepSpeed's BF16_Optimizer: the whole gradient in fp32
     if stage == 1 and width == 2 and config.zero.offload_optimizer == "none":
-        return {"weights": whole, "master_weights": 4.0 * part, "optimizer": 8.0 * part,
+        return {"weights": whole, "master_weights": 4.0 * part, "optimizer": state / ranks,
                 "gradients": 4.0 * trained, "reduction": max(2.0 * trained, 4.0 * min(trained, WHOLE_BUCKET))}
     if stage in (1, 2):
         held = 4.0 * (trained if stage == 1 else part) if again else 0.0
@@ -136,7 +138,7 @@ def _model_terms(config: RunConfig, width: int, whole: float, trained: float, ra
         staged = (width + travels) * elements
         # what earlier buckets brought, in fp32
         reduced = 0.0 if again else min(4.0 * part, 4.0 * max(0.0, trained - size))
-        return {"weights": whole, "master_weights": 4.0 * part, "optimizer": 8.0 * part, "gradients": held,
+        return {"weights": whole, "master_weights": 4.0 * part, "optimizer": state / ranks, "gradients": held,
                 "buckets": staged if device.whole_buckets else 0.0,
                 "reduction": reduced + (0.0 if device.whole_buckets else staged),
                 "update": 8.0 * part - min(held, 4.0 * part)}
@@ -149,10 +151,19 @@ def _model_terms(config: RunConfig, width: int, whole: float, trained: float, ra
     scales = (FOUR_BITS - 1 / 2) * four_bit_parameters(config, shape)
     weights = (whole - scales) / ranks + scales + nearby
     return {"weights": weights, "loading": whole - weights if scales else 0.0, "master_weights": 4.0 * part,
-            "optimizer": 8.0 * part, "gradients": 4.0 * part, "buckets": width * elements, "gathered": gathered,
+            "optimizer": state / ranks, "gradients": 4.0 * part, "buckets": width * elements, "gathered": gathered,
             "in_flight": min(gathered, float(width * max(size, shape.largest))), "update": 4.0 * part,
             # a larger tensor goes alone
             "reduction": device.flat_copies * travels * min(trained, max(size, shape.largest))}
+
+
+def optimizer_state(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of the optimizer's state, all ranks' together."""
+    if shape.freezes_base(config.model.lora):
+        return config.optim.state_bytes(shape.trained_parameters(config.model.lora), 0, 0, 0)
+    matrices, head = shape.layers * shape.layer_matrices, 0 if shape.tied else shape.head
+    vectors = shape.parameters - matrices - shape.embedding - head
+    return config.optim.state_bytes(matrices, shape.embedding, head, vectors)
 
 
 def _pack_terms(config: RunConfig, shape: ModelShape, lengths: Lengths, packs: Packs, width: int,

@@ -73,6 +73,7 @@ class ModelShape:
     experts: int
     visited_experts: int                 # that a token goes through
     layer: int                           # parameters of a layer
+    layer_matrices: int                  # those of them in matrices; the others are norms and biases
     embedding: int                       # token (and position) embeddings
     head: int                            # the output head's, also where it is the embedding
     tied: bool
@@ -262,6 +263,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         model_type=kind, hidden=h, layers=layers, heads=heads, vocabulary=vocabulary, query_width=q, key_width=kv,
         intermediate=inner, experts=experts, visited_experts=visited, layer=attention + mlp + family.norms * norm,
+        layer_matrices=attention_matrices + experts * matrices * h * inner + router,
         embedding=head + positions, head=head, tied=tied,
         largest=max(head, mlp_tensor, *(a * b for a, b in qkv), h * q, positions),
         linear_sides=(*qkv, (q, h), *mlp_sides), flops=flops, final_norm=norm, family=family)

@@ -15,6 +15,7 @@ from dpo_dist.sizing.estimate import (
     WHOLE_BUCKET,
     bucket_elements,
     dtype_bytes,
+    optimizer_state,
     recomputed_layers,
     weight_bytes,
 )
@@ -55,11 +56,13 @@ def step_time(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Har
     if config.zero.stage == 3:
         passes = 2 + (1 if cheap else whole / shape.layers)
         link, hooks = link * device.sharded_share, device.hook * passes * packs.micro_steps * shape.layers
-    # AdamW reads 16 and writes 12 bytes an element
-    touched = 28.0 * trained / (1 if config.zero.stage in (None, 0) else ranks)
+    # weight and gradient are read, the weight is written; the state is read and written (AdamW: 28 bytes an element)
+    sharing = 1 if config.zero.stage in (None, 0) else ranks
+    touched = (12.0 * trained + 2.0 * optimizer_state(config, shape)) / sharing
+    update_flops = shape.layers * config.optim.update_flops(shape.linear_sides) / sharing
     bandwidth = device.host_bandwidth if config.zero.offload_optimizer == "cpu" else device.bandwidth
-    return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency, touched / bandwidth,
-                    sent, device.overlaps)
+    return StepTime(flops / (ranks * rate), hooks, sent / link + collectives * device.latency,
+                    touched / bandwidth + update_flops / rate, sent, device.overlaps)
 
 
 def pair_flops(shape: ModelShape, lengths: Lengths, frozen: bool, recomputed: float) -> float:

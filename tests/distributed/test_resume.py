@@ -79,7 +79,9 @@ def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(
     assert metrics(tmp_path / "killed", "eval") == metrics(tmp_path / "straight", "eval")
 
 
-def test_a_killed_run_goes_on_with_another_number_of_ranks_to_rounding(tmp_path: Path, words: list[str]):
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_killed_run_goes_on_with_another_number_of_ranks_to_rounding(zero: str, tmp_path: Path, words: list[str]):
+    words = [*words, f"zero={zero}"]
     dpo_dist(*words, "cluster.procs_per_node=1", f"run.dir={tmp_path / 'straight'}")
     killed_after(3, [*words, "cluster.procs_per_node=2"], tmp_path / "killed")
     dpo_dist(*words, "cluster.procs_per_node=1", f"run.dir={tmp_path / 'killed'}")

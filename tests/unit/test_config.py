@@ -67,6 +67,13 @@ MISTAKES = {
     "which is the base itself; set reference=adapter_off": ["reference=adapter", "model.lora.rank=4"],
     "with reference.engine=adapter the reference is the policy's own base": [
         "reference=adapter", "model.lora.rank=4", "reference.path=r", "reference.mode=ahead"],
+    "unknown key 'optim.momentum': it goes with optim=muon": ["optim.momentum=0.9"],
+    "optim.nesterov=true would do nothing with optim.momentum=0": ["optim=muon", "optim.momentum=0"],
+    "optim.momentum=1.0 must be less than 1": ["optim=muon", "optim.momentum=1"],
+    "model.lora.rank=4 trains two factors instead": ["optim=muon", "model.lora.rank=4"],
+    "optim.name=muon multiplies matrices in its update": ["optim=muon", "zero.offload_optimizer=cpu"],
+    "optim.name=adamw_8bit makes state small": ["optim.name=adamw_8bit", "zero.offload_optimizer=cpu"],
+    "optim.name=cpu_adam updates state that lies in CPU memory": ["optim=cpu_adam"],
     "model.lora.rank=-4 must be 0 (no adapters) or greater": ["model.lora.rank=-4"],
     "model.quantization=nf4 freezes the weights, and model.lora.rank=0 trains nothing else": ["model.quantization=nf4"],
     "the reference is the same 4-bit weights, which reference.engine=zero cannot compute; set reference=adapter_off": [
@@ -205,6 +212,7 @@ def test_every_group_choice_composes():
         for choice in (f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_")):
             extra = ["model.lora.rank=8"] if choice in ("adapter_off", "adapter") else []
             extra += ["reference.path=r"] if choice == "adapter" else []
+            extra += ["zero.offload_optimizer=cpu"] if choice == "cpu_adam" else []
             extra += ["data.train.0.path=rows"] if folder.name == "data" and choice != "default" else []
             compose(["model.path=m", f"{folder.name}={choice}", *extra])
 

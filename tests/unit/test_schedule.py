@@ -11,8 +11,8 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_polyno
 from dpo_dist.config.schema import OptimConfig
 from dpo_dist.run.schedule import learning_rate
 
-BASE = OptimConfig(lr=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, schedule="constant", warmup_ratio=0.0,
-                   min_lr_ratio=0.0, max_grad_norm=None)
+BASE = OptimConfig(name="adamw", lr=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, schedule="constant",
+                   warmup_ratio=0.0, min_lr_ratio=0.0, max_grad_norm=None)
 
 
 def rates(schedule: str, warmup_ratio: float, total: int, min_lr_ratio: float = 0.0) -> list[float]:

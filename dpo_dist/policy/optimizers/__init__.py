@@ -1,0 +1,1 @@
+"""The optimizers. Each file's `make_optimizer` makes one; their keys, rules and memory are in config/optimizers.py."""
