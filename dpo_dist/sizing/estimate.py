@@ -17,8 +17,9 @@ from dpo_dist.sizing.shape import ModelShape
 GIB = 2**30
 LAYERS_IN_A_BUCKET = 2                           # one travels while the next is computed
 SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
-# where nothing travels behind computation a large bucket only takes memory; this one is 32 MB in fp32
-SMALLEST_CPU_BUCKET = 8_000_000
+# Where nothing travels behind computation a large bucket only takes memory. Below 32 MiB, a weight more than a bucket
+# included, the allocator keeps its pages (runtime/process_defaults.py).
+SMALLEST_CPU_BUCKET = 4_000_000
 # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
 WHOLE_BUCKET = 500_000_000
 REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
