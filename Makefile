@@ -64,7 +64,7 @@ $(VLLM_STAMP):
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## the vLLM engine against a real vLLM, in an environment of its own
 	$(BIN)/python -m pytest tests/vllm
 
-bench-real: $(STAMP)  ## whole runs of a real model beside TRL's (an hour and more): make bench-real MODEL=folder DATA=rows.jsonl
+bench-real: $(STAMP)  ## whole runs of a real model beside TRL's (over an hour): make bench-real MODEL=folder DATA=rows.jsonl
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "say MODEL=<the model's folder> DATA=<preference rows>"; exit 2; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"
 	$(BIN)/python benchmarks/real_model.py --model $(MODEL) --data $(DATA)

@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=100, help="pairs that both exported models are judged on")
     parser.add_argument("--longest", type=int, default=256, help="tokens of the longest pair that is taken")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="a round takes well over an hour on two cores")
     parser.add_argument("--only", nargs="*", help="variants to run, as they are named in the results")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
