@@ -100,7 +100,7 @@ class Bench:
                 **self.judged(folder / "run" / "model", folder)}
 
     def trl(self, folder: Path, setting: dict[str, int], precomputed: bool, beta: float, lr: float,
-            steps: int | None = None) -> dict[str, Any]:
+            steps: int | None = None, cache: Path | None = None) -> dict[str, Any]:
         settings = {"model": str(self.model), "rows": str(self.home / "ordered.jsonl"), "out": str(folder / "model"),
                     "report": str(folder / "report.json"), "steps": steps or self.given.steps, "beta": beta, "lr": lr,
                     "pairs_per_step": self.given.pairs_per_step, "precomputed": precomputed,
@@ -111,7 +111,7 @@ class Bench:
                                     str(free_port())] if processes > 1 else []),
                  HERE / "run_trl_whole.py", folder / "settings.json"]
         figures = whole_run(words, folder / "log", OMP_NUM_THREADS=str(max(1, CORES // processes)),
-                            HF_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1")
+                            HF_HOME=str(cache or folder / "cache"), HF_HUB_OFFLINE="1")
         return {**figures, **json.loads((folder / "report.json").read_text())}
 
     def judged(self, model: Path, folder: Path) -> dict[str, float]:
@@ -149,7 +149,7 @@ class Bench:
             runs = []
             for i, (beta, lr) in enumerate(itertools.product(BETAS, RATES)):
                 (place := folder / str(i)).mkdir()
-                runs.append(self.trl(place, setting, True, beta, lr))
+                runs.append(self.trl(place, setting, True, beta, lr, cache=folder / "cache"))      # as a user's
                 shutil.rmtree(place)
             return {"seconds": round(sum(run["seconds"] for run in runs), 1),
                     "processor_seconds": round(sum(run["processor_seconds"] for run in runs), 1),

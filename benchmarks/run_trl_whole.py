@@ -29,12 +29,13 @@ def main(settings: dict) -> None:
         learning_rate=settings["lr"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch_fused", precompute_ref_log_probs=settings["precomputed"],
         max_length=None, bf16=False,
-        gradient_checkpointing=False, use_cpu=True, ddp_backend="gloo" if processes > 1 else None, report_to=[],
+        gradient_checkpointing=False, use_cpu=True, ddp_backend="gloo" if processes > 1 else None,
+        ddp_find_unused_parameters=False if processes > 1 else None, report_to=[],
         logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, seed=0)
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32, attn_implementation="sdpa")
-    rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()]
+    rows = Dataset.from_json(settings["rows"])           # in a cache that all ranks see: TRL keeps log-probs beside it
     clock = Clock()
-    trainer = TokenRows(model=model, args=config, train_dataset=Dataset.from_list(rows),
+    trainer = TokenRows(model=model, args=config, train_dataset=rows,
                         processing_class=AutoTokenizer.from_pretrained(settings["model"]), callbacks=[clock])
     trainer._get_train_sampler = lambda *a, **k: torch.utils.data.SequentialSampler(trainer.train_dataset)
     trainer.train()
