@@ -100,18 +100,19 @@ class Bench:
                 **self.judged(folder / "run" / "model", folder)}
 
     def trl(self, folder: Path, setting: dict[str, int], precomputed: bool, beta: float, lr: float,
-            steps: int | None = None, cache: Path | None = None) -> dict[str, Any]:
+            steps: int | None = None, swept_in: Path | None = None) -> dict[str, Any]:
         settings = {"model": str(self.model), "rows": str(self.home / "ordered.jsonl"), "out": str(folder / "model"),
                     "report": str(folder / "report.json"), "steps": steps or self.given.steps, "beta": beta, "lr": lr,
                     "pairs_per_step": self.given.pairs_per_step, "precomputed": precomputed,
-                    "pairs_at_once": setting["pairs_at_once"]}
+                    "pairs_at_once": setting["pairs_at_once"],
+                    "held_out": str(self.home / "held_out.jsonl") if swept_in else None}
         (folder / "settings.json").write_text(json.dumps(settings))
         processes = setting["processes"]
         words = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port",
                                     str(free_port())] if processes > 1 else []),
                  HERE / "run_trl_whole.py", folder / "settings.json"]
         figures = whole_run(words, folder / "log", OMP_NUM_THREADS=str(max(1, CORES // processes)),
-                            HF_HOME=str(cache or folder / "cache"), HF_HUB_OFFLINE="1")
+                            HF_HOME=str((swept_in or folder) / "cache"), HF_HUB_OFFLINE="1")
         return {**figures, **json.loads((folder / "report.json").read_text())}
 
     def judged(self, model: Path, folder: Path) -> dict[str, float]:
@@ -149,14 +150,16 @@ class Bench:
             runs = []
             for i, (beta, lr) in enumerate(itertools.product(BETAS, RATES)):
                 (place := folder / str(i)).mkdir()
-                runs.append(self.trl(place, setting, True, beta, lr, cache=folder / "cache"))      # as a user's
+                runs.append(self.trl(place, setting, True, beta, lr, swept_in=folder))
                 shutil.rmtree(place)
             return {"seconds": round(sum(run["seconds"] for run in runs), 1),
                     "processor_seconds": round(sum(run["processor_seconds"] for run in runs), 1),
                     "peak_gib": max(run["peak_gib"] for run in runs)}
 
         one = ("loss.beta=0.1", "optim.lr=1e-6")
-        swept = (f"loss.beta={','.join(map(str, BETAS))}", f"optim.lr={','.join(map(str, RATES))}")
+        # the runs of a sweep are compared on held-out pairs, in both
+        swept = (f"loss.beta={','.join(map(str, BETAS))}", f"optim.lr={','.join(map(str, RATES))}",
+                 f"data.eval=[{{path: {self.home / 'held_out.jsonl'}, format: token_ids}}]")
         return {"ours": lambda folder: self.ours(folder, *one),
                 "TRL precomputed": lambda folder: trl(folder, True),
                 "ours ZeRO-3": lambda folder: self.ours(folder, *one, processes=2),

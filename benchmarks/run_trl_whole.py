@@ -28,17 +28,20 @@ def main(settings: dict) -> None:
         gradient_accumulation_steps=settings["pairs_per_step"] // (at_once * processes), beta=settings["beta"],
         learning_rate=settings["lr"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch_fused", precompute_ref_log_probs=settings["precomputed"],
-        max_length=None, bf16=False,
-        gradient_checkpointing=False, use_cpu=True, ddp_backend="gloo" if processes > 1 else None,
-        ddp_find_unused_parameters=False if processes > 1 else None, report_to=[],
-        logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, seed=0)
+        per_device_eval_batch_size=at_once, max_length=None, bf16=False, gradient_checkpointing=False, use_cpu=True,
+        ddp_backend="gloo" if processes > 1 else None, report_to=[], logging_steps=1, save_strategy="no",
+        ddp_find_unused_parameters=False if processes > 1 else None, disable_tqdm=True, dataloader_pin_memory=False,
+        seed=0)
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32, attn_implementation="sdpa")
     rows = Dataset.from_json(settings["rows"])           # in a cache that all ranks see: TRL keeps log-probs beside it
     clock = Clock()
     trainer = TokenRows(model=model, args=config, train_dataset=rows,
+                        eval_dataset=Dataset.from_json(settings["held_out"]) if settings["held_out"] else None,
                         processing_class=AutoTokenizer.from_pretrained(settings["model"]), callbacks=[clock])
     trainer._get_train_sampler = lambda *a, **k: torch.utils.data.SequentialSampler(trainer.train_dataset)
     trainer.train()
+    if settings["held_out"]:
+        trainer.evaluate()
     trainer.save_model(settings["out"])
     if trainer.is_world_process_zero():
         Path(settings["report"]).write_text(json.dumps({"losses": clock.losses, "step_seconds": clock.seconds}))
