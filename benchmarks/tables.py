@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ GPU_PAGE = HERE.parent / "docs" / "gpu.md"
 SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
 TOKENS = "<!-- tokens: written by benchmarks/tables.py -->", "<!-- end of tokens -->"
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
+REAL = "<!-- real model: written by benchmarks/tables.py -->", "<!-- end of real model -->"
 FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
 RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of recipes -->"
 OPTIMIZERS = "<!-- optimizers: written by benchmarks/tables.py -->", "<!-- end of optimizers -->"
@@ -27,6 +29,7 @@ ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
 
 def main(check: bool) -> int:
     changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
+                                                 (README, REAL, real_table()),
                                                  (README, FAMILIES, family_table()), (README, RECIPES, recipe_table()),
                                                  (README, OPTIMIZERS, optimizer_table(read("optimizers"))),
                                                  (README, TOKENS, tokens_tables(read("trl_tokens"))),
@@ -209,6 +212,33 @@ def recipe_table() -> str:
                      f"{optim.schedule}{floor} | {train.pairs_per_step}, {train.epochs:g} | {data.max_length:,} | "
                      f"{source[1]}{paper} |")
     return "\n".join(lines)
+
+
+def real_table() -> str:
+    """Whole runs of a real model beside TRL's: a line for each variant, and one for each ratio; that none was measured,
+    where there are no results."""
+    if not (HERE / "results" / "real_model.json").exists():
+        return "Whole runs of a real model beside TRL's: not measured yet. `benchmarks/real_model.py` does it."
+    results = read("real_model")
+    rounds, setup = list(results["rounds"].values()), results["setup"]
+
+    def middle(name: str, what: str, digits: int) -> str:
+        values = [one[name][what] for one in rounds if what in one.get(name, {})]
+        return f"{statistics.median(values):.{digits}f}" if values else "-"
+
+    runs = {name: None for one in rounds for name in one}
+    figures = (("seconds", 0), ("processor_seconds", 0), ("peak_gib", 1), ("held_out_accuracy", 3),
+               ("held_out_loss", 4))
+    told = results["summary"].items()
+    return "\n".join([
+        f"{setup['pairs']} pairs of {results['tokens']:,} tokens, {setup['steps']} steps, {setup['cores']} cores; "
+        f"medians over {len(rounds)} rounds; {setup['held_out']} held-out pairs, judged by `dpo-dist eval`.", "",
+        "| from command to exported model | seconds | on the processor | peak, GiB | held-out accuracy | loss |",
+        "|---|---|---|---|---|---|",
+        *("| " + " | ".join([name, *(middle(name, what, digits) for what, digits in figures)]) + " |" for name in runs),
+        "", "| medians of ratios | seconds | on the processor | peak memory | losses apart |", "|---|---|---|---|---|",
+        *(f"| {name} | {row['seconds']:.2f} | {row['processor_seconds']:.2f} | {row['peak_gib']:.2f} | "
+          + (f"{row['losses apart']:.1e}" if "losses apart" in row else "-") + " |" for name, row in told)])
 
 
 def gpu_table() -> str:

@@ -12,7 +12,7 @@ from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.metrics import MetricSums
-from dpo_dist.run.open_models import open_models, without_auto
+from dpo_dist.run.open_models import open_models, tell_faster, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
 from dpo_dist.run.provenance import check_same_run, provenance, write_run
 from dpo_dist.run.push import check_push, push_model
@@ -41,6 +41,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
     config = without_auto(config, inputs, world, terminal)
+    tell_faster(config, inputs, world, terminal)
     run_dir = RunDir(config.run_dir)
     sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)

@@ -13,7 +13,7 @@ def deepspeed_config(zero: ZeroConfig, optim: OptimConfig, bf16: bool, on_gpu: b
     `layer`: elements of a decoder layer, from which the sizes of buckets follow; 0 where it is not known yet (while the
     model loads).
     """
-    bucket = bucket_elements(layer)
+    bucket = bucket_elements(layer, on_gpu)
     stage: dict[str, Any] = {"stage": zero.stage, "overlap_comm": on_gpu, "contiguous_gradients": True,
                              "reduce_bucket_size": bucket}
     if zero.offload_optimizer == "cpu":

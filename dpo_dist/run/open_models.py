@@ -31,6 +31,7 @@ from dpo_dist.runtime.world import World
 from dpo_dist.sizing.automatic import choose, is_automatic, without_sizes
 from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
 from dpo_dist.sizing.lengths import Packs
+from dpo_dist.sizing.one_process import one_process_line
 from dpo_dist.sizing.shape import read_shape
 
 # share of a GPU's memory that predictions may fill: predictions err, and memory fragments
@@ -64,6 +65,19 @@ def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Term
     if choice.line and (on_gpu or stage_is_auto):
         terminal.say(choice.line)
     return choice.config
+
+
+def tell_faster(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal) -> None:
+    """One line where this machine's CPU would train faster in one process. The stage is chosen already."""
+    if world.device.type != "cpu" or world.size == 1:
+        return
+    try:
+        shape = read_shape(inputs.policy.base, inputs.policy.adapter)
+    except UserError:
+        return                                                   # sizes are not known, and it is only advice
+    machine = Hardware(world.size // world.local_size, world.size, CPU)
+    if line := one_process_line(config, shape, inputs.lengths[0], machine):
+        terminal.say(f"faster: {line}")
 
 
 def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore], world: World,

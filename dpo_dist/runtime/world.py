@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.ports import free_port
+from dpo_dist.runtime.process_defaults import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -67,6 +68,7 @@ class World:
         device = device_of(cluster, local_rank)
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"                     # read by DeepSpeed when it is imported
+            keep_freed_memory()
         if size == 1 and "RANK" not in os.environ:            # DeepSpeed wants a group even for one process
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1",
                               LOCAL_RANK="0")

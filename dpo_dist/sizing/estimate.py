@@ -17,6 +17,9 @@ from dpo_dist.sizing.shape import ModelShape
 GIB = 2**30
 LAYERS_IN_A_BUCKET = 2                           # one travels while the next is computed
 SMALLEST_BUCKET, LARGEST_BUCKET = 50_000_000, 500_000_000        # elements
+# Where nothing travels behind computation a large bucket only takes memory. Below 32 MiB, a weight more than a bucket
+# included, the allocator keeps its pages (runtime/process_defaults.py).
+SMALLEST_CPU_BUCKET = 4_000_000
 # elements all-reduced at once where DeepSpeed has no bucket of its own (stage 0)
 WHOLE_BUCKET = 500_000_000
 REFERENCE_PREFETCH = 50_000_000                  # of the reference under ZeRO-3 (DeepSpeed's default), elements
@@ -26,12 +29,14 @@ FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 LIVE = 1_000_000_000
 
 
-def bucket_elements(layer: int) -> int:
+def bucket_elements(layer: int, overlaps: bool) -> int:
     """Elements that one reduction, or one gather ahead under ZeRO-3, moves at once, for layers of that many parameters.
 
     Large enough for the network, small enough that most of a backward is still ahead when the first one leaves.
+    overlaps: whether communication goes on behind computation, as on GPUs.
     """
-    return min(max(LAYERS_IN_A_BUCKET * layer, SMALLEST_BUCKET), LARGEST_BUCKET)
+    smallest = SMALLEST_BUCKET if overlaps else SMALLEST_CPU_BUCKET
+    return min(max(LAYERS_IN_A_BUCKET * layer, smallest), LARGEST_BUCKET)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _model_terms(config: RunConfig, width: int, whole: float, trained: float, ra
                  again: bool, device: Device) -> dict[str, float]:
     """Terms that depend on the parameters alone: one case for each ZeRO stage. whole: bytes of all weights."""
     stage, part, state = config.zero.stage, trained / ranks, optimizer_state(config, shape)
-    size = bucket_elements(shape.layer)
+    size = bucket_elements(shape.layer, device.overlaps)
     travels = 4 if config.zero.reduce_dtype == "fp32" else width         # bytes of a gradient between ranks
     elements = size if device.whole_buckets else min(trained, size)      # of a bucket
     # fp32 master weights, whose gradients add up in fp32 as they come

@@ -19,6 +19,7 @@ from dpo_dist.sizing.automatic import choose
 from dpo_dist.sizing.estimate import GIB, Memory, cache_bytes, memory, scoring_memory
 from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
 from dpo_dist.sizing.lengths import Lengths, worst_lengths
+from dpo_dist.sizing.one_process import one_process_line
 from dpo_dist.sizing.shape import ModelShape, read_shape
 from dpo_dist.sizing.step_time import scoring_seconds, step_time
 
@@ -72,6 +73,8 @@ def report(config: RunConfig, shape: ModelShape, lengths: Lengths, world: Hardwa
             f"{seconds:.3g} s on all ranks, cache {stored / 2**20:.3g} MiB" if seconds is not None
             and stored is not None
             else "time and cache size need the number of pairs, known once the data is tokenized"))
+    if faster := one_process_line(config, shape, lengths, world):
+        lines.append(f"faster    {faster}")
     if not need.fits(world.device):
         lines += too_large(config, shape, lengths, world, need)
     if scores and not config.reference.outside and scorer > world.device.memory:

@@ -85,7 +85,7 @@ def traffic(config: RunConfig, shape: ModelShape, world: Hardware, micro_steps: 
         return 0.0, 0
     weights = width * trained * around
     gradients = (4 if config.zero.reduce_dtype == "fp32" or (stage == 1 and width == 2) else width) * trained * around
-    buckets = math.ceil(trained / (WHOLE_BUCKET if stage == 0 else bucket_elements(shape.layer)))
+    buckets = math.ceil(trained / (WHOLE_BUCKET if stage == 0 else bucket_elements(shape.layer, world.device.overlaps)))
     if stage == 0:
         return 2 * gradients, buckets
     if stage == 1:

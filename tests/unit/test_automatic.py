@@ -11,6 +11,7 @@ from dpo_dist.sizing.automatic import choose, stages, without_sizes
 from dpo_dist.sizing.estimate import memory
 from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
 from dpo_dist.sizing.lengths import Lengths, Packs
+from dpo_dist.sizing.one_process import one_process_line
 from dpo_dist.sizing.shape import model_shape
 
 EIGHT = model_shape({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -100,3 +101,27 @@ def test_the_largest_pack_bounds_the_choice_where_pairs_are_uneven():
     given = config("train.pairs_per_step=8")
     packs = Packs.largest(given, LENGTHS, 9000, 8)
     assert packs.tokens == 9000 and Packs.largest(given, LENGTHS, 20000, 8).tokens == 20000
+
+
+def advice(*overrides: str, nodes: int = 1, ranks: int = 2, device=CPU) -> str | None:
+    return one_process_line(config("cluster.device=cpu", "model.gradient_checkpointing=false", *overrides), SMALL,
+                            Lengths(80, 40, 40, 96, "short pairs"), Hardware(nodes, ranks, device))
+
+
+def test_a_cpu_whose_processes_wait_for_each_other_is_told_that_one_is_faster():
+    line = advice("zero=zero3", "train.pairs_per_step=8")
+    assert line and "zero=none cluster.procs_per_node=1" in line
+    assert "2 processes send 3.7 GiB a step" in line      # half of 0.49 B weights and gradients, each
+
+
+@pytest.mark.parametrize("otherwise", [
+    {"ranks": 1}, {"nodes": 2}, {"device": GPU_80GB}], ids=str)
+def test_no_other_machine_is_told_so(otherwise: dict):
+    assert advice("zero=zero3", "train.pairs_per_step=8", **otherwise) is None
+
+
+@pytest.mark.parametrize("overrides", [
+    ["train.pairs_per_step=512"],                                       # computing takes most of the step
+    ["train.pairs_per_step=8", "zero.offload_optimizer=cpu"], ["train.pairs_per_step=8", "reference=zero"]], ids=str)
+def test_nobody_is_told_so_where_it_gains_little_or_keys_would_lose_their_meaning(overrides: list[str]):
+    assert advice("zero=zero3", *overrides) is None
