@@ -15,6 +15,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.folder import read_config
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
 from dpo_dist.policy.generate import Ids, Sampling, generate
@@ -91,7 +92,7 @@ def main(folder: Path) -> None:
         attention = "padded" if config.model.attention == "padded" else "branch"
 
         def run(sampling: bool, config=config, pairs=pairs, attention=attention) -> tuple[Policy, list[object]]:
-            policy = make_policy(config, Path(config.model.path), attention, world)
+            policy = make_policy(config, ModelFolder(Path(config.model.path)), attention, world)
             return policy, trained(policy, config, world, pairs, sampling)
 
         (_, without), (policy, amid) = run(False), run(True)

@@ -14,6 +14,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.pack import Sequences, pack_sequences
 from dpo_dist.models.load import ScoredModel, load_causal_lm, torch_dtype
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.policy.single import SinglePolicy
@@ -107,7 +108,7 @@ def check(name: str, words: list[str], folder: Path, saved: Path) -> None:
     world = World.start(config.cluster)
     first, second, third = (pack for pack, _ in zip(packs(), range(3), strict=False))
 
-    policy = make_policy(config, folder, "branch", world)
+    policy = make_policy(config, ModelFolder(folder), "branch", world)
     step(policy, first, world)
     step(policy, second, world)
     step(policy, second, world, sound=False)
@@ -119,7 +120,7 @@ def check(name: str, words: list[str], folder: Path, saved: Path) -> None:
     step(policy, third, world)
     straight = weights(policy)
 
-    resumed = make_policy(config, folder, "branch", world)
+    resumed = make_policy(config, ModelFolder(folder), "branch", world)
     resumed.load(saved)
     step(resumed, third, world)
     assert torch.equal(weights(resumed), straight), f"{name} {words}: other bits after a resume"

@@ -16,8 +16,10 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig
 from dpo_dist.data.pack import pack_pairs
 from dpo_dist.models.checkpointing import checkpoint_layers
-from dpo_dist.models.load import ScoredModel, add_lora, load_causal_lm, token_logps
+from dpo_dist.models.load import ScoredModel, load_causal_lm, token_logps
+from dpo_dist.models.lora import add_lora
 from dpo_dist.models.quantized import is_four_bit
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.policy.make import make_policy
 from dpo_dist.runtime.process import exit_with
@@ -99,7 +101,7 @@ def check_bf16(folder: Path) -> None:
     """Adapters have the dtype of the model, as over full weights; their masters are fp32."""
     config = compose([f"model.path={folder / 'wide'}", "model.dtype=bf16", "model.lora.rank=4", "zero=none",
                       "model.quantization=nf4", "cluster.device=cpu", "model.gradient_checkpointing=false"])
-    policy = make_policy(config, folder / "wide", "branch", World.start(config.cluster))
+    policy = make_policy(config, ModelFolder(folder / "wide"), "branch", World.start(config.cluster))
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.bfloat16}
     weight = policy.model.causal.model.layers[0].self_attn.q_proj.base_layer.weight
     state = weight.quant_state

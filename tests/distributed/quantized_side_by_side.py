@@ -21,6 +21,7 @@ from dpo_dist.data.store import PairStore
 from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.cost import forward_flops
 from dpo_dist.models.folder import read_config
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.reference.adapter_off import AdapterOffReference
@@ -114,7 +115,7 @@ def main(model: str, rows: str, cache: str) -> int:
         world = World.start(config.cluster)
         pairs = world.on_main(lambda config=config: prepare(config.data, None, None)[0])
         wanted = wanted or list(plain(model, pairs, config))
-        policy = make_policy(config, Path(model), "branch", world)
+        policy = make_policy(config, ModelFolder(Path(model)), "branch", world)
         check_layers(policy)
         found = list(trained(policy, model, pairs, config, world))
         assert wanted[0][0] > wanted[-1][0] + 0.01, "they learn"
