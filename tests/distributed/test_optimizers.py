@@ -2,15 +2,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import dpo_dist, forked_ranks, packages_of, train_on, write_rows, write_tiny_llama
+from conftest import BITSANDBYTES, dpo_dist, forked_ranks, packages_of, train_on, write_rows, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
-BITSANDBYTES = Path(sys.prefix) / "bnb"                # where `make` puts it
 PROGRAM = Path(__file__).with_name("optimizers_side_by_side.py")
 FP32, BF16 = "model.dtype=fp32", "model.dtype=bf16"
 SHARDED = "zero=zero3 zero.persistence_threshold=0"

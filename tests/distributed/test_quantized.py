@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    BITSANDBYTES,
     dpo_dist,
     eval_on,
     forked,
@@ -22,13 +23,12 @@ from conftest import (
     write_tiny_llama,
 )
 
-BESIDE = Path(sys.prefix) / "bnb"                      # where `make` puts it
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(autouse=True, scope="module")
 def with_bitsandbytes() -> Iterator[None]:
-    with packages_of(BESIDE):
+    with packages_of(BITSANDBYTES):
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import dpo_dist, metrics
+from conftest import BITSANDBYTES, dpo_dist, metrics, packages_of
 from made_tokenizers import CHATML, LLAMA3, bpe
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo3Config, PretrainedConfig, SmolLM3Config
 
@@ -125,9 +125,10 @@ def test_adapters_train_beside_the_policy_without_them(name: str, peak: float, s
     AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, **sizes})).save_pretrained(tmp_path / "m")
     bpe(LLAMA3).save_pretrained(tmp_path / "m")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(answers(i)) + "\n" for i in range(12)))
-    dpo_dist("train", f"experiment={name}", f"model.path={tmp_path / 'm'}", f"data.train={tmp_path / 'rows.jsonl'}",
-             "cluster.device=cpu", "cluster.procs_per_node=1", "train.pairs_per_step=4", "train.max_steps=4",
-             f"data.cache_dir={tmp_path / 'tokens'}", f"reference.cache_dir={tmp_path / 'reference'}",
-             f"run.dir={tmp_path / 'run'}")
+    with packages_of(*([BITSANDBYTES] if name == "qlora" else [])):
+        dpo_dist("train", f"experiment={name}", f"model.path={tmp_path / 'm'}", f"data.train={tmp_path / 'rows.jsonl'}",
+                 "cluster.device=cpu", "cluster.procs_per_node=1", "train.pairs_per_step=4", "train.max_steps=4",
+                 f"data.cache_dir={tmp_path / 'tokens'}", f"reference.cache_dir={tmp_path / 'reference'}",
+                 f"run.dir={tmp_path / 'run'}")
     assert [step["lr"] for step in metrics(tmp_path / "run")] == pytest.approx([peak * share for share in shares])
     assert (tmp_path / "run" / "DONE").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_llama
+from conftest import BITSANDBYTES, write_tiny_llama
 from torch import nn
 
 from dpo_dist.config.compose import compose
@@ -29,7 +29,7 @@ def optim(*words: str) -> OptimConfig:
 
 @pytest.fixture(autouse=True)
 def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(sys.prefix) / "bnb")            # where `make` puts it
+    monkeypatch.syspath_prepend(BITSANDBYTES)
 
 
 @pytest.fixture

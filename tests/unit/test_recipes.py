@@ -15,7 +15,7 @@ from dpo_dist.config.compose import choices, compose, conf_dir, experiments
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
 from dpo_dist.launcher.cli import main
-from dpo_dist.models.folder import resolve
+from dpo_dist.models.resolve import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +155,8 @@ def test_a_hub_model_may_be_named_with_its_revision(tmp_path: Path, monkeypatch:
         folder = tmp_path / "models--some--model" / "snapshots" / commit
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
-    assert resolve("some/model", "model.path", offline=True).name == "a" * 40
-    assert resolve("some/model@it-SFT", "model.path", offline=True).name == "b" * 40
-    assert resolve(f"some/model@{'b' * 40}", "model.path", offline=True).name == "b" * 40
+    assert resolve("some/model", "model.path", offline=True).base.name == "a" * 40
+    assert resolve("some/model@it-SFT", "model.path", offline=True).base.name == "b" * 40
+    assert resolve(f"some/model@{'b' * 40}", "model.path", offline=True).base.name == "b" * 40
     with pytest.raises(UserError, match="some/model@other is neither a folder nor a model in the local hub cache"):
         resolve("some/model@other", "model.path", offline=True)
