@@ -27,6 +27,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
+    prompt: str
     text: str
     ids: tuple[int, ...]                    # as sampled, without the token that ends it
     ended: bool                             # by itself, before max_new_tokens
@@ -51,8 +52,9 @@ def sample(model: Path, prompts: Sequence[str], sampling: Sampling, kept: Path, 
         tasks = [(model, blocks[number], sampling, number, files[number]) for number in missing]
         for done in as_done(pool, sample_block, tasks):
             bar.update(known + done)
-    rows = [row for file in files for row in json.loads(file.read_text())]
-    found = {row["prompt"]: [Answer(a["text"], tuple(a["ids"]), a["ended"]) for a in row["answers"]] for row in rows}
+    rows = {row["prompt"]: row["answers"] for file in files for row in json.loads(file.read_text())}
+    found = {prompt: [Answer(prompt, a["text"], tuple(a["ids"]), a["ended"]) for a in answers]
+             for prompt, answers in rows.items()}
     return {prompt: found[prompt] for prompt in prompts}
 
 
@@ -73,10 +75,11 @@ def sample_block(model: Path, prompts: list[str], sampling: Sampling, number: in
                           attention_mask=mask.repeat_interleave(sampling.answers, 0), top_p=1.0,
                           temperature=sampling.temperature, max_new_tokens=sampling.max_new_tokens,
                           pad_token_id=tokenizer.pad_token_id)
-    answers = [answer(tokenizer, row) for row in out[:, ids.shape[1]:].tolist()]
     n = sampling.answers
-    write_json(file, [{"prompt": prompt, "answers": [asdict(a) for a in answers[i * n:(i + 1) * n]]}
-                      for i, prompt in enumerate(prompts)])
+    said = [[answer(tokenizer, prompt, row) for row in out[i * n:(i + 1) * n, ids.shape[1]:].tolist()]
+            for i, prompt in enumerate(prompts)]
+    write_json(file, [{"prompt": prompt, "answers": [asdict(a) for a in answers]}
+                      for prompt, answers in zip(prompts, said, strict=True)])
 
 
 def chat(model: Path, prompt: str, max_new_tokens: int) -> str:
@@ -87,7 +90,7 @@ def chat(model: Path, prompt: str, max_new_tokens: int) -> str:
     inputs = encoded(tokenizer, [prompt])
     with torch.inference_mode():
         out = lm.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-    return answer(tokenizer, out[0, inputs["input_ids"].shape[1]:].tolist()).text
+    return answer(tokenizer, prompt, out[0, inputs["input_ids"].shape[1]:].tolist()).text
 
 
 def encoded(tokenizer: Any, prompts: Sequence[str]) -> Any:
@@ -97,11 +100,11 @@ def encoded(tokenizer: Any, prompts: Sequence[str]) -> Any:
                                          padding=True)
 
 
-def answer(tokenizer: Any, ids: list[int]) -> Answer:
+def answer(tokenizer: Any, prompt: str, ids: list[int]) -> Answer:
     """Of sampled ids, with what stands behind the end."""
     ended = tokenizer.eos_token_id in ids
     said = ids[:ids.index(tokenizer.eos_token_id)] if ended else ids
-    return Answer(tokenizer.decode(said, skip_special_tokens=True).strip(), tuple(said), ended)
+    return Answer(prompt, tokenizer.decode(said, skip_special_tokens=True).strip(), tuple(said), ended)
 
 
 def _digest(content: Any) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_dist.real.answers import Answer
+from dpo_dist.real.prompts import KINDS
 
-MOST_SENTENCES, MOST_WORDS_IN_THE_FIRST = 3, 12
+MOST_SENTENCES = 3
 _MARKUP = re.compile(r"\n|\*\*|`|^\s*(#|[-*•]|\d+[.)])\s|\S\s[-*•]\s\S.*\s[-*•]\s\S|[:;.]\s\d[.)]\s")
 # An end of a sentence: not the point of 3.5, of an initial or of a common abbreviation.
 _SENTENCE_END = re.compile(r"""(?<!\b[A-Z])(?<!\b[ei]\.[ge])(?<!\b[DMS][rt])(?<!\bMrs)[.!?…]+["')\]’”]*(?=\s|$)""")
@@ -35,22 +36,37 @@ def is_plain(answer: Answer) -> bool:
     return bool(answer.text) and not _MARKUP.search(answer.text)
 
 
-def opens_shortly(answer: Answer) -> bool:
-    """Its first sentence is whole, and has twelve words at most."""
-    end = _SENTENCE_END.search(answer.text)
-    return end is not None and len(answer.text[:end.end()].split()) <= MOST_WORDS_IN_THE_FIRST
+def keeps_to_the_topic(answer: Answer) -> bool:
+    """It uses a word of the question's topic; a question without one is obeyed by any answer."""
+    topic = content_words(answer.prompt)
+    return bool(answer.text) and (not topic or bool(topic & content_words(answer.text)))
 
 
-def speaks_to_the_reader(answer: Answer) -> bool:
-    """It says you or your."""
-    return bool(re.search(r"\b(you|your|yours|yourself|yourselves)\b", answer.text, re.IGNORECASE))
+def is_not_about_itself(answer: Answer) -> bool:
+    """It does not say I, me, my or mine."""
+    return bool(answer.text) and not re.search(r"\b(I|[Mm]e|[Mm]y|[Mm]ine|[Mm]yself)\b", answer.text)
 
+
+def content_words(text: str) -> set[str]:
+    """The text's words of three letters and more, in lower case and without the ending of a plural or a verb, but for
+    those that questions on any topic are made of."""
+    return {_stem(word) for word in re.findall(r"[a-z]{3,}", text.lower())} - FORM_WORDS
+
+
+def _stem(word: str) -> str:
+    return re.sub(r"(?<=\w{3})(ies|ing|es|ed|s|e|y)$", "", word)
+
+
+FORM_WORDS = {_stem(word) for kind in KINDS.values() for form in kind.forms
+              for word in re.findall(r"[a-z]{3,}", form.lower())}
+FORM_WORDS |= {_stem(word) for word in ("the", "and", "with", "that", "this", "you", "your", "our", "are", "has",
+                                        "have", "was", "not", "too", "much", "many", "long", "again")}
 
 RULES: Mapping[str, Callable[[Answer], bool]] = {
     "ends by itself within three sentences": is_brief,
     "one paragraph, no list, no markup": is_plain,
-    "a first sentence of at most 12 words": opens_shortly,
-    "speaks to the reader (you, your)": speaks_to_the_reader,
+    "uses a word of the question's topic": keeps_to_the_topic,
+    "does not speak of itself (no I, me, my)": is_not_about_itself,
 }
 
 

@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_a_table_of_what_its_answers
     assert "before and after DPO" in out and "KL(policy || reference)" in out
     assert result["before"]["answers"] == result["after"]["answers"] == 27
     blocks = [json.loads(file.read_text()) for file in kept.glob("*.json")]
-    held_out = [[Answer(a["text"], a["ids"], a["ended"]) for row in block for a in row["answers"]]
+    held_out = [[Answer(row["prompt"], a["text"], a["ids"], a["ended"]) for row in block for a in row["answers"]]
                 for block in blocks if block[0]["prompt"] in HELD_OUT]
     shares = {round(statistics.mean(RULES["one paragraph, no list, no markup"](a) for a in answers), 4)
               for answers in held_out}
@@ -88,7 +88,7 @@ def test_answers_are_those_of_plain_generation_and_their_log_probs_those_of_the_
     assert [row["prompt"] for row in block] == prompts
     assert [row[:len(one)] for row, one in zip(plain, ids, strict=True)] == ids and max(map(len, ids)) == 12
 
-    answers = [Answer("", (5, 6, 7), True), Answer("", (8, 9), False)]
+    answers = [Answer("?", "", (5, 6, 7), True), Answer("?", "", (8, 9), False)]
     start = encoded(tokenizer, prompts[:1])["input_ids"][0]
     ends = [[5, 6, 7, tokenizer.eos_token_id], [8, 9]]
     with torch.no_grad():

@@ -14,17 +14,17 @@ from dpo_dist.real.prompts import HELD_OUT, KINDS, TRAINING
 from dpo_dist.real.rules import (
     RULES,
     is_brief,
+    is_not_about_itself,
     is_plain,
-    opens_shortly,
+    keeps_to_the_topic,
     rated_row,
     rating,
     sentences,
-    speaks_to_the_reader,
 )
 
 
-def said(text: str, ended: bool = True) -> Answer:
-    return Answer(text, tuple(range(len(text.split()))), ended)
+def said(text: str, ended: bool = True, prompt: str = "How do I boil an egg?") -> Answer:
+    return Answer(prompt, text, tuple(range(len(text.split()))), ended)
 
 
 @pytest.mark.parametrize("text, number", [
@@ -54,40 +54,41 @@ def test_plain_is_one_paragraph_without_list_or_markup(text: str, obeys: bool):
     assert is_plain(said(text)) == obeys
 
 
-@pytest.mark.parametrize("text, obeys", [
-    ("It is long. " + "word " * 40, True), ("It is long. It goes on", True),
-    (" ".join(["word"] * 12) + ".", True), (" ".join(["word"] * 13) + ".", False), ("No end", False), ("", False),
-    ("Good morning!", True),
+@pytest.mark.parametrize("prompt, text, obeys", [
+    ("How do I grow tomatoes?", "A tomato wants sun.", True), ("How do I grow tomatoes?", "Growing takes time.", True),
+    ("How do I grow tomatoes?", "How do I start? You need people.", False), ("How do I grow tomatoes?", "", False),
+    ("Tell me something interesting about fog.", "Here is something interesting about me.", False),
+    ("What do people eat in Lima?", "LIMA has ceviche.", True), ("What is it?", "Anything.", True),
 ])
-def test_a_short_opening_is_a_whole_sentence_of_twelve_words_at_most(text: str, obeys: bool):
-    assert opens_shortly(said(text)) == obeys
+def test_the_topic_is_told_by_words_that_other_questions_lack(prompt: str, text: str, obeys: bool):
+    assert keeps_to_the_topic(said(text, prompt=prompt)) == obeys
 
 
 @pytest.mark.parametrize("text, obeys", [
-    ("You can.", True), ("Take your coat.", True), ("YOU!", True), ("Your's", True), ("Enjoy yourself.", True),
-    ("The young youth", False), ("Yo", False), ("", False), ("You're right.", True),
+    ("Boil it.", True), ("I boil it.", False), ("I'm glad.", False), ("Ask me.", False), ("My advice: rest.", False),
+    ("In Italy it is mild.", True), ("Some mine coal; it is mine.", False), ("", False), ("Mehmet is my.", False),
 ])
-def test_the_reader_is_addressed_by_whole_words(text: str, obeys: bool):
-    assert speaks_to_the_reader(said(text)) == obeys
+def test_an_answer_that_speaks_of_itself_says_so_in_whole_words(text: str, obeys: bool):
+    assert is_not_about_itself(said(text)) == obeys
 
 
 def test_a_rating_counts_the_rules_that_are_obeyed():
     assert len(RULES) == 4
     assert rating(said("You boil it.")) == 4
     assert rating(said("You boil it.", ended=False)) == 3
+    assert rating(said("I do not know.")) == 2
     assert rating(said("", ended=False)) == 0
 
 
 def test_best_and_worst_answer_become_a_pair_for_our_reader_and_equals_none(tmp_path: Path):
-    four = [said("It is boiled", ended=False), said("You boil it."), said("It is boiled."), said("You cook it.")]
-    row = rated_row("How?", four)
-    assert row == {"prompt": "How?", "responses": ["You boil it.", "It is boiled"], "ratings": [4, 1]}
-    assert rated_row("How?", [four[1], four[3]]) is None
-    assert rated_row("How?", [four[1], said("")]) is None, "an empty answer cannot be trained on"
+    four = [said("I like it", ended=False), said("You boil it."), said("You do it."), said("Boiling it is easy.")]
+    row = rated_row("How do I boil an egg?", four)
+    assert row == {"prompt": "How do I boil an egg?", "responses": ["You boil it.", "I like it"], "ratings": [4, 1]}
+    assert rated_row("How do I boil an egg?", [four[1], four[3]]) is None
+    assert rated_row("How do I boil an egg?", [four[1], said("")]) is None, "an empty answer cannot be trained on"
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     rows, _ = read_rows(DatasetConfig(str(tmp_path / "rows.jsonl"), "ratings"), "error")
-    assert [(r.chosen, r.rejected, r.strength) for r in rows] == [
-        ("You boil it.", "It is boiled", 3.0)]
+    assert [(r.chosen, r.rejected, r.strength) for r in rows] == [("You boil it.", "I like it", 3.0)]
 
 
 def test_prompts_are_many_distinct_and_share_no_topic_with_held_out_ones():
