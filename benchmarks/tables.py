@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aligned_table import aligned_table
 from trl_verdicts import tokens_tables
 
 from dpo_dist.config.compose import choices, compose, conf_dir
@@ -20,6 +21,7 @@ SPEED = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed --
 TOKENS = "<!-- tokens: written by benchmarks/tables.py -->", "<!-- end of tokens -->"
 GPU = "<!-- gpu: written by benchmarks/tables.py -->", "<!-- end of gpu -->"
 REAL = "<!-- real model: written by benchmarks/tables.py -->", "<!-- end of real model -->"
+ALIGNED = "<!-- aligned: written by benchmarks/tables.py -->", "<!-- end of aligned -->"
 FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
 RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of recipes -->"
 OPTIMIZERS = "<!-- optimizers: written by benchmarks/tables.py -->", "<!-- end of optimizers -->"
@@ -30,6 +32,7 @@ ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
 def main(check: bool) -> int:
     changed = [file for file, marks, content in ((README, SPEED, tables()), (README, GPU, gpu_table()),
                                                  (README, REAL, real_table()),
+                                                 (README, ALIGNED, aligned_table(read("real"))),
                                                  (README, FAMILIES, family_table()), (README, RECIPES, recipe_table()),
                                                  (README, OPTIMIZERS, optimizer_table(read("optimizers"))),
                                                  (README, TOKENS, tokens_tables(read("trl_tokens"))),

@@ -26,6 +26,8 @@ FLOORS = [
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # The launcher starts the entry points as processes. It may import these, and of `runtime` what is free of torch.
 LAUNCHER_IMPORTS = {"config", "sizing", "runtime", "launcher"}
+# Whole jobs for a person to start, above all floors.
+MAIN_JOBS = ("demo", "real")
 ONLY_IN = {
     "deepspeed": {"policy.zero", "policy.optimizers.cpu_adam", "reference.zero", "reference.tensor_parallel",
                   "runtime.world"},
@@ -111,7 +113,7 @@ def violations(package: Path) -> list[str]:
 @cache
 def _of_module(module: Module, known: frozenset[str]) -> list[str]:
     found = []
-    if module.name and module.room not in FLOOR and module.room not in ("launcher", "demo"):
+    if module.name and module.room not in FLOOR and module.room not in ("launcher", *MAIN_JOBS):
         found.append(f"{module.name}: the room has no floor")
     if module.path.stem in VAGUE:
         found.append(f"{module.name}: a name that says nothing")
@@ -133,8 +135,8 @@ def _breaches(module: Module, imported: str) -> Iterator[str]:
     if module.room == "launcher":
         if there not in LAUNCHER_IMPORTS:
             yield "the launcher starts entry points, and never imports them"
-    elif module.room != "demo" and there != module.room:
-        if there in ("launcher", "demo") or FLOOR.get(there, 0) >= FLOOR.get(module.room, 0):
+    elif module.room not in MAIN_JOBS and there != module.room:
+        if there in ("launcher", *MAIN_JOBS) or FLOOR.get(there, 0) >= FLOOR.get(module.room, 0):
             yield "imports run downward only"
         if {module.room, there} == {"policy", "reference"}:
             yield "policy and reference never import each other"

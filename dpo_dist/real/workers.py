@@ -1,0 +1,73 @@
+"""Processes that forward a plain transformers model, one a core. On a CPU that is faster than one process with as many
+threads, and by far where the cores are shared."""
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.runtime.cores import usable_cores
+from dpo_dist.runtime.rank import PR_SET_PDEATHSIG
+
+
+@contextmanager
+def workers() -> Iterator[Executor]:
+    """As many processes as there are usable cores, each started when there is work for it."""
+    with ProcessPoolExecutor(len(usable_cores()), mp_context=get_context("spawn"), initializer=_start) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def as_done(pool: Executor, work: Callable[..., object], tasks: Iterable[tuple[Any, ...]]) -> Iterator[int]:
+    """How many tasks have ended, each time that a worker ends work(*task). What work raises is raised here."""
+    for count, done in enumerate(as_completed([pool.submit(work, *task) for task in tasks]), 1):
+        done.result()
+        yield count
+
+
+def _start() -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C ends it without a word
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    torch.set_num_threads(1)
+    quiet()
+
+
+def quiet() -> None:
+    """Keeps the libraries' own output from the terminal, and them from the network."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TQDM_DISABLE"] = "1"                    # reading a GGUF file shows a bar of its own
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@cache
+def tokenizer_of(folder: Path) -> Any:
+    """The folder's tokenizer, which pads on the left, where prompts are padded."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+@lru_cache(maxsize=2)                       # a policy and its reference
+def model_of(folder: Path) -> Any:
+    """The folder's model in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
