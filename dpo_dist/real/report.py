@@ -41,11 +41,11 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
     def both(label: str, show: Any) -> list[str]:
         return [label, show(result["before"]), show(result["after"])]
 
-    kl = result["kl"]
+    kl, rules = result["kl"], result["before"]["rules"]
     return [
-        *(both(f"answers: {name}", lambda found, name=name: f"{found['rules'][name]:.1%}") for name in RULES),
-        both(f"answers that obey all {len(RULES)} rules", lambda found: f"{found['all rules']:.1%}"),
-        both(f"rules that an answer obeys, of {len(RULES)}", lambda found: f"{found['rules obeyed']:.2f}"),
+        *(both(f"answers: {name}", lambda found, name=name: f"{found['rules'][name]:.1%}") for name in rules),
+        both(f"answers that obey all {len(rules)} rules", lambda found: f"{found['all rules']:.1%}"),
+        both(f"rules that an answer obeys, of {len(rules)}", lambda found: f"{found['rules obeyed']:.2f}"),
         both("answers that ended by themselves", lambda found: f"{found['ended']:.1%}"),
         both("words an answer, tokens an answer", lambda found: f"{found['words']:.1f}, {found['tokens']:.1f}"),
         both("share of an answer's words that differ", lambda found: f"{found['different words']:.2f}"),
