@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.safetensors_header import read_header
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it with peft (merge_and_unload) and give the merged model"
@@ -64,7 +65,7 @@ class Adapter:
     @property
     def elements(self) -> int:
         """Of all its tensors."""
-        return sum(math.prod(entry["shape"]) for entry in _tensors(self.weights).values())
+        return sum(math.prod(entry["shape"]) for entry in read_header(self.weights)[1].values())
 
     def base_folder(self) -> Path | None:
         """The base's folder: as it is written, or as seen from the adapter's folder; None where it is none of them."""
@@ -117,18 +118,10 @@ def read_adapter(folder: Path, key: str) -> Adapter:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{named}: {_without_weights(folder)}")
     adapter = Adapter(folder, settings)
-    if others := [name for name in _tensors(adapter.weights) if not _is_own(name, adapter)]:
+    if others := [name for name in read_header(adapter.weights)[1] if not _is_own(name, adapter)]:
         raise UserError(f"{named} holds weights of the base itself ({others[0]}; {len(others)} in all), as where the "
                         f"vocabulary was resized; {MERGE}")
     return adapter
-
-
-def _tensors(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: u64 size, JSON, data."""
-    with file.open("rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
 
 
 def _is_own(name: str, adapter: Adapter) -> bool:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.models.folder import truthful_json
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.runtime.remember import remembered
@@ -56,14 +57,11 @@ def _of_files(files: Sequence[Path], memory: Path | None) -> Tensors:
 
 
 def _of_file(file: Path) -> Tensors:
-    """Of each tensor. safetensors: u64 header size, JSON header, data."""
+    """Of each tensor."""
+    data, header = read_header(file)
     with file.open("rb") as f:
-        header_size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(header_size))
-        header.pop("__metadata__", None)
-
         def digest(name: str) -> str:
-            start, end = (8 + header_size + offset for offset in header[name]["data_offsets"])
+            start, end = (data + offset for offset in header[name]["data_offsets"])
             hashed = hashlib.blake2b(digest_size=16)
             while start < end:
                 block = os.pread(f.fileno(), min(end - start, 1 << 24), start)

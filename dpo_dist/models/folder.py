@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.models.text import empty_lm, output_head, setting, text_config
 
 _BLOCK_BYTES = 1 << 24
@@ -115,16 +116,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """What the headers of the weight files name. safetensors: u64 header size, JSON header, data."""
+    """What the headers of the weight files name."""
     found = {}
     for file in weight_files(folder):
-        with file.open("rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
+        data, tensors = read_header(file)
+        for name, entry in tensors.items():
             start, end = entry["data_offsets"]
-            found[name] = Stored(file, tuple(entry["shape"]), 8 + size + start, 8 + size + end)
+            found[name] = Stored(file, tuple(entry["shape"]), data + start, data + end)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_dist.config.adapter import Adapter
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.config.schema import LoraConfig
 from dpo_dist.sizing.flops import Flops
 
@@ -204,14 +205,9 @@ def read_shape(folder: Path, adapter: Adapter | None = None) -> ModelShape:
 
 
 def stored_elements(folder: Path) -> int:
-    """Elements of all tensors in a model's weight files, by their headers (u64 header size, JSON header, data); 0 where
-    there are none."""
-    elements = 0
-    for file in folder.glob("model*.safetensors"):
-        with file.open("rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        elements += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return elements
+    """Elements of all tensors in a model's weight files, by their headers; 0 where there are none."""
+    return sum(math.prod(entry["shape"]) for file in folder.glob("model*.safetensors")
+               for entry in read_header(file)[1].values())
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
