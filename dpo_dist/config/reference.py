@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import RUN, option
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ class ReferenceConfig:
     gathers_weights: ClassVar[bool] = False        # sharded: a layer is made whole on every rank while it computes
     may_follow: ClassVar[bool] = False             # its weights can be changed, so it can follow the policy (TR-DPO)
     needs_less: ClassVar[str] = "reference=zero"   # what to set if this engine does not fit in memory
-    # why this engine cannot score beside training (reference.mode=ahead); None where it can
-    why_not_ahead: ClassVar[str | None] = None
 
     @property
     def computes_quantized(self) -> bool:
@@ -88,6 +87,21 @@ class ReferenceConfig:
 
     def check(self, run: RunConfig) -> None:
         """UserError where this engine's keys contradict other keys. Rules for every engine are in rules.py."""
+
+
+@dataclass(frozen=True)
+class OfPolicyConfig(ReferenceConfig):
+    """An engine that is the LoRA policy with its adapters switched off, or another one in their place."""
+
+    is_policy = True
+
+    def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
+        return 1.0 / ranks if policy_is_sharded else 1.0
+
+    def check(self, run: RunConfig) -> None:
+        if not run.trains_adapter:
+            raise UserError(f"reference.engine={self.engine} needs a LoRA policy; set model.lora.rank=16, or give an "
+                            "adapter as model.path, or set reference.engine=hf")
 
 
 @dataclass(frozen=True)

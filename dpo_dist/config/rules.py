@@ -166,10 +166,8 @@ def check_reference_adapter(c: RunConfig) -> None:
     """UserError where the reference is an adapter on a base and its engine computes whole models only."""
     r = c.reference
     if not r.may_adapt and not r.bare_base:
-        offload = getattr(r, "offload", "none")
-        how = r.engine + (f" with reference.offload={offload}" if offload != "none" else "")
-        raise UserError(f"reference.path={c.reference_path} is an adapter, which reference.engine={how} cannot "
-                        "compute; set reference=adapter (beside a LoRA policy on the same base), reference=hf or "
+        raise UserError(f"reference.path={c.reference_path} is an adapter, which {r.described} cannot compute; "
+                        "set reference=adapter (beside a LoRA policy on the same base), reference=hf or "
                         "reference=zero, or give the merged model")
 
 
@@ -182,8 +180,9 @@ def _validate_export(c: RunConfig) -> None:
 def _validate_reference(c: RunConfig) -> None:
     """What holds for every engine."""
     r = c.reference
-    if r.mode == "ahead" and r.why_not_ahead:
-        raise UserError(f"reference.mode=ahead scores beside training, but {r.why_not_ahead}")
+    if r.mode == "ahead" and r.is_policy:
+        raise UserError(f"reference.mode=ahead scores beside training, but with reference.engine={r.engine} the "
+                        "reference is the policy's own base; set reference.mode=cached or live, or reference=hf")
     if r.procs is not None and r.mode != "ahead":
         raise UserError(f"reference.procs={r.procs} would do nothing: with reference.mode={r.mode} the training "
                         "processes score; remove it, or set reference.mode=ahead")

@@ -8,32 +8,24 @@ from typing import TYPE_CHECKING, Literal
 from dpo_dist.config.adapter import is_adapter
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import option
-from dpo_dist.config.reference import ReferenceConfig
+from dpo_dist.config.reference import OfPolicyConfig
 
 if TYPE_CHECKING:
     from dpo_dist.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class AdapterReferenceConfig(ReferenceConfig):
+class AdapterReferenceConfig(OfPolicyConfig):
     engine: Literal["adapter"] = option()
 
-    is_policy = True
     adapter_beside = True
-    why_not_ahead = ("with reference.engine=adapter the reference is the policy's own base; set reference.mode=cached "
-                     "or live, or reference.engine=hf")
 
     @property
     def may_adapt(self) -> bool:
         return True
 
-    def weight_share(self, piece: float, nodes: int, ranks: int, policy_is_sharded: bool) -> float:
-        return 1.0 / ranks if policy_is_sharded else 1.0
-
     def check(self, run: RunConfig) -> None:
-        if not run.trains_adapter:
-            raise UserError("reference.engine=adapter needs a LoRA policy; set model.lora.rank=16, or give an adapter "
-                            "as model.path, or set reference.engine=hf")
+        super().check(run)
         if self.path is None and run.model.lora.rank:
             raise UserError("reference.engine=adapter with reference.path=null is the adapter that training starts "
                             "from, but model.lora.rank starts a fresh one, which is the base itself; set "
