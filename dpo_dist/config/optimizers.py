@@ -7,9 +7,8 @@ from typing import Literal
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import RUN, option
-from dpo_dist.config.schema import OptimConfig, RunConfig
+from dpo_dist.config.schema import ADAMW_BYTES, OptimConfig, RunConfig
 
-ADAMW_BYTES = 8.0                          # of state an element: two moments in fp32
 BLOCK = 256                                # elements that share an 8-bit moment's scale, in bitsandbytes
 
 
@@ -19,15 +18,12 @@ class AdamWConfig(OptimConfig):
 
     title = "AdamW"
 
-    def state_bytes(self, matrices: float, embeddings: float, head: float, vectors: float) -> float:
-        return ADAMW_BYTES * (matrices + embeddings + head + vectors)
-
 
 @dataclass(frozen=True)
-class CpuAdamConfig(AdamWConfig):
+class CpuAdamConfig(OptimConfig):
     """DeepSpeed's C++ kernel for state in CPU memory."""
 
-    name: Literal["cpu_adam"] = option(RUN)  # type: ignore[assignment]
+    name: Literal["cpu_adam"] = option(RUN)
 
     title = "AdamW (DeepSpeed's CPU Adam)"
 

@@ -19,6 +19,8 @@ from dpo_dist.config.options import RUN, TOKENS, deciding, option
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.tracking import TrackingConfig
 
+ADAMW_BYTES = 8.0                          # of state an element: two moments in fp32
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -138,8 +140,8 @@ class OptimConfig:
 
     def state_bytes(self, matrices: float, embeddings: float, head: float, vectors: float) -> float:
         """Bytes of its state for so many trained elements: of the layers' matrices, of embeddings, of a head that is
-        none of them, and of norms and biases."""
-        raise NotImplementedError
+        none of them, and of norms and biases. Here AdamW's."""
+        return ADAMW_BYTES * (matrices + embeddings + head + vectors)
 
     def update_bytes(self, matrices: float, sharded: bool) -> float:
         """Bytes that the update takes for a moment, for so many elements of the layers' matrices on a rank."""
