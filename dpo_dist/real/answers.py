@@ -50,12 +50,12 @@ def sample(model: Path, prompts: Sequence[str], sampling: Sampling, kept: Path, 
     known = len(blocks) - len(missing)
     with terminal.progress(len(blocks), known, f"blocks of {PROMPTS_AT_ONCE} prompts") as bar:
         tasks = [(model, blocks[number], sampling, number, files[number]) for number in missing]
-        for done in as_done(pool, sample_block, tasks):
-            bar.update(known + done)
-    rows = {row["prompt"]: row["answers"] for file in files for row in json.loads(file.read_text())}
-    found = {prompt: [Answer(prompt, a["text"], tuple(a["ids"]), a["ended"]) for a in answers]
-             for prompt, answers in rows.items()}
-    return {prompt: found[prompt] for prompt in prompts}
+        for done, _ in enumerate(as_done(pool, sample_block, tasks), known + 1):
+            bar.update(done)
+    found: dict[str, list[Answer]] = {prompt: [] for prompt in prompts}
+    for a in (a for file in files for a in json.loads(file.read_text())):
+        found[a["prompt"]].append(Answer(a["prompt"], a["text"], tuple(a["ids"]), a["ended"]))
+    return found
 
 
 def sample_block(model: Path, prompts: list[str], sampling: Sampling, number: int, file: Path) -> None:
@@ -75,11 +75,9 @@ def sample_block(model: Path, prompts: list[str], sampling: Sampling, number: in
                           attention_mask=mask.repeat_interleave(sampling.answers, 0), top_p=1.0,
                           temperature=sampling.temperature, max_new_tokens=sampling.max_new_tokens,
                           pad_token_id=tokenizer.pad_token_id)
-    n = sampling.answers
-    said = [[answer(tokenizer, prompt, row) for row in out[i * n:(i + 1) * n, ids.shape[1]:].tolist()]
-            for i, prompt in enumerate(prompts)]
-    write_json(file, [{"prompt": prompt, "answers": [asdict(a) for a in answers]}
-                      for prompt, answers in zip(prompts, said, strict=True)])
+    asked = [prompt for prompt in prompts for _ in range(sampling.answers)]
+    write_json(file, [asdict(answer(tokenizer, prompt, row))
+                      for prompt, row in zip(asked, out[:, ids.shape[1]:].tolist(), strict=True)])
 
 
 def chat(model: Path, prompt: str, max_new_tokens: int) -> str:

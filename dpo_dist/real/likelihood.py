@@ -1,7 +1,6 @@
 """What the models think of texts: the likelihood of a neutral text, and the distance between policy and reference."""
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from dpo_dist.real.answers import PROMPTS_AT_ONCE, Answer, Sampling, encoded
 from dpo_dist.real.workers import as_done, model_of, tokenizer_of
-from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.terminal import Terminal
 
 NEUTRAL = Path(__file__).parent / "neutral.txt"
@@ -38,33 +36,30 @@ def neutral_nats(model: Path) -> float:
     return -float(logps.gather(1, ids[0, 1:, None]).mean())
 
 
-def divergence(policy: Path, reference: Path, answers: dict[str, list[Answer]], sampling: Sampling, kept: Path,
-               pool: Executor, terminal: Terminal) -> Divergence:
+def divergence(policy: Path, reference: Path, answers: dict[str, list[Answer]], sampling: Sampling, pool: Executor,
+               terminal: Terminal) -> Divergence:
     """Over these answers, which the policy gave: the mean of their summed log-prob differences, at the temperature at
     which they were sampled, up to max_new_tokens. Its expectation is the KL of the distributions sampled from."""
     prompts = list(answers)
     blocks = [prompts[start:start + PROMPTS_AT_ONCE] for start in range(0, len(prompts), PROMPTS_AT_ONCE)]
-    kept.mkdir(parents=True, exist_ok=True)
-    files = [kept / f"{number}.json" for number in range(len(blocks))]
+    found: list[float] = []
     with terminal.progress(len(blocks), 0, f"blocks of {PROMPTS_AT_ONCE} prompts") as bar:
-        tasks = [(policy, reference, {prompt: answers[prompt] for prompt in block}, sampling, file)
-                 for block, file in zip(blocks, files, strict=True)]
-        for done in as_done(pool, compare_block, tasks):
+        tasks = [(policy, reference, {prompt: answers[prompt] for prompt in block}, sampling) for block in blocks]
+        for done, differences in enumerate(as_done(pool, compare_block, tasks), 1):
+            found += differences
             bar.update(done)
-    found = [difference for file in files for difference in json.loads(file.read_text())]
     tokens = sum(len(answer.ids) + answer.ended for given in answers.values() for answer in given)
     return Divergence(statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found)), sum(found) / tokens,
                       len(found))
 
 
-def compare_block(policy: Path, reference: Path, answers: dict[str, list[Answer]], sampling: Sampling,
-                  file: Path) -> None:
-    """Writes log policy - log reference of each answer, in nats."""
-    differences = []
+def compare_block(policy: Path, reference: Path, answers: dict[str, list[Answer]], sampling: Sampling) -> list[float]:
+    """log policy - log reference of each answer, in nats."""
+    differences: list[float] = []
     for prompt, given in answers.items():
         ours, theirs = (answer_logps(model, prompt, given, sampling.temperature) for model in (policy, reference))
         differences += [a - b for a, b in zip(ours, theirs, strict=True)]
-    write_json(file, differences)
+    return differences
 
 
 def answer_logps(model: Path, prompt: str, answers: Sequence[Answer], temperature: float) -> list[float]:

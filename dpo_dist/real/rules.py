@@ -37,7 +37,7 @@ def is_plain(answer: Answer) -> bool:
 
 
 def keeps_to_the_topic(answer: Answer) -> bool:
-    """It uses a word of the question's topic; a question without one is obeyed by any answer."""
+    """It uses a word of the question's topic; where the question has none, any answer does."""
     topic = content_words(answer.prompt)
     return bool(answer.text) and (not topic or bool(topic & content_words(answer.text)))
 
@@ -74,9 +74,10 @@ def rating(answer: Answer) -> int:
     return sum(rule(answer) for rule in RULES.values())
 
 
-def rated_row(prompt: str, answers: list[Answer]) -> dict[str, Any] | None:
-    """The best and the worst answer as a row of the format `ratings`; None where there is none."""
+def rated_row(answers: list[Answer]) -> dict[str, Any] | None:
+    """The best and the worst of the answers to one prompt as a row of the format `ratings`; None where they are rated
+    alike, or one is empty."""
     best, worst = max(answers, key=rating), min(answers, key=rating)
     if rating(best) == rating(worst) or not (best.text and worst.text):
         return None
-    return {"prompt": prompt, "responses": [best.text, worst.text], "ratings": [rating(best), rating(worst)]}
+    return {"prompt": best.prompt, "responses": [best.text, worst.text], "ratings": [rating(best), rating(worst)]}

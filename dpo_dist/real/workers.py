@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_dist.runtime.cores import usable_cores
 from dpo_dist.runtime.rank import PR_SET_PDEATHSIG
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -28,11 +30,10 @@ def workers() -> Iterator[Executor]:
             raise
 
 
-def as_done(pool: Executor, work: Callable[..., object], tasks: Iterable[tuple[Any, ...]]) -> Iterator[int]:
-    """How many tasks have ended, each time that a worker ends work(*task). What work raises is raised here."""
-    for count, done in enumerate(as_completed([pool.submit(work, *task) for task in tasks]), 1):
-        done.result()
-        yield count
+def as_done(pool: Executor, work: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    """work(*task) of each task, in the order in which workers end them. What work raises is raised here."""
+    for done in as_completed([pool.submit(work, *task) for task in tasks]):
+        yield done.result()
 
 
 def _start() -> None:

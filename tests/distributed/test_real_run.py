@@ -57,8 +57,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_a_table_of_what_its_answers
     assert "before and after DPO" in out and "KL(policy || reference)" in out
     assert result["before"]["answers"] == result["after"]["answers"] == 27
     blocks = [json.loads(file.read_text()) for file in kept.glob("*.json")]
-    held_out = [[Answer(row["prompt"], a["text"], a["ids"], a["ended"]) for row in block for a in row["answers"]]
-                for block in blocks if block[0]["prompt"] in HELD_OUT]
+    held_out = [[Answer(**said) for said in block] for block in blocks if block[0]["prompt"] in HELD_OUT]
     shares = {round(statistics.mean(RULES["one paragraph, no list, no markup"](a) for a in answers), 4)
               for answers in held_out}
     assert shares == {result[when]["rules"]["one paragraph, no list, no markup"] for when in ("before", "after")}
@@ -84,8 +83,8 @@ def test_answers_are_those_of_plain_generation_and_their_log_probs_those_of_the_
     torch.manual_seed(1_000_003 + 4)
     out = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, temperature=0.9, max_new_tokens=12)
     plain = out[:, inputs["input_ids"].shape[1]:].tolist()
-    ids = [answer["ids"] for row in block for answer in row["answers"]]
-    assert [row["prompt"] for row in block] == prompts
+    ids = [answer["ids"] for answer in block]
+    assert [answer["prompt"] for answer in block] == [prompt for prompt in prompts for _ in range(2)]
     assert [row[:len(one)] for row, one in zip(plain, ids, strict=True)] == ids and max(map(len, ids)) == 12
 
     answers = [Answer("?", "", (5, 6, 7), True), Answer("?", "", (8, 9), False)]

@@ -82,10 +82,10 @@ def test_a_rating_counts_the_rules_that_are_obeyed():
 
 def test_best_and_worst_answer_become_a_pair_for_our_reader_and_equals_none(tmp_path: Path):
     four = [said("I like it", ended=False), said("You boil it."), said("You do it."), said("Boiling it is easy.")]
-    row = rated_row("How do I boil an egg?", four)
+    row = rated_row(four)
     assert row == {"prompt": "How do I boil an egg?", "responses": ["You boil it.", "I like it"], "ratings": [4, 1]}
-    assert rated_row("How do I boil an egg?", [four[1], four[3]]) is None
-    assert rated_row("How do I boil an egg?", [four[1], said("")]) is None, "an empty answer cannot be trained on"
+    assert rated_row([four[1], four[3]]) is None
+    assert rated_row([four[1], said("")]) is None, "an empty answer cannot be trained on"
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     rows, _ = read_rows(DatasetConfig(str(tmp_path / "rows.jsonl"), "ratings"), "error")
     assert [(r.chosen, r.rejected, r.strength) for r in rows] == [("You boil it.", "I like it", 3.0)]
