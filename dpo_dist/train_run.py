@@ -43,7 +43,8 @@ class Run:
 
     def batches(self, step: int) -> StepBatches:
         """This rank's packs of a step."""
-        flops = self.inputs.flops.training(frozen_base=self.config.trains_adapter)
+        adapters = self.config.model.lora.rank > 0 or self.inputs.policy.adapter is not None
+        flops = self.inputs.flops.training(frozen_base=adapters)
         return step_batches(
             self.inputs.train, self.sampler.pairs_of_step(step, self.config.train.epochs, self.config.train.max_steps),
             self.config.loss, self.world, self.config.train.tokens_per_microbatch, flops, self.reference)
