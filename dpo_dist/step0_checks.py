@@ -1,6 +1,8 @@
 """Before the first update, log-probs are checked; where they are wrong, the run stops and names the pairs."""
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -20,37 +22,40 @@ PROBED_PAIRS = 3
 def check_step_0(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, pair_ids: np.ndarray,
                  pairs: PairStore, dtype: torch.dtype, world: World) -> None:
     """Both checks; `reference` is None where there is none, or where it does not start from the policy's weights."""
-    check_packing(policy, pairs, pair_ids, dtype)
+    check_packing(policy, pairs, pair_ids, dtype, world)
     if reference is not None:
         check_start(policy, reference, step, pairs, dtype, world)
 
 
-def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype: torch.dtype) -> None:
+def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype: torch.dtype, world: World) -> None:
     """Raises where a packed, chunked forward and the model's own plain forward disagree on the step's shortest pairs.
 
     Compares positions, branches, completion mask and head with one sequence after another. Attention was compared
-    with the architecture's own before (models/fit.py).
+    with the architecture's own before (models/fit.py). Every rank packs all of them and compares its share: under
+    ZeRO-3 each forward gathers the whole model. Shares are of one size, so some pairs may be compared twice.
     """
     lengths = pairs.lengths()[pair_ids].sum(1)
     probed = pair_ids[np.argsort(lengths, kind="stable")[:PROBED_PAIRS]].tolist()
+    share = math.ceil(len(probed) / world.size)
     batch = pack_pairs([pairs[i] for i in probed], probed, [1.0] * len(probed), share_completions=False)
     errors = []
     with policy.evaluating():
         packed = policy.token_logps(batch).logps
         device = packed.device
         sequence = batch.to(device).sequence
-        for i, chosen, rejected in zip(probed, batch.chosen, batch.rejected, strict=True):
-            pair = pairs[i]
+        for k in range(world.rank * share, (world.rank + 1) * share):
+            at = k % len(probed)
+            pair = pairs[probed[at]]
             prompt = torch.tensor(pair.prompt_ids, device=device)
-            for slot, ids, counts in ((chosen, pair.chosen_ids, pair.chosen_counts),
-                                      (rejected, pair.rejected_ids, pair.rejected_counts)):
+            for slot, ids, counts in ((batch.chosen[at], pair.chosen_ids, pair.chosen_counts),
+                                      (batch.rejected[at], pair.rejected_ids, pair.rejected_counts)):
                 plain = plain_token_logps(policy.model.causal, prompt, torch.tensor(ids, device=device))
                 if counts is not None:
                     plain = plain[torch.tensor(counts, device=device)]
                 mine = packed[sequence == int(slot)]
                 error = float("inf") if len(mine) != len(plain) else (mine - plain).abs().mean().item()
                 errors.append((error, pair.where))
-    _refuse(errors, dtype, "the packed forward disagrees with the model's own forward",
+    _refuse(_everywhere(errors, world), dtype, "the packed forward disagrees with the model's own forward",
             "set model.attention=padded; if that does not help either, this is a fault of dpo-dist: please report it")
 
 
@@ -68,11 +73,16 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
             worst = torch.maximum(mean[on_device.chosen], mean[on_device.rejected]).tolist()
             if positions:
                 errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]
-    everywhere = [e for rank in world.gather(errors) for e in rank]
-    _refuse(everywhere, dtype, "policy and reference start from the same weights, but their log-probs differ, so the "
-                               "first margins are not 0",
+    _refuse(_everywhere(errors, world), dtype,
+            "policy and reference start from the same weights, but their log-probs differ, so the first margins are "
+            "not 0",
             "the cached reference values do not belong to these tokens and weights: remove reference.cache_dir, or set "
             "reference.mode=live")
+
+
+def _everywhere(errors: list[tuple[float, str]], world: World) -> list[tuple[float, str]]:
+    """Those of all ranks, on each; a pair that two ranks checked counts once."""
+    return list(dict.fromkeys(error for rank in world.gather(errors) for error in rank))
 
 
 def _refuse(errors: list[tuple[float, str]], dtype: torch.dtype, what: str, remedy: str) -> None:
