@@ -45,7 +45,7 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
         sequence = batch.to(device).sequence
         for k in range(world.rank * share, (world.rank + 1) * share):
             at = k % len(probed)
-            pair = pairs[probed[at]]
+            pair = pairs[i := probed[at]]
             prompt = torch.tensor(pair.prompt_ids, device=device)
             for slot, ids, counts in ((batch.chosen[at], pair.chosen_ids, pair.chosen_counts),
                                       (batch.rejected[at], pair.rejected_ids, pair.rejected_counts)):
@@ -54,15 +54,15 @@ def check_packing(policy: Policy, pairs: PairStore, pair_ids: np.ndarray, dtype:
                     plain = plain[torch.tensor(counts, device=device)]
                 mine = packed[sequence == int(slot)]
                 error = float("inf") if len(mine) != len(plain) else (mine - plain).abs().mean().item()
-                errors.append((error, pair.where))
-    _refuse(_everywhere(errors, world), dtype, "the packed forward disagrees with the model's own forward",
+                errors.append((error, i))
+    _refuse(errors, pairs, dtype, world, "the packed forward disagrees with the model's own forward",
             "set model.attention=padded; if that does not help either, this is a fault of dpo-dist: please report it")
 
 
 def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, pairs: PairStore, dtype: torch.dtype,
                 world: World) -> None:
     """Raises where policy and reference start from the same weights and a log-prob of the first step still differs."""
-    errors: list[tuple[float, str]] = []
+    errors: list[tuple[float, int]] = []
     reference.wait_for(step.batches)
     with policy.evaluating():
         for batch, positions in zip(step.batches, step.positions, strict=True):
@@ -72,23 +72,26 @@ def check_start(policy: Policy, reference: ReferenceEngine, step: StepBatches, p
             mean = sequence_sums(difference, on_device) / on_device.lengths
             worst = torch.maximum(mean[on_device.chosen], mean[on_device.rejected]).tolist()
             if positions:
-                errors += [(error, pairs[i].where) for error, i in zip(worst, batch.pair_ids, strict=True)]
-    _refuse(_everywhere(errors, world), dtype,
+                errors += zip(worst, batch.pair_ids, strict=True)
+    _refuse(errors, pairs, dtype, world,
             "policy and reference start from the same weights, but their log-probs differ, so the first margins are "
             "not 0",
             "the cached reference values do not belong to these tokens and weights: remove reference.cache_dir, or set "
             "reference.mode=live")
 
 
-def _everywhere(errors: list[tuple[float, str]], world: World) -> list[tuple[float, str]]:
-    """Those of all ranks, on each; a pair that two ranks checked counts once."""
-    return list(dict.fromkeys(error for rank in world.gather(errors) for error in rank))
-
-
-def _refuse(errors: list[tuple[float, str]], dtype: torch.dtype, what: str, remedy: str) -> None:
+def _refuse(errors: list[tuple[float, int]], pairs: PairStore, dtype: torch.dtype, world: World, what: str,
+            remedy: str) -> None:
+    """Raises on every rank where one of them found a pair off. errors: this rank's, in nats a token, with the pair."""
     bound = TOLERANCE[dtype]
-    bad = sorted((e for e in errors if not e[0] <= bound), key=lambda e: -e[0])
+    everywhere = [one for rank in world.gather(errors) for one in rank]
+    bad: dict[int, float] = {}
+    for error, i in everywhere:
+        if not error <= bound:                                                   # NaN as well
+            bad[i] = max(error, bad.get(i, error))
     if bad:
-        worst = "; ".join(f"{where}: {error:.4g} nats a token" for error, where in bad[:5])
-        raise UserError(f"stopped at step 0: {what}. {len(bad)} of {len(errors)} checked are off by more than {bound} "
-                        f"nats a token. Worst: {worst}. Remedy: {remedy}")
+        worst = sorted(bad.items(), key=lambda one: -one[1])[:5]
+        checked = len({i for _, i in everywhere})
+        names = "; ".join(f"{pairs[i].where}: {error:.4g} nats a token" for i, error in worst)
+        raise UserError(f"stopped at step 0: {what}. {len(bad)} of {checked} checked pairs are off by more than "
+                        f"{bound} nats a token. Worst: {names}. Remedy: {remedy}")
