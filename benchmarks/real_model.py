@@ -4,8 +4,9 @@ The same model, rows, order, steps and hyper-parameters from the same start, in 
 empty caches, from the command to the exported model; the variants in turn, in the other order at every second round.
 Which of TRL's settings is the fastest here is tried first, on three steps each with a live reference: pairs at once
 (the rest by accumulation), one process with all cores or DDP over two. Not tried: padding_free, which TRL 1.16 switches
-off for DPO; gradient checkpointing, which only costs time here; workers for rows that are token ids already. Both
-exported models are judged by `dpo-dist eval` on held-out pairs.
+off for DPO; gradient checkpointing, which only costs time here; workers for rows that are token ids already. Beside it
+stands what TRL does with its default of 8 pairs at once. All exported models are judged by `dpo-dist eval` on held-out
+pairs.
 
 Each finished run is written to benchmarks/results/real_model.json at once; the same command goes on where it stopped.
 """
@@ -32,10 +33,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_model.json"
 BETAS, RATES = (0.05, 0.1, 0.3), (1e-6, 3e-6)
 CORES = len(os.sched_getaffinity(0))
+TRLS_DEFAULT = 8                                             # pairs at once: TrainingArguments' batch size a device
 RATIOS = {"TRL, live reference / ours": ("TRL live", "ours"),
           "TRL, precomputed / ours": ("TRL precomputed", "ours"),
           "TRL, live reference / ours, 2 processes under ZeRO-3": ("TRL live", "ours ZeRO-3"),
           "TRL, precomputed / ours, 2 processes under ZeRO-3": ("TRL precomputed", "ours ZeRO-3"),
+          "TRL, live reference, 8 pairs at once / ours": ("TRL live, 8 at once", "ours"),
+          "TRL, precomputed, 8 pairs at once / ours": ("TRL precomputed, 8 at once", "ours"),
           "six runs of TRL, precomputed / our sweep": ("TRL sweep", "ours sweep")}
 
 
@@ -142,7 +146,7 @@ class Bench:
             return run(Path(folder))
 
     def variants(self, setting: dict[str, int]) -> dict[str, Callable[[Path], dict[str, Any]]]:
-        def trl(folder: Path, precomputed: bool) -> dict[str, Any]:
+        def trl(folder: Path, precomputed: bool, setting: dict[str, int] = setting) -> dict[str, Any]:
             run = self.trl(folder, setting, precomputed, 0.1, 1e-6)
             return {**run, **self.judged(folder / "model", folder)}
 
@@ -157,6 +161,7 @@ class Bench:
                     "peak_gib": max(run["peak_gib"] for run in runs)}
 
         one = ("loss.beta=0.1", "optim.lr=1e-6")
+        default = {"processes": 1, "pairs_at_once": min(TRLS_DEFAULT, self.given.pairs_per_step)}
         # the runs of a sweep are compared on held-out pairs, in both
         swept = (f"loss.beta={','.join(map(str, BETAS))}", f"optim.lr={','.join(map(str, RATES))}",
                  f"data.eval=[{{path: {self.home / 'held_out.jsonl'}, format: token_ids}}]")
@@ -164,6 +169,8 @@ class Bench:
                 "TRL precomputed": lambda folder: trl(folder, True),
                 "ours ZeRO-3": lambda folder: self.ours(folder, *one, processes=2),
                 "TRL live": lambda folder: trl(folder, False),
+                "TRL precomputed, 8 at once": lambda folder: trl(folder, True, default),
+                "TRL live, 8 at once": lambda folder: trl(folder, False, default),
                 "ours sweep": lambda folder: self.ours(folder, *swept, sweep=True),
                 "TRL sweep": six}
 

@@ -233,9 +233,20 @@ def real_table() -> str:
     figures = (("seconds", 0), ("processor_seconds", 0), ("peak_gib", 1), ("held_out_accuracy", 3),
                ("held_out_loss", 4))
     told = results["summary"].items()
+    tried = results["TRL's settings, seconds of a step"]
+    at_once = sorted({int(name.split()[2]) for name in tried}, reverse=True)
+
+    def seconds(processes: int, pairs: int) -> str:
+        value = tried.get(f"{processes} processes, {pairs} pairs at once")
+        return "-" if value is None else f"{value:.1f}"
+
     return "\n".join([
         f"{setup['pairs']} pairs of {results['tokens']:,} tokens, {setup['steps']} steps, {setup['cores']} cores; "
-        f"medians over {len(rounds)} rounds; {setup['held_out']} held-out pairs, judged by `dpo-dist eval`.", "",
+        f"medians over rounds ({len(rounds)}); {setup['held_out']} held-out pairs, judged by `dpo-dist eval`.", "",
+        "| TRL, live reference: seconds of a step | " + " | ".join(f"{n} pairs at once" for n in at_once) + " |",
+        "|---|" + "---|" * len(at_once),
+        *(f"| {n} process{'es' * (n > 1)} | " + " | ".join(seconds(n, pairs) for pairs in at_once) + " |"
+          for n in sorted({int(name.split()[0]) for name in tried})), "",
         "| from command to exported model | seconds | on the processor | peak, GiB | held-out accuracy | loss |",
         "|---|---|---|---|---|---|",
         *("| " + " | ".join([name, *(middle(name, what, digits) for what, digits in figures)]) + " |" for name in runs),
