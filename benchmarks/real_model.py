@@ -85,6 +85,8 @@ class Bench:
         order = [i for step in range(self.given.steps) for i in sampler.pairs_of_step(step + 1, 1, self.given.steps)]
         _write(self.home / "ordered.jsonl", [pairs[int(i)] for i in order])
         self.results["tokens"] = sum(_length(pairs[int(i)]) for i in order)
+        self.results["tokens_as_two_sequences"] = sum(_length(pairs[int(i)]) + len(pairs[int(i)].prompt_ids)
+                                                      for i in order)
 
     def training(self) -> list[str]:
         return [f"data.train=[{{path: {self.home / 'rows.jsonl'}, format: token_ids}}]",

@@ -241,7 +241,8 @@ def real_table() -> str:
         return "-" if value is None else f"{value:.1f}"
 
     return "\n".join([
-        f"{setup['pairs']} pairs of {results['tokens']:,} tokens, {setup['steps']} steps, {setup['cores']} cores; "
+        f"{setup['pairs']} pairs of {results['tokens']:,} tokens ({results['tokens_as_two_sequences']:,} with the "
+        f"prompt before each answer), {setup['steps']} steps, {setup['cores']} cores; "
         f"medians over rounds ({len(rounds)}); {setup['held_out']} held-out pairs, judged by `dpo-dist eval`.", "",
         "| TRL, live reference: seconds of a step | " + " | ".join(f"{n} pairs at once" for n in at_once) + " |",
         "|---|" + "---|" * len(at_once),
