@@ -3,12 +3,11 @@ real model, where it is there."""
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from pathlib import Path
 
 import pytest
-from conftest import REPO, forked, kill, wait_until
+from conftest import REAL_MODEL, forked, kill, wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -97,12 +96,11 @@ def test_answers_are_those_of_plain_generation_and_their_log_probs_those_of_the_
 
 
 def test_the_real_model_chats_in_plain_transformers():
-    folder = Path(os.environ.get("DPO_DIST_REAL_MODEL", REPO / "runs" / "real" / "dpo" / "model"))
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing; `make real` makes it, or set DPO_DIST_REAL_MODEL")
+    if not REAL_MODEL.is_dir():
+        pytest.skip(f"{REAL_MODEL} is missing; `make real` makes it, or set DPO_DIST_REAL_MODEL")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(REAL_MODEL), AutoModelForCausalLM.from_pretrained(REAL_MODEL)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**inputs, do_sample=False, max_new_tokens=60)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, dpo_dist, train_on, write_rows, write_tiny_llama
+from conftest import REAL_MODEL, dpo_dist, train_on, write_rows, write_tiny_llama
 from test_real_vllm import PYTHON, SHAPE
 
 from dpo_dist.runtime.ports import free_port
 
-REAL = Path(os.environ.get("DPO_DIST_REAL", REPO / "runs" / "real"))
 pytestmark = [pytest.mark.slow, pytest.mark.distributed,
               pytest.mark.skipif(not PYTHON.exists(), reason=f"needs a vLLM environment ({PYTHON} is not there; run "
                                                              "make test-vllm)")]
@@ -60,19 +59,19 @@ def answer(address: str, path: str, question: dict[str, Any]) -> Any:
     return json.loads(urllib.request.urlopen(request, timeout=120).read())["choices"][0]
 
 
-@pytest.mark.skipif(not (REAL / "dpo" / "model").is_dir(), reason=f"needs the model of `make real` ({REAL})")
+@pytest.mark.skipif(not REAL_MODEL.is_dir(), reason=f"needs the model of `make real` ({REAL_MODEL})")
 def test_the_real_model_chats_as_it_does_in_transformers(tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = REAL / "dpo" / "model"
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    with vllm(tmp_path / "log", "--model", model, "--served-model-name", "real", "--max-model-len", 512) as address:
+    with vllm(tmp_path / "log", "--model", REAL_MODEL, "--served-model-name", "real",
+              "--max-model-len", 512) as address:
         said = answer(address, "chat/completions", {"model": "real", "messages": asked, "temperature": 0,
                                                     "max_tokens": 60})
     assert said["finish_reason"] == "stop" and "Paris" in said["message"]["content"]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = AutoModelForCausalLM.from_pretrained(model, dtype="float32").generate(**prompt, max_new_tokens=60,
+    ids = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype="float32").generate(**prompt, max_new_tokens=60,
                                                                                 do_sample=False)
     plain = tokenizer.decode(ids[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
     assert said["message"]["content"].split()[:6] == plain.split()[:6]
