@@ -5,8 +5,8 @@ empty caches, from the command to the exported model; the variants in turn, in t
 Which of TRL's settings is the fastest here is tried first, on three steps each with a live reference: pairs at once
 (the rest by accumulation), one process with all cores or DDP over two. Not tried: padding_free, which TRL 1.16 switches
 off for DPO; gradient checkpointing, which only costs time here; workers for rows that are token ids already. Beside it
-stands what TRL does with its default of 8 pairs at once. All exported models are judged by `dpo-dist eval` on held-out
-pairs.
+stands what TRL does with its default of 8 pairs at once. What single runs export is judged by `dpo-dist eval` on
+held-out pairs.
 
 Each finished run is written to benchmarks/results/real_model.json at once; the same command goes on where it stopped.
 """
@@ -40,6 +40,10 @@ RATIOS = {"TRL, live reference / ours": ("TRL live", "ours"),
           "TRL, precomputed / ours, 2 processes under ZeRO-3": ("TRL precomputed", "ours ZeRO-3"),
           "TRL, live reference, 8 pairs at once / ours": ("TRL live, 8 at once", "ours"),
           "TRL, precomputed, 8 pairs at once / ours": ("TRL precomputed, 8 at once", "ours"),
+          "TRL, live reference, 8 pairs at once / ours, 2 processes under ZeRO-3": ("TRL live, 8 at once",
+                                                                                    "ours ZeRO-3"),
+          "TRL, precomputed, 8 pairs at once / ours, 2 processes under ZeRO-3": ("TRL precomputed, 8 at once",
+                                                                                 "ours ZeRO-3"),
           "six runs of TRL, precomputed / our sweep": ("TRL sweep", "ours sweep")}
 
 
@@ -134,7 +138,7 @@ class Bench:
         """TRL's fastest setting here, by the faster of its second and third step (the first one allocates)."""
         per_step, found = self.given.pairs_per_step, self.results.setdefault("TRL's settings, seconds of a step", {})
         settings = [{"processes": processes, "pairs_at_once": at_once} for processes in sorted({1, min(2, CORES)})
-                    for at_once in (8, 4, 2, 1) if at_once * processes <= per_step]
+                    for at_once in (8, 4, 2, 1) if per_step % (at_once * processes) == 0]
         for setting in settings:
             name = f"{setting['processes']} processes, {setting['pairs_at_once']} pairs at once"
             self.keep(found, name, lambda setting=setting: round(min(self.fresh(
@@ -163,7 +167,7 @@ class Bench:
                     "peak_gib": max(run["peak_gib"] for run in runs)}
 
         one = ("loss.beta=0.1", "optim.lr=1e-6")
-        default = {"processes": 1, "pairs_at_once": min(TRLS_DEFAULT, self.given.pairs_per_step)}
+        default = {"processes": 1, "pairs_at_once": TRLS_DEFAULT}
         # the runs of a sweep are compared on held-out pairs, in both
         swept = (f"loss.beta={','.join(map(str, BETAS))}", f"optim.lr={','.join(map(str, RATES))}",
                  f"data.eval=[{{path: {self.home / 'held_out.jsonl'}, format: token_ids}}]")
@@ -225,6 +229,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="variants to run, as they are named in the results")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if given.pairs_per_step % TRLS_DEFAULT:
+        parser.error(f"--pairs-per-step {given.pairs_per_step} is no multiple of {TRLS_DEFAULT}, the pairs that TRL "
+                     f"takes at once by default; give {TRLS_DEFAULT}, {2 * TRLS_DEFAULT}, ...")
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(given, Path(home))
         bench.write_rows()

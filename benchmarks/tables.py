@@ -235,6 +235,7 @@ def real_table() -> str:
     told = results["summary"].items()
     tried = results["TRL's settings, seconds of a step"]
     at_once = sorted({int(name.split()[2]) for name in tried}, reverse=True)
+    headings = [f"{n} pair{'s' * (n > 1)} at once" for n in at_once]
 
     def seconds(processes: int, pairs: int) -> str:
         value = tried.get(f"{processes} processes, {pairs} pairs at once")
@@ -244,7 +245,7 @@ def real_table() -> str:
         f"{setup['pairs']} pairs of {results['tokens']:,} tokens ({results['tokens_as_two_sequences']:,} with the "
         f"prompt before each answer), {setup['steps']} steps, {setup['cores']} cores; "
         f"medians over rounds ({len(rounds)}); {setup['held_out']} held-out pairs, judged by `dpo-dist eval`.", "",
-        "| TRL, live reference: seconds of a step | " + " | ".join(f"{n} pairs at once" for n in at_once) + " |",
+        "| TRL, live reference: seconds of a step | " + " | ".join(headings) + " |",
         "|---|" + "---|" * len(at_once),
         *(f"| {n} process{'es' * (n > 1)} | " + " | ".join(seconds(n, pairs) for pairs in at_once) + " |"
           for n in sorted({int(name.split()[0]) for name in tried})), "",

@@ -71,8 +71,8 @@ def test_the_real_model_chats_as_it_does_in_transformers(tmp_path: Path):
     assert said["finish_reason"] == "stop" and "Paris" in said["message"]["content"]
     tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype="float32").generate(**prompt, max_new_tokens=60,
-                                                                                do_sample=False)
+    plain_model = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype="float32")
+    ids = plain_model.generate(**prompt, max_new_tokens=60, do_sample=False)
     plain = tokenizer.decode(ids[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
     assert said["message"]["content"].split()[:6] == plain.split()[:6]
 
