@@ -33,6 +33,9 @@ VERBS = {
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
+# verbs about runs that exist: {verb: the module that the command becomes, which gets all other words}
+ON_RUNS: dict[str, str] = {}
+
 SHOW_OPTIONS = """
   --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random
   --json      the first N rows of each data set alone, for a program, one object a line: where, data_set, split,
@@ -75,6 +78,8 @@ def _main(words: list[str]) -> int:
     if verb == "status":
         print(status(_run_dir(rest)))
         return 0
+    if verb in ON_RUNS:
+        os.execv(sys.executable, [sys.executable, "-m", ON_RUNS[verb], *rest])
     cfg, dry_run = _take_cfg(rest), _take("--dry-run", rest)
     sweeps = verb == "run" and not cfg and _take("-m", rest)
     options = _take_show_options(rest) if verb == "show" else []
