@@ -8,6 +8,8 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
+from dpo_dist.evaluation.results import read_summaries
+from dpo_dist.evaluation.show import summary_lines
 from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import read_inputs
@@ -143,6 +145,9 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
         rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
                 for name, value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
+        summary = next((one for one in read_summaries(run.run_dir) if one["step"] == exported), None)
+        if summary is not None:                          # not of runs whose last evaluation is from before these files
+            terminal.say("\n".join(summary_lines(summary)))
     if run.samples.prompts:
         show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
     terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")

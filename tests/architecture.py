@@ -18,7 +18,7 @@ FLOORS = [
     ["data", "models"],
     ["policy", "reference"],
     ["run"],
-    ["step"],
+    ["step", "evaluation"],
     ["step0_checks", "evaluate", "export", "score", "show"],
     ["train_run"],
     ["train"],

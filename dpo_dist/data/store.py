@@ -59,7 +59,7 @@ class PairStore:
         _, *starts, end = self.spans[index].tolist()
         return TokenizedPair(prompt, chosen, rejected, where, self.meta["sources"][self.source[index]]["name"],
                              None if np.isnan(strength) else strength, float(self.weight[index]),
-                             self._counts(starts[0], starts[1]), self._counts(starts[1], end), self._record(index))
+                             self._counts(starts[0], starts[1]), self._counts(starts[1], end), self.record(index))
 
     def _counts(self, start: int, end: int) -> tuple[bool, ...] | None:
         """Which tokens of the completion that lies there in `ids` the loss counts; None: all."""
@@ -71,7 +71,8 @@ class PairStore:
             counts[run_start:run_end] = False
         return tuple(counts.tolist())
 
-    def _record(self, index: int) -> dict[str, Any]:
+    def record(self, index: int) -> dict[str, Any]:
+        """What else is known of the pair's judgment (formats/judgment.py), read from the map."""
         start = self.record_end[index - 1] if index else 0
         text = self.records[start:self.record_end[index]].tobytes()
         return dict(json.loads(text)) if text else {}
