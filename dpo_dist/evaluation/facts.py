@@ -1,7 +1,7 @@
 """Facts: what the data know of held-out pairs besides tokens: prompts, ties, and values by which they are sliced."""
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ class Facts:
 
     @staticmethod
     def of(pairs: PairStore) -> Facts:
-        """Reads all records."""
+        """Reads all records. Text columns with nearly as many values as pairs name the rows, and are no slices."""
         found: dict[tuple[str, str], list[int]] = defaultdict(list)
         numbers: dict[str, list[tuple[int, float]]] = defaultdict(list)
         sources = [str(source["name"]) for source in pairs.meta["sources"]]
@@ -41,7 +41,11 @@ class Facts:
                     numbers[by].append((i, value))
                 else:
                     found[by, value].append(i)
-        members = {key: np.array(at) for key, at in found.items()}
+        values, pairs_of = Counter[str](), Counter[str]()
+        for (by, _), at in found.items():
+            values[by] += 1
+            pairs_of[by] += len(at)
+        members = {key: np.array(at) for key, at in found.items() if 2 * values[key[0]] <= pairs_of[key[0]] + 1}
         for by, known in numbers.items():
             members |= of_numbers(by, *zip(*known, strict=True))
         members |= of_numbers("strength", np.flatnonzero(~np.isnan(pairs.strength)),

@@ -27,20 +27,24 @@ def slices_of(hit: Floats, weight: Floats, facts: Facts, judged: NDArray[np.bool
     rows: list[dict[str, Any]] = []
     left_out = 0
     counts: dict[str, int] = {}
+    hit, weight, prompt = hit[judged], weight[judged], facts.prompt[judged]
     by_size = sorted(facts.members.items(), key=lambda entry: (entry[0][0], -len(entry[1]), entry[0][1]))
     for (by, value), members in by_size:
-        inside = np.zeros(len(hit), dtype=bool)
-        inside[members] = True
-        here = inside[judged]
-        if not here.any() or here.all():
-            continue                                     # every pair has it, or none: nothing to compare with
         counts[by] = counts.get(by, 0) + 1
-        if min(here.sum(), (~here).sum()) < MIN_PAIRS or counts[by] > MOST_VALUES:
+        if len(members) < MIN_PAIRS or counts[by] > MOST_VALUES:
             left_out += 1
             continue
-        accuracy = share_interval(hit[judged][here], weight[judged][here], facts.prompt[judged][here])
+        inside = np.zeros(len(judged), dtype=bool)
+        inside[members] = True
+        inside = inside[judged]
+        if inside.all():
+            continue                                     # nothing to compare with
+        if min(inside.sum(), (~inside).sum()) < MIN_PAIRS:
+            left_out += 1
+            continue
+        accuracy = share_interval(hit[inside], weight[inside], prompt[inside])
         assert accuracy is not None
-        difference, p = difference_of_shares(hit[judged], here, weight[judged], facts.prompt[judged])
+        difference, p = difference_of_shares(hit, inside, weight, prompt)
         rows.append({"by": by, "value": value, "n": accuracy.n, "accuracy": accuracy.as_dict(),
                      "difference": difference, "p": p})
     for row, corrected in zip(rows, holm([row["p"] for row in rows]).tolist(), strict=True):
