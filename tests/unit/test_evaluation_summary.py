@@ -32,10 +32,12 @@ def measured(margin: np.ndarray, seed: int = 0, tokens: np.ndarray | None = None
     reference = -rng.random((2, n)) * 50
     chosen = rng.normal(size=n)
     counted = rng.integers(5, 60, (n, 2)).astype(np.int32) if tokens is None else tokens
-    columns = {"pair": np.arange(n, dtype=np.int32), "weight": np.ones(n),
-               "policy_chosen": reference[0] + chosen / beta, "policy_rejected": reference[1] + (chosen - margin) / beta, "reference_chosen": reference[0],
-               "reference_rejected": reference[1], "reward_chosen": chosen, "reward_rejected": chosen - margin,
-               "loss": np.logaddexp(0, -np.nan_to_num(margin)), "chosen_tokens": counted[:, 0], "rejected_tokens": counted[:, 1]}
+    policy = reference + np.stack([chosen, chosen - margin]) / beta
+    columns = {"pair": np.arange(n, dtype=np.int32), "weight": np.ones(n), "policy_chosen": policy[0],
+               "policy_rejected": policy[1], "reference_chosen": reference[0], "reference_rejected": reference[1],
+               "reward_chosen": chosen, "reward_rejected": chosen - margin,
+               "loss": np.logaddexp(0, -np.nan_to_num(margin)), "chosen_tokens": counted[:, 0],
+               "rejected_tokens": counted[:, 1]}
     return EvaluatedPairs(**{**columns, **changes})
 
 
