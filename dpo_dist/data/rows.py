@@ -18,10 +18,11 @@ from dpo_dist.data.files import Wanted, read_records
 from dpo_dist.data.formats import FORMATS, DataRow, Format, NoPair, Tie
 from dpo_dist.data.outcomes import Ties, checked, outcomes
 from dpo_dist.data.records import BadRow, Record
-from dpo_dist.data.sample import Threshold, sampled, threshold
+from dpo_dist.data.sample import Place, PromptCap, Threshold, prompt_cap, sampled, threshold
 from dpo_dist.types import TieKind
 
 EXAMPLES_PER_REASON = 3
+OVER_CAP = "beyond pairs_per_prompt of its prompt"
 Entry = Record | BadRow | NoPair             # what a data set consists of, before its rows are read
 CHUNK_RECORDS = 512                          # tokenized in one call
 OnBadRow = Literal["error", "skip"]
@@ -83,6 +84,11 @@ class ReadReport:
         self.ties, self.both_bad, self.kept_ties = (
             self.ties + 1, self.both_bad + (kind == "both_bad"), self.kept_ties + kept)
 
+    def leave_out(self, row: DataRow, reason: str) -> None:
+        """Counts a row that was counted as a pair as none."""
+        self.pairs, self.kept_ties = self.pairs - 1, self.kept_ties - bool(row.tie)
+        self.no_pair[reason] = self.no_pair.get(reason, 0) + 1
+
     def check(self, dataset: DatasetConfig, on_bad_row: OnBadRow) -> None:
         """UserError for a data set without rows, and for bad rows unless `on_bad_row` is skip."""
         if not self.rows:
@@ -125,11 +131,12 @@ class Plan:
 
     format: str
     limit: Threshold | None = None           # which records data.train[].rows takes; None = all
+    cap: PromptCap | None = None             # which pairs data.train[].pairs_per_prompt takes; None = all
 
 
-def plan_reading(dataset: DatasetConfig) -> Plan:
-    """The format of a data set, and which of its records are read. Goes through the files once for `rows`, and as far
-    as the first row that fits for `auto`. Raises UserError."""
+def plan_reading(dataset: DatasetConfig, ties: Ties = "drop") -> Plan:
+    """The format of a data set, and which of its records and pairs are taken. Goes through the files once for `rows`,
+    once more for `pairs_per_prompt`, and as far as the first row that fits for `auto`. Raises UserError."""
     columns = Columns(dataset.columns)
     form: str = dataset.format
     if form == "auto":
@@ -137,7 +144,18 @@ def plan_reading(dataset: DatasetConfig) -> Plan:
     limit = None
     if dataset.rows is not None:
         limit = threshold(entries(dataset, FORMATS[form], Columns(dataset.columns)), dataset.rows)
-    return Plan(form, limit)
+    cap = None
+    if dataset.pairs_per_prompt is not None:
+        taken = sampled(entries(dataset, FORMATS[form], Columns(dataset.columns)), limit)
+        cap = prompt_cap(_placed_rows(taken, FORMATS[form], ties), dataset.pairs_per_prompt)
+    return Plan(form, limit, cap)
+
+
+def _placed_rows(taken: Iterator[Entry | None], form: Format, ties: Ties) -> Iterator[tuple[DataRow, Place]]:
+    uncounted = ReadReport("", "")
+    for number, entry in enumerate(taken):
+        assert entry is not None, "all are wanted"
+        yield from ((row, (number, at)) for at, row in enumerate(rows_of(entry, form, uncounted, ties)))
 
 
 def told_format(records: Iterator[Record | BadRow | None], columns: Columns, path: str) -> str:
@@ -206,7 +224,7 @@ def read_chunks(dataset: DatasetConfig, on_bad_row: OnBadRow, share: Share, ties
     """The chunks of a share of a data set. Unless `on_bad_row` is skip, a chunk with a bad row and those after it have
     no rows, only reports: ReadReport.check raises the error once all bad rows are counted. ties: whether rows of which
     neither answer is better are among the rows (data.ties)."""
-    plan, columns = plan_reading(dataset), Columns(dataset.columns)
+    plan, columns = plan_reading(dataset, ties), Columns(dataset.columns)
     form = FORMATS[plan.format]
     # pairs that are made of several records, and samples, depend on records of all shares
     takes_all = form.group is not None or plan.limit is not None
@@ -220,9 +238,13 @@ def read_chunks(dataset: DatasetConfig, on_bad_row: OnBadRow, share: Share, ties
         if not share.has(number):
             continue
         chunk = Chunk(number, [], ReadReport.of(dataset, plan.format))
-        for _, entry in group:
+        for place, entry in group:
             assert entry is not None, "every entry of an own chunk is wanted"
-            chunk.rows.extend(rows_of(entry, form, chunk.report, ties))
+            for at, row in enumerate(rows_of(entry, form, chunk.report, ties)):
+                if plan.cap is None or plan.cap.takes(row, (place, at)):
+                    chunk.rows.append(row)
+                else:
+                    chunk.report.leave_out(row, OVER_CAP)
         chunk.report.unseen = sorted(columns.unseen)
         found_bad = found_bad or (on_bad_row == "error" and bool(chunk.report.bad.counts))
         if found_bad:
