@@ -92,7 +92,7 @@ def _validate_ties(c: RunConfig) -> None:
         known = " or ".join(f"loss={name}" for name, options in LOSS_OPTIONS.items() if options.knows_ties)
         raise UserError(f"data.ties=keep, but loss.name={loss.name} has no likelihood for ties ({', '.join(without)}); "
                         f"set {known}, or data.ties=drop")
-    if c.data.ties == "keep" and "rao_kupper" in loss.weights and nu == 1:
+    if c.data.ties == "keep" and "rao_kupper" in loss.weights and nu == 1:           # an infinite loss
         raise UserError("data.ties=keep, but loss.tie_nu=1 says that there are no ties; set loss.tie_nu=3, or "
                         "data.ties=drop")
 
