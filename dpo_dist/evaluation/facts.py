@@ -51,8 +51,7 @@ class Facts:
         members |= of_numbers("strength", np.flatnonzero(~np.isnan(pairs.strength)),
                               pairs.strength[~np.isnan(pairs.strength)].astype(np.float64))
         members |= of_lengths(pairs.counted().max(1))
-        tie = getattr(pairs, "tie", np.zeros(len(pairs), np.uint8))
-        return Facts(cluster_numbers(pairs.content[:, 0]), np.asarray(tie) > 0, members)
+        return Facts(cluster_numbers(pairs.content[:, 0]), pairs.tie > 0, members)
 
     def subsets(self) -> dict[str, NDArray[np.int64]]:
         """{value of the data's own column `subset`: its pairs}."""
