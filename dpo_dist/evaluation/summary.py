@@ -86,7 +86,12 @@ def at_equal_length(hit: Floats, pairs: EvaluatedPairs, facts: Facts, judged: ND
 
 def implied_logit(pairs: EvaluatedPairs, loss: LossConfig) -> Floats:
     """(n,) the log odds that the loss gives to chosen being preferred: the margin of rewards, but for sigmoid_norm,
-    which compares log-ratios a token (losses.py), beta times their difference."""
+    which compares log-ratios a token (losses.py), beta times their difference; and for rao_kupper, whose ties take more
+    from the unlikely winner, log (1 + ν e^d) / (1 + ν e^-d) for a margin of d: of pairs that are no ties."""
+    if "rao_kupper" in loss.weights:
+        assert loss.tie_nu is not None
+        alpha = math.log(loss.tie_nu)
+        return np.logaddexp(0, alpha + pairs.margin) - np.logaddexp(0, alpha - pairs.margin)
     if "sigmoid_norm" not in loss.weights:
         return pairs.margin
     assert loss.beta is not None
@@ -108,7 +113,8 @@ def calibration(pairs: EvaluatedPairs, facts: Facts, loss: LossConfig, judged: N
     bins = reliability(sigmoid(np.abs(logit)), hits(logit), weight, prompt)
     factor = calibrating_factor(logit, weight, prompt)
     beta = loss.beta
-    betas = None if factor is None or beta is None else [
+    # rao_kupper's log odds are no multiple of beta
+    betas = None if factor is None or beta is None or "rao_kupper" in loss.weights else [
         max(0.0, beta * value) for value in (factor.value, factor.low, factor.high)]
     return {
         "ece": expected_calibration_error(bins), "ece_by_chance": chance_calibration_error(bins),
