@@ -14,6 +14,7 @@ import torch
 from conftest import REPO
 from torch import Tensor
 
+from dpo_dist.config.rules import resolve_loss
 from dpo_dist.config.schema import LossConfig
 from dpo_dist.stats.calibration import (
     calibrating_factor,
@@ -124,11 +125,11 @@ def test_odpo_with_labels_that_are_all_one_way_reaches_further_the_stronger_they
     """The margin that brings the loss of a pair to the same value grows by α log strength."""
     toy = Toy(torch.zeros(1, 2, dtype=torch.float64).log_softmax(-1), torch.zeros(1, 2, dtype=torch.float64))
     always = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=torch.float64)
-    weak, strong = (LossConfig("odpo", beta=1.0, odpo_alpha=0.7) for _ in range(2))
+    loss = resolve_loss(LossConfig("odpo", beta=1.0, odpo_alpha=0.7))
     at = torch.tensor([[1.0, -1.0]], dtype=torch.float64) / 2
     moved = at + torch.tensor([[1.0, -1.0]], dtype=torch.float64) * 0.7 * math.log(5) / 2
-    first = mean_loss(toy, (toy.reference + at), always, weak, torch.ones_like(always))
-    second = mean_loss(toy, (toy.reference + moved), always, strong, torch.full_like(always, 5.0))
+    first = mean_loss(toy, toy.reference + at, always, loss, torch.ones_like(always))
+    second = mean_loss(toy, toy.reference + moved, always, loss, torch.full_like(always, 5.0))
     torch.testing.assert_close(first, second)
 
 
@@ -191,13 +192,19 @@ WIDE = Toy.drawn(prompts=60, answers=5, seed=8, spread=1.5)
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_policy_trained_on_the_truth_is_calibrated_on_held_out_judgments(beta: float):
+    """Each of three figures is off by chance in 5 of 100 held-out sets: here at most three standard errors more."""
     policy = fitted(WIDE, bradley_terry(WIDE.difference), LossConfig("sigmoid", beta=beta))
-    logit, prompts = held_out(WIDE, policy, beta, 6000, seed=9)
-    bins = curve(logit)
-    assert expected_calibration_error(bins) < chance_calibration_error(bins)
-    assert sum(one.observed_low <= one.predicted <= one.observed_high for one in bins) >= len(bins) - 1
-    factor = calibrating_factor(logit, clusters=prompts)
-    assert factor is not None and factor.low < 1 < factor.high and factor.high - factor.low < 0.15
+    sets = 60
+    small, within, factors = 0, 0.0, 0
+    for seed in range(sets):
+        logit, prompts = held_out(WIDE, policy, beta, 3000, seed)
+        bins, factor = curve(logit), calibrating_factor(logit, clusters=prompts)
+        small += expected_calibration_error(bins) < chance_calibration_error(bins)
+        within += np.mean([one.observed_low <= one.predicted <= one.observed_high for one in bins])
+        assert factor is not None and factor.high - factor.low < 0.25
+        factors += factor.low < 1 < factor.high
+    assert min(small, factors) / sets > 0.95 - 3 * math.sqrt(0.05 * 0.95 / sets)
+    assert 0.92 < within / sets < 0.98
 
 
 @pytest.mark.parametrize("factor", [0.4, 2.5])
