@@ -14,7 +14,7 @@ from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, tell_faster, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
-from dpo_dist.run.provenance import check_same_run, provenance, write_run
+from dpo_dist.run.provenance import check_same_run, provenance, write_provenance
 from dpo_dist.run.push import check_push, push_model
 from dpo_dist.run.samples import Samples, show_samples
 from dpo_dist.run.save_timer import SaveTimer
@@ -54,7 +54,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         world.on_main(lambda: push_model(config, run_dir, terminal))
         return
-    world.on_main(lambda: write_run(run_dir, config, lineage))
+    write_provenance(run_dir, config, inputs, lineage, world)
 
     policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
     if resumed:

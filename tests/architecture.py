@@ -20,6 +20,7 @@ FLOORS = [
     ["run"],
     ["step"],
     ["step0_checks", "evaluate", "export", "score", "show"],
+    ["verify"],
     ["train_run"],
     ["train"],
 ]

@@ -29,6 +29,7 @@ class RunDir:
     def __init__(self, folder: str | Path):
         self.path = path = Path(folder)
         self.run_json = path / "run.json"              # the resolved config and where the run's numbers come from
+        self.provenance = path / "provenance"          # digests of rows, tensors, files: what `verify` compares
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
         self.model = path / "model"                    # what from_pretrained loads
