@@ -102,5 +102,15 @@ def code_in_words(code: dict[str, Any]) -> str:
     return f"dpo-dist {code['version']}{commit} (files {code['files']})"
 
 
+def ranks_in_words(ranks: int) -> str:
+    return f"{ranks} rank{'s' * (ranks != 1)}"
+
+
+def start_in_words(start: dict[str, Any]) -> str:
+    """Of an earlier start of a run that went on with something else."""
+    made = code_in_words(start["code"]) if "code" in start else f"dpo-dist {start['versions']['dpo-dist']}"
+    return f"{made}, {ranks_in_words(start['ranks'])}"
+
+
 def hardware_in_words(hardware: dict[str, Any]) -> str:
     return ", ".join(f"{n} × {kind}" for kinds in (hardware["gpus"], hardware["nodes"]) for kind, n in kinds.items())

@@ -9,7 +9,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.file_digests import digest_of
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.run.inputs import Inputs
-from dpo_dist.run.made_by import code_in_words, hardware_in_words
+from dpo_dist.run.made_by import code_in_words, hardware_in_words, ranks_in_words, start_in_words
 from dpo_dist.run.parent import run_digest
 from dpo_dist.runtime.run_dir import RunDir
 
@@ -76,8 +76,10 @@ def _origin(passport: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "libraries", ", ".join(f"{name} {version}" for name, version in passport["versions"].items()
                                  if version != "not installed" and name != "dpo-dist")
     if "hardware" in passport:
-        yield "computed on", (f"{hardware_in_words(passport['hardware'])}; {passport['ranks']} ranks, "
+        yield "computed on", (f"{hardware_in_words(passport['hardware'])}; {ranks_in_words(passport['ranks'])}, "
                               f"{passport['dtype']}")
+    for start in passport.get("earlier", []):
+        yield f"until step {start['until_step']}", start_in_words(start)
     if passport.get("parent"):
         parent = passport["parent"]
         yield "parent run", f"`{parent['run']}`, its {parent['export']} (run.json {parent['digest']})"

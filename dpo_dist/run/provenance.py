@@ -51,6 +51,8 @@ def _sync(config: RunConfig) -> str:
     return "none: frozen" if sync.mode == "none" else f"{sync.mode}: {share}every {sync.every_steps} steps (TR-DPO)"
 
 
+# what may change where a run goes on
+MADE_BY = ("code", "versions", "python", "hardware", "ranks", "device")
 # what a run cannot change on its way
 SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")
 
@@ -93,9 +95,22 @@ def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str
         "cache": {"tokens": inputs.train.path.parent.name, "reference": lineage["reference_key"]},
         "parent": parent_of(config.model.path),
     }
+    passport["earlier"] = _earlier_starts(run_dir, passport)
     kept.write(run_dir)
     write_json(run_dir.run_json, {"config": to_dict(config), "passport": passport,
                                   "identity_of": config.identity_dict()})
+
+
+def _earlier_starts(run_dir: RunDir, passport: dict[str, Any]) -> list[dict[str, Any]]:
+    """What made the first steps of a run that goes on, where it was other code, libraries or machines: the last step of
+    each such start that was saved, and what made it."""
+    if not run_dir.run_json.exists() or not (saved := run_dir.checkpoints()):
+        return []
+    before = json.loads(run_dir.run_json.read_text())["passport"]
+    made_by, earlier = {key: before[key] for key in MADE_BY if key in before}, list(before.get("earlier", []))
+    if made_by != {key: passport[key] for key in made_by}:
+        earlier.append({"until_step": int(saved[-1].name.rpartition("-")[2]), **made_by})
+    return earlier
 
 
 def data_digests(config: DataConfig, memory: Path | None) -> dict[str, list[FileDigests]]:

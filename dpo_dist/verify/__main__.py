@@ -16,7 +16,7 @@ from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.configuration import check_config, check_kept, config_of, read_run
 from dpo_dist.verify.finding import Finding, lines
 from dpo_dist.verify.made_by import check_made_by
-from dpo_dist.verify.pairs import check_pairs, made_again, unchanged
+from dpo_dist.verify.pairs import check_pairs, decided, made_again, unchanged
 from dpo_dist.verify.rows import data_set_changes
 from dpo_dist.verify.texts import text_changes
 from dpo_dist.verify.weights import check_exports, check_models, check_parent
@@ -65,7 +65,7 @@ def verify(run_dir: RunDir, pairs: bool, quick: bool) -> list[Finding]:
     models = [*check_models(run, config, kept, memory)]  # first: it may need torch, which the tokenizer can do without
     data, texts = data_set_changes(run, config, kept, memory), [*text_changes(run_dir, run, config, kept)]
     again = pairs or any(change.became != "same" for change in (*data, *texts))
-    splits = made_again(run, config, kept) if again else unchanged(run)
+    splits = decided([*data, *texts], made_again(run, config, kept), run) if again else unchanged(run)
     best = config.train.keep_best
     return [*check_config(run, config, kept), *found, *models,
             *(change.finding(splits, best) for change in (*texts, *data)),

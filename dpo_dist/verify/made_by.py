@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_dist.run.kept import Kept
-from dpo_dist.run.made_by import code, code_files, code_in_words, cpu_model, hardware_in_words, version
+from dpo_dist.run.made_by import (
+    code,
+    code_files,
+    code_in_words,
+    cpu_model,
+    hardware_in_words,
+    ranks_in_words,
+    start_in_words,
+    version,
+)
 from dpo_dist.verify.finding import Finding, examples
 
 RENDERS = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -27,9 +36,12 @@ def check_made_by(run: Mapping[str, Any], kept: Kept, pairs_made_again: bool) ->
                                                      ("torch", "transformers", "deepspeed")))
     if "hardware" in passport:
         here = any(kind.startswith(cpu_model()) for kind in passport["hardware"]["nodes"])
-        said = f"{hardware_in_words(passport['hardware'])}; {passport['ranks']} ranks, {passport['dtype']}"
+        said = f"{hardware_in_words(passport['hardware'])}; {ranks_in_words(passport['ranks'])}, {passport['dtype']}"
         yield Finding("same", "computed on", said) if here and not passport["hardware"]["gpus"] else Finding(
             "told", "computed on", said, "a GPU's kernels, and another kind of machine, round in their own way")
+    for start in passport.get("earlier", []):
+        yield Finding("told", "earlier start", f"until step {start['until_step']}: {start_in_words(start)}",
+                      "the run went on with what stands above", start)
 
 
 _MAKE_PAIRS = "; --pairs makes the pairs again and tells whether their tokens are the same"

@@ -27,21 +27,23 @@ class Split:
     pairs: int                               # then
     now: int = 0
     others: int = 0                          # of the pairs now, so many were not there
+    gone: int = 0                            # of the pairs then, so many are not there now
     where: tuple[str, ...] = ()              # of some of them
     problem: str = ""                        # why it is not known
 
-    def in_words(self) -> str:
+    def in_words(self, briefly: bool = False) -> str:
+        """briefly: without examples and reasons."""
         word = WORDS[self.name]
         if self.became == "unknown":
-            return f"the {word} pairs can no longer be made: {self.problem}"
+            return f"the {word} pairs can no longer be made" + ("" if briefly else f": {self.problem}")
         if self.became == "same":
             return f"the same {self.pairs:,} {word} pairs, token for token"
         if self.became == "reordered":
             return f"the same {self.pairs:,} {word} pairs in another order"
-        number = f", {self.now:,} in all" if self.now != self.pairs else ""
-        at = f" ({examples(self.where, self.others)})" if self.where else ""
-        lost = f"{self.others:,} of them new or changed" if self.others else "some are missing"
-        return f"{self.pairs:,} {word} pairs{number}: {lost}{at}"
+        number = f" ({self.now:,} in all now)" if self.now != self.pairs else ""
+        at = f" ({examples(self.where, self.others)})" if self.where and not briefly else ""
+        lost = f"{self.others:,} new or changed" if self.others else f"{self.gone:,} gone"
+        return f"{lost} of {self.pairs:,} {word} pairs{number}{at}"
 
     def means(self, keep_best: str | None) -> tuple[Status, str]:
         """What that is for the numbers."""
@@ -118,8 +120,17 @@ def _compared(name: str, store: PairStore, passport: Mapping[str, Any], kept: Ke
     gone, new, reordered = gone_and_new(kept.pairs[name], pair_digests(store))
     if not (len(gone) or len(new)):
         return Split(name, "reordered" if reordered else "same", wanted["count"], len(store))
-    return Split(name, "changed", wanted["count"], len(store), len(new),
+    return Split(name, "changed", wanted["count"], len(store), len(new), len(gone),
                  tuple(store[int(at)].where for at in new[:SHOWN]))
+
+
+def decided(changes: Sequence[Change], splits: Mapping[str, Split], run: Mapping[str, Any]) -> dict[str, Split]:
+    """The splits; one whose own part in the changes is none is as it was, even where another's can no longer be
+    made."""
+    same = unchanged(run)
+    touched = {name for change in changes if change.became != "same" for name in change.splits}
+    return {name: split if name in touched or split.became != "unknown" else same[name]
+            for name, split in splits.items()}
 
 
 def effect(splits: Sequence[Split], keep_best: str | None) -> tuple[Status, str]:
@@ -128,7 +139,8 @@ def effect(splits: Sequence[Split], keep_best: str | None) -> tuple[Status, str]
     if all(split.became == "same" for split, _, _ in told):
         return "harmless", "; ".join(split.in_words() for split, _, _ in told)
     status: Status = "changed" if any(status == "changed" for _, status, _ in told) else "harmless"
-    return status, "; ".join(f"{split.in_words()}: {means}" for split, _, means in told if split.became != "same")
+    return status, "; ".join(f"{split.in_words(briefly=True)}: {means}" for split, _, means in told
+                             if split.became != "same")
 
 
 def check_pairs(splits: Mapping[str, Split], again: bool, keep_best: str | None) -> Iterator[Finding]:
@@ -141,4 +153,4 @@ def check_pairs(splits: Mapping[str, Split], again: bool, keep_best: str | None)
         yield Finding(status, f"{WORDS[split.name]} pairs",
                       f"{split.in_words()} ({how})" if split.became == "same" else split.in_words(), means,
                       {"before": split.pairs, "now": split.now or split.pairs, "others": split.others,
-                       "became": split.became})
+                       "gone": split.gone, "became": split.became})
