@@ -95,13 +95,13 @@ def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str
         "cache": {"tokens": inputs.train.path.parent.name, "reference": lineage["reference_key"]},
         "parent": parent_of(config.model.path),
     }
-    passport["earlier"] = _earlier_starts(run_dir, passport)
+    passport["earlier"] = earlier_starts(run_dir, passport)
     kept.write(run_dir)
     write_json(run_dir.run_json, {"config": to_dict(config), "passport": passport,
                                   "identity_of": config.identity_dict()})
 
 
-def _earlier_starts(run_dir: RunDir, passport: dict[str, Any]) -> list[dict[str, Any]]:
+def earlier_starts(run_dir: RunDir, passport: dict[str, Any]) -> list[dict[str, Any]]:
     """What made the first steps of a run that goes on, where it was other code, libraries or machines: the last step of
     each such start that was saved, and what made it."""
     if not run_dir.run_json.exists() or not (saved := run_dir.checkpoints()):

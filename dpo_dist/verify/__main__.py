@@ -24,6 +24,8 @@ from dpo_dist.verify.weights import check_exports, check_models, check_parent
 EXIT_CODES = """exit code: 0 where all that decides the weights and the held-out figures, and what was exported, is the
 same; 1 where something changed or is missing; 2 for a mistake, such as a folder without a run.
 
+--json: {"run", "same", "findings": [{"status", "what", "says", "means", "details"}]}
+
 same: as it was.  harmless: changed, without an effect on the numbers.  told: changed, and no digest can say what it
 does (code, library versions, machine).  changed, missing: the run's numbers no longer come from this."""
 

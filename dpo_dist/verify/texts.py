@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.templates import PLAIN, is_jinja, template_texts
 from dpo_dist.models.file_digests import digest_of, sha256, tokenizer_files
 from dpo_dist.models.resolve import resolve
 from dpo_dist.run.kept import Kept
@@ -61,10 +62,9 @@ def _template(recorded: Mapping[str, str], config: RunConfig, kept: Kept, folder
               other_tokenizer: bool) -> Iterator[Change]:
     setting = config.data.chat_template
     try:
-        if other_tokenizer or (setting and Path(setting).is_file()) or (setting and "{" not in setting):
-            texts = _texts_now(folder, setting)
-        else:
-            texts = None                                 # the config's, or the tokenizer's, whose files are the same
+        # else it is the config's own text, or the tokenizer's, whose files are the same
+        in_file = setting not in (None, PLAIN) and not is_jinja(setting)
+        texts = _texts_now(folder, setting) if other_tokenizer or in_file else None
     except (UserError, OSError, ValueError) as error:
         yield Change("chat template", BOTH, str(error).partition("\n")[0], became="missing")
         return
@@ -88,6 +88,5 @@ def _texts_now(folder: Path, setting: str | None) -> dict[str, str]:
     from dpo_dist.show.__main__ import torch_hidden
 
     with torch_hidden():                                 # the tokenizer needs no torch, whose import takes seconds
-        from dpo_dist.data.templates import template_texts
         from dpo_dist.models.tokenizer import load_tokenizer
     return template_texts(load_tokenizer(folder), setting) or {}

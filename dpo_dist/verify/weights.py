@@ -24,19 +24,19 @@ OF_EXPORT = "what lies there is not what the run exported, and its held-out figu
 def check_models(run: Mapping[str, Any], config: RunConfig, kept: Kept, memory: Path | None) -> Iterator[Finding]:
     """Findings on model.path and reference.path."""
     passport = run["passport"]
-    yield _check("model.path", config.model.path, kept.models.get("policy"), passport["policy_weights"], OF_POLICY,
-                 memory)
+    policy = _check("model.path", config.model.path, kept.models.get("policy"), passport["policy_weights"], OF_POLICY,
+                    memory)
+    yield policy
     if not config.loss.needs_reference:
         return
-    if "reference" in kept.models:
-        path, wanted = config.reference_path, kept.models["reference"]
-    elif passport["reference_weights"] == passport["policy_weights"]:
-        yield Finding("same", "reference", "the policy's starting weights: as model.path")
+    is_start = config.reference_path == config.model.path and (
+        passport["reference_weights"] == passport["policy_weights"])
+    if is_start and "reference" not in kept.models:
+        yield Finding(policy.status, "reference", "the policy's starting weights: as model.path",
+                      OF_REFERENCE if policy.fails else "")
         return
-    else:
-        path, wanted = config.reference_path, None
-    yield _check("reference.path", path, wanted, passport["reference_weights"], OF_REFERENCE, memory,
-                 bare=config.reference.bare_base)
+    yield _check("reference.path", config.reference_path, kept.models.get("reference"), passport["reference_weights"],
+                 OF_REFERENCE, memory, bare=config.reference.bare_base)
 
 
 def _check(key: str, path: str, wanted: dict[str, Any] | None, digest: str, means: str, memory: Path | None,
@@ -46,7 +46,7 @@ def _check(key: str, path: str, wanted: dict[str, Any] | None, digest: str, mean
         folder = ModelFolder(folder.base) if bare else folder
         found = described(folder, memory)
     except (UserError, OSError) as error:
-        return Finding("missing", key, str(error), means)
+        return Finding("missing", key, f"{error} (looked in {Path.cwd()})", means)
     if wanted is None:                                   # nothing is kept of each tensor
         same = _digest(folder, memory) == digest
         return (Finding("same", key, f"{path}: {digest}") if same else

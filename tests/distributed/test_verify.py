@@ -247,7 +247,7 @@ def test_a_run_from_before_the_digests_were_kept_is_compared_by_those_that_it_ha
 def test_the_run_of_a_second_round_names_the_first_as_its_parent(folder: Path):
     words = overrides(folder)
     dpo_dist("train", f"model.path={folder / 'run' / 'model'}", *words, "reference.mode=live",
-             f"run.dir={folder / 'second'}")
+             "model.lora.rank=2", "export.what=both", f"run.dir={folder / 'second'}")
     passport = json.loads((folder / "second" / "run.json").read_text())["passport"]
     assert (passport["parent"]["run"], passport["parent"]["export"]) == ("run", "model")
     assert f"| parent run | `run`, its model (run.json {passport['parent']['digest']}) |" in (
@@ -258,6 +258,10 @@ def test_the_run_of_a_second_round_names_the_first_as_its_parent(folder: Path):
     replace_in(folder / "run" / "run.json", '"ranks": 1', '"ranks": 8')
     found = verified(folder / "second", 0)
     assert found["parent run"]["status"] == "told" and "its run.json is another now" in found["parent run"]["says"]
+    settings = folder / "second" / "adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    found = verified(folder / "second", 1)
+    assert wrong(found) == {"adapter/"} and "adapter_config.json" in found["adapter/"]["says"]
 
 
 def test_a_folder_without_a_run_is_a_mistake_that_names_the_remedy(tmp_path: Path):

@@ -38,7 +38,8 @@ from dpo_dist.run.changed_keys import changed_keys
 from dpo_dist.run.kept import Kept, keep_export
 from dpo_dist.run.made_by import Machine, code, code_files, hardware, this_machine, versions
 from dpo_dist.run.parent import parent_of
-from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.run.provenance import earlier_starts
+from dpo_dist.runtime.run_dir import COMPLETE, RunDir
 from dpo_dist.verify.configuration import config_of
 from dpo_dist.verify.finding import examples, text_change, value_changes
 
@@ -178,6 +179,21 @@ def test_the_code_is_told_by_its_files_and_in_a_checkout_by_its_commit(tmp_path:
     told = code(files)
     assert told["files"] != code({**files, "dpo_dist/losses.py": "another"})["files"]
     assert told["commit"] is None or len(told["commit"]) == 40
+
+
+def test_a_run_that_goes_on_with_something_else_keeps_what_made_its_first_steps(tmp_path: Path):
+    run_dir, first = RunDir(tmp_path), {"ranks": 2, "versions": {"torch": "1"}, "train_pairs": {}}
+    assert earlier_starts(run_dir, first) == []
+    (tmp_path / "run.json").write_text(json.dumps({"passport": first}))
+    assert earlier_starts(run_dir, {**first, "ranks": 1}) == [], "nothing of the first start was saved"
+    (run_dir.checkpoint(4)).mkdir(parents=True)
+    (run_dir.checkpoint(4) / COMPLETE).touch()
+    assert earlier_starts(run_dir, first) == []
+    second = {**first, "ranks": 1, "code": {"commit": None}}
+    second["earlier"] = earlier_starts(run_dir, second)
+    assert second["earlier"] == [{"until_step": 4, "ranks": 2, "versions": {"torch": "1"}}]
+    (tmp_path / "run.json").write_text(json.dumps({"passport": second}))
+    assert earlier_starts(run_dir, second) == second["earlier"], "the third start is as the second"
 
 
 def test_a_parent_is_a_run_whose_export_the_model_is(tmp_path: Path):
