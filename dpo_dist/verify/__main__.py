@@ -61,7 +61,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
 def verify(run_dir: RunDir, pairs: bool, quick: bool) -> list[Finding]:
     """All findings, in the order of a run. UserError where there is no run."""
     run = read_run(run_dir)
-    config = config_of(run)
+    config, problem = config_of(run)
     kept, found = check_kept(run, Kept.read(run_dir))
     memory = digests_folder(config.data) if quick else None
     models = [*check_models(run, config, kept, memory)]  # first: it may need torch, which the tokenizer can do without
@@ -69,7 +69,7 @@ def verify(run_dir: RunDir, pairs: bool, quick: bool) -> list[Finding]:
     again = pairs or any(change.became != "same" for change in (*data, *texts))
     splits = decided([*data, *texts], made_again(run, config, kept), run) if again else unchanged(run)
     best = config.train.keep_best
-    return [*check_config(run, config, kept), *found, *models,
+    return [*check_config(run, config, problem, kept), *found, *models,
             *(change.finding(splits, best) for change in (*texts, *data)),
             *check_pairs(splits, again, best), *check_exports(run_dir, kept), *check_parent(run, config),
             *check_made_by(run, kept, again)]

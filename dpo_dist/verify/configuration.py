@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dpo_dist.config.compose import compose
+from dpo_dist.config.compose import choices, compose
 from dpo_dist.config.decode import decode
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
@@ -19,6 +19,7 @@ from dpo_dist.run.kept import Kept
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.finding import Finding, examples
 
+NOT_NAMED = "changes are found by the digests of run.json only, and not named"
 OTHER_RUN = "it no longer says what was trained: the same command with these values is another run"
 
 
@@ -36,18 +37,27 @@ def read_run(run_dir: RunDir) -> dict[str, Any]:
     return run
 
 
-def config_of(run: Mapping[str, Any]) -> RunConfig:
-    """The config that run.json holds. Keys that a run of another version lacks have their defaults. UserError where it
-    cannot be read."""
-    written = run["config"]
+def config_of(run: Mapping[str, Any]) -> tuple[RunConfig, str | None]:
+    """(the config that run.json holds, why it cannot be read). Keys that a run of another version lacks have their
+    defaults. Where it cannot be read, the config is that of `identity_of`. UserError where neither can."""
     try:
-        return decode(written)
+        return decode(run["config"]), None
+    except UserError as error:
+        problem = str(error)
+    try:
+        return decode(_filled(run["config"], _defaults(run))), None
     except UserError:
-        chosen = [f"{section}={written[section][key]}" for section, key in (
-            ("reference", "engine"), ("cluster", "name"), ("tracking", "name"), ("optim", "name"), ("loss", "name"))
-            if key in written.get(section, {})]
-        defaults = to_dict(compose([*chosen, f"model.path={json.dumps(written['model']['path'])}"]))
-        return decode(_filled(written, defaults))
+        return decode(_filled(run["identity_of"], _defaults(run))), problem
+
+
+def _defaults(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The default config with the run's engine, cluster, tracker, optimizer and loss, as far as they are known."""
+    chosen = []
+    for section, key in (("reference", "engine"), ("cluster", "name"), ("tracking", "name"), ("optim", "name"),
+                         ("loss", "name")):
+        value = run["config"].get(section, {}).get(key)
+        chosen += [f"{section}={value}"] if value in choices(section) else []
+    return to_dict(compose([*chosen, f"model.path={json.dumps(run['identity_of']['model']['path'])}"]))
 
 
 def _filled(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,13 +65,16 @@ def _filled(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
                            and isinstance(defaults.get(key), dict) else value for key, value in written.items()}}
 
 
-def check_config(run: Mapping[str, Any], config: RunConfig, kept: Kept) -> Iterator[Finding]:
-    """Findings on run.json itself."""
+def check_config(run: Mapping[str, Any], config: RunConfig, problem: str | None, kept: Kept) -> Iterator[Finding]:
+    """Findings on run.json itself. problem: why its config cannot be read."""
     identity, passport = run["identity_of"], run["passport"]
     changed = changed_keys(identity, config.identity_dict())
     named = [f"{key} was {was}, is now {now}" for key, was, now in changed]
     recorded = passport.get("config", _digest(identity))
-    if changed:
+    if problem:
+        yield Finding("changed", "config", f"run.json was edited, or is of another version: {problem}",
+                      "what follows is compared with what decided the weights (identity_of)")
+    elif changed:
         yield Finding("changed", "config", f"run.json was edited: {examples(named)}", OTHER_RUN, {"keys": named})
     elif recorded != _digest(identity):
         yield Finding("changed", "config", f"run.json was edited: its config has the identity "
@@ -103,11 +116,16 @@ def check_kept(run: Mapping[str, Any], kept: Kept) -> tuple[Kept, list[Finding]]
             name: digest_of(text) for name, text in kept.templates.items()} != passport.get("templates")}
     empty: dict[str, dict[str, Any]] = {"rows.npz": {"rows": {}, "pairs": {}}, "models.json": {"models": {}},
                                         "templates.json": {"templates": {}}}
+    there = {"rows.npz": kept.pairs, "models.json": kept.models, "templates.json": kept.templates}
+    recorded = {"rows.npz": "data", "models.json": "models", "templates.json": "templates"}
+    for name, content in there.items():
+        if not content and passport.get(recorded[name]):
+            found.append(Finding("told", f"provenance/{name}", "is gone", NOT_NAMED))
     for name, is_wrong in wrong.items():
         if is_wrong:
             kept = replace(kept, **empty[name])
             found.append(Finding("changed", f"provenance/{name}", "does not fit run.json: one of the two was edited",
-                                 "changes can be found by run.json's own digests only, and not named"))
+                                 NOT_NAMED))
     return kept, found
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.digests import pair_digests
+from dpo_dist.data.digests import any_order, pair_digests
 from dpo_dist.data.row_changes import gone_and_new
 from dpo_dist.data.store import PairStore
 from dpo_dist.run.kept import Kept
@@ -42,6 +42,8 @@ class Split:
             return f"the same {self.pairs:,} {word} pairs in another order"
         number = f" ({self.now:,} in all now)" if self.now != self.pairs else ""
         at = f" ({examples(self.where, self.others)})" if self.where and not briefly else ""
+        if not (self.others or self.gone):
+            return f"not the same {word} pairs: {self.pairs:,} then, {self.now:,} now"
         lost = f"{self.others:,} new or changed" if self.others else f"{self.gone:,} gone"
         return f"{lost} of {self.pairs:,} {word} pairs{number}{at}"
 
@@ -105,7 +107,7 @@ def made_again(run: Mapping[str, Any], config: RunConfig, kept: Kept) -> dict[st
             model = resolve(config.model.path, "model.path", offline=True).tokenizer
             stores = prepare(replace(config.data, cache_dir=folder), load_tokenizer(model), tokenizer_digest(model))
         except (UserError, OSError, ValueError) as error:
-            return {name: Split(name, "unknown" if count else "same", count, problem=str(error).partition("\n")[0])
+            return {name: Split(name, "unknown" if count else "same", count, problem=" ".join(str(error).split()))
                     for name, count in counts.items()}
         return {name: _compared(name, store, run["passport"], kept)
                 for name, store in zip(BOTH, stores, strict=True)}
@@ -115,9 +117,11 @@ def _compared(name: str, store: PairStore, passport: Mapping[str, Any], kept: Ke
     wanted = passport[f"{name}_pairs"]
     if store.digest == wanted["digest"]:
         return Split(name, "same", wanted["count"])
+    digests = pair_digests(store)
     if name not in kept.pairs:
-        return Split(name, "changed", wanted["count"], len(store), len(store))
-    gone, new, reordered = gone_and_new(kept.pairs[name], pair_digests(store))
+        reordered = any_order(digests) == passport.get("splits", {}).get(name, {}).get("any_order")
+        return Split(name, "reordered" if reordered else "changed", wanted["count"], len(store))
+    gone, new, reordered = gone_and_new(kept.pairs[name], digests)
     if not (len(gone) or len(new)):
         return Split(name, "reordered" if reordered else "same", wanted["count"], len(store))
     return Split(name, "changed", wanted["count"], len(store), len(new), len(gone),

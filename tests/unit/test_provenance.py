@@ -256,12 +256,19 @@ def test_a_config_of_an_earlier_version_is_read_with_the_defaults_of_keys_that_i
     config_now = compose(["model.path=m", "loss=ipo", "optim=muon"])
     written = to_dict(config_now)
     del written["eval"], written["train"]["keep_best"], written["data"]["train_on"]
-    assert config_of({"config": written}) == config_now
-    assert config_of({"config": to_dict(config_now)}) == config_now
+    assert config_of({"config": written, "identity_of": config_now.identity_dict()}) == (config_now, None)
 
 
 @pytest.mark.parametrize("words", [["loss=mpo"], ["reference=vllm"], ["cluster=slurm"], ["tracking=wandb"],
                                    ["reference=adapter_off", "model.lora.rank=4"], ["zero=none", "loss=sft"]])
 def test_every_config_is_read_back_from_run_json_as_it_was(words: list[str]):
     given = compose(["model.path=m", "data.train=[{path: a.jsonl, weight: 2, columns: {prompt: q}}]", *words])
-    assert config_of({"config": json.loads(json.dumps(to_dict(given)))}) == given
+    assert config_of({"config": json.loads(json.dumps(to_dict(given)))}) == (given, None)
+
+
+def test_a_config_that_cannot_be_read_is_that_of_the_identity_with_the_reason():
+    given = compose(["model.path=m", "loss=ipo", "data.train=[{path: a.jsonl}]"])
+    written = to_dict(given)
+    written["loss"]["beta"] = -1.0
+    found, problem = config_of({"config": written, "identity_of": given.identity_dict()})
+    assert found.identity() == given.identity() and problem == "loss.beta=-1.0 must be greater than 0"
