@@ -60,7 +60,8 @@ def _commit() -> dict[str, Any]:
 
 def _git(root: Path, *words: str) -> str | None:
     """What git says; None where it refuses, as in another user's checkout."""
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
