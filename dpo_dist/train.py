@@ -10,6 +10,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
 from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.dynamics.visits import keep_until
+from dpo_dist.dynamics.write import write_dynamics
 from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import read_inputs
@@ -108,6 +109,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 run.save_if_best(step, run.evaluate(step), sums)
             clock.mark(None)                             # evaluation and saving are not training time
 
+    world.on_main(lambda: write_dynamics(run_dir, inputs.train))
     exported, after = load_best(run, terminal)
     models = export(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
