@@ -19,7 +19,7 @@ FLOORS = [
     ["policy", "reference"],
     ["run", "dynamics"],
     ["step"],
-    ["step0_checks", "evaluate", "export", "score", "show"],
+    ["step0_checks", "evaluate", "export", "score", "show", "next"],
     ["train_run"],
     ["train"],
 ]

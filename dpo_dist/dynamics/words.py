@@ -13,7 +13,7 @@ from dpo_dist.data.store import PairStore
 
 FOLDS = 10
 RIDGE = 1.0                                  # of the weights, where a token in few pairs counts less (see `_features`)
-RARE = 5.0                                   # added to the number of pairs that a token is in
+RARE = 40.0                                  # added to the number of pairs that a token is in
 MOST_FITTED = 20_000                         # pairs that a judge is fitted on: more would teach it little
 MOST_TOKENS = 1_024                          # of a completion; the last token is always looked at
 AT_ONCE = 20_000                             # pairs
@@ -33,11 +33,11 @@ class Rows:
 
     def times(self, weights: Floats) -> Floats:
         """(n,)"""
-        return np.bincount(self.row, self.value * weights[self.column], self.n)
+        return np.bincount(self.row, self.value * weights[self.column], self.n).astype(np.float64, copy=False)
 
     def transposed_times(self, values: Floats, columns: int) -> Floats:
         """(columns,)"""
-        return np.bincount(self.column, self.value * values[self.row], columns)
+        return np.bincount(self.column, self.value * values[self.row], columns).astype(np.float64, copy=False)
 
     def scaled(self, scale: Floats) -> Rows:
         """The same with each column multiplied."""
@@ -78,13 +78,12 @@ def _features(pairs: PairStore, ids: Sequence[int] | NDArray[np.int64], columns:
     """(len(ids), columns): a column for each token, one for each token that ends a completion, one for the length."""
     tokens = (columns - 1) // 2
     keys, signs, rows = [], [], []
-    for row, i in enumerate(ids):
+    for at, i in enumerate(ids):
         _, *completions = pairs.parts(int(i))
-        for sign, completion in zip((1, -1), completions, strict=True):
-            if len(completion):
-                keys.append(np.append(completion[:MOST_TOKENS], tokens + int(completion[-1])))
-                signs.append(np.full(len(keys[-1]), sign))
-                rows.append(np.full(len(keys[-1]), row))
+        for side, completion in zip((1, -1), completions, strict=True):
+            keys.append(np.append(completion[:MOST_TOKENS], tokens + completion[-1]).astype(np.int64))
+            signs.append(np.full(len(keys[-1]), side))
+            rows.append(np.full(len(keys[-1]), at))
     key, sign, row = np.concatenate(keys), np.concatenate(signs), np.concatenate(rows)
     cell, at = np.unique((row * columns + key) * 2 + (sign > 0), return_counts=True)
     signed = np.where(cell % 2, 1.0, -1.0) * np.log1p(at)

@@ -30,11 +30,12 @@ VERBS = {
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
+    "next": "the next round's rows of a run: without the pairs whose labels look flipped: dpo-dist next RUN_DIR",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
 # verbs about runs that exist: {verb: the module that the command becomes, which gets all other words}
-ON_RUNS: dict[str, str] = {}
+ON_RUNS: dict[str, str] = {"next": "dpo_dist.next"}
 
 SHOW_OPTIONS = """
   --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random
@@ -72,7 +73,7 @@ def _main(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UserError(f"unknown command '{verb}': {nearest(verb, VERBS)}")
-    if "--help" in rest or "-h" in rest:
+    if verb not in ON_RUNS and ("--help" in rest or "-h" in rest):
         print(_verb_help(verb))
         return 0
     if verb == "status":
