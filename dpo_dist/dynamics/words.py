@@ -4,7 +4,7 @@ others. It knows as much of the first pairs of a run as of the last, which the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,10 +61,13 @@ def word_evidence(pairs: PairStore) -> Floats:
     fold[lots] = np.arange(n) % FOLDS
     fitted = np.sort(lots[:MOST_FITTED])
     rows = _features(pairs, fitted, columns)
-    within = np.bincount(rows.column, minlength=columns)
-    scale = 1 / np.sqrt(within + RARE)
-    rows = rows.scaled(scale)
-    weights = np.stack([_fit(_some(rows, fold[fitted] != k), columns) for k in range(FOLDS)])
+    used, column = np.unique(rows.column, return_inverse=True)
+    scale = np.zeros(columns)                            # a token that no fitted pair has says nothing
+    scale[used] = 1 / np.sqrt(np.bincount(column) + RARE)
+    rows = replace(rows.scaled(scale), column=column)
+    weights = np.zeros((FOLDS, columns))
+    for k in range(FOLDS):
+        weights[k, used] = _fit(_some(rows, fold[fitted] != k), len(used))
     found = np.empty(n)
     for start in range(0, n, AT_ONCE):
         some = np.arange(start, min(start + AT_ONCE, n))
@@ -84,9 +87,9 @@ def _features(pairs: PairStore, ids: Sequence[int] | NDArray[np.int64], columns:
             keys.append(np.append(completion[:MOST_TOKENS], tokens + completion[-1]).astype(np.int64))
             signs.append(np.full(len(keys[-1]), side))
             rows.append(np.full(len(keys[-1]), at))
-    key, sign, row = np.concatenate(keys), np.concatenate(signs), np.concatenate(rows)
-    cell, at = np.unique((row * columns + key) * 2 + (sign > 0), return_counts=True)
-    signed = np.where(cell % 2, 1.0, -1.0) * np.log1p(at)
+    cells = (np.concatenate(rows) * columns + np.concatenate(keys)) * 2 + (np.concatenate(signs) > 0)
+    cell, times = np.unique(cells, return_counts=True)
+    signed = np.where(cell % 2, 1.0, -1.0) * np.log1p(times)
     cell, group = np.unique(cell // 2, return_inverse=True)
     value = np.bincount(group, signed)
     lengths = pairs.lengths()[ids]
