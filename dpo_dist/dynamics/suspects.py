@@ -17,6 +17,7 @@ from dpo_dist.dynamics.visits import Visits
 CENTRES = 64                                 # points of training at which margins are summed up
 LEAST_WINDOW, MOST_WINDOW = 64, 4096         # visits of which each is made
 MEMORY = 0.5                                 # what a visit counts, over what the visit before it does
+LEAST_SURE = 0.8                             # probability from which on a label counts as flipped
 NORMAL_MAD = 1.4826                          # standard deviation of a normal distribution over its median deviation
 
 Floats = NDArray[np.float64]
@@ -111,6 +112,7 @@ def _weights(evidence: Floats) -> Floats:
 
 def _flipped(right: Floats) -> int:
     """How many labels are flipped: those that the evidence denies as surely as it affirms a label on average
-    (confident learning, Northcutt et al. 2021, arXiv 1911.00068, with one threshold, as both classes are one)."""
+    (confident learning, Northcutt et al. 2021, arXiv 1911.00068, with one threshold, as both classes are one), and at
+    least with LEAST_SURE: where nothing was learned, nothing is suspected."""
     probability = 1 / (1 + np.exp(-np.clip(right, -30, 30)))
-    return int((1 - probability >= probability.mean()).sum()) if len(right) else 0
+    return int((1 - probability >= max(float(probability.mean()), LEAST_SURE)).sum()) if len(right) else 0
