@@ -9,65 +9,23 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, get_type_hints
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dpo_dist.config.decode import decode
-from dpo_dist.config.errors import UserError, nearest
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.config.words import words_of
-from dpo_dist.dynamics.next_rows import NextRows, write_next_rows
+from dpo_dist.dynamics.next_options import HELP, MOST_DROPPED, Options
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.run_dir import RunDir
 
-MOST_DROPPED = 0.1                           # share of the pairs that drop_suspects=auto leaves out, at most
-HELP = f"""dpo-dist next RUN [next.KEY=VALUE ...]: writes the next round's rows and prints its command
-
-  next.to=RUN/next/rows.jsonl   the file of the rows (of further data sets: rows-2.jsonl, ...). Beside it:
-                                dropped.jsonl, the suspects that were left out; held_out.jsonl, where
-                                data.eval_fraction held some out
-  next.drop_suspects=auto       share of the pairs to leave out, the most suspicious first, from 0 to 0.5; auto = as
-                                many as are flipped by the run's estimate, {MOST_DROPPED:.0%} at most; 0 = none
-
-It reads run.json, suspects.jsonl and the files of data.train, and changes none of them.
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The keys after `next.`"""
-
-    to: str | None = None
-    drop_suspects: str = "auto"
-
-    @staticmethod
-    def of(words: Sequence[str]) -> Options:
-        """UserError naming a key that is not one."""
-        values: dict[str, Any] = {}
-        kinds = get_type_hints(Options)
-        for word in words:
-            key, found, value = word.partition("=")
-            name = key.removeprefix("next.")
-            if not found or not key.startswith("next.") or name not in kinds:
-                known = nearest(key, [f"next.{f.name}" for f in fields(Options)])
-                raise UserError(f"unknown word '{word}': {known}; see dpo-dist next --help")
-            values[name] = value
-        return Options(**values)
-
-    def share(self) -> float | None:
-        """Of the pairs to leave out; None for auto."""
-        if self.drop_suspects == "auto":
-            return None
-        try:
-            share = float(self.drop_suspects)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 0.5:
-            raise UserError(f"next.drop_suspects={self.drop_suspects} must be auto, or a share from 0 to 0.5")
-        return share
-
+if TYPE_CHECKING:
+    from dpo_dist.data.store import PairStore
+    from dpo_dist.dynamics.next_rows import NextRows
+    from dpo_dist.judge import Judge
 
 def main(words: Sequence[str], out: TextIO) -> int:
     """Exit code: 0, or 2 for a user's mistake."""
@@ -77,10 +35,9 @@ def main(words: Sequence[str], out: TextIO) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"                   # read when Hugging Face's libraries are imported
     try:
         run, options = RunDir(words[0].removeprefix("run.dir=")), Options.of(words[1:])
-        share = options.share()
         config, passport = run_of(run)
         with contextlib.redirect_stdout(sys.stderr):
-            lines = next_round(run, config, passport, options, share)
+            lines = next_round(run, config, passport, options)
         print("\n".join(lines), file=out)
         return 0
     except UserError as error:
@@ -97,20 +54,21 @@ def run_of(run: RunDir) -> tuple[RunConfig, dict[str, Any]]:
     return decode(content["config"]), content["passport"]
 
 
-def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options: Options,
-               share: float | None) -> list[str]:
+def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options: Options) -> list[str]:
     """Writes the rows; what is told of them, with the next round's command."""
     from dpo_dist.data.prepare import prepare
+    from dpo_dist.dynamics.next_rows import write_next_rows
     from dpo_dist.models.digest import tokenizer_digest
     from dpo_dist.models.tokenizer import load_tokenizer, tokenizer_folder
 
     folder = tokenizer_folder(config.model.path, "model.path", config.run.offline)
-    pairs, held_out = prepare(config.data, load_tokenizer(folder), tokenizer_digest(folder))
+    tokenizer = load_tokenizer(folder)
+    pairs, held_out = prepare(config.data, tokenizer, tokenizer_digest(folder))
     if pairs.digest != passport["train_pairs"]["digest"]:
         trained_on = passport["train_pairs"]["count"]
         raise UserError(f"data.train no longer gives the {trained_on:,} pairs that {run.path} was trained on; put its "
                         f"files back (dpo-dist verify {run.path} says what changed)")
-    suspects = _suspects(run, len(pairs), share)
+    suspects = _suspects(run, len(pairs), options.drop_suspects)
     to = Path(options.to) if options.to else run.next / "rows.jsonl"
     to.parent.mkdir(parents=True, exist_ok=True)
     rows = write_next_rows(config.data, pairs, held_out, {entry["pair"] for entry in suspects}, to)
@@ -120,7 +78,55 @@ def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options
     told = [f"{rows.records:,} rows in {', '.join(data_set.path for data_set in rows.train)}",
             f"{rows.left_out:,} rows of {len(suspects):,} suspected pairs are left out: "
             f"{to.with_name('dropped.jsonl')}"]
-    return [*told, *_command(run, config, rows)]
+    trains = list(rows.train)
+    if options.answers:
+        file = to.with_name("answers.jsonl")
+        told.append(_answer(run, config, passport, options, pairs, tokenizer, file))
+        trains.append(DatasetConfig(str(file), "ratings"))
+    return [*told, *_command(run, config, replace(rows, train=tuple(trains)))]
+
+
+def _answer(run: RunDir, config: RunConfig, passport: dict[str, Any], options: Options, pairs: PairStore,
+            tokenizer: Any, file: Path) -> str:
+    """Writes the rated answers; what became of them, in a line. UserError where there is no model, or no row."""
+    import torch
+
+    from dpo_dist.dynamics.next_answers import write_answers
+    from dpo_dist.models.workers import quiet
+    from dpo_dist.policy.answers import Asking
+    from dpo_dist.run.samples import stop_ids
+    from dpo_dist.runtime.terminal import Terminal
+
+    if not run.model.is_dir():
+        raise UserError(f"next.answers={options.answers} needs {run.model}: finish the run, or write it with dpo-dist "
+                        "export and export.what=merged")
+    if tokenizer is None:
+        raise UserError(f"next.answers={options.answers} needs a tokenizer, which model.path={config.model.path} lacks")
+    judge = _judge(options)
+    quiet()
+    gpus = 0 if config.cluster.device == "cpu" else torch.cuda.device_count()
+    asking = Asking(options.answers, options.temperature, options.max_new_tokens, options.seed,
+                    stop_ids(run.model, tokenizer, config), passport["dtype"])
+    terminal = Terminal.start(str(run.path / "logs" / "next.log"), is_main=True, capture=False)
+    found = write_answers(file, run.model, config.data, pairs, tokenizer, asking, judge, gpus, terminal)
+    if not found.rows:
+        raise UserError(f"{file}: of {found.prompts:,} prompts none has answers that the judge scores differently "
+                        f"({found.cut:,} answers were cut or empty); raise next.answers or next.max_new_tokens")
+    return (f"{found.rows:,} prompts with rated answers in {file}; {found.alike:,} prompts have no two answers of "
+            f"unequal score, {found.cut:,} answers were cut or empty")
+
+
+def _judge(options: Options) -> Judge:
+    """What next.judge names. UserError where the command is not there."""
+    from dpo_dist.judge import Judge
+    from dpo_dist.judge.command import Command
+    from dpo_dist.judge.url import Url
+
+    if (url := options.judge_url) is not None:
+        return Judge(Url(url, "next.judge", options.timeout_seconds).ask, "next.judge", url)
+    command = Command(options.judge_command or (), "next.judge", options.timeout_seconds)
+    command.check()
+    return Judge(command.ask, "next.judge", command.name)
 
 
 def _suspects(run: RunDir, pairs: int, share: float | None) -> list[dict[str, Any]]:
