@@ -14,12 +14,12 @@ from pathlib import Path
 FLOORS = [
     ["config"],
     ["types", "sizing", "runtime"],
-    ["losses", "logps"],
+    ["losses", "logps", "judge"],
     ["data", "models"],
     ["policy", "reference"],
-    ["run"],
+    ["run", "dynamics"],
     ["step"],
-    ["step0_checks", "evaluate", "export", "score", "show"],
+    ["step0_checks", "evaluate", "export", "score", "show", "next"],
     ["verify"],
     ["train_run"],
     ["train"],
@@ -42,7 +42,8 @@ ONLY_IN = {
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "launcher", "runtime.best", "runtime.child_process", "runtime.cores", "runtime.files",
               "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
-              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
+              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal",
+              "judge")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

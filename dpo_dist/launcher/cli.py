@@ -31,11 +31,12 @@ VERBS = {
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
     "verify": "is all that a run's numbers come from still what it was? dpo-dist verify RUN_DIR",
+    "next": "the next round's rows of a run: without the pairs whose labels look flipped: dpo-dist next RUN_DIR",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
 # verbs about runs that exist: {verb: the module that the command becomes, which gets all other words}
-ON_RUNS: dict[str, str] = {"verify": "dpo_dist.verify"}
+ON_RUNS = {"verify": "dpo_dist.verify", "next": "dpo_dist.next"}
 
 SHOW_OPTIONS = """
   --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random

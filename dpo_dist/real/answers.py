@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.real.workers import as_done, model_of, tokenizer_of
+from dpo_dist.models.workers import as_done, model_of, tokenizer_of
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.terminal import Terminal
 

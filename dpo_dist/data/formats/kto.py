@@ -65,7 +65,8 @@ def paired(records: Iterable[Record | BadRow]) -> Iterator[Record | BadRow | NoP
         chosen, rejected = (completion, other.value["completion"])[::1 if good else -1]
         about = {**rest, "prompt": prompt} if good else other.value
         yield Record(record.where if good else other.where,
-                     {**about, "chosen": chosen, "rejected": rejected}, rows=2)
+                     {**about, "chosen": chosen, "rejected": rejected}, rows=2,
+                     other=other.where if good else record.where)
     for records_left in waiting.values():
         yield from (NoPair(UNPAIRED) for _ in records_left)
 
