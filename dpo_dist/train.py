@@ -8,6 +8,8 @@ from pathlib import Path
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
+from dpo_dist.dynamics.record import VisitLog
+from dpo_dist.dynamics.visits import keep_until
 from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import read_inputs
@@ -63,8 +65,10 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         terminal.say(f"resumed from {resumed[0].name}")
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
     timer = SaveTimer(config.train.save_every_minutes if world.is_main else None)
+    world.on_main(lambda: keep_until(run_dir.visits, done))              # those after it are seen again
+    visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
     run = Run(config, run_dir, inputs, sampler, total, policy, reference, tracker, Samples.of(config, inputs), timer,
-              world)
+              visits, world)
     run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
     clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
@@ -74,7 +78,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         for step, batches in steps:
             wait_for_reference(run, step, done, batches, sums, log)
             clock.mark("data")
-            loss = train_step(policy, reference, batches, config.loss, sums, world, clock)
+            loss = train_step(policy, reference, batches, config.loss, sums, world, clock, run.visits)
+            run.visits.end_step(step)
             not_finite = world.any_on_device(~loss.isfinite())
             clock.mark("wait")
             lr = learning_rate(config.optim, step, total)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler
+from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.evaluate import evaluate
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
@@ -38,6 +39,7 @@ class Run:
     tracker: Tracker
     samples: Samples
     timer: SaveTimer
+    visits: VisitLog
     world: World
     before: dict[str, float] = field(default_factory=dict)               # held-out means before training
 
@@ -58,6 +60,7 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
+        self.visits.write(step)                          # for who looks at a run under way
         means = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
         if self.samples.prompts:                         # written first: a row of metrics says that all is done
             self.tracker.log_samples(step, self.samples.answer(self.policy, step, self.world))
@@ -67,6 +70,7 @@ class Run:
 
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""
+        self.visits.write(step)                          # each rank's, before the checkpoint is whole
         train = self.config.train
         state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world), self.before)
         save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state,

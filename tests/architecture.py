@@ -17,7 +17,7 @@ FLOORS = [
     ["losses", "logps", "judge"],
     ["data", "models"],
     ["policy", "reference"],
-    ["run"],
+    ["run", "dynamics"],
     ["step"],
     ["step0_checks", "evaluate", "export", "score", "show"],
     ["train_run"],

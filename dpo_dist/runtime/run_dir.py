@@ -31,6 +31,10 @@ class RunDir:
         self.run_json = path / "run.json"              # the resolved config and where the run's numbers come from
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
+        self.visits = path / "visits"                  # what each pair's rewards were, each time it was trained on
+        self.datamap_json = path / "datamap.json"      # what each pair taught
+        self.suspects = path / "suspects.jsonl"        # every training pair, the likeliest to be mislabelled first
+        self.next = path / "next"                      # the next round's rows
         self.model = path / "model"                    # what from_pretrained loads
         self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
