@@ -13,6 +13,7 @@ from dpo_dist.losses import preference_loss
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.run.inputs import Inputs, read_inputs
+from dpo_dist.run.judging import check_judge, judge_samples
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, without_auto
 from dpo_dist.run.samples import Samples, show_samples
@@ -67,6 +68,10 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not len(inputs.eval):
         raise UserError("data.eval=[] and data.eval_fraction=0 leave no held-out pairs; set data.eval=[{path: "
                         "held_out.jsonl}]")
+    if config.eval.judge.is_asked and config.eval.judge.against == "before":
+        raise UserError("eval.judge.against=before compares with answers from before training, and eval trains "
+                        "nothing; set eval.judge.against=chosen")
+    world.on_main(lambda: check_judge(config.eval.judge))
     if config.reference.mode == "ahead":                  # a mode of training: nothing else scores now
         config = replace(config, reference=replace(config.reference, mode="cached"))
     config = without_auto(config, inputs, world, terminal)
@@ -74,8 +79,8 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     means = evaluate(config, inputs, policy, reference, world)
     samples = Samples.of(config, inputs)
     answers = samples.answer(policy, 0, world) if samples.prompts else []
+    run_dir = RunDir(config.run_dir)
     if world.is_main:
-        run_dir = RunDir(config.run_dir)
         path = run_dir.eval_json
         write_json(path, {"model": config.model.path, "pairs": len(inputs.eval), **means})
         rows = [[name, f"{value:.4f}"] for name, value in means.items()]
@@ -84,6 +89,8 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
         if answers:
             write_atomic(run_dir.samples, "".join(json.dumps(row) + "\n" for row in answers))
             show_samples(terminal, run_dir, {"answer": 0})
+    if config.eval.judge.is_asked:
+        world.on_main(lambda: judge_samples(config, run_dir, answers, samples.chosen(inputs.eval), terminal))
 
 
 if __name__ == "__main__":

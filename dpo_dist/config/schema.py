@@ -171,10 +171,32 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    command: tuple[str, ...] | None = option()
+    url: str | None = option()
+    against: Literal["before", "chosen"] = option()
+    timeout_seconds: float = option(above=0)
+
+    @property
+    def is_asked(self) -> bool:
+        return self.command is not None or self.url is not None
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     samples: int = option(between=(0, float("inf")))
     max_new_tokens: int = option(above=0)
     temperature: float = option(between=(0, float("inf")))
+    judge: JudgeConfig = option()
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What each guard does where it finds something."""
+
+    on_displacement: Literal["off", "warn", "stop"] = option()
+    on_length: Literal["off", "warn", "stop"] = option()
+    on_repetition: Literal["off", "warn", "stop"] = option()
 
 
 @dataclass(frozen=True)
@@ -222,6 +244,7 @@ class RunConfig:
     optim: OptimConfig = option(RUN)
     train: TrainConfig = option(RUN)
     eval: EvalConfig = option()
+    guard: GuardConfig = option()
     export: ExportConfig = option()
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()

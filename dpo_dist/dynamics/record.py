@@ -23,6 +23,8 @@ class VisitLog:
         self._step: list[tuple[tuple[int, ...], Tensor]] = []        # of the step being computed: each pack's
         self._waiting: tuple[int, list[int], Later] | None = None    # of the last step: (2, B) rewards, on their way
         self._known: list[tuple[int, list[int], np.ndarray]] = []
+        # of the newest step that is read: pairs and their (2, B) rewards, also once they are written
+        self.newest: tuple[list[int], np.ndarray] = [], np.empty((2, 0), np.float32)
 
     def see(self, pair_ids: tuple[int, ...], pairs: PairLogps) -> None:
         """Takes the rewards of a pack's pairs, fillers left out; nothing where the loss has no rewards."""
@@ -55,3 +57,4 @@ class VisitLog:
         if waiting is not None:
             step, ids, values = waiting
             self._known.append((step, ids, values.values.numpy()))
+            self.newest = ids, self._known[-1][2]

@@ -36,6 +36,9 @@ class RunDir:
         self.datamap_json = path / "datamap.json"      # what each pair taught
         self.suspects = path / "suspects.jsonl"        # every training pair, the likeliest to be mislabelled first
         self.next = path / "next"                      # the next round's rows
+        self.generations_json = path / "generations.json"      # figures of the samples, before training and now
+        self.guard = path / "guard.jsonl"              # what the guards found
+        self.judge_json = path / "judge.json"          # what eval.judge makes of the samples
         self.model = path / "model"                    # what from_pretrained loads
         self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
