@@ -11,6 +11,8 @@ from dpo_dist.data.sampler import make_sampler
 from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.dynamics.visits import keep_until
 from dpo_dist.dynamics.write import write_dynamics
+from dpo_dist.evaluation.results import read_summaries
+from dpo_dist.evaluation.show import summary_lines
 from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.generations import show_generations, write_generations
@@ -163,6 +165,9 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
         rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
                 for name, value in after.items()]
         terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
+        summary = next((one for one in read_summaries(run.run_dir) if one["step"] == exported), None)
+        if summary is not None:                          # not of runs whose last evaluation is from before these files
+            terminal.say("\n".join(summary_lines(summary)))
     if run.samples.prompts:
         show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
         if run.world.is_main:

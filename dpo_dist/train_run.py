@@ -8,6 +8,9 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler
 from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.evaluate import evaluate
+from dpo_dist.evaluation.facts import Facts
+from dpo_dist.evaluation.pairs import EvaluatedPairs
+from dpo_dist.evaluation.results import keep_evaluation
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
@@ -65,7 +68,9 @@ class Run:
     def evaluate(self, step: int) -> dict[str, float]:
         """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
         self.visits.write(step)                          # for who looks at a run under way
-        means = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
+        found = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
+        means = found.means
+        self.world.on_main(lambda: self._keep(step, found.pairs))
         if self.samples.prompts:                         # written first: a row of metrics says that all is done
             self.tracker.log_samples(step, self.samples.answer(self.policy, step, self.world))
             self.world.on_main(lambda: write_generations(self.run_dir))
@@ -102,6 +107,11 @@ class Run:
         order = [i for i in mine.argsort()[:SHOWN_PAIRS].tolist() if mine[i] < 0]
         parts = self.world.gather([(pairs[ids[i]].where, float(mine[i])) for i in order])
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
+
+    def _keep(self, step: int, pairs: EvaluatedPairs | None) -> None:
+        if pairs is not None:
+            moves = self.config.loss.needs_reference and self.config.reference.sync.mode != "none"
+            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves)
 
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""

@@ -42,6 +42,8 @@ class RunDir:
         self.model = path / "model"                    # what from_pretrained loads
         self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
+        self.evaluations = path / "evaluations"        # a file a held-out evaluation: what it measured of each pair
+        self.evaluation_json = path / "evaluation.json"            # what they say
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.data_summary = path / "data.txt"
         self.pushed_json = path / "pushed.json"        # where the model on the hub is
@@ -72,6 +74,9 @@ class RunDir:
     def checkpoints(self) -> list[Path]:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
+
+    def evaluation(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:06d}.parquet"
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"

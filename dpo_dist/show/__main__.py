@@ -115,7 +115,7 @@ def as_object(outcome: Outcome, key: str, dataset: DatasetConfig, tokenizer: Any
         before = () if name == "prompt" else pair.prompt_ids
         place[name] = None if tokenizer is None else decode(tokenizer, place[f"{name}_ids"], before)
     return {**place, "lost_tokens": sum(outcome.lost_tokens), "strength": pair.strength, "weight": pair.weight,
-            "left_out": pair.left_out}
+            "tie": pair.tie, "record": pair.record, "left_out": pair.left_out}
 
 
 if __name__ == "__main__":
