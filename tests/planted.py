@@ -1,8 +1,8 @@
 """Defects of preference data, planted by a seed into any set, with the places where they stand.
 
 `plant` and `plant_all` take the rows of a file (row_layouts.py says which layouts) and give the rows with the defects
-in them, and for each kind which rows are at fault. A row gets one defect at most. Kinds that say something of a judgment
-need a layout that holds it: there all rows of the file are written in that layout.
+in them, and for each kind which rows are at fault. A row gets one defect at most. Kinds that say something of a
+judgment need a layout that holds it: there all rows of the file are written in that layout.
 """
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Options:
     held_out: Sequence[Row] = ()             # leakage: whose prompts come to stand in the rows
     special: tuple[str, ...] = SPECIAL_TOKENS
     words: int = 3000                        # truncation_loss: how long an answer becomes
+    layout: str | None = None                # in which all rows are written; None: as they came, where that will do
 
 
 @dataclass
@@ -106,6 +107,8 @@ def plant_all(rows: Sequence[Row], counts: Mapping[str, int], r: random.Random,
               options: Options = Options()) -> tuple[list[Row], dict[str, Planted]]:
     """The rows with defects of several kinds, each in rows of its own, and where they stand."""
     planting = Planting([Entry(row, seen(row)) for row in rows], r, options)
+    if options.layout:
+        planting.lay_out(options.layout)
     for kind, count in counts.items():
         KINDS[kind](planting, count)
     places = {kind: Planted(tuple(i for i, e in enumerate(planting.entries) if e.fault == kind),
@@ -160,7 +163,7 @@ def _has_long_prompt(pair: Pair) -> bool:
     return sum(len(text.split()) for _, text in pair.prompt) >= LONG_ENOUGH and len(pair.question.split()) >= 4
 
 
-# -------------------------------------------------------------------------------------------------- what the judges said
+# ------------------------------------------------------------------------------------------------ what the judges said
 
 
 def tie(set_: Planting, count: int) -> None:
@@ -271,3 +274,17 @@ KINDS: dict[str, Callable[[Planting, int], None]] = {kind.__name__: kind for kin
     duplicate_pair, near_duplicate_prompt, contradiction, preference_cycle, leakage, tie, both_bad,
     annotator_disagreement, position_bias, identical_completions, length_bias, style_bias, language_mix,
     special_tokens_in_text, truncation_loss, empty_reasoning, too_easy, hopeless)}
+
+
+def token_faults(rows: Sequence[Row], count: int, r: random.Random, bos: int, eos: int) -> tuple[list[Row], Planted]:
+    """Rows of token ids, each of which begins with `bos` and whose completions end with `eos`, with faults of a
+    template in so many of them: BOS twice, EOS twice, no EOS at all."""
+    rows, places = [dict(row) for row in rows], tuple(sorted(r.sample(range(len(rows)), count)))
+    for number, index in enumerate(places):
+        row = rows[index]
+        if number % 3 == 0:
+            row["prompt_ids"] = [bos, *row["prompt_ids"]]
+        else:
+            side = r.choice(("chosen_ids", "rejected_ids"))
+            row[side] = [*row[side], eos] if number % 3 == 1 else row[side][:-1]
+    return rows, Planted(places)

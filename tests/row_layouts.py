@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def laid_out(pairs: Sequence[Pair], layout: str) -> list[Pair]:
 def _seen_transcripts(row: Row) -> Pair | None:
     chosen, rejected = (_turns(row[side]) for side in ("chosen", "rejected"))
     alike = chosen[:-1] == rejected[:-1] and chosen[-1][0] == rejected[-1][0] == "assistant"
-    if not alike or len(chosen) < 2 or any(a[0] == b[0] for a, b in zip(chosen, chosen[1:], strict=False)):
+    if not alike or len(chosen) < 2 or any(a[0] == b[0] for a, b in pairwise(chosen)):
         return None
     return Pair(tuple(chosen[:-1]), chosen[-1][1], rejected[-1][1], "hh")
 
