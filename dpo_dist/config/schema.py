@@ -178,6 +178,12 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    fail_on: Literal["none", "error", "warning"] = option()
+    against: tuple[DatasetConfig, ...] = option()
+
+
+@dataclass(frozen=True)
 class ZeroConfig:
     stage: Literal["auto", 0, 1, 2, 3] | None = option()
     offload_optimizer: Literal["none", "cpu"] = option()
@@ -222,6 +228,7 @@ class RunConfig:
     optim: OptimConfig = option(RUN)
     train: TrainConfig = option(RUN)
     eval: EvalConfig = option()
+    audit: AuditConfig = option()
     export: ExportConfig = option()
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()

@@ -35,6 +35,7 @@ class RunDir:
         self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
         self.parity_json = path / "parity.json"        # the audit of a served reference
+        self.audit_json = path / "audit.json"          # what is wrong with the data
         self.data_summary = path / "data.txt"
         self.pushed_json = path / "pushed.json"        # where the model on the hub is
         self.wandb_id = path / "wandb_id"
