@@ -84,11 +84,12 @@ class Planting:
                 entry.pair = replace(laid_out([entry.pair], layouts[0])[0], chosen_first=self.r.random() < 0.5)
 
     def answer(self, pair: Pair) -> str:
-        """An answer that belongs to another row, and differs from both of this one."""
+        """An answer that belongs to another row without a defect, and differs from both of this one."""
         while True:
-            other = self.r.choice(self.entries).pair
-            if other is not None and other.chosen.strip() and other.chosen not in (pair.chosen, pair.rejected):
-                return other.chosen
+            entry = self.r.choice(self.entries)
+            said = "" if entry.pair is None or entry.fault else entry.pair.chosen
+            if said.strip() and said not in (pair.chosen, pair.rejected):
+                return said
 
     def fresh(self, pair: Pair) -> Pair:
         """The same prompt with two other answers."""
@@ -246,7 +247,7 @@ def truncation_loss(set_: Planting, count: int) -> None:
         side = ("chosen", "rejected")[number % 2]
         text = getattr(entry.pair, side)
         while len(text.split()) < set_.options.words:
-            text += "\n\n" + set_.answer(entry.pair)
+            text += " " + set_.answer(entry.pair)
         set_.put(entry, "truncation_loss", replace(entry.pair, **{side: text}))
 
 

@@ -26,7 +26,8 @@ from unigram_model import write_tokenizer, write_unigram_model
 SHARED = Path(os.environ.get("DPO_DIST_SHARED", REPO.parent / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here; set DPO_DIST_SHARED")
 FILES = {"texts": 1000, "messages": 400, "argilla": 400, "helpsteer": 200}     # layouts of the clean control's rows
-MAX_LENGTH = 1024
+MAX_LENGTH = 1024                            # tokens, and of a real set's ...
+LONGEST = 4096                               # ... whose words our tokenizer cuts small
 FOUND = 0.95                                 # of what was planted, at least
 ALARMS = ("warning", "error")
 
@@ -102,11 +103,12 @@ def write(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-def audit(run: Path, model: Path, files: Sequence[Path], *words: str, held_out: Path | None = None) -> Audit:
+def audit(run: Path, model: Path, files: Sequence[Path], *words: str, held_out: Path | None = None,
+          max_length: int = MAX_LENGTH) -> Audit:
     entries = ", ".join(f"{{path: {file}, name: {file.stem}}}" for file in files)
     evaluated = [f"data.eval=[{{path: {held_out}}}]"] if held_out else []
     dpo_dist("audit", f"data.train=[{entries}]", f"model.path={model}", f"run.dir={run}", "audit.fail_on=none",
-             f"data.max_length={MAX_LENGTH}", f"data.cache_dir={run / 'tokens'}", "data.on_bad_row=skip",
+             f"data.max_length={max_length}", f"data.cache_dir={run / 'tokens'}", "data.on_bad_row=skip",
              "cluster.device=cpu", "model.dtype=fp32", *evaluated, *words)
     whole = json.loads((run / "audit.json").read_text())
     return Audit({finding["kind"]: finding for finding in whole["findings"]}, whole)
@@ -134,14 +136,14 @@ def audit_of(kinds: Mapping[str, Mapping[str, int]], folder: Path, model: Path) 
     """The audit of the control's rows with so many defects in each file, and where they stand."""
     r, held_out, files, places = random.Random(7), clean_rows(100, seed=1), [], {}
     for layout, rows in clean_files().items():
-        rows, found = plant_all(rows, kinds.get(layout, {}), r, Options(held_out=held_out, layout=layout))
+        rows, found = plant_all(rows, kinds.get(layout, {}), r, Options(held_out=held_out, layout=layout, words=MAX_LENGTH))
         files.append(write(folder / f"{layout}.jsonl", rows))
         places |= found
     return audit(folder / "run", model, files, held_out=write(folder / "held_out.jsonl", held_out)), places
 
 
 def test_the_clean_control_gives_no_alarm(control: Audit):
-    assert control.whole["rows"] == control.whole["pairs"] == sum(FILES.values())
+    assert control.whole["rows"] == control.whole["pairs"] == sum(FILES.values()) + 100         # held-out ones besides
     assert {kind: count for kind, count in control.alarms.items() if count > 1} == {}
 
 
@@ -227,7 +229,7 @@ def test_faults_of_rows_that_come_as_token_ids_are_found(tmp_path: Path, model: 
 
 
 def test_pairs_that_the_reference_finds_too_easy_or_hopeless_are_found(tmp_path: Path):
-    rows = clean_rows(160, sentences=(2, 4))
+    rows = clean_rows(160, sentences=(3, 5))
     write_unigram_model(tmp_path / "model", texts_of(rows), CHATML)
     rows, places = plant_all(rows, {"too_easy": 12, "hopeless": 12}, random.Random(1))
     file = write(tmp_path / "rows.jsonl", rows)
@@ -263,11 +265,12 @@ def test_what_was_planted_in_a_real_set_is_found(tmp_path: Path, model: Path, la
     rows = real_rows(REAL[layout])
     held_out, rows = rows[:len(rows) // 8], rows[len(rows) // 8:]
     held = write(tmp_path / "held_out.jsonl", held_out)
-    own = audit(tmp_path / "own", model, [write(tmp_path / "own.jsonl", rows)], held_out=held)
+    own = audit(tmp_path / "own", model, [write(tmp_path / "own.jsonl", rows)], held_out=held, max_length=LONGEST)
     for plan, into in ((PLANTED_IN_REAL, None), (JUDGED_IN_REAL, "argilla")):
-        changed, places = plant_all(rows, plan, random.Random(11), Options(held_out=held_out, layout=into))
+        changed, places = plant_all(rows, plan, random.Random(11),
+                                   Options(held_out=held_out, layout=into, words=LONGEST))
         name = f"{into or layout}.jsonl"
-        found = audit(tmp_path / f"run-{name}", model, [write(tmp_path / name, changed)], held_out=held)
+        found = audit(tmp_path / f"run-{name}", model, [write(tmp_path / name, changed)], held_out=held, max_length=LONGEST)
         for kind in plan:
             before = own.findings.get(kind, {"count": 0})["count"]
             check_rows(found, kind, name, places[kind], before)
