@@ -60,13 +60,25 @@ LANGUAGES_OF: dict[str, tuple[str, ...]] = {}
 for _name, _words in FUNCTION_WORDS.items():
     for _word in _words.split():
         LANGUAGES_OF[_word] = (*LANGUAGES_OF.get(_word, ()), _name)
-# what a prompt says that asks for another language
-ASKS_FOR_ANOTHER = re.compile(
+# what a prompt says that asks for another language, or for this one
+ASKS = re.compile(
     r"translat|transliterat|overset|traduc|traduz|tradur|tradui|\u00fcbersetz|\u7ffb\u8bd1|\u7ffb\u8b6f|\u7ffb\u8a33"
-    r"|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\blanguage|\bsprache|\blangue|\bidioma|\blingua|multilingual|bilingual"
-    r"|\b(english|german|french|spanish|italian|portuguese|dutch|swedish|danish|norwegian|finnish|polish|czech|romanian"
-    r"|russian|ukrainian|turkish|arabic|hebrew|hindi|bengali|chinese|mandarin|japanese|korean|vietnamese|thai"
-    r"|indonesian|greek|latin|englisch|deutsch|anglais|allemand|ingl\u00e9s|alem\u00e1n|inglese)\b", re.I)
+    r"|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\blanguage|\bsprache|\blangue|\bidioma|\blingua|multilingual|bilingual", re.I)
+ASKS_FOR = {name: re.compile(rf"\b({words})", re.I) for name, words in {
+    "en": "english|englisch|anglais|ingl\u00e9s|inglese", "de": "german|deutsch|allemand|alem|tedesco",
+    "fr": "french|franz\u00f6s|fran\u00e7ais|franc\u00e9s", "es": "spanish|spanisch|espagnol|espa\u00f1ol|castellano",
+    "pt": "portug|brazil", "it": "italian|italien", "nl": "dutch|nederlands", "sv": "swedish|svenska",
+    "da": "danish|dansk", "pl": "polish|polski", "tr": "turkish", "id": "indonesian|bahasa", "vi": "vietnamese",
+    "ro": "romanian", "cs": "czech", "fi": "finnish|suomi", "ja": "japan", "ko": "korean", "zh": "chinese|mandarin",
+    "cyrillic": "russian|ukrain|bulgarian|serbian", "arabic": "arab|persian|farsi|urdu", "he": "hebrew",
+    "devanagari": "hindi|marathi|nepali|sanskrit", "th": "thai", "el": "greek", "bn": "bengali|bangla",
+    "ta": "tamil"}.items()}
+
+
+def asks_for(prompt: str, *languages: str) -> bool:
+    """Whether a prompt is about translation, or names one of these languages."""
+    return ASKS.search(prompt) is not None or any(
+        name in ASKS_FOR and ASKS_FOR[name].search(prompt) is not None for name in languages)
 
 
 def language_of(text: str) -> str:

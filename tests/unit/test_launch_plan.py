@@ -44,7 +44,7 @@ def variables(script: str) -> dict[str, str]:
 
 
 def test_a_run_is_audited_scored_and_trained_unless_there_is_nothing_to_score():
-    launch, _ = planned(["model.path=m", "cluster.procs_per_node=4", "cluster.nodes=2"])
+    launch, _ = planned(["model.path=m", "cluster=slurm", "cluster.procs_per_node=4", "cluster.nodes=2"])
     assert ([(s.name, s.module, s.ranks, s.after) for s in launch.stages]
             == [("audit", "dpo_dist.audit", 1, ()), ("score", "dpo_dist.score", 8, ("audit",)),
                 ("train", "dpo_dist.train", 8, ("score",))])
@@ -67,7 +67,8 @@ def test_every_option_of_a_job_reaches_its_script():
                                        "RUN_DIR": "/runs/my run", "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
     assert "    module load cuda\n    . venv/bin/activate\n" in score.script
     assert {"--nodes=1", "--partition=gpu", "--mem=0"} <= set(directives(audit.script)), "the audit reads data alone"
-    assert variables(audit.script)["PROCS_PER_NODE"] == "1" and "--gpus" not in audit.script.partition("# <<<")[0]
+    assert variables(audit.script)["PROCS_PER_NODE"] == "1"
+    assert not any(line.startswith("--gpus") for line in directives(audit.script))
     assert not any(line.startswith("--gpus")
                    for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[1].script))
 
@@ -123,6 +124,7 @@ def test_a_sweep_is_one_array_a_group_whose_tasks_read_their_own_overrides(tmp_p
     text = rendered([Group((job(0.1), job(0.2)), job(0.1)), Group((job(0.3),), None)])
     assert "#SBATCH --array=0-1%2" in text and "#SBATCH --array=0-0%2" in text
     assert text.count("--dependency=afterok:<score>") == 1 and text.count("MODULE=dpo_dist.score") == 1
+    assert text.count("--dependency=afterok:<audit>") == 2 and text.count("MODULE=dpo_dist.audit") == 2
     lines = [shlex.split(line) for line in text.splitlines() if line.startswith(f"'{tmp_path}/a sweep/")]
     assert [line[0] for line in lines] == [str(job(beta).run_dir) for beta in (0.1, 0.2, 0.3)]
     assert "loss.beta=0.2" in lines[1] and compose(lines[1][1:]).run_dir == lines[1][0]
