@@ -1,5 +1,5 @@
-"""What tells chosen from rejected without reading: length, style, place. A bias is told where chance does not explain it
-and a policy would learn it."""
+"""What tells chosen from rejected without reading: length, style, place. A bias is told where chance does not explain
+it and a policy would learn it."""
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -52,7 +52,7 @@ def auc(positive: NDArray[np.float64], negative: NDArray[np.float64], z: float =
     m, n = len(positive), len(negative)
     if not m or not n:
         return Interval(0.5, 0.0, 1.0, 0)
-    values, inverse, counts = np.unique(np.concatenate([positive, negative]), return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(np.concatenate([positive, negative]), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     ranks = (ends - (counts - 1) / 2)[inverse[:m]]
     a = float((ranks.sum() - m * (m + 1) / 2) / (m * n))

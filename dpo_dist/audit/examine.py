@@ -21,8 +21,8 @@ SYSTEMATIC = 0.1                             # of the pairs with a fault of the 
 
 
 def examine(config: RunConfig, read: Read, store: Path) -> tuple[list[Finding], dict[str, str]]:
-    """(findings, the gravest first; what each group of kinds has looked at). store: where the tokens of these pairs are,
-    or will be."""
+    """(findings, the gravest first; what each group of kinds has looked at). store: where the tokens of these pairs
+    are, or will be."""
     facts, sources = read.facts(), sources_of(config)
     split = np.array([source.split for source in sources])
     of_training = np.flatnonzero(split[facts.data_set] == TRAIN)
@@ -63,7 +63,7 @@ def _tokens_looked_at(tokens: TokenFacts) -> str:
     if tokens.unusable and not tokens.faults:
         return f"not looked at: {tokens.unusable}"
     if tokens.left:
-        return (f"{tokens.looked_at:,} of {tokens.looked_at + tokens.left:,} pairs, chosen by their content")
+        return f"{tokens.looked_at:,} of {tokens.looked_at + tokens.left:,} pairs, chosen by their content"
     return f"all {tokens.looked_at:,} pairs"
 
 

@@ -44,7 +44,8 @@ class Facts:
     arrays: dict[str, NDArray[Any]]
     words: NDArray[np.uint32]                # of all prompts, laid end to end: n_words of each
     places: list[str]                        # "rows.jsonl:"
-    ties: list[tuple[str, str]] = field(default_factory=list)        # (where, TIE or BOTH_BAD): judgments without a pair
+    # (where, TIE or BOTH_BAD) of judgments that gave no pair
+    ties: list[tuple[str, str]] = field(default_factory=list)
     openings: dict[int, str] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> NDArray[Any]:

@@ -40,7 +40,7 @@ KINDS: dict[str, Kind] = {
         "leave such rows out, or data.ties=keep with a loss that knows ties"),
     "both_bad": Kind(
         "warning", "Both answers were found bad: whichever is called chosen, training makes it likelier.",
-        "leave such rows out, or data.ties=keep with a loss that knows ties; better answers to these prompts help most"),
+        "leave such rows out, or data.ties=keep with a loss that knows ties; better answers help most"),
     "identical_completions": Kind(
         "warning", "Chosen and rejected are the same text, up to case and white space: there is nothing to prefer.",
         "remove the rows, or data.on_bad_row=skip to leave out those that are the same to the letter"),

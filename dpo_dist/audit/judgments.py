@@ -35,9 +35,8 @@ def judged_twice(facts: Facts, judged: Places) -> Iterator[Finding]:
                       same_as=facts.wheres(judged[first[again[:20]]]))
     against = _contradicting(content)
     if len(against):
-        of_others = _by_others(facts, judged, content, against)
         yield finding("contradiction", len(against), of, facts.wheres(judged[against]),
-                      **({"by_other_annotators": of_others} if of_others else {}))
+                      by_other_annotators=_by_others(facts, judged, content, against))
     circles = list(_circles(content))
     if circles:
         pairs = np.array(sorted(at for circle in circles for at in circle))

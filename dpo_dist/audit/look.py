@@ -22,7 +22,7 @@ from dpo_dist.audit.facts import (
     TOKENS,
     FactsWriter,
 )
-from dpo_dist.audit.languages import ASKS_FOR_ANOTHER, language_of
+from dpo_dist.audit.languages import asks_for, language_of
 from dpo_dist.audit.near import MOST_WORDS, bands_of
 from dpo_dist.audit.style import FEATURES, features_of
 from dpo_dist.audit.texts import (
@@ -54,7 +54,7 @@ class Looker:
 
     marks: re.Pattern[str]
     writer: FactsWriter = field(default_factory=FactsWriter)
-    _texts: dict[int, str] = field(default_factory=dict)             # language of the last prompts, by hash
+    _asked_in: dict[int, str] = field(default_factory=dict)          # {hash of a prompt: its language}, of the last ones
 
     def look(self, row: DataRow, fields: Mapping[str, Any], form: str, data_set: int, split: int) -> tuple[int, int]:
         """Writes the row down. fields: the record that it was made of. (hash of the prompt, of the whole pair)."""
@@ -100,13 +100,13 @@ class Looker:
             flags |= EMPTY_REASONING
         if content[1] != content[2] and _alike(chosen, rejected):
             flags |= ALIKE
-        if ASKS_FOR_ANOTHER.search(prompt[-2000:]):
+        asked, one, other = self._language_of_prompt(content[0], row), language_of(chosen), language_of(rejected)
+        if asks_for(prompt[-2000:], *({one, other} - {asked})):
             flags |= ASKS
         style = [a - b for a, b in zip(features_of(chosen), features_of(rejected), strict=True)]
         return {"content": content, "length": [len(chosen), len(rejected)], "style": style, "flags": flags, "order": 0,
                 "opening": [self._opening(chosen), self._opening(rejected)],
-                "language": [self._language_of_prompt(content[0], row), LANGUAGE[language_of(chosen)],
-                             LANGUAGE[language_of(rejected)]]}
+                "language": [LANGUAGE[name] for name in (asked, one, other)]}
 
     def _prompt_of_words(self, prompt: int, split: int, where: str, words: list[str]) -> None:
         numbers = hash64(" ".join(sorted(word for word in words if word.isdigit())).encode()) >> 32
@@ -118,15 +118,15 @@ class Looker:
         self.writer.add_prompt(where, {"prompt": prompt, "loose": loose, "split": split, "bands": bands_of(words),
                                        "numbers": numbers}, np.unique(words)[:MOST_WORDS])
 
-    def _language_of_prompt(self, prompt: int, row: PreferenceRow) -> int:
+    def _language_of_prompt(self, prompt: int, row: PreferenceRow) -> str:
         """Of the last turn of a user; the pairs of a prompt share it."""
-        if prompt not in self._texts:
-            if len(self._texts) > 1000:
-                self._texts.clear()
+        if prompt not in self._asked_in:
+            if len(self._asked_in) > 1000:
+                self._asked_in.clear()
             turns = row.prompt if not isinstance(row.prompt, str) else ({"role": "user", "content": row.prompt},)
             asked = next((str(turn.get("content") or "") for turn in reversed(turns) if turn.get("role") == "user"), "")
-            self._texts[prompt] = language_of(asked)
-        return LANGUAGE[self._texts[prompt]]
+            self._asked_in[prompt] = language_of(asked)
+        return self._asked_in[prompt]
 
     def _opening(self, text: str) -> int:
         words = opening_of(text)

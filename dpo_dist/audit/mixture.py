@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.audit.facts import ASKS, BENCHMARK, HELD_OUT, LANGUAGES, TRAIN, Facts
-from dpo_dist.audit.findings import Finding, finding
+from dpo_dist.audit.findings import Finding, Severity, finding
 from dpo_dist.audit.near import near_prompts
 
 MAIN_LANGUAGE = 0.8                          # share of the pairs whose language is known: a set of one language
@@ -52,7 +52,8 @@ def _leakage(facts: Facts, judged: Places, split: NDArray[np.int64], across: Pla
         return None
     of = {}
     for name, which in (("held_out", HELD_OUT), ("benchmark", BENCHMARK)):
-        hashes = np.concatenate([facts.prompt[facts.split == which], facts.prompt[across[split[across[:, 1]] == which, 0]]])
+        near = across[split[across[:, 1]] == which, 0]
+        hashes = np.concatenate([facts.prompt[facts.split == which], facts.prompt[near]])
         of[name] = int(np.isin(own, hashes).sum())
     pairs = np.concatenate([trained[exact], trained[nearly]])
     same_as = [_counterpart(facts, int(h), apart, across) for h in facts.content[pairs[:20], 0]]
@@ -108,5 +109,5 @@ def source_imbalance(facts: Facts, judged: Places, names: Sequence[str], weights
     pairs = judged[np.isin(facts.data_set[judged], small)]
     total = sum(says.values())
     details: dict[str, Any] = {"shares": {name: round(value / total, 4) for name, value in says.items()}}
-    severity = "warning" if most >= OUTWEIGHS * least else "info"
-    yield finding("source_imbalance", len(pairs), len(judged), facts.wheres(pairs), severity, **details)  # type: ignore[arg-type]
+    severity: Severity = "warning" if most >= OUTWEIGHS * least else "info"
+    yield finding("source_imbalance", len(pairs), len(judged), facts.wheres(pairs), severity, **details)

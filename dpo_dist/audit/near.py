@@ -22,7 +22,7 @@ CROWD = 40                                   # prompts in one bucket, of which e
 NEXT_FEW = 6
 AT_ONCE = 20_000                             # candidates that are compared at once
 ALIKE = 0.8                                  # share of the words' weight that two prompts have in common
-ALIKE_EXCHANGED = 0.88                       # ... where words are exchanged one for one, as the fillings of a pattern are
+ALIKE_EXCHANGED = 0.88                       # ... where words are exchanged, as the fillings of a pattern are
 SHORT = 12                                   # words: of a shorter prompt one exchanged word makes another question
 Pairs = NDArray[np.int64]                    # (m, 2) places of prompts
 
@@ -117,5 +117,6 @@ def _common(words: NDArray[np.uint32], weights: NDArray[np.float64], starts: NDA
     key = np.concatenate(keys)
     order = np.argsort(key, kind="stable")
     twice = np.flatnonzero(key[order][1:] == key[order][:-1])
-    return np.bincount((key[order][twice] >> np.uint64(32)).astype(np.int64),
-                       weights=np.concatenate(values)[order][twice], minlength=len(a))
+    sums: NDArray[np.float64] = np.bincount((key[order][twice] >> np.uint64(32)).astype(np.int64),
+                       weights=np.concatenate(values)[order][twice], minlength=len(a)).astype(float)
+    return sums

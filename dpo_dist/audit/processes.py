@@ -36,9 +36,12 @@ def read_all(config: RunConfig, tokenizer: Any | None, terminal: Terminal) -> Re
         return read_share(config, tokenizer, Share(), lambda done: _stop_if_asked())
     total = sum(1 for source in sources_of(config) for _ in read_records(source.config, lambda record: False))
     with terminal.progress(total, description="audit") as bar:
-        if parts == 1:
-            return read_share(config, tokenizer, Share(), lambda done: (_stop_if_asked(), bar.update(done))[0])
-        return _in_processes(config, tokenizer, parts, bar.update)
+        def tell(done: int) -> None:
+            _stop_if_asked()
+            bar.update(done)
+
+        return _in_processes(config, tokenizer, parts, tell) if parts > 1 else read_share(config, tokenizer, Share(),
+                                                                                          tell)
 
 
 def _stop_if_asked() -> None:
@@ -83,7 +86,6 @@ def _work(config: RunConfig, tokenizer: Any | None, share: Share, done: Any, out
 def _gathered(ends: list[tuple[Any, Connection]], done: Any, show: Callable[[int], None]) -> Read:
     found: dict[int, Read] = {}
     while len(found) < len(ends):
-        _stop_if_asked()
         show(sum(done))
         for part, (process, pipe) in enumerate(ends):
             if part in found:

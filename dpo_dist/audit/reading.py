@@ -21,15 +21,15 @@ from dpo_dist.data.files import read_records
 from dpo_dist.data.formats import FORMATS, Format
 from dpo_dist.data.messages import turns_of
 from dpo_dist.data.prepare import data_sets
-from dpo_dist.data.records import BadRow, Record
+from dpo_dist.data.records import Record
 from dpo_dist.data.rows import Entry, ReadReport, Share, entries, plan_reading, rows_of
 from dpo_dist.data.sample import sampled
 from dpo_dist.data.templates import PLAIN
 
 IDENTICAL = "chosen and rejected are identical"
 # fields that hold a benchmark's prompt, of several the first
-PROMPTS = ("prompt", "instruction", "question", "problem", "input", "query", "goal", "text", "messages", "conversations",
-           "context", "turns")
+PROMPTS = ("prompt", "instruction", "question", "problem", "input", "query", "goal", "text", "messages",
+           "conversations", "context", "turns")
 BAD_WORDS = ("bothbad", "neither", "bothworse", "noneofthem", "bad", "none")
 
 

@@ -27,8 +27,8 @@ AT_START: dict[str, re.Pattern[str]] = {
     "opening: agrees": re.compile(r"\s*(sure|certainly|of course|absolutely|definitely|yes|great|okay|ok)\b", re.I),
     "opening: flatters": re.compile(r"\s*(that's |what )?an? (great|good|excellent|interesting) (question|point|idea)"
                                     r"|\s*(great|good|excellent) question", re.I),
-    "opening: apologizes": re.compile(r"\s*(i'?m|i am|i apologi[sz]e|sorry|my apologies)\b.{0,20}(sorry|afraid|apolog)?",
-                                      re.I),
+    "opening: apologizes": re.compile(r"\s*((i'?m|i am) (very |so |really )?(sorry|afraid)|i apologi[sz]e|sorry\b"
+                                      r"|my apologies|unfortunately)", re.I),
     "refusal": re.compile(r"\b(i (can ?not|can'?t|won'?t|am not able|am unable|could not)|i'm (not able|unable)"
                           r"|not (appropriate|able to (help|assist|provide)))\b", re.I),
     "as a language model": re.compile(r"\bas an? (ai|artificial|(large )?language model|assistant)\b", re.I),

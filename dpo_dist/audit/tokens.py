@@ -73,7 +73,8 @@ class Sample:
 
     def rows(self) -> list[tuple[DataRow, int]]:
         """(row, hash of its prompt) of those that were chosen, as they stood, within the bound on text."""
-        out, left = [], self._chars
+        out: list[tuple[int, DataRow, int]] = []
+        left = self._chars
         for _, position, row, prompt in sorted(self._kept, key=lambda entry: -entry[0]):
             left -= _chars(row)
             if left < 0 and out:
@@ -155,13 +156,12 @@ def _look(pair: TokenizedPair, facts: TokenFacts, config: DataConfig, tokenizer:
         facts.alike.append(pair.where)
     if tokenizer is None:
         return
+    answers = (pair.chosen_ids, pair.rejected_ids)
     bos = tokenizer.bos_token_id
-    if bos is not None and pair.prompt_ids[:2] == (bos, bos):
+    begins = bos is not None and bos not in ends and any(ids[0] == bos for ids in answers if ids)
+    if begins or (bos is not None and pair.prompt_ids[:2] == (bos, bos)):
         facts.fault(TWO_BEGINNINGS, pair.where)
-    elif bos is not None and bos not in ends and any(ids[:1] == (bos,) for ids in (pair.chosen_ids, pair.rejected_ids)):
-        facts.fault(TWO_BEGINNINGS, pair.where)
-    elif any(len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in ends for ids in (pair.chosen_ids, pair.rejected_ids)):
+    elif any(len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in ends for ids in answers):
         facts.fault(TWO_ENDS, pair.where)
-    elif ends and any(ids[-1:] and ids[-1] not in ends for ids in (pair.chosen_ids, pair.rejected_ids)):
+    elif ends and any(ids[-1] not in ends for ids in answers if ids):
         facts.fault(NO_END, pair.where)
-
