@@ -209,6 +209,12 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    fail_on: Literal["none", "error", "warning"] = option()
+    against: tuple[DatasetConfig, ...] = option()
+
+
+@dataclass(frozen=True)
 class ZeroConfig:
     stage: Literal["auto", 0, 1, 2, 3] | None = option()
     offload_optimizer: Literal["none", "cpu"] = option()
@@ -254,6 +260,7 @@ class RunConfig:
     train: TrainConfig = option(RUN)
     eval: EvalConfig = option()
     guard: GuardConfig = option()
+    audit: AuditConfig = option()
     export: ExportConfig = option()
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()

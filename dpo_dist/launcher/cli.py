@@ -21,7 +21,8 @@ from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
 
 VERBS = {
-    "run": "the whole way: score the reference, train, evaluate on held-out pairs, export",
+    "run": "the whole way: audit the data, score the reference, train, evaluate on held-out pairs, export",
+    "audit": "look at the data: what repeats, contradicts, leaks, or tells chosen from rejected without reading",
     "score": "fill the cache with the reference's log-probs, and nothing else",
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
@@ -165,7 +166,7 @@ def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
         when = f", after {', '.join(stage.after)}" if stage.after else beside
         lines += ["", stage.name + when,
                   f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, "
-                  f"each on a {device}",
+                  f"{f'each on a {device}' if stage.computes else 'on the CPU'}",
                   *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"]
                     if stage.server_nodes else []),
                   f"  {'submits' if config.cluster.submits else 'by hand'} {shlex.join(commands[stage.name])}"]

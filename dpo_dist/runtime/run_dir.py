@@ -45,6 +45,7 @@ class RunDir:
         self.evaluations = path / "evaluations"        # a file a held-out evaluation: what it measured of each pair
         self.evaluation_json = path / "evaluation.json"            # what they say
         self.parity_json = path / "parity.json"        # the audit of a served reference
+        self.audit_json = path / "audit.json"          # what is wrong with the data
         self.data_summary = path / "data.txt"
         self.pushed_json = path / "pushed.json"        # where the model on the hub is
         self.wandb_id = path / "wandb_id"
