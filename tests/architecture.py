@@ -19,7 +19,7 @@ FLOORS = [
     ["policy", "reference"],
     ["run"],
     ["step"],
-    ["step0_checks", "evaluate", "export", "score", "show"],
+    ["step0_checks", "evaluate", "export", "score", "show", "report"],
     ["train_run"],
     ["train"],
 ]
@@ -39,9 +39,9 @@ ONLY_IN = {
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
-TORCH_FREE = ("config", "sizing", "launcher", "runtime.best", "runtime.child_process", "runtime.cores", "runtime.files",
-              "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
-              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
+TORCH_FREE = ("config", "sizing", "launcher", "report", "runtime.best", "runtime.child_process", "runtime.cores",
+              "runtime.files", "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch",
+              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

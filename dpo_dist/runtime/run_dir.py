@@ -34,6 +34,15 @@ class RunDir:
         self.model = path / "model"                    # what from_pretrained loads
         self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
+        self.audit_json = path / "audit.json"          # what is wrong with the data
+        self.evaluation_json = path / "evaluation.json"                # what the held-out pairs say at each evaluation
+        self.generations_json = path / "generations.json"              # figures of samples, before and after
+        self.judge_json = path / "judge.json"          # win rates
+        self.guard = path / "guard.jsonl"              # one object each time that the guard spoke
+        self.datamap_json = path / "datamap.json"      # what each pair taught
+        self.command = path / "command.txt"            # what trains the same again
+        self.report_html = path / "report.html"
+        self.report_json = path / "report.json"        # the numbers behind the page
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.data_summary = path / "data.txt"
         self.pushed_json = path / "pushed.json"        # where the model on the hub is
