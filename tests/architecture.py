@@ -20,7 +20,7 @@ FLOORS = [
     ["run", "dynamics"],
     ["step", "evaluation"],
     ["step0_checks", "evaluate", "export", "score", "show", "audit", "next"],
-    ["verify"],
+    ["verify", "report"],
     ["train_run"],
     ["train"],
 ]
@@ -40,8 +40,8 @@ ONLY_IN = {
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
-TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "runtime.alone", "runtime.best", "runtime.child_process",
-              "runtime.cores", "runtime.files", "runtime.lock", "runtime.ports", "runtime.preemption",
+TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
+              "runtime.child_process", "runtime.cores", "runtime.files", "runtime.lock", "runtime.ports", "runtime.preemption",
               "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
               "runtime.shared_folders", "runtime.terminal", "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")

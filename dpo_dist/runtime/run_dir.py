@@ -44,6 +44,9 @@ class RunDir:
         self.eval_json = path / "eval.json"
         self.evaluations = path / "evaluations"        # a file a held-out evaluation: what it measured of each pair
         self.evaluation_json = path / "evaluation.json"            # what they say
+        self.command = path / "command.txt"            # what trains the same again
+        self.report_html = path / "report.html"
+        self.report_json = path / "report.json"        # the numbers behind the page
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.audit_json = path / "audit.json"          # what is wrong with the data
         self.data_summary = path / "data.txt"

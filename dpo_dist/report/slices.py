@@ -1,0 +1,59 @@
+"""Held-out accuracy by slice: a plot of the flagged and the largest ones, and a table of all."""
+from __future__ import annotations
+
+from dpo_dist.report.figures import Figure, Numbers, Trace, axis, colour
+from dpo_dist.report.intervals import Known, dot_numbers, dots, named
+from dpo_dist.report.markup import Markup, badge, details, joined, table
+from dpo_dist.report.run_files import Row
+from dpo_dist.report.shown import plain, share
+
+SHOWN_SLICES = 24                        # in the plot; the table has all of them
+
+
+def slice_figures(known: Known, of: int) -> list[Figure]:
+    """The accuracy of slices: the flagged ones and the largest others."""
+    wanted: dict[str, tuple[bool, int]] = {}
+    for _, _, summary in known:
+        for one in summary.get("slices") or []:
+            before = wanted.get(_label(one), (False, 0))
+            wanted[_label(one)] = (before[0] or bool(one.get("flagged")), max(before[1], int(one.get("n") or 0)))
+    shown = sorted(sorted(wanted, key=lambda label: wanted[label], reverse=True)[:SHOWN_SLICES])
+    traces: list[Trace] = []
+    for at, run, summary in known:
+        found = {_label(one): one for one in summary.get("slices") or []}
+        labels = [label for label in shown if label in found]
+        if labels:
+            trace = dots(run.name, at, labels, [found[label]["accuracy"] for label in labels])
+            flagged = [bool(found[label].get("flagged")) for label in labels]
+            trace["marker"] = {**trace["marker"], "color": ["bad" if flag else colour(at) for flag in flagged],
+                               "symbol": ["x" if flag else trace["marker"]["symbol"] for flag in flagged]}
+            traces.append({**trace, "flagged": ["yes" if flag else "" for flag in flagged]})
+    if not traces:
+        return []
+    left = len(wanted) - len(shown)
+    text = ("Held-out accuracy of parts of the pairs. A red cross differs from the rest even after the correction for "
+            "looking at many slices." + (f" {left} more are in the table below." if left else ""))
+    numbers = [Numbers(trace["name"], (*dot_numbers("", i, "slice", "accuracy").columns, ("flagged", i, "flagged")))
+               for i, trace in enumerate(traces)]
+    return [Figure("slices", "Accuracy by slice", text, traces,
+                   {"xaxis": axis("share of pairs"), "yaxis": {"autorange": "reversed", "dtick": 1},
+                    "height": 90 + len(shown) * (18 + 8 * of),
+                    **({"scattermode": "group"} if of > 1 else {})}, numbers)]
+
+
+def _label(one: Row) -> str:
+    return f"{one.get('by')}: {one.get('value')}"[:40]
+
+
+def slice_tables(known: Known, of: int) -> Markup:
+    tables = []
+    for _, run, summary in known:
+        slices = sorted(summary.get("slices") or [], key=lambda one: (not one.get("flagged"), str(one.get("by"))))
+        if slices:
+            rows = [[one.get("by"), one.get("value"), plain(one.get("n")), share(one.get("accuracy")),
+                     plain(one.get("difference")), plain(one.get("p_corrected")),
+                     badge("warning", "flagged") if one.get("flagged") else ""] for one in slices]
+            what = named(run, of, f"All {len(slices)} slices")
+            head = ["by", "value", "pairs", "accuracy (95\N{NO-BREAK SPACE}%)", "from the rest", "p, corrected", ""]
+            tables.append(details(what, table(head, rows, what, ("", "", "n", "n", "n", "n"))))
+    return joined(tables)
