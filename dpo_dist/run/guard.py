@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from dpo_dist.stats.intervals import mean_interval
 
 Name = Literal["displacement", "length", "repetition"]
-Floats = NDArray[np.float64]
 
 # Displacement. An answer that loses 0.25 nats a token has each of its tokens a fifth less likely (e^-0.25 = 0.78), and
 # one of 100 tokens is 10^11 times less likely as a whole. Sound runs stay above it: benchmarks/displacement.py measures
@@ -139,19 +139,8 @@ def repeating(step: int, before: Sequence[float], now: Sequence[float]) -> Findi
 
 def paired_interval(before: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of now - before over prompts, by Student's t; infinite below FEWEST_PROMPTS."""
-    difference = np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    n = len(difference)
-    if n < FEWEST_PROMPTS:
-        return -math.inf, math.inf
-    half = student_t(n - 1) * float(difference.std(ddof=1)) / math.sqrt(n)
-    return float(difference.mean()) - half, float(difference.mean()) + half
-
-
-def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t for 3 or more degrees of freedom, to 1 % (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
-    return (z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3))
+    found = mean_interval(np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64))
+    return (-math.inf, math.inf) if found is None or found.n < FEWEST_PROMPTS else (found.low, found.high)
 
 
 def repetition(answer: str | Sequence[int]) -> float:
