@@ -83,11 +83,12 @@ class Run:
         guard = self.guard
         if not self.world.max(guard.asks() if guard else 0.0):
             return
-        fallen = self._most_fallen()
+        trained_on = self._most_fallen()
 
         def tell() -> str | None:
             assert guard is not None
-            messages, stops = guard.tell(fallen)
+            messages, stops = guard.tell(lambda found: self._most_fallen_held_out(found.step) if found.held_out
+                                         else trained_on)
             for message in messages:
                 terminal.say(message)
             return f"{' '.join(messages)}. Step {step} is saved. {how_to_go_on(stops)}" if stops else None
@@ -107,6 +108,17 @@ class Run:
         order = [i for i in mine.argsort()[:SHOWN_PAIRS].tolist() if mine[i] < 0]
         parts = self.world.gather([(pairs[ids[i]].where, float(mine[i])) for i in order])
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
+
+    def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
+        of an earlier version left no such files."""
+        paths = [self.run_dir.evaluation(at) for at in (0, step)]
+        if not all(path.exists() for path in paths):
+            return []
+        before, now = map(EvaluatedPairs.read, paths)
+        fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
+        return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
+                if fall[i] < 0]
 
     def _keep(self, step: int, pairs: EvaluatedPairs | None) -> None:
         if pairs is not None:

@@ -47,6 +47,7 @@ class Finding:
     value: float                         # nats a token; times as long; share of repeats, more than before
     bound: float
     what: str                            # for a person, with the numbers
+    held_out: bool = True                # told from held-out pairs, or from those trained on
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,18 @@ def displacement(rows: Sequence[Level], start_margin: float) -> Finding | None:
         error = _scatter([row.chosen for row in earlier]) / math.sqrt(count)
         over = "" if count == 1 else f", the mean of {count} rows"
         now = Level(newest[-1].step, level, _mean([row.margin for row in newest]))
-        if found := _fallen(now, start_margin, SIGMAS * error, f"on the pairs trained on{over}"):
+        if found := _fallen(now, start_margin, SIGMAS * error, f"on the pairs trained on{over}", held_out=False):
             return found
     return None
 
 
 def held_out_displacement(before: Level, now: Level) -> Finding | None:
     """Whether the held-out pairs' chosen answers lost likelihood. They are the same pairs each time: no scatter."""
-    return _fallen(Level(now.step, now.chosen - before.chosen, now.margin), before.margin, 0.0, "on held-out pairs")
+    level = Level(now.step, now.chosen - before.chosen, now.margin)
+    return _fallen(level, before.margin, 0.0, "on held-out pairs", held_out=True)
 
 
-def _fallen(now: Level, start_margin: float, error: float, where: str) -> Finding | None:
+def _fallen(now: Level, start_margin: float, error: float, where: str, held_out: bool) -> Finding | None:
     """The finding where `now` is below the bound by `error`: that of displacement while the margins rise, else that of
     a collapse."""
     rising = now.margin > start_margin
@@ -93,7 +95,7 @@ def _fallen(now: Level, start_margin: float, error: float, where: str) -> Findin
     how = "while the margins rise" if rising else "and the margins do not rise: the run diverges"
     return Finding(now.step, "displacement", now.chosen, -bound, (
         f"the chosen answers lose likelihood {how}: {-now.chosen:.2f} nats a token less likely than at the start "
-        f"{where} (bound {bound}); margin {start_margin:.3g} → {now.margin:.3g}"))
+        f"{where} (bound {bound}); margin {start_margin:.3g} → {now.margin:.3g}"), held_out)
 
 
 def _scatter(values: Sequence[float]) -> float:

@@ -184,7 +184,7 @@ def test_a_guard_speaks_once_and_keeps_what_it_said_with_step_pairs_and_remedy(t
         watching.log(one)
         asked.append(watching.asks())
     assert asked == [0, 0, 0] + [ASKS] * 5
-    messages, stops = watching.tell([("rows.jsonl:3", -0.9)])
+    messages, stops = watching.tell(lambda found: [("rows.jsonl:3", -0.9)])
     assert not stops and len(messages) == 1 and watching.asks() == 0
     [event] = read_events(RunDir(tmp_path))
     assert {**event, "message": ""} == {"step": 4, "guard": "displacement", "action": "warn", "message": "", "bound":
@@ -204,7 +204,7 @@ def test_a_run_that_goes_on_knows_all_again_from_its_files_and_does_not_repeat_i
         for one in FALLING:
             first.log(one)
         if told:
-            first.tell([])
+            first.tell(lambda found: [])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in FALLING[:resumed]))
         again = guard(folder, resumed_step=resumed)
         assert again.asks() == asks and len(read_events(RunDir(folder))) == (told and resumed == 8)
@@ -229,7 +229,7 @@ def test_a_guard_that_stopped_a_run_stops_it_again_until_it_only_warns(tmp_path:
     watching = guard(tmp_path, "guard.on_displacement=stop")
     for one in FALLING:
         watching.log(one)
-    assert watching.tell([])[1] == ["displacement"]
+    assert watching.tell(lambda found: [])[1] == ["displacement"]
     run_dir = RunDir(tmp_path)
     with pytest.raises(UserError, match=r"guard\.on_displacement=stop: step 4: .*Go on from the last checkpoint with "
                                         r"guard\.on_displacement=warn; the same command stops again"):
@@ -243,7 +243,7 @@ def test_growing_and_repeating_answers_are_told_with_their_prompts(tmp_path: Pat
     watching.log_samples(0, samples(0, [20] * 8))
     assert not watching.asks()
     watching.log_samples(10, samples(10, [60, 40, 60, 60, 60, 40, 60, 90], "loop " * 40))
-    messages, stops = watching.tell([("rows.jsonl:3", -0.9)])
+    messages, stops = watching.tell(lambda found: [("rows.jsonl:3", -0.9)])
     assert stops == ["length"] and len(messages) == 2 and "rows.jsonl" not in "".join(messages)
     events = {event["guard"]: event for event in read_events(RunDir(tmp_path))}
     assert events["length"]["pairs"][0] == "held_out.jsonl:7" and events["length"]["action"] == "stop"

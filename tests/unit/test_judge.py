@@ -101,6 +101,13 @@ def test_a_command_that_is_not_there_is_told_before_anything_is_asked():
 # -------------------------------------------------------------------------------------------------------------- by URL
 
 
+class QuietServer(ThreadingHTTPServer):
+    requests, daemon_threads = 0, True
+
+    def handle_error(self, *_: object) -> None:
+        """A judge that was given up has no reader."""
+
+
 @pytest.fixture
 def server() -> Iterator[Callable[[Callable[[int, list[dict[str, Any]]], tuple[int, Any]]], str]]:
     """Starts a real server whose answers are those of a function of (number of the request, rows): its URL."""
@@ -121,8 +128,7 @@ def server() -> Iterator[Callable[[Callable[[int, list[dict[str, Any]]], tuple[i
             def log_message(self, *_: object) -> None:
                 pass
 
-        started = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        started.requests, started.daemon_threads = 0, True
+        started = QuietServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=started.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
         running.append(started)
         return f"http://127.0.0.1:{started.server_address[1]}/judge"
