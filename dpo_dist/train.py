@@ -13,6 +13,7 @@ from dpo_dist.evaluation.show import summary_lines
 from dpo_dist.export import export
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import read_inputs
+from dpo_dist.run.lm_eval import check_harness
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, tell_faster, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
@@ -39,6 +40,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     preemption.listen()
     world.on_main(lambda: check_tracker(config))
     world.on_main(lambda: check_push(config))
+    world.on_main(lambda: check_harness(config.eval.harness))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")

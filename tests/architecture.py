@@ -19,7 +19,7 @@ FLOORS = [
     ["policy", "reference"],
     ["run"],
     ["step", "evaluation"],
-    ["step0_checks", "evaluate", "export", "score", "show"],
+    ["step0_checks", "evaluate", "export", "score", "show", "harness"],
     ["train_run"],
     ["train"],
 ]

@@ -16,6 +16,7 @@ def validate_outputs(c: RunConfig) -> None:
     """Raises UserError for keys of this kind that contradict each other, or would do nothing."""
     _validate_best(c)
     _validate_samples(c)
+    _validate_harness(c)
     name = c.export.push_to_hub
     if name is None:
         return
@@ -49,6 +50,17 @@ def _validate_samples(c: RunConfig) -> None:
         if not samples.samples and getattr(samples, key) != default:
             raise UserError(f"eval.{key}={getattr(samples, key)} would do nothing: eval.samples=0; remove it, or set "
                             "eval.samples=8")
+
+
+def _validate_harness(c: RunConfig) -> None:
+    harness = c.eval.harness
+    if harness.tasks and not c.export.merged:
+        raise UserError(f"eval.harness.tasks={list(harness.tasks)} needs <run.dir>/model, which export.what="
+                        f"{c.export.what} does not write; set export.what=both")
+    for key in ("path", "python", "arguments"):
+        if not harness.tasks and getattr(harness, key):
+            raise UserError(f"eval.harness.{key}={getattr(harness, key)} would do nothing: eval.harness.tasks=[]; "
+                            "remove it, or name tasks")
 
 
 def _holds_out(c: RunConfig) -> bool:

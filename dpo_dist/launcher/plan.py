@@ -45,6 +45,7 @@ class _Kind:
     module: str
     needed: Callable[[RunConfig], bool]       # by `run`
     after: tuple[str, ...] = ()
+    alone: bool = False                       # one process, whatever the cluster's keys say
 
 
 # `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the
@@ -54,6 +55,7 @@ STAGES = {
     "train": _Kind("dpo_dist.train", lambda config: True, after=("score",)),
     "eval": _Kind("dpo_dist.evaluate", lambda config: False),
     "export": _Kind("dpo_dist.export", lambda config: False),
+    "harness": _Kind("dpo_dist.harness", lambda config: bool(config.eval.harness.tasks), after=("train",), alone=True),
 }
 
 
@@ -62,14 +64,25 @@ def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices:
     the config sets none."""
     if config.reference.mode == "ahead" and verb in ("run", "train", "score"):
         scoring, training = _side_by_side(config, tuple(overrides), devices)
-        return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
+        if verb == "score":
+            return LaunchPlan(config.run_dir, (scoring,))
+        last = [_alone(name, overrides, ("train",)) for name, kind in STAGES.items()
+                if verb == "run" and kind.alone and kind.needed(config)]
+        return LaunchPlan(config.run_dir, (scoring, training, *last))
     names = [name for name, kind in STAGES.items() if kind.needed(config)] if verb == "run" else [verb]
     procs = config.cluster.procs_per_node or devices
-    stages = [Stage(name, STAGES[name].module, config.cluster.nodes, procs, tuple(overrides),
-                    tuple(before for before in STAGES[name].after if before in names),
+    after = {name: tuple(before for before in STAGES[name].after if before in names) for name in names}
+    stages = [_alone(name, overrides, after[name]) if STAGES[name].alone else
+              Stage(name, STAGES[name].module, config.cluster.nodes, procs, tuple(overrides), after[name],
                     server_nodes=_server_nodes(name, config))
               for name in names]
     return LaunchPlan(config.run_dir, tuple(stages))
+
+
+def _alone(name: str, overrides: Sequence[str], after: tuple[str, ...]) -> Stage:
+    """The stage in one process."""
+    own = ("cluster.nodes=1", "cluster.procs_per_node=1")
+    return Stage(name, STAGES[name].module, 1, 1, (*overrides, *own), after)
 
 
 def quoted(text: str) -> str:

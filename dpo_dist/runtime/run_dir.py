@@ -36,6 +36,8 @@ class RunDir:
         self.eval_json = path / "eval.json"
         self.evaluations = path / "evaluations"        # a file a held-out evaluation: what it measured of each pair
         self.evaluation_json = path / "evaluation.json"            # what they say
+        self.harness = path / "harness"                # what lm-evaluation-harness wrote, ...
+        self.harness_json = path / "harness.json"      # ... and its results
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.data_summary = path / "data.txt"
         self.pushed_json = path / "pushed.json"        # where the model on the hub is
