@@ -20,6 +20,7 @@ from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
 from dpo_dist.run.guard_log import check_not_stopped, make_guard
 from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.judging import check_judge, judge_run
+from dpo_dist.run.lm_eval import check_harness
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, tell_faster, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
@@ -47,6 +48,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
     world.on_main(lambda: check_tracker(config))
     world.on_main(lambda: check_push(config))
     world.on_main(lambda: check_judge(config.eval.judge))
+    world.on_main(lambda: check_harness(config.eval.harness))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")

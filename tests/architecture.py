@@ -19,7 +19,7 @@ FLOORS = [
     ["policy", "reference"],
     ["run", "dynamics"],
     ["step", "evaluation"],
-    ["step0_checks", "evaluate", "export", "score", "show", "audit", "next"],
+    ["step0_checks", "evaluate", "export", "score", "show", "audit", "next", "harness"],
     ["verify", "report"],
     ["train_run"],
     ["train"],
