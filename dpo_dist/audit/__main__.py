@@ -51,7 +51,7 @@ def audited(config: RunConfig, tokenizer: Any | None, folder: Path, terminal: Te
     from dpo_dist.audit.processes import read_all
     from dpo_dist.audit.reading import sources_of
     from dpo_dist.data.prepare import store_folder
-    from dpo_dist.models.digest import tokenizer_digest
+    from dpo_dist.models.file_digests import tokenizer_digest
 
     began = time.monotonic()
     read = read_all(config, tokenizer, terminal)
@@ -73,7 +73,7 @@ def inputs_digest(config: RunConfig, tokenizer: Any | None, folder: Path) -> str
     from dpo_dist.data.locate import content_digest
     from dpo_dist.data.prepare import digests_folder
     from dpo_dist.data.templates import template_texts
-    from dpo_dist.models.digest import tokenizer_digest
+    from dpo_dist.models.file_digests import tokenizer_digest
 
     memory = digests_folder(config.data)
     whole = {"version": VERSION, "data": deciding(config.data, TOKENS),

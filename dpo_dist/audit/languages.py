@@ -28,17 +28,17 @@ LETTER = re.compile(r"[^\W\d_]")
 LATIN_WORD = re.compile(r"[^\W\d_]+")
 CODE = re.compile(r"```.*?(```|$)|`[^`\n]*`|https?://\S+", re.S)
 FUNCTION_WORDS = {
-    "en": "the of and to in is that it for was with as you are be this have from or by but not what all were we "
-          "when your can there an which their if will how about my would so has do i",
+    "en": "a an on at any some the of and to in is that it for was with as you are be this have from or by but not "
+          "what all were we when your can there an which their if will how about my would so has do i",
     "de": "der die das und ist nicht ein eine zu mit den von für auf im dem sich auch es ich sie wie dass wir sind "
           "oder haben werden kann bei aus nach einen zum zur über am noch",
-    "fr": "le la les des et est un une dans pour que qui pas sur vous nous avec ce plus je il au du ne se sont "
+    "fr": "a le la les des et est un une dans pour que qui pas sur vous nous avec ce plus je il au du ne se sont "
           "cette mais par ou ont être aux votre leur d l",
-    "es": "el la los las de que y en un una es por para con no su se al lo como más pero del está son este sus hay "
-          "muy también yo le si puede sobre",
-    "pt": "o os as de que e em um uma é por para com não se do da dos das mais como mas ao são sua seu você pode "
+    "es": "a el la los las de que y en un una es por para con no su se al lo como más pero del está son este sus "
+          "hay muy también yo le si puede sobre",
+    "pt": "a o os as de que e em um uma é por para com não se do da dos das mais como mas ao são sua seu você pode "
           "isso foi também na no está ou muito",
-    "it": "il lo la gli le di che e un una è per con non si del della dei più come ma sono nel alla questo anche "
+    "it": "a il lo la gli le di che e un una è per con non si del della dei più come ma sono nel alla questo anche "
           "può essere dal delle su ha o se i",
     "nl": "de het een en van is dat niet op te in zijn voor met die je ik er aan ook om maar als dan wat bij wordt "
           "naar kan deze hebben uit of",
@@ -52,7 +52,7 @@ FUNCTION_WORDS = {
     "id": "yang dan di itu dengan untuk tidak ini dari dalam akan pada juga saya ke karena bisa ada atau anda "
           "adalah sebagai lebih telah",
     "vi": "và của là có được cho trong một các không với người này đó những để đã từ khi như bạn tôi về cũng",
-    "ro": "și de la în pe cu nu este un o care să că din pentru mai sunt au fi ca sau dar acest prin lui după",
+    "ro": "a și de la în pe cu nu este un o care să că din pentru mai sunt au fi ca sau dar acest prin lui după",
     "cs": "a se na je v že to s z o do i jako ale pro jsou by si tak které nebo jeho až za od být po jsem",
     "fi": "ja on ei se että oli hän mutta ovat kun niin myös tai jos joka sen voi kuin ole mitä tämä siitä",
 }

@@ -24,7 +24,7 @@ from dpo_dist.runtime.terminal import Terminal
 SHARED = Path(os.environ.get("DPO_DIST_SHARED", "shared"))
 SUBJECTS = ("the old bridge", "my bicycle", "a garden wall", "the school choir", "our village fair", "the night train",
             "a clay pot", "the harbour clock", "a wooden boat", "the stone oven", "her first novel", "the long winter",
-            "a paper lantern", "the river path", "his grandfather", "the market hall", "an apple tree", "the radio play")
+            "a paper lantern", "the river path", "his grandfather", "the market hall", "an apple tree", "a radio play")
 VERBS = ("repair", "describe", "paint", "explain", "measure", "remember", "compare", "protect", "rebuild", "improve")
 PLACES = ("near the lake", "in the north", "on a hill", "at the museum", "behind the mill", "in a small town",
           "by the canal", "under the roof", "across the valley", "at my uncle's farm", "in the cellar", "on the coast")
@@ -319,7 +319,7 @@ def test_pairs_beyond_max_length_are_counted_whatever_is_done_with_them(tmp_path
     ("{{ bos_token }}" + LLAMA3, "double BOS"),
     (CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"), "double end"),
     (CHATML.replace("<|im_end|>\\n", "\\n"), "no end of turn"),
-    (CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>model\\n' }}"), "the template cannot be used")])
+    (CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'"), "the template cannot be used")])
 def test_a_template_that_is_wrong_is_an_error_for_all_rows(template: str, fault: str, tmp_path: Path):
     broken = tmp_path / "broken"
     bpe(template).save_pretrained(broken)
@@ -390,9 +390,10 @@ def test_planted_repetitions_are_found_in_real_sets(name: str, tmp_path: Path):
     path = SHARED / "data" / name
     if not path.exists():
         pytest.skip("needs the real sets (DPO_DIST_SHARED)")
-    whole = gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
-    rows = [json.loads(line) for line in whole.splitlines()] if path.suffix == ".gz" else json.loads(whole)
-    rows = rows[:250]
+    if path.suffix == ".gz":
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()[:250]]
+    else:
+        rows = json.loads(path.read_text())[:250]
     before = found(rows, tmp_path).get("duplicate_pair", {"count": 0})["count"]
     flipped = {**rows[9], "chosen": rows[9]["rejected"], "rejected": rows[9]["chosen"]}
     seen = found([*rows, rows[5], rows[60], flipped], tmp_path)
