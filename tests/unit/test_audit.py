@@ -200,7 +200,8 @@ def test_equal_ratings_are_ties_and_a_pair_of_equal_scores_is_trained_on(tmp_pat
     rows = clean(50)
     rows[8] |= {"score_chosen": 4.0, "score_rejected": 4.0}
     tie = found(rows, tmp_path)["tie"]
-    assert tie["examples"] == at(tmp_path, 9) and tie["details"] == {"trained_on": 1, "left_out": 0}
+    assert tie["examples"] == at(tmp_path, 9) and tie["details"] == {
+        "as_preferences": 1, "left_out": 0, "as_ties": 0}
     rated = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]], "ratings": [i % 3, 1]}
              for i, row in enumerate(clean(90))]
     assert found(rated, tmp_path)["tie"]["count"] == 30

@@ -109,8 +109,9 @@ def test_several_processes_find_what_one_finds(words: list[str], tmp_path: Path)
     words = [*(word for word in words if "data." not in word), train_on(tmp_path / "large.jsonl"),
              f"data.cache_dir={tmp_path / 'tokens'}"]
     program = ("import sys; from dpo_dist.audit import processes; processes.BYTES_A_PROCESS = 100_000; "
-               "processes.usable_cores = lambda: frozenset(range(int(sys.argv[1]))); from dpo_dist.audit.__main__ import audit; from dpo_dist.runtime.alone import "
-               "run_alone; sys.exit(run_alone(sys.argv[2:], audit))")
+               "processes.usable_cores = lambda: frozenset(range(int(sys.argv[1]))); "
+               "from dpo_dist.audit.__main__ import audit; from dpo_dist.runtime.alone import run_alone; "
+               "sys.exit(run_alone(sys.argv[2:], audit))")
     found = []
     for cores in (1, 3):
         done = subprocess.run([sys.executable, "-c", program, str(cores), *words, f"run.dir={tmp_path / str(cores)}"],
