@@ -120,7 +120,8 @@ def _stop(config: RunConfig, found: dict[str, Any], file: Path) -> None:
     if not grave:
         return
     told = "".join(f"\n  {entry['kind']} ({entry['severity']}): {entry['count']:,} pairs, as "
-                   f"{', '.join(entry['examples'][:EXAMPLES_SHOWN])}; {entry['remedy']}" for entry in grave)
+                   f"{', '.join(entry['examples'][:EXAMPLES_SHOWN])}; "
+                   f"{entry.get('details', {}).get('why') or entry['remedy']}" for entry in grave)
     raise UserError(f"audit.fail_on={config.audit.fail_on}: the data have {len(grave)} finding(s) of this "
                     f"severity:{told}\nall of it is in {file}; mend the data, or set audit.fail_on=none to go on "
                     "nevertheless")

@@ -328,6 +328,15 @@ def test_a_template_that_is_wrong_is_an_error_for_all_rows(template: str, fault:
     assert (seen["severity"], seen["count"]) == ("error", 30) and seen["details"]["faults"] == {fault: 30}
 
 
+def test_texts_that_are_rendered_already_are_told_and_no_error_as_they_are_never_trained_on(tmp_path: Path):
+    rows = [{**row, "prompt": f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"}
+            for row in clean(20)]
+    seen = found(rows, tmp_path, model_path=model(tmp_path))
+    assert seen["template_fault"]["details"]["faults"] == {"rendered already": 20}
+    assert {seen[kind]["severity"] for kind in ("template_fault", "special_tokens_in_text")} == {"warning"}
+    assert "template_fault" not in found(rows, tmp_path, "data.chat_template=none", model_path=model(tmp_path))
+
+
 def test_token_rows_with_a_double_beginning_or_no_end_are_faults(tmp_path: Path):
     r, folder = random.Random(0), model(tmp_path)
     bos, eos = 0, 1
