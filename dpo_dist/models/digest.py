@@ -7,16 +7,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.models.folder import truthful_json
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.runtime.remember import remembered
-
-if TYPE_CHECKING:
-    from dpo_dist.runtime.world import World
+from dpo_dist.runtime.world import World
 
 Tensors = list[tuple[str, str, str]]         # (name, "dtype shape", digest of the bytes)
 # Keys of config.json that do not change what the weights compute.
