@@ -1,15 +1,20 @@
 """The training run, top to bottom. With torchrun: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
 from dpo_dist.export import export
+from dpo_dist.report.write import write_report
 from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.command import write_command
 from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, tell_faster, without_auto
@@ -32,8 +37,8 @@ from dpo_dist.step import StepBatches, train_step
 from dpo_dist.train_run import Run, checkpointed, evaluate_before
 
 
-def train(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """Trains, evaluates and exports; goes on from the newest checkpoint."""
+def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[str] = ()) -> None:
+    """Trains, evaluates and exports; goes on from the newest checkpoint. words: the overrides that were typed."""
     preemption.listen()
     world.on_main(lambda: check_tracker(config))
     world.on_main(lambda: check_push(config))
@@ -55,6 +60,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         world.on_main(lambda: push_model(config, run_dir, terminal))
         return
     world.on_main(lambda: write_run(run_dir, config, lineage))
+    world.on_main(lambda: write_command(run_dir, words))
 
     policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
     if resumed:
@@ -148,5 +154,15 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
     terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 
+def report(run_dir: RunDir, terminal: Terminal) -> None:
+    """Writes report.html. One that fails costs the run nothing."""
+    try:
+        terminal.say(f"report: {write_report([run_dir.path])}")
+    except Exception as error:                           # whatever it is, the model is trained and exported
+        logging.getLogger(__name__).exception("the report failed")
+        terminal.say(f"report: not written ({type(error).__name__}: {error}); the run itself is whole, and dpo-dist "
+                     f"report {run_dir.path} tries again")
+
+
 if __name__ == "__main__":
-    exit_with(run_entry(sys.argv[1:], train, owns_run=True))
+    exit_with(run_entry(sys.argv[1:], partial(train, words=sys.argv[1:]), owns_run=True, afterwards=report))

@@ -41,7 +41,8 @@ ONLY_IN = {
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "launcher", "report", "runtime.best", "runtime.child_process", "runtime.cores",
               "runtime.files", "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch",
-              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal")
+              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders",
+              "runtime.terminal")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

@@ -30,11 +30,12 @@ VERBS = {
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
+    "report": "one HTML file about a run or a sweep, or about several runs side by side: dpo-dist report RUN [RUN ...]",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
 # verbs about runs that exist: {verb: the module that the command becomes, which gets all other words}
-ON_RUNS: dict[str, str] = {}
+ON_RUNS: dict[str, str] = {"report": "dpo_dist.report"}
 
 SHOW_OPTIONS = """
   --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random
@@ -72,14 +73,14 @@ def _main(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UserError(f"unknown command '{verb}': {nearest(verb, VERBS)}")
+    if verb in ON_RUNS:                                      # its own --help too: it takes no keys
+        os.execv(sys.executable, [sys.executable, "-m", ON_RUNS[verb], *rest])
     if "--help" in rest or "-h" in rest:
         print(_verb_help(verb))
         return 0
     if verb == "status":
         print(status(_run_dir(rest)))
         return 0
-    if verb in ON_RUNS:
-        os.execv(sys.executable, [sys.executable, "-m", ON_RUNS[verb], *rest])
     cfg, dry_run = _take_cfg(rest), _take("--dry-run", rest)
     sweeps = verb == "run" and not cfg and _take("-m", rest)
     options = _take_show_options(rest) if verb == "show" else []

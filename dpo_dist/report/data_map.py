@@ -44,8 +44,8 @@ def _map(at: int, run: RunFiles, of: int) -> Figure:
              "hovertemplate": "%{text}<br>confidence %{y:.3f}<br>variability %{x:.3f}<extra></extra>"}
     title = f"Data map of {run.name}" if of > 1 else "Data map"
     text = (f"{drawn}Each point is a pair: how sure the policy was of the chosen answer on average over its visits, "
-            "and how much that moved. Top left is easy, the right is ambiguous and teaches most, bottom left is hard or "
-            "mislabelled. The colour is the share of visits at which it was right.")
+            "and how much that moved. Top left is easy, the right is ambiguous and teaches most, bottom left is hard "
+            "or mislabelled. The colour is the share of visits at which it was right.")
     return Figure(f"data-map-{at}", title, text, [trace], {
         "xaxis": axis("variability", rangemode="tozero"), "yaxis": axis("confidence"), "height": 400},
         [Numbers(run.name, (("where", 0, "text"), ("confidence", 0, "y"), ("variability", 0, "x"),

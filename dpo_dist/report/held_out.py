@@ -26,7 +26,8 @@ def held_out_section(runs: Sequence[RunFiles]) -> Section | None:
         return None
     steps = sorted({summary["step"] for _, _, summary in known})
     intro = ("Pairs that were not trained on. Bars are 95\N{NO-BREAK SPACE}% intervals: figures whose bars overlap "
-             "widely are not told apart by this many pairs." + (f" As of step {', '.join(map(str, steps))}." if steps else ""))
+             "widely are not told apart by this many pairs."
+             + (f" As of step {', '.join(map(str, steps))}." if steps else ""))
     return Section("held-out", "Held-out pairs", joined([paragraph(intro), *parts]), figures)
 
 
@@ -147,13 +148,13 @@ def facts_of(run: RunFiles) -> dict[str, str]:
 
 def _rewardbench(known: Known, of: int) -> Markup:
     """Accuracy by subset, as the evaluation wrote it: {name: interval or number}, in sections or not."""
-    tables = []
-    for _, run, summary in known:
-        rows = [[name, value] for name, value in _leaves(summary.get("rewardbench") or {})]
-        if rows:
-            what = named(run, of, "RewardBench")
-            tables.append(markup("<h3>{}</h3>{}", what, table(["subset", "accuracy (95 %)"], rows, what, ("", "n"))))
-    return joined(tables)
+    found = {run.name: dict(_leaves(summary.get("rewardbench") or {})) for _, run, summary in known}
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    if not names:
+        return NOTHING
+    head = ["subset", *(found if of > 1 else ["accuracy (95\N{NO-BREAK SPACE}%)"])]
+    rows = [[name, *(scores.get(name, NONE) for scores in found.values())] for name in names]
+    return markup("<h3>RewardBench</h3>{}", table(head, rows, "RewardBench", ("", *["n"] * len(found))))
 
 
 def _leaves(found: Row, before: str = "") -> list[tuple[str, str]]:

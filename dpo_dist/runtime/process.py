@@ -25,15 +25,18 @@ from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World, lost_peer, own_node, own_rank
 
 Work = Callable[[RunConfig, World, Terminal], None]
+Afterwards = Callable[[RunDir, Terminal], None]
 
 
-def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
+def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
+              afterwards: Afterwards | None = None) -> int:
     """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 otherwise.
 
     The first rank to fail writes <run.dir>/FAILED with the message and the code, and shows it to the person. On other
     nodes, which have terminals of their own, one rank shows what it saw; the rest only log. Work that was stopped
     leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: only one process group at a
-    time, and success leaves <run.dir>/DONE.
+    time, and success leaves <run.dir>/DONE. `afterwards`: what rank 0 does once the marker says how the run ended, in
+    success or stopped in good order.
     """
     gc.freeze()                          # imported objects stay: no collection needs to look at them
     gc.enable()
@@ -52,7 +55,10 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
                               capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     try:
-        return _work(config, work, run_dir, terminal, owns_run)
+        code = _work(config, work, run_dir, terminal, owns_run)
+        if afterwards is not None and own_rank() == 0:
+            afterwards(run_dir, terminal)
+        return code
     except UserError as error:
         return _fail(run_dir, terminal, str(error), 2)
     except KeyboardInterrupt:
