@@ -7,11 +7,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dpo_dist.types import PackedBatch
+
+if TYPE_CHECKING:                            # who only reads the cache does not wait for torch
+    from torch import Tensor
 
 
 class ReferenceEngine(ABC):

@@ -31,6 +31,7 @@ class Samples:
     prompts: tuple[Ids, ...]
     how: Sampling
     tokenizer: Any | None                    # None: rows of token ids, which stay ids
+    pairs: tuple[int, ...] = ()              # the first held-out pair of each prompt
 
     @staticmethod
     def of(config: RunConfig, inputs: Inputs) -> Samples:
@@ -41,14 +42,23 @@ class Samples:
         stop = stop_ids(inputs.policy.base, tokenizer, config)
         how = Sampling(stop, config.eval.max_new_tokens, config.eval.temperature, config.train.tokens_per_microbatch,
                        config.train.seed)
-        return Samples(tuple(pairs[i].prompt_ids for i in _first_of_each(pairs)[:config.eval.samples]), how, tokenizer)
+        first = tuple(_first_of_each(pairs)[:config.eval.samples])
+        return Samples(tuple(pairs[i].prompt_ids for i in first), how, tokenizer, first)
 
     def answer(self, policy: Policy, step: int, world: World) -> list[dict[str, Any]]:
         """A row of samples.jsonl for each prompt. All ranks call it."""
         completions = generate(policy, self.prompts, replace(self.how, seed=self.how.seed + step), world)
         return [{"step": step, "prompt": self._text(prompt), "tokens": len(ids), "ended": ids[-1:] in self._ends,
-                 "completion": self._text(ids[:-1] if ids[-1:] in self._ends else ids)}
+                 "completion": self._text(self._without_end(ids))}
                 for prompt, ids in zip(self.prompts, completions, strict=True)]
+
+    def chosen(self, held_out: PairStore) -> list[tuple[str | list[int], int]]:
+        """(text, tokens) of the data's own chosen answer to each prompt."""
+        answers = [held_out[i].chosen_ids for i in self.pairs]
+        return [(self._text(self._without_end(ids)), len(ids)) for ids in answers]
+
+    def _without_end(self, ids: Ids) -> Ids:
+        return ids[:-1] if ids[-1:] in self._ends else ids
 
     @property
     def _ends(self) -> set[Ids]:
