@@ -35,9 +35,10 @@ def slice_figures(known: Known, of: int) -> list[Figure]:
             traces.append({**trace, "flagged": ["yes" if flag else "" for flag in flagged]})
     if not traces:
         return []
-    left = len(wanted) - len(shown)
+    left, small = len(wanted) - len(shown), max(int(s.get("slices_left_out") or 0) for _, _, s in known)
     text = ("Held-out accuracy of parts of the pairs. A red cross differs from the rest even after the correction for "
-            "looking at many slices." + (f" {left} more are in the table below." if left else ""))
+            "looking at many slices." + (f" {left} more are in the table below." if left else "")
+            + (f" {small} with too few pairs are left out." if small else ""))
     numbers = [Numbers(trace["name"], (*dot_numbers("", i, "slice", "accuracy").columns, ("flagged", i, "flagged")))
                for i, trace in enumerate(traces)]
     return [Figure("slices", "Accuracy by slice", text, traces,

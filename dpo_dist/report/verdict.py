@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from dpo_dist.report.audit_findings import by_gravity
-from dpo_dist.report.held_out import POLICY, SHORTER, accuracies
+from dpo_dist.report.data_map import pair_counts
+from dpo_dist.report.held_out import EQUAL, POLICY, SHORTER, accuracies
 from dpo_dist.report.run_files import Row, RunFiles, number
 from dpo_dist.report.shown import counted, percent, plain, share
 
@@ -18,8 +19,7 @@ def verdict(run: RunFiles) -> list[Note]:
 
 def _accuracy(last: Row) -> list[Note]:
     found = accuracies(last)
-    ours = found.pop(POLICY, None)
-    shorter = found.pop(SHORTER, None)
+    ours, shorter, _ = (found.pop(name, None) for name in (POLICY, SHORTER, EQUAL))
     if ours is None:
         return []
     low, high, value = number(ours.get("low")), number(ours.get("high")), number(ours.get("value"))
@@ -66,9 +66,13 @@ def _calibration(last: Row) -> list[Note]:
     if number(found.get("ece")) is None:
         return []
     better = number(found.get("calibrating_beta"))
-    hint = f" A beta of {plain(better)} in sigmoid(margin) would calibrate them." if better is not None else ""
-    level = "info" if found["ece"] < 0.1 else "warning"
-    return [(level, f"The implied probabilities are off by {percent(found['ece'])} on average (ECE).{hint}")]
+    hint = f" A beta of {plain(better)} would calibrate them, with the policy as it is." if better is not None else ""
+    chance = number(found.get("ece_by_chance"))
+    if chance is not None and found["ece"] <= chance:
+        return [("good", f"The implied probabilities are calibrated, as far as {plain(last.get('pairs'))} pairs show: "
+                         f"off by {percent(found['ece'])} on average (ECE).")]
+    return [("warning" if found["ece"] > 0.1 else "info", f"The implied probabilities are off by "
+             f"{percent(found['ece'])} on average (ECE).{hint}")]
 
 
 def _slices(last: Row) -> list[Note]:
@@ -125,10 +129,10 @@ def _audit(run: RunFiles) -> list[Note]:
 
 
 def _pairs(run: RunFiles) -> list[Note]:
-    found = run.datamap or {}
-    never, lost = len(found.get("never_learned") or []), len(found.get("forgotten") or [])
-    return [("info", f"{counted(never, 'pair was', 'pairs were')} never learned, {lost:,} learned and lost again.")
-            ] if never or lost else []
+    counts = pair_counts(run.datamap or {})
+    flipped = f"; about {counts['suspects']:,} labels look flipped" if counts["suspects"] else ""
+    return [("info", f"{counted(counts['never_learned'], 'pair was', 'pairs were')} never learned, "
+                     f"{counts['forgotten']:,} learned and lost again{flipped}.")] if any(counts.values()) else []
 
 
 def _unread(run: RunFiles) -> list[Note]:
