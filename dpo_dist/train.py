@@ -1,8 +1,11 @@
 """The training run, top to bottom. With torchrun: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
@@ -14,7 +17,9 @@ from dpo_dist.dynamics.write import write_dynamics
 from dpo_dist.evaluation.results import read_summaries
 from dpo_dist.evaluation.show import summary_lines
 from dpo_dist.export import export
+from dpo_dist.report.write import write_report
 from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.command import write_command
 from dpo_dist.run.generations import show_generations, write_generations
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
 from dpo_dist.run.guard_log import check_not_stopped, make_guard
@@ -42,8 +47,8 @@ from dpo_dist.step import StepBatches, train_step
 from dpo_dist.train_run import Run, checkpointed, evaluate_before
 
 
-def train(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """Trains, evaluates and exports; goes on from the newest checkpoint."""
+def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[str] = ()) -> None:
+    """Trains, evaluates and exports; goes on from the newest checkpoint. words: the overrides that were typed."""
     preemption.listen()
     world.on_main(lambda: check_tracker(config))
     world.on_main(lambda: check_push(config))
@@ -69,6 +74,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         return
     world.on_main(lambda: check_not_stopped(run_dir, config.guard, done))
     write_provenance(run_dir, config, inputs, lineage, world)
+    world.on_main(lambda: write_command(run_dir, words))
     world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))            # of an earlier end of this run
 
     policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
@@ -179,5 +185,18 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
     terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 
+def report(config: RunConfig, run_dir: RunDir, terminal: Terminal) -> None:
+    """Writes report.html, also of a run that stopped or failed, where the folder holds this run and something to show.
+    A report that fails costs the run nothing."""
+    if not run_dir.metrics.exists() or not run_dir.holds(config.identity_dict()):
+        return
+    try:
+        terminal.say(f"report: {write_report([run_dir.path])}")
+    except Exception as error:                           # whatever it is, the model is trained and exported
+        logging.getLogger(__name__).exception("the report failed")
+        terminal.say(f"report: not written ({type(error).__name__}: {error}); the run itself is whole, and dpo-dist "
+                     f"report {run_dir.path} tries again")
+
+
 if __name__ == "__main__":
-    exit_with(run_entry(sys.argv[1:], train, owns_run=True))
+    exit_with(run_entry(sys.argv[1:], partial(train, words=sys.argv[1:]), owns_run=True, afterwards=report))

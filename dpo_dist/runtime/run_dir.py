@@ -84,6 +84,11 @@ class RunDir:
     def evaluation(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
 
+    def holds(self, identity: dict[str, Any]) -> bool:
+        """Whether the folder is of a run that trains just this (RunConfig.identity_dict)."""
+        found = _read(self.run_json)
+        return found is not None and found.get("identity_of") == identity
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
