@@ -14,6 +14,7 @@ from dpo_dist.data.pack import pack_pairs
 from dpo_dist.data.packing import distinct_flops, plan_step
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.units import PairShapes
+from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.logps import pair_logps
 from dpo_dist.losses import preference_loss
 from dpo_dist.policy import Policy
@@ -81,8 +82,9 @@ def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: Pack
 
 
 def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatches, loss: LossConfig, sums: MetricSums,
-               world: World, clock: Clock) -> Tensor:
-    """Adds the step's gradient to the policy and its figures to `sums`; this rank's part of the step's loss, a scalar.
+               world: World, clock: Clock, visits: VisitLog | None = None) -> Tensor:
+    """Adds the step's gradient to the policy, its figures to `sums` and its pairs' rewards to `visits`; this rank's
+    part of the step's loss, a scalar.
 
     The reference's values are there: the caller has waited for them (ReferenceEngine.wait_for).
     """
@@ -102,6 +104,8 @@ def train_step(policy: Policy, reference: ReferenceEngine | None, step: StepBatc
             total += per_pair.sum() / step.total_weight
             if step.positions[i]:
                 sums.add(pairs, per_pair, weight)
+        if visits is not None and step.positions[i]:
+            visits.see(batch.pair_ids, pairs)
         clock.mark("forward")
         policy.backward(share, is_last=i == len(step.batches) - 1)
         clock.mark("backward")

@@ -38,11 +38,15 @@ def conf_dir() -> Path:
 
 def compose(overrides: Sequence[str]) -> RunConfig:
     """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend."""
+    return decode(composed(overrides))
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The same before it is decoded, when keys may still contradict each other. Raises UserError for unknown ones."""
     try:
-        plain = _to_plain(_compose(overrides))
+        return _to_plain(_compose(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(overrides, error)) from error
-    return decode(plain)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

@@ -102,12 +102,13 @@ def _does_nothing(key: str, value: Any, why: str) -> UserError:
 
 
 def _validate_data(c: RunConfig) -> None:
-    for key, datasets in (("data.train", c.data.train), ("data.eval", c.data.eval)):
+    for key, datasets in (("data.train", c.data.train), ("data.eval", c.data.eval), ("audit.against", c.audit.against)):
         for i, dataset in enumerate(datasets):
             _validate_dataset(f"{key}[{i}]", dataset)
-    for i, dataset in enumerate(c.data.eval):
-        if dataset.weight != 1.0:
-            raise _does_nothing(f"data.eval[{i}].weight", dataset.weight, "held-out pairs are each counted once")
+    for key, datasets in (("data.eval", c.data.eval), ("audit.against", c.audit.against)):
+        for i, dataset in enumerate(datasets):
+            if dataset.weight != 1.0:
+                raise _does_nothing(f"{key}[{i}].weight", dataset.weight, "held-out pairs are each counted once")
     if c.data.eval and c.data.eval_fraction:
         raise UserError(f"data.eval_fraction={c.data.eval_fraction} and data.eval are both set; keep one of them")
     if c.train.eval_every_steps and not c.data.eval and not c.data.eval_fraction:

@@ -180,10 +180,47 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    command: tuple[str, ...] | None = option()
+    url: str | None = option()
+    against: Literal["before", "chosen"] = option()
+    timeout_seconds: float = option(above=0)
+
+    @property
+    def is_asked(self) -> bool:
+        return self.command is not None or self.url is not None
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    tasks: tuple[str, ...] = option()
+    path: str | None = option()
+    python: str | None = option()
+    arguments: tuple[str, ...] = option()
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     samples: int = option(between=(0, float("inf")))
     max_new_tokens: int = option(above=0)
     temperature: float = option(between=(0, float("inf")))
+    judge: JudgeConfig = option()
+    harness: HarnessConfig = option()
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What each guard does where it finds something."""
+
+    on_displacement: Literal["off", "warn", "stop"] = option()
+    on_length: Literal["off", "warn", "stop"] = option()
+    on_repetition: Literal["off", "warn", "stop"] = option()
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    fail_on: Literal["none", "error", "warning"] = option()
+    against: tuple[DatasetConfig, ...] = option()
 
 
 @dataclass(frozen=True)
@@ -231,6 +268,8 @@ class RunConfig:
     optim: OptimConfig = option(RUN)
     train: TrainConfig = option(RUN)
     eval: EvalConfig = option()
+    guard: GuardConfig = option()
+    audit: AuditConfig = option()
     export: ExportConfig = option()
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()

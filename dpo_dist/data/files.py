@@ -70,6 +70,14 @@ def _read_text_file(path: Path, padding: Padding | None,
             yield from _read_json_lines(path, stream, padding, is_wanted)
 
 
+def is_json_lines(path: Path) -> bool:
+    """Whether the file has a JSON object a line, and is no list, table or CSV."""
+    if path.suffix == ".parquet" or ".csv" in path.suffixes:
+        return False
+    with cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb") as stream:
+        return _first_character(stream) != b"["
+
+
 def _values(path: Path) -> Iterator[Any]:
     """The records of a file once more, for what a whole file says of its nulls."""
     yield from (record.value for record in _read_text_file(path, None, lambda: True) if isinstance(record, Record))

@@ -12,6 +12,7 @@ class Record:
     where: str                               # "file:12" (line) or "file:row 12" (both from 1)
     value: Any                               # the row as written: a dict, unless the file is wrong
     rows: int = 1                            # of the file's rows, so many; 2 where a pair was made of two
+    other: str | None = None                 # where the second of them stands
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,21 @@ class PairStore:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         prompt, chosen, rejected = (tuple(part.tolist()) for part in self.parts(index))
-        place, number = self.where[index].tolist()
-        where = self.meta["places"][place] + (str(number) if number >= 0 else "")
         strength = float(self.strength[index])
         _, *starts, end = self.spans[index].tolist()
-        return TokenizedPair(prompt, chosen, rejected, where, self.meta["sources"][self.source[index]]["name"],
+        return TokenizedPair(prompt, chosen, rejected, self.where_of(index), self.source_of(index),
                              None if np.isnan(strength) else strength, float(self.weight[index]),
                              self._counts(starts[0], starts[1]), self._counts(starts[1], end), self.record(index),
                              tie=TIE_KINDS[self.tie[index]])
+
+    def where_of(self, index: int) -> str:
+        """Where the pair's record stands: "file:line", for a person."""
+        place, number = self.where[index].tolist()
+        return str(self.meta["places"][place]) + (str(number) if number >= 0 else "")
+
+    def source_of(self, index: int) -> str:
+        """The name of the pair's data set."""
+        return str(self.meta["sources"][self.source[index]]["name"])
 
     def _counts(self, start: int, end: int) -> tuple[bool, ...] | None:
         """Which tokens of the completion that lies there in `ids` the loss counts; None: all."""

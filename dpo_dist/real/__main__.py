@@ -18,13 +18,13 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.cli import main as dpo_dist
+from dpo_dist.models.workers import quiet, tokenizer_of, workers
 from dpo_dist.real import prompts
 from dpo_dist.real.answers import Answer, Sampling, chat, encoded, sample
 from dpo_dist.real.likelihood import as_table, divergence, neutral_nats
 from dpo_dist.real.model import WHEEL, set_up
 from dpo_dist.real.report import CHAT, lines, measured, three_pairs
 from dpo_dist.real.rules import rated_row
-from dpo_dist.real.workers import quiet, tokenizer_of, workers
 from dpo_dist.runtime.files import write_atomic, write_json
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal

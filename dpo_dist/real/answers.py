@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.real.workers import as_done, model_of, tokenizer_of
+from dpo_dist.models.workers import as_done, model_of, tokenizer_of
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.terminal import Terminal
 
@@ -39,7 +39,8 @@ def sample(model: Path, prompts: Sequence[str], sampling: Sampling, kept: Path, 
 
     The random numbers depend on the block alone: two models that are asked the same draw with the same ones.
     """
-    from dpo_dist.models.digest import model_digest, tokenizer_digest
+    from dpo_dist.models.digest import model_digest
+    from dpo_dist.models.file_digests import tokenizer_digest
 
     kept.mkdir(parents=True, exist_ok=True)
     by_length = sorted(prompts, key=len)    # so that little is padded

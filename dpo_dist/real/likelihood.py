@@ -8,8 +8,8 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dpo_dist.models.workers import as_done, model_of, tokenizer_of
 from dpo_dist.real.answers import PROMPTS_AT_ONCE, Answer, Sampling, encoded
-from dpo_dist.real.workers import as_done, model_of, tokenizer_of
 from dpo_dist.runtime.terminal import Terminal
 
 NEUTRAL = Path(__file__).parent / "neutral.txt"

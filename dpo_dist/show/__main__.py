@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig, RunConfig
+from dpo_dist.runtime.without_torch import torch_hidden
 
 if TYPE_CHECKING:
     from dpo_dist.show.rows import Outcome
@@ -72,22 +73,6 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
         page.data_set(key, dataset, look)
         if look.failure is not None:
             raise look.failure
-
-
-@contextlib.contextmanager
-def torch_hidden() -> Iterator[None]:
-    """Inside, transformers takes torch for not installed, and from now on so does `datasets`; unless they know better
-    already. Neither needs it here, and its import takes longer than all else."""
-    if "torch" in sys.modules or "transformers" in sys.modules:
-        yield
-        return
-    os.environ["USE_TORCH"] = "0"                        # for `datasets`
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"              # it would say that models need torch
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
 
 
 def _data_sets(config: RunConfig) -> Iterator[tuple[str, DatasetConfig]]:

@@ -70,9 +70,9 @@ def test_answers_are_those_of_plain_generation_and_their_log_probs_those_of_the_
     import torch
 
     from dpo_dist.logps import plain_token_logps
+    from dpo_dist.models.workers import model_of, tokenizer_of
     from dpo_dist.real.answers import Answer, Sampling, encoded, sample_block
     from dpo_dist.real.likelihood import answer_logps
-    from dpo_dist.real.workers import model_of, tokenizer_of
 
     prompts = ["How are you?", "What is a long question, for padding?"]
     sample_block(tiny, prompts, Sampling(2, 0.9, 12, seed=1), 4, tmp_path / "block.json")

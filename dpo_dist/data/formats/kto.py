@@ -73,7 +73,8 @@ def paired(records: Iterable[Record | BadRow]) -> Iterator[Record | BadRow | NoP
         except Unfit as unfit:
             yield BadRow(record.where if good else other.where, unfit.reason, unfit.detail)
             continue
-        yield Record(record.where if good else other.where, {**about, "chosen": chosen, "rejected": rejected}, rows=2)
+        yield Record(record.where if good else other.where, {**about, "chosen": chosen, "rejected": rejected}, rows=2,
+                     other=other.where if good else record.where)
     for records_left in waiting.values():
         yield from (NoPair(UNPAIRED) for _ in records_left)
 

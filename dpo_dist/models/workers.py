@@ -1,5 +1,5 @@
-"""Processes that forward a plain transformers model, one a core. On a CPU that is faster than one process with as many
-threads, and by far where the cores are shared."""
+"""Processes that forward a plain transformers model, one a core, or one a GPU. On a CPU that is faster than one process
+with as many threads, and by far where the cores are shared."""
 from __future__ import annotations
 
 import ctypes
@@ -20,9 +20,12 @@ T = TypeVar("T")
 
 
 @contextmanager
-def workers() -> Iterator[Executor]:
-    """As many processes as there are usable cores, each started when there is work for it."""
-    with ProcessPoolExecutor(len(usable_cores()), mp_context=get_context("spawn"), initializer=_start) as pool:
+def workers(gpus: int = 0) -> Iterator[Executor]:
+    """As many processes as there are GPUs for them, each with one of its own; without any, as there are usable cores.
+    Each is started when there is work for it."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(gpus or len(usable_cores()), mp_context=context, initializer=_start,
+                             initargs=(gpus, context.Value("i", 0))) as pool:
         try:
             yield pool
         except BaseException:
@@ -36,9 +39,14 @@ def as_done(pool: Executor, work: Callable[..., T], tasks: Iterable[tuple[Any, .
         yield done.result()
 
 
-def _start() -> None:
+def _start(gpus: int, started: Any) -> None:
+    """started: how many processes there are already, which all of them share."""
     import torch
 
+    if gpus:
+        with started.get_lock():
+            torch.set_default_device(torch.device("cuda", started.value % gpus))
+            started.value += 1
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C ends it without a word
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     torch.set_num_threads(1)
@@ -66,9 +74,10 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 @lru_cache(maxsize=2)                       # a policy and its reference
-def model_of(folder: Path) -> Any:
-    """The folder's model in fp32."""
+def model_of(folder: Path, dtype: str = "float32") -> Any:
+    """The folder's model, on this process's device."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(torch.get_default_device()).eval()

@@ -1,0 +1,60 @@
+"""VisitLog: each rank keeps the rewards of its own pairs as it trains on them, and writes them now and then. No rank
+asks another, and none waits for its device: a step's rewards are read once the next step is queued."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import LossConfig
+from dpo_dist.dynamics.visits import Visits, write_part
+from dpo_dist.losses import rewards
+from dpo_dist.runtime.later import Later
+from dpo_dist.types import PairLogps
+
+
+class VisitLog:
+    """What this rank's pairs showed since the last part was written. `done`: steps that earlier starts have written."""
+
+    def __init__(self, folder: Path, loss: LossConfig, rank: int, done: int):
+        self._folder, self._loss, self._rank, self._written = folder, loss, rank, done
+        self._step: list[tuple[tuple[int, ...], Tensor]] = []        # of the step being computed: each pack's
+        self._waiting: tuple[int, list[int], Later] | None = None    # of the last step: (2, B) rewards, on their way
+        self._known: list[tuple[int, list[int], np.ndarray]] = []
+        # of the newest step that is read: pairs and their (2, B) rewards, also once they are written
+        self.newest: tuple[list[int], np.ndarray] = [], np.empty((2, 0), np.float32)
+
+    def see(self, pair_ids: tuple[int, ...], pairs: PairLogps) -> None:
+        """Takes the rewards of a pack's pairs, fillers left out; nothing where the loss has no rewards."""
+        found = rewards(pairs, self._loss)
+        if found is not None and pair_ids:
+            self._step.append((pair_ids, torch.stack(found).float()))
+
+    def end_step(self, step: int) -> None:
+        """Ends the step that the packs were of: their values are read at the next one."""
+        self._catch_up()
+        packs, self._step = self._step, []
+        if packs:
+            ids = [i for pair_ids, _ in packs for i in pair_ids]
+            self._waiting = step, ids, Later(torch.cat([values for _, values in packs], 1))
+
+    def write(self, step: int) -> None:
+        """Writes what is known up to this step; after it, a checkpoint of the step has all visits before it."""
+        self._catch_up()
+        known, self._known = self._known, []
+        first, self._written = self._written + 1, step
+        if known:
+            ids = [np.array(pair_ids, np.int32) for _, pair_ids, _ in known]
+            steps = [np.full(len(pair_ids), number, np.int32) for number, pair_ids, _ in known]
+            chosen, rejected = zip(*(values for _, _, values in known), strict=True)
+            visits = Visits.of(list(zip(steps, ids, chosen, rejected, strict=True)))
+            write_part(self._folder, first, step, self._rank, visits)
+
+    def _catch_up(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            step, ids, values = waiting
+            self._known.append((step, ids, values.values.numpy()))
+            self.newest = ids, self._known[-1][2]
