@@ -117,8 +117,8 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         reference.close()
     tell_results(terminal, run, exported, after, models)
     if taught:
-        terminal.say(f"labels that look flipped: {taught['suspects']:,} of {len(inputs.train):,}, ranked in {run_dir.suspects}; "
-                     f"dpo-dist next {run_dir.path} writes rows without them")
+        terminal.say(f"labels that look flipped: {taught['suspects']:,} of {len(inputs.train):,}, ranked in "
+                     f"{run_dir.suspects}; dpo-dist next {run_dir.path} writes rows without them")
     world.on_main(lambda: push_model(config, run_dir, terminal))
 
 
