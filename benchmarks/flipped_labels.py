@@ -75,7 +75,7 @@ def real(folder: Path) -> tuple[list[str], list[Row], Callable[[Row], Row]]:
 
 def of_seed(folder: Path, rows: list[Row], flipped: Callable[[Row], Row], seed: int, words: list[str]) -> Row:
     """What becomes of one planted set: shares of the flipped pairs in the first tenth, by all evidence, by the pairs'
-    own margins alone, by other pairs' words alone."""
+    own margins alone, by other pairs' words alone; null for what has no say."""
     planted = set(random.Random(seed).sample(range(len(rows)), round(SHARE * len(rows))))
     run_dir = folder / "run"
     if not (run_dir / "DONE").exists():
@@ -89,7 +89,9 @@ def of_seed(folder: Path, rows: list[Row], flipped: Callable[[Row], Row], seed: 
     ranked = rows_of(run_dir / "suspects.jsonl")
     at = {f"{folder / 'rows.jsonl'}:{i + 1}" for i in planted}
 
-    def found(score: Callable[[Row], float]) -> float:
+    def found(score: Callable[[Row], float]) -> float | None:
+        if not any(map(score, ranked)):                    # it has no say here
+            return None
         first = sorted(ranked, key=score, reverse=True)[:round(FIRST * len(ranked))]
         return round(sum(row["where"] in at for row in first) / len(at), 3)
 

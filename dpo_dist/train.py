@@ -131,13 +131,16 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
                 run.heed_guard(step, sums, terminal)
             clock.mark(None)                             # evaluation and saving are not training time
 
-    world.on_main(lambda: write_dynamics(run_dir, inputs.train))
+    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train) or {}).get("counts"))
     exported, after = load_best(run, terminal)
     models = export(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
     if reference is not None:
         reference.close()
     tell_results(terminal, run, exported, after, models)
+    if taught:
+        terminal.say(f"labels that look flipped: {taught['suspects']:,} of {len(inputs.train):,}, ranked in "
+                     f"{run_dir.suspects}; dpo-dist next {run_dir.path} writes rows without them")
     world.on_main(lambda: push_model(config, run_dir, terminal))
     world.on_main(lambda: judge_run(config, run_dir, inputs, total, terminal))
 
