@@ -24,7 +24,8 @@ def write_run(folder: Path, seed: int = 0, steps: int = 120, beta: float = 0.1, 
         "evaluation.json": {"evaluations": [evaluation(r, step, steps, beta, say) for step in at]},
         "generations.json": {"before": generation(20.0, 0.01), "after": generation(31.5, 0.16)},
         "judge.json": {"judge": "judge.py", "against": "before", "position_consistency": 0.9,
-                       "win_rate": interval(0.61, 200), "length_controlled": interval(0.55, 200)},
+                       "win_rate": interval(0.5 + 0.25 * math.exp(-2 * beta), 200),
+                       "length_controlled": interval(0.55, 200)},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
