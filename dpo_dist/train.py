@@ -1,8 +1,11 @@
 """The training run, top to bottom. With torchrun: torchrun --nproc-per-node 8 -m dpo_dist.train [overrides]."""
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
@@ -14,12 +17,15 @@ from dpo_dist.dynamics.write import write_dynamics
 from dpo_dist.evaluation.results import read_summaries
 from dpo_dist.evaluation.show import summary_lines
 from dpo_dist.export import export
+from dpo_dist.report.write import write_report
 from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.command import write_command
 from dpo_dist.run.generations import show_generations, write_generations
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
 from dpo_dist.run.guard_log import check_not_stopped, make_guard
 from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.judging import check_judge, judge_run
+from dpo_dist.run.lm_eval import check_harness
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, tell_faster, without_auto
 from dpo_dist.run.perf import Clock, known_peak_tflops
@@ -41,12 +47,13 @@ from dpo_dist.step import StepBatches, train_step
 from dpo_dist.train_run import Run, checkpointed, evaluate_before
 
 
-def train(config: RunConfig, world: World, terminal: Terminal) -> None:
-    """Trains, evaluates and exports; goes on from the newest checkpoint."""
+def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[str] = ()) -> None:
+    """Trains, evaluates and exports; goes on from the newest checkpoint. words: the overrides that were typed."""
     preemption.listen()
     world.on_main(lambda: check_tracker(config))
     world.on_main(lambda: check_push(config))
     world.on_main(lambda: check_judge(config.eval.judge))
+    world.on_main(lambda: check_harness(config.eval.harness))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
@@ -67,6 +74,7 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
         return
     world.on_main(lambda: check_not_stopped(run_dir, config.guard, done))
     write_provenance(run_dir, config, inputs, lineage, world)
+    world.on_main(lambda: write_command(run_dir, words))
     world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))            # of an earlier end of this run
 
     policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
@@ -123,13 +131,16 @@ def train(config: RunConfig, world: World, terminal: Terminal) -> None:
                 run.heed_guard(step, sums, terminal)
             clock.mark(None)                             # evaluation and saving are not training time
 
-    world.on_main(lambda: write_dynamics(run_dir, inputs.train))
+    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train) or {}).get("counts"))
     exported, after = load_best(run, terminal)
     models = export(run_dir, policy, inputs, config, after, world, terminal)
     tracker.finish(after)
     if reference is not None:
         reference.close()
     tell_results(terminal, run, exported, after, models)
+    if taught:
+        terminal.say(f"labels that look flipped: {taught['suspects']:,} of {len(inputs.train):,}, ranked in "
+                     f"{run_dir.suspects}; dpo-dist next {run_dir.path} writes rows without them")
     world.on_main(lambda: push_model(config, run_dir, terminal))
     world.on_main(lambda: judge_run(config, run_dir, inputs, total, terminal))
 
@@ -177,5 +188,18 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
     terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
 
 
+def report(config: RunConfig, run_dir: RunDir, terminal: Terminal) -> None:
+    """Writes report.html, also of a run that stopped or failed, where the folder holds this run and something to show.
+    A report that fails costs the run nothing."""
+    if not run_dir.metrics.exists() or not run_dir.holds(config.identity_dict()):
+        return
+    try:
+        terminal.say(f"report: {write_report([run_dir.path])}")
+    except Exception as error:                           # whatever it is, the model is trained and exported
+        logging.getLogger(__name__).exception("the report failed")
+        terminal.say(f"report: not written ({type(error).__name__}: {error}); the run itself is whole, and dpo-dist "
+                     f"report {run_dir.path} tries again")
+
+
 if __name__ == "__main__":
-    exit_with(run_entry(sys.argv[1:], train, owns_run=True))
+    exit_with(run_entry(sys.argv[1:], partial(train, words=sys.argv[1:]), owns_run=True, afterwards=report))

@@ -11,6 +11,8 @@ from dpo_dist.evaluate import evaluate
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
 from dpo_dist.evaluation.results import keep_evaluation
+from dpo_dist.evaluation.sampled_kl import sampled_kl
+from dpo_dist.evaluation.summary import Summary
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
@@ -19,6 +21,7 @@ from dpo_dist.run.generations import write_generations
 from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.open_models import scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
@@ -70,9 +73,13 @@ class Run:
         self.visits.write(step)                          # for who looks at a run under way
         found = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
         means = found.means
-        self.world.on_main(lambda: self._keep(step, found.pairs))
-        if self.samples.prompts:                         # written first: a row of metrics says that all is done
-            self.tracker.log_samples(step, self.samples.answer(self.policy, step, self.world))
+        answers = self.samples.complete(self.policy, step, self.world) if self.samples.prompts else []
+        scorer = scores_at_hand(self.config, self.inputs, self.policy, self.reference)
+        kl = sampled_kl(self.policy, scorer, self.samples.prompts, answers, self.samples.how, self.inputs.pads,
+                        self.world)
+        self.world.on_main(lambda: self._keep(step, found.pairs, kl))
+        if answers:                                      # written first: a row of metrics says that all is done
+            self.tracker.log_samples(step, self.samples.rows(step, answers))
             self.world.on_main(lambda: write_generations(self.run_dir))
         if means:
             self.tracker.log({"step": step, "split": "eval", **means})
@@ -120,10 +127,10 @@ class Run:
         return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
                 if fall[i] < 0]
 
-    def _keep(self, step: int, pairs: EvaluatedPairs | None) -> None:
+    def _keep(self, step: int, pairs: EvaluatedPairs | None, kl: Summary | None) -> None:
         if pairs is not None:
             moves = self.config.loss.needs_reference and self.config.reference.sync.mode != "none"
-            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves)
+            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves, kl)
 
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""

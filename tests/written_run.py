@@ -23,7 +23,9 @@ def write_run(folder: Path, seed: int = 0, steps: int = 120, beta: float = 0.1, 
         "run.json": run_json(folder, beta), "audit.json": audit(say), "datamap.json": datamap(r, say),
         "evaluation.json": {"evaluations": [evaluation(r, step, steps, beta, say) for step in at]},
         "generations.json": {"before": generation(20.0, 0.01), "after": generation(31.5, 0.16)},
-        "judge.json": {"win_rate": interval(0.61, 200), "length_controlled": interval(0.55, 200)},
+        "judge.json": {"judge": "judge.py", "against": "before", "position_consistency": 0.9,
+                       "win_rate": interval(0.5 + 0.25 * math.exp(-2 * beta), 200),
+                       "length_controlled": interval(0.55, 200)},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -91,8 +93,8 @@ def generation(tokens: float, repetition: float) -> dict[str, float]:
 
 def evaluation(r: random.Random, step: int, steps: int, beta: float, say: str) -> dict[str, Any]:
     way = step / steps
-    bins = [{"low": i / 8, "high": (i + 1) / 8, "n": 25, "predicted": (i + 0.5) / 8,
-             "observed": (o := min(0.97, max(0.03, 0.5 + 0.7 * ((i + 0.5) / 8 - 0.5) + r.gauss(0, 0.03)))),
+    bins = [{"low": 0.5 + i / 16, "high": 0.5 + (i + 1) / 16, "n": 25, "predicted": (p := 0.5 + (i + 0.5) / 16),
+             "observed": (o := min(0.97, 0.5 + 0.7 * (p - 0.5) + r.gauss(0, 0.03))),
              "observed_low": max(0.0, o - 0.15), "observed_high": min(1.0, o + 0.15)} for i in range(8)]
     slices = [{"by": by, "value": value, "n": n, "accuracy": interval(accuracy, n), "difference": accuracy - 0.75,
                "p": 0.01, "p_corrected": 0.003 if flagged else 0.6, "flagged": flagged}
@@ -102,15 +104,19 @@ def evaluation(r: random.Random, step: int, steps: int, beta: float, say: str) -
                   ("language", "de", 20, 0.7, False), ("language", "en", 180, 0.76, False),
                   ("tag", "maths", 31, 0.6, False), ("strength", "strong", 90, 0.86, False),
                   ("strength", "slight", 110, 0.68, False))]
-    subsets = {name: interval(0.5 + 0.3 * way, 40) for name in ("Chat", "Chat Hard", "Safety", "Reasoning")}
-    return {"step": step, "pairs": 200, "prompts": 180, "accuracy": interval(0.5 + 0.28 * way, 200),
-            "baselines": {"length": interval(0.58, 200), "reference": interval(0.61, 200)},
-            "length_controlled": interval(0.5 + 0.05 * way, 70),
-            "calibration": {"ece": 0.08, "brier": 0.19, "log_loss": 0.55, "calibrating_beta": 0.7 * beta, "beta": beta,
-                            "bins": bins},
-            "displacement": {"chosen_per_token": -0.12 * way, "rejected_per_token": -0.5 * way,
-                             "share_chosen_falling": interval(0.7, 200)},
-            "slices": slices, "rewardbench": {"score": 0.5 + 0.3 * way, "subsets": subsets},
+    share = interval(0.5 + 0.3 * way, 40)
+    rewardbench = {"score": share, "sections": {"Chat": share, "Safety": share}, "missing": ["math-prm"],
+                   "subsets": {name: share for name in ("alpacaeval-easy", "mt-bench-easy", "donotanswer")}}
+    return {"step": step, "pairs": 200, "prompts": 180, "ties": 3, "accuracy": interval(0.5 + 0.28 * way, 200),
+            "baselines": {"length": interval(0.58, 200), "reference": interval(0.61, 200),
+                          "reference_per_token": interval(0.55, 200)},
+            "length_controlled": interval(0.5 + 0.05 * way, 70), "at_equal_length": interval(0.5 + 0.2 * way, 200),
+            "calibration": {"ece": 0.08, "ece_by_chance": 0.05, "brier": 0.19, "log_loss": 0.55, "beta": beta,
+                            "calibrating_beta": 0.7 * beta, "calibrating_beta_low": 0.5 * beta,
+                            "calibrating_beta_high": 0.9 * beta, "bins": bins},
+            "displacement": {"since": "step 0", "chosen_per_token": -0.12 * way, "rejected_per_token": -0.5 * way,
+                             "share_chosen_falling": interval(0.7, 200), "share_both_falling": interval(0.6, 200)},
+            "slices": slices, "slices_left_out": 2, "rewardbench": rewardbench,
             "kl": {"per_answer": {"value": 9 * way * beta ** -0.5, "low": 8 * way * beta ** -0.5,
                                   "high": 10 * way * beta ** -0.5, "n": 64}, "per_token": 0.4 * way, "answers": 64}}
 
@@ -132,7 +138,8 @@ def datamap(r: random.Random, say: str) -> dict[str, Any]:
                 "confidence": 0.1 + pair / 1000, "variability": 0.05, "margins": [-0.2 * i for i in range(12)]}
 
     confidence = [min(1.0, max(0.0, r.betavariate(5, 2))) for _ in range(400)]
-    return {"pairs": 320, "visits": 1280, "never_learned": [entry(i) for i in range(9)], "forgotten": [entry(50)],
+    return {"pairs": 320, "visits": 1280, "counts": {"never_learned": 9, "forgotten": 1, "suspects": 7},
+            "never_learned": [entry(i) for i in range(9)], "forgotten": [entry(50)],
             "suspects": [entry(i) for i in range(60)],
             "map": {"confidence": confidence, "variability": [c * (1 - c) * (0.5 + r.random()) for c in confidence],
                     "correct": [round(min(1.0, c + 0.1), 2) for c in confidence],

@@ -27,17 +27,19 @@ VERBS = {
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
     "export": "write <run.dir>/model from the newest whole checkpoint",
+    "harness": "lm-evaluation-harness' tasks (eval.harness.tasks) on <run.dir>/model",
     "show": "the rows as they will be trained on: texts, ids, which tokens count, what is cut or left out and why",
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
+    "report": "one HTML file about a run or a sweep, or about several runs side by side: dpo-dist report RUN [RUN ...]",
     "verify": "is all that a run's numbers come from still what it was? dpo-dist verify RUN_DIR",
     "next": "the next round's rows of a run: without the pairs whose labels look flipped: dpo-dist next RUN_DIR",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
 # verbs about runs that exist: {verb: the module that the command becomes, which gets all other words}
-ON_RUNS = {"verify": "dpo_dist.verify", "next": "dpo_dist.next"}
+ON_RUNS = {"report": "dpo_dist.report", "verify": "dpo_dist.verify", "next": "dpo_dist.next"}
 
 SHOW_OPTIONS = """
   --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random

@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: --to={options.to} cannot be written: {error}; give another file", file=sys.stderr)
+        print(f"error: the report cannot be written: {error}; give a file that can, with --to FILE", file=sys.stderr)
         return 2
     return 0
 

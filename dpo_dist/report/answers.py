@@ -37,7 +37,7 @@ def _figures(runs: Sequence[RunFiles]) -> Markup:
 
 
 def _figure(found: Row, name: str) -> str:
-    if name == "tokens_mean" and "tokens_low" in found:
+    if name == "tokens_mean" and number(found.get("tokens_low")) is not None:
         return f"{plain(found.get(name))} ({plain(found.get('tokens_low'))} to {plain(found.get('tokens_high'))})"
     return percent(found.get(name)) if name in ("ended_share", "repetition") else plain(found.get(name))
 

@@ -8,6 +8,7 @@ from dpo_dist.report.page import Section
 from dpo_dist.report.run_files import Row, RunFiles
 from dpo_dist.report.shown import counted, percent, plain
 
+SHOWN_EXAMPLES = 10
 LEVELS = ("error", "warning", "info")
 
 
@@ -59,8 +60,10 @@ def _audit(audit: Row) -> Markup:
 
 def _row(finding: Row) -> list[object]:
     examples = [str(where) for where in finding.get("examples") or []]
+    more = [markup("<span class=\"note\">and more in audit.json</span>")] if len(examples) > SHOWN_EXAMPLES else []
     where = details(counted(len(examples), "example"), joined(
-        (markup("<code>{}</code>", one) for one in examples), "<br>")) if examples else Markup("")
+        [*(markup("<code>{}</code>", one) for one in examples[:SHOWN_EXAMPLES]), *more], "<br>")
+    ) if examples else Markup("")
     severity = str(finding.get("severity"))
     return [badge(severity if severity in LEVELS else "info", severity), markup("<code>{}</code>", finding.get("kind")),
             plain(finding.get("count")), percent(finding.get("share")),

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_dist.report.figures import DASHES, SYMBOLS, Figure, Numbers, Trace, axis, colour, folded
@@ -23,7 +23,7 @@ class Curve:
     text: str
     names: dict[str, str]
     guarded: bool = False                # whether the guard's events are drawn in it
-    from_zero: bool = False
+    axis: dict[str, Any] = field(default_factory=dict)               # of y, as Plotly takes it
 
 
 CURVES = (
@@ -49,9 +49,9 @@ CURVES = (
           {"grad_norm": ""}),
     Curve("lr", "Learning rate", "a step", "As the schedule set it.", {"lr": ""}),
     Curve("speed", "Speed", "tokens a second", "Dips that come back are evaluations, checkpoints or a busy machine.",
-          {"perf/tokens_per_second": ""}, from_zero=True),
+          {"perf/tokens_per_second": ""}, axis={"rangemode": "tozero", "tickformat": ","}),
     Curve("memory", "Peak memory of a rank", "GiB", "On a GPU its own memory, on a CPU the process's.",
-          {"perf/peak_memory_gib": ""}, from_zero=True),
+          {"perf/peak_memory_gib": ""}, axis={"rangemode": "tozero"}),
 )
 
 
@@ -100,7 +100,8 @@ class _Look:
 
 def _of_metric(run: RunFiles, metric: str, side: str, look: _Look, held_out_only: bool) -> list[Trace]:
     def name(what: str) -> str:
-        return " · ".join(filter(None, (run.name if look.runs > 1 else "", side, what)))
+        told = "" if held_out_only and look.runs > 1 else what
+        return " · ".join(filter(None, (run.name if look.runs > 1 else "", side, told)))
 
     traces: list[Trace] = []
     x, y = points(run.training, metric)
@@ -136,33 +137,40 @@ def points(rows: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
 def _figure(curve: Curve, traces: list[Trace], runs: Sequence[RunFiles]) -> Figure:
     numbers = [Numbers(trace["name"], (("step", i, "x"), (curve.unit, i, "y"))) for i, trace in enumerate(traces)]
     shapes: list[dict[str, Any]] = []
-    for run in runs:
-        if curve.guarded and (events := run.guard[:MOST_EVENTS]):
-            of_run = f"{run.name} · " if len(runs) > 1 else ""
-            traces.append(_events(events, f"{of_run}guard"))
-            shapes += [{"type": "line", "x0": event["step"], "x1": event["step"], "y0": 0, "y1": 1, "yref": "paper",
-                        "line": {"color": "bad" if event.get("action") == "stop" else "warn", "width": 1,
-                                 "dash": "dot"}}
-                       for event in events if "step" in event]
-            numbers.append(Numbers(f"{of_run}guard events", (("step", len(traces) - 1, "x"),
-                                                             ("event", len(traces) - 1, "text"))))
+    if events := _guard_events(runs) if curve.guarded else []:
+        traces.append(_guard_trace(events))
+        shapes = [{"type": "line", "x0": event.step, "x1": event.step, "y0": 0, "y1": 1, "yref": "paper",
+                   "line": {"color": event.colour, "width": 1, "dash": "dot"}} for event in events]
+        numbers.append(Numbers("guard", (("step", len(traces) - 1, "x"), ("event", len(traces) - 1, "text"))))
     layout: dict[str, Any] = {"xaxis": axis("step"), "shapes": shapes,
-                              "yaxis": axis(curve.unit, **({"rangemode": "tozero"} if curve.from_zero else {}))}
+                              "yaxis": axis(curve.unit, **curve.axis)}
     if shapes:
         layout["yaxis2"] = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
     return Figure(curve.key, curve.title, curve.text, traces, layout, numbers)
 
 
-def _events(events: Sequence[Row], name: str) -> Trace:
+@dataclass(frozen=True)
+class _Event:
+    """A time that the guard spoke."""
+
+    step: int
+    words: str
+    colour: str
+
+
+def _guard_events(runs: Sequence[RunFiles]) -> list[_Event]:
+    return [_Event(event["step"], folded((f"{run.name}: " if len(runs) > 1 else "") + f"{event.get('guard', '')}, "
+                                         f"{event.get('action', '')}: {event.get('message', '')}"),
+                   "bad" if event.get("action") == "stop" else "warn")
+            for run in runs for event in run.guard[:MOST_EVENTS] if isinstance(event.get("step"), int)]
+
+
+def _guard_trace(events: Sequence[_Event]) -> Trace:
     """Marks at the top edge that say on hover what the guard saw."""
-    events = [event for event in events if "step" in event]
-    return {"name": name, "mode": "markers", "yaxis": "y2", "x": [event["step"] for event in events],
-            "y": [1] * len(events), "cliponaxis": False,
-            "text": [folded(f"{event.get('guard', '')}, {event.get('action', '')}: {event.get('message', '')}")
-                     for event in events],
+    return {"name": "guard", "mode": "markers", "yaxis": "y2", "x": [event.step for event in events],
+            "y": [1] * len(events), "cliponaxis": False, "text": [event.words for event in events],
             "hovertemplate": "step %{x}<br>%{text}<extra></extra>",
-            "marker": {"symbol": "triangle-down", "size": 11,
-                       "color": ["bad" if event.get("action") == "stop" else "warn" for event in events]}}
+            "marker": {"symbol": "triangle-down", "size": 11, "color": [event.colour for event in events]}}
 
 
 def length_figure(runs: Sequence[RunFiles]) -> list[Figure]:

@@ -15,7 +15,8 @@ KINDS = {
     "suspects": ("Suspects", "Pairs whose label looks flipped, the most suspicious first: look at these rows before "
                              "the next round. dpo-dist next leaves them out."),
     "never_learned": ("Never learned", "Pairs whose chosen answer never got ahead: noise, or harder than the rest."),
-    "forgotten": ("Learned, then lost", "Pairs that were right at some visit and are wrong at the last one."),
+    "forgotten": ("Learned, then lost", "Pairs that were right at some visit and are wrong at the last one, those that "
+                                        "fell furthest first."),
 }
 
 
@@ -27,6 +28,12 @@ def pairs_section(runs: Sequence[RunFiles]) -> Section | None:
     figures = [_map(at, run, len(runs)) for at, run in enumerate(known) if (run.datamap or {}).get("map")]
     tables = [_tables(run, len(runs)) for run in known]
     return Section("pairs", "What each pair taught", joined([grid(figures), *tables]), figures)
+
+
+def pair_counts(datamap: Row) -> dict[str, int]:
+    """How many pairs were never learned, were forgotten, and look flipped, as far as the file says."""
+    counts = datamap.get("counts") or {}
+    return {kind: int(counts.get(kind, 0 if kind == "suspects" else len(datamap.get(kind) or []))) for kind in KINDS}
 
 
 def _map(at: int, run: RunFiles, of: int) -> Figure:
@@ -44,8 +51,8 @@ def _map(at: int, run: RunFiles, of: int) -> Figure:
              "hovertemplate": "%{text}<br>confidence %{y:.3f}<br>variability %{x:.3f}<extra></extra>"}
     title = f"Data map of {run.name}" if of > 1 else "Data map"
     text = (f"{drawn}Each point is a pair: how sure the policy was of the chosen answer on average over its visits, "
-            "and how much that moved. Top left is easy, the right is ambiguous and teaches most, bottom left is hard or "
-            "mislabelled. The colour is the share of visits at which it was right.")
+            "and how much that moved. Top left is easy, the right is ambiguous and teaches most, bottom left is hard "
+            "or mislabelled. The colour is the share of visits at which it was right.")
     return Figure(f"data-map-{at}", title, text, [trace], {
         "xaxis": axis("variability", rangemode="tozero"), "yaxis": axis("confidence"), "height": 400},
         [Numbers(run.name, (("where", 0, "text"), ("confidence", 0, "y"), ("variability", 0, "x"),
@@ -54,19 +61,31 @@ def _map(at: int, run: RunFiles, of: int) -> Figure:
 
 def _tables(run: RunFiles, of: int) -> Markup:
     datamap, parts = run.datamap or {}, []
-    for kind, (title, text) in KINDS.items():
+    for kind, (title, _) in KINDS.items():
         entries = datamap.get(kind) or []
         named = f"{run.name}: {title}" if of > 1 else title
         if not entries:
             continue
         more = details(f"{counted(len(entries) - FIRST, 'more', 'more')}", _table(entries[FIRST:], f"{named}, the rest")
                        ) if len(entries) > FIRST else Markup("")
-        parts.append(markup("<h3>{}</h3>{}{}{}", named, paragraph(text), _table(entries[:FIRST], named), more))
+        parts.append(markup("<h3>{}</h3>{}{}{}", named, paragraph(_told(kind, datamap)),
+                            _table(entries[:FIRST], named), more))
     if not parts:
         seen = f"{plain(datamap.get('pairs'))} pairs at {plain(datamap.get('visits'))} visits"
         name = f"{run.name}: " if of > 1 else ""
         parts.append(paragraph(f"{name}none of {seen} was never learned, lost again, or looks flipped."))
     return joined(parts)
+
+
+def _told(kind: str, datamap: Row) -> str:
+    """What a table's entries are, and how many there are of them in all."""
+    text, found, listed = KINDS[kind][1], pair_counts(datamap)[kind], len(datamap[kind])
+    if kind != "suspects":
+        return text + (f" {found:,} in all; suspects.jsonl has every pair." if found > listed else "")
+    if not found:
+        return text if "counts" not in datamap else (
+            "No label looks flipped. These pairs are the least convincing ones, the first the least of all.")
+    return f"{text} About {found:,} look flipped, by their order here; suspects.jsonl has every pair."
 
 
 def _table(entries: Sequence[Row], label: str) -> Markup:

@@ -12,6 +12,7 @@ from dpo_dist.report.run_files import Row, RunFiles, number
 from dpo_dist.report.shown import Interval, plain
 
 K3 = "reference/kl_per_token"
+BESIDE = ("top right", "bottom right", "top left", "bottom left")     # labels of each line; of more lines none
 SAMPLES, ESTIMATE = "nats an answer, from samples", "nats a token, estimated on the data (k3)"
 
 
@@ -27,6 +28,7 @@ class Point:
     low: float | None = None
     high: float | None = None
     beta: float | None = None
+    label: str = ""                      # beside the point
 
 
 def frontier_section(runs: Sequence[RunFiles], lines: Mapping[str, str] | None = None) -> Section | None:
@@ -66,12 +68,14 @@ def frontier_figure(key: str, title: str, text: str, points: Sequence[Point], kl
     for at, (name, found) in enumerate(lines.items()):
         lows, values, highs = [p.low for p in found], [p.reward for p in found], [p.high for p in found]
         traces.append({
-            "name": name, "mode": "lines+markers" if joins else "markers", "x": [p.kl for p in found], "y": values,
-            "low": lows, "high": highs, "run": [p.name for p in found], "beta": [p.beta for p in found],
-            "customdata": [p.name for p in found], "error_y": error_bars(lows, values, highs, colour(at)),
+            "name": name, "mode": ("lines+markers" if joins else "markers") + "+text" * (len(lines) <= len(BESIDE)),
+            "x": [p.kl for p in found], "y": values, "low": lows, "high": highs, "cliponaxis": False,
+            "run": [p.name for p in found], "beta": [p.beta for p in found], "customdata": [p.name for p in found],
+            "text": [p.label for p in found], "textposition": BESIDE[at % len(BESIDE)],
+            "textfont": {"size": 11, "color": "soft"}, "error_y": error_bars(lows, values, highs, colour(at)),
             "line": {"color": colour(at), "width": 1, "dash": "dot"},
             "marker": {"color": colour(at), "size": 10, "symbol": SYMBOLS[at % len(SYMBOLS)]},
-            "hovertemplate": "%{customdata}<br>KL %{x:.4g}<br>" + "%{y:.4g}<extra></extra>"})
+            "hovertemplate": "%{customdata}<br>KL %{x:.4g}<br>%{y:.4g}<extra></extra>"})
     numbers = [Numbers(trace["name"], (("run", i, "run"), ("beta", i, "beta"), ("KL", i, "x"), (reward_name, i, "y"),
                                        ("low", i, "low"), ("high", i, "high"))) for i, trace in enumerate(traces)]
     above_0 = [p.kl for p in points if p.kl > 0]
@@ -79,7 +83,7 @@ def frontier_figure(key: str, title: str, text: str, points: Sequence[Point], kl
     wide = bool(above_0) and len(above_0) == len(points) and max(above_0) > 50 * min(above_0)
     return Figure(key, title, text, traces, {
         "xaxis": axis(f"KL to the reference\n{kl_unit}",
-                      **({"type": "log"} if wide else {"range": [-0.04 * most, 1.06 * most]})),
+                      **({"type": "log"} if wide else {"range": [-0.04 * most, 1.12 * most]})),
         "yaxis": axis(reward_name), "height": 360}, numbers, is_wide=True)
 
 
@@ -123,5 +127,6 @@ def _point(run: RunFiles, summary: Row, unit: str, of_reward: str, single: bool)
     beta = f", beta {plain(run.beta)}" if run.beta and "beta" not in run.name else ""
     name = f"step {summary['step']}" if single else run.name + beta
     low, high = number(interval.get("low")), number(interval.get("high"))
-    return Point(run.name, run.name, name, kl, reward, low, high, run.beta)
+    label = f" {summary['step']}" if single else "" if run.beta is None else f" β {plain(run.beta)}"
+    return Point(run.name, run.name, name, kl, reward, low, high, run.beta, label)
 

@@ -12,7 +12,8 @@ from dpo_dist.report.shown import NONE, Interval, percent, plain, share, spread
 from dpo_dist.report.slices import slice_figures, slice_tables
 
 POLICY, SHORTER = "the policy", "the policy where\nchosen is shorter"
-LONGER, LIKELIER = "the longer answer", "the reference's\nlikelier answer"
+EQUAL, LONGER = "the policy\nat equal length", "the longer answer"
+LIKELIER, LIKELIER_A_TOKEN = "the reference's\nlikelier answer", "the same,\na token"
 
 
 def held_out_section(runs: Sequence[RunFiles]) -> Section | None:
@@ -26,7 +27,8 @@ def held_out_section(runs: Sequence[RunFiles]) -> Section | None:
         return None
     steps = sorted({summary["step"] for _, _, summary in known})
     intro = ("Pairs that were not trained on. Bars are 95\N{NO-BREAK SPACE}% intervals: figures whose bars overlap "
-             "widely are not told apart by this many pairs." + (f" As of step {', '.join(map(str, steps))}." if steps else ""))
+             "widely are not told apart by this many pairs."
+             + (f" As of step {', '.join(map(str, steps))}." if steps else ""))
     return Section("held-out", "Held-out pairs", joined([paragraph(intro), *parts]), figures)
 
 
@@ -37,7 +39,8 @@ def accuracies(summary: Row) -> dict[str, Interval]:
     """{what predicts which answer is chosen: its accuracy}, the policy first."""
     baselines = summary.get("baselines") or {}
     found = {POLICY: summary.get("accuracy"), SHORTER: summary.get("length_controlled"),
-             LONGER: baselines.get("length"), LIKELIER: baselines.get("reference")}
+             EQUAL: summary.get("at_equal_length"), LONGER: baselines.get("length"),
+             LIKELIER: baselines.get("reference"), LIKELIER_A_TOKEN: baselines.get("reference_per_token")}
     return {name: of for name, of in found.items() if of and number(of.get("value")) is not None}
 
 
@@ -81,8 +84,11 @@ def _over_training(runs: Sequence[RunFiles]) -> list[Figure]:
 
 
 def reliability_figures(known: Known, of: int) -> list[Figure]:
-    traces: list[Trace] = [{"name": "calibrated", "mode": "lines", "x": [0, 1], "y": [0, 1], "hoverinfo": "skip",
-                            "line": {"color": "muted", "width": 1, "dash": "dot"}}]
+    lowest = min((b["predicted"] for _, _, s in known for b in (s.get("calibration") or {}).get("bins") or []
+                  if b.get("n")), default=0.0)
+    start = 0.5 if lowest >= 0.5 else 0.0                # where bins are by the answer that the policy prefers
+    traces: list[Trace] = [{"name": "calibrated", "mode": "lines", "x": [start, 1], "y": [start, 1],
+                            "hoverinfo": "skip", "line": {"color": "muted", "width": 1, "dash": "dot"}}]
     for at, run, summary in known:
         bins = [b for b in (summary.get("calibration") or {}).get("bins") or [] if b.get("n")]
         if bins:
@@ -102,10 +108,10 @@ def reliability_figures(known: Known, of: int) -> list[Figure]:
                                        ("high", i, "high"), ("pairs", i, "n")))
                for i, trace in enumerate(traces) if i]
     return [Figure("reliability", "Reliability of the implied probability",
-                   "How often the prediction comes true among pairs with the same predicted probability. Below the "
-                   "dotted line the policy is too sure of itself, above it too timid.", traces,
-                   {"xaxis": axis("predicted probability", range=[-0.03, 1.03]),
-                    "yaxis": axis("observed share", range=[-0.03, 1.03]), "height": 320}, numbers)]
+                   "How often the data prefer the answer that the policy prefers, by the probability that its rewards "
+                   "give to that. Below the dotted line the policy is too sure of itself, above it too timid.", traces,
+                   {"xaxis": axis("predicted probability", range=[start - 0.03, 1.03]), "yaxis": axis("observed share"),
+                    "height": 320}, numbers)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts
@@ -130,30 +136,41 @@ def facts_of(run: RunFiles) -> dict[str, str]:
     found = {
         "pairs / prompts": f"{s['pairs']:,} / {s['prompts']:,}" if "pairs" in s and "prompts" in s else NONE,
         **{f"accuracy: {name}".replace("\n", " "): share(interval) for name, interval in accuracies(s).items()},
-        "calibration error (ECE)": plain(calibration.get("ece")), "Brier score": plain(calibration.get("brier")),
+        "ties among them": plain(s.get("ties")) if s.get("ties") else NONE,
+        "calibration error (ECE)": plain(calibration.get("ece")),
+        "the same of a calibrated policy, at most": plain(calibration.get("ece_by_chance")),
+        "Brier score": plain(calibration.get("brier")),
         "log loss of the probabilities": plain(calibration.get("log_loss")),
         "beta in the probabilities": plain(calibration.get("beta")),
-        "beta that would calibrate them": plain(calibration.get("calibrating_beta")),
+        "beta that would calibrate them": spread({key: calibration.get(f"calibrating_beta{end}") for key, end in (
+            ("value", ""), ("low", "_low"), ("high", "_high"))}),
+        "log-probs moved since": str(moved.get("since") or NONE),
         "chosen answers' change, nats a token": plain(moved.get("chosen_per_token")),
         "rejected answers' change, nats a token": plain(moved.get("rejected_per_token")),
         "pairs whose chosen answer became less likely": share(moved.get("share_chosen_falling")),
+        "pairs whose both answers became less likely": share(moved.get("share_both_falling")),
         "KL to the reference, nats an answer (samples)": spread(kl.get("per_answer")),
         "KL to the reference, nats a token (samples)": plain(kl.get("per_token")),
+        "judge: against": {"before": "answers before training", "chosen": "the data's chosen answers"}.get(
+            str(judge.get("against")), NONE),
         "judge: win rate": share(judge.get("win_rate")),
         "judge: win rate at equal length": share(judge.get("length_controlled")),
+        "judge: same verdict in both orders": percent(judge.get("position_consistency")),
     }
     return {name: value for name, value in found.items() if value != NONE}
 
 
 def _rewardbench(known: Known, of: int) -> Markup:
     """Accuracy by subset, as the evaluation wrote it: {name: interval or number}, in sections or not."""
-    tables = []
-    for _, run, summary in known:
-        rows = [[name, value] for name, value in _leaves(summary.get("rewardbench") or {})]
-        if rows:
-            what = named(run, of, "RewardBench")
-            tables.append(markup("<h3>{}</h3>{}", what, table(["subset", "accuracy (95 %)"], rows, what, ("", "n"))))
-    return joined(tables)
+    found = {run.name: dict(_leaves(summary.get("rewardbench") or {})) for _, run, summary in known}
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    if not names:
+        return NOTHING
+    head = ["subset", *(found if of > 1 else ["accuracy (95\N{NO-BREAK SPACE}%)"])]
+    rows = [[name, *(scores.get(name, NONE) for scores in found.values())] for name in names]
+    missing = sorted({name for _, _, s in known for name in (s.get("rewardbench") or {}).get("missing") or []})
+    note = paragraph(f"Subsets without a pair: {', '.join(missing)}.", "note") if missing else NOTHING
+    return markup("<h3>RewardBench</h3>{}{}", table(head, rows, "RewardBench", ("", *["n"] * len(found))), note)
 
 
 def _leaves(found: Row, before: str = "") -> list[tuple[str, str]]:

@@ -126,7 +126,7 @@
       const trace = figure.traces[lines[line]], last = trace.x.length - 1;
       point = Math.max(0, Math.min(last, point + step[1]));
       Plotly.Fx.hover(div, [{curveNumber: lines[line], pointNumber: point}], trace.yaxis === "y2" ? "xy2" : "xy");
-      const what = trace.text?.[point] ?? trace.run?.[point];
+      const what = trace.run?.[point] ?? trace.text?.[point];
       reading.textContent = [trace.name, ...(what ? [what] : []), `${shown(trace.x[point])}: ${shown(trace.y[point])}`].join(", ");
     });
     div.addEventListener("blur", () => { reading.textContent = ""; Plotly.Fx.unhover(div); });

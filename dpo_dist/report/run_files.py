@@ -148,9 +148,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunFiles]:
             for path, name in zip(paths, names, strict=True)]
     for run in runs:
         if not run.is_one:
-            what = "holds nothing of a run" if run.path.is_dir() else "is no folder"
-            raise UserError(f"{run.path} {what} (run.json, metrics.jsonl, ...); give the run.dir of a run or a sweep, "
-                            "as in: dpo-dist report runs/my-run")
+            what = "holds nothing of a run (no run.json, no metrics.jsonl)" if run.path.is_dir() else "is no folder"
+            raise UserError(f"{run.path} {what}; give the run.dir of a run or a sweep, as in: dpo-dist report "
+                            "runs/my-run")
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise UserError(f"the same run is given twice: {', '.join(map(str, folders))}; give each once")
     return runs

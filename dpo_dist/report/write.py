@@ -17,8 +17,9 @@ from dpo_dist.report.markup import Markup, joined, paragraph
 from dpo_dist.report.page import Section, page
 from dpo_dist.report.provenance import provenance_section
 from dpo_dist.report.run_files import RunFiles, read_runs
-from dpo_dist.report.summary import numbers_of, summary_section, told, verdict
+from dpo_dist.report.summary import numbers_of, summary_section, told
 from dpo_dist.report.sweep import Sweep, best_section, runs_section, swept_section
+from dpo_dist.report.verdict import verdict
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.run_dir import RunDir
 

@@ -52,7 +52,7 @@ class Job:
     def is_done(self) -> bool:
         """True where its folder holds this very run, finished."""
         folder = RunDir(self.run_dir)
-        return folder.is_done and json.loads(folder.run_json.read_text())["identity_of"] == self.config.identity_dict()
+        return folder.is_done and folder.holds(self.config.identity_dict())
 
 
 @dataclass(frozen=True)
