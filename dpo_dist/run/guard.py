@@ -20,7 +20,9 @@ Name = Literal["displacement", "length", "repetition"]
 # one of 100 tokens is 10^11 times less likely as a whole. Sound runs stay above it: benchmarks/displacement.py measures
 # some.
 FALL_BOUND = 0.25                        # nats a token
-COLLAPSE_BOUND = 1.0                     # ... where the margins do not rise either: each token e times less likely
+# ... of held-out pairs whose margins do not rise: what is learned by heart says less and less of other pairs, which is
+# another matter, until each of their tokens is e times less likely
+COLLAPSE_BOUND = 1.0
 ROWS_AT_ONCE = (1, 2, 4, 8, 16)          # over how many rows of training the fall is averaged
 NOISE_FLOOR = 0.08                       # nats a token: the least standard deviation that a row is taken to have
 ROWS_FOR_NOISE = 64                      # rows before those, from which their scatter is told
@@ -64,7 +66,8 @@ def displacement(rows: Sequence[Level], start_margin: float) -> Finding | None:
 
     Each row is of other pairs. So the fall is averaged over the newest 1, 2, 4, ... rows, and some average must be
     below -FALL_BOUND by SIGMAS standard errors: a steep fall is told from a single row, a slow one once enough rows
-    agree. A row's scatter is that of the rows before those averaged.
+    agree. A row's scatter is that of the rows before those averaged. Margins tell the two ways apart, displacement and
+    divergence; they do not decide, as at a learning rate that is far too high they jump about.
     """
     for count in ROWS_AT_ONCE:
         newest, earlier = rows[-count:], rows[:-count][-ROWS_FOR_NOISE:]
@@ -74,25 +77,21 @@ def displacement(rows: Sequence[Level], start_margin: float) -> Finding | None:
         error = _scatter([row.chosen for row in earlier]) / math.sqrt(count)
         over = "" if count == 1 else f", the mean of {count} rows"
         now = Level(newest[-1].step, level, _mean([row.margin for row in newest]))
-        if found := _fallen(now, start_margin, SIGMAS * error, f"on the pairs trained on{over}", held_out=False):
-            return found
+        if level + SIGMAS * error < -FALL_BOUND:
+            return _fallen(now, start_margin, FALL_BOUND, f"on the pairs trained on{over}", held_out=False)
     return None
 
 
 def held_out_displacement(before: Level, now: Level) -> Finding | None:
     """Whether the held-out pairs' chosen answers lost likelihood. They are the same pairs each time: no scatter."""
     level = Level(now.step, now.chosen - before.chosen, now.margin)
-    return _fallen(level, before.margin, 0.0, "on held-out pairs", held_out=True)
+    bound = FALL_BOUND if now.margin > before.margin else COLLAPSE_BOUND
+    return _fallen(level, before.margin, bound, "on held-out pairs", held_out=True) if level.chosen < -bound else None
 
 
-def _fallen(now: Level, start_margin: float, error: float, where: str, held_out: bool) -> Finding | None:
-    """The finding where `now` is below the bound by `error`: that of displacement while the margins rise, else that of
-    a collapse."""
-    rising = now.margin > start_margin
-    bound = FALL_BOUND if rising else COLLAPSE_BOUND
-    if not now.chosen + error < -bound:
-        return None
-    how = "while the margins rise" if rising else "and the margins do not rise: the run diverges"
+def _fallen(now: Level, start_margin: float, bound: float, where: str, held_out: bool) -> Finding:
+    how = ("while the margins rise" if now.margin > start_margin
+           else "and the margins do not rise: the run diverges")
     return Finding(now.step, "displacement", now.chosen, -bound, (
         f"the chosen answers lose likelihood {how}: {-now.chosen:.2f} nats a token less likely than at the start "
         f"{where} (bound {bound}); margin {start_margin:.3g} → {now.margin:.3g}"), held_out)
