@@ -18,11 +18,12 @@ def result_table(flips: dict[str, Any], guards: dict[str, Any], frontier: dict[s
     """What was planted, and what of it was found."""
     population = [point for point in frontier["points"]
                   if point["data"] == "population" and point["loss"] == "sigmoid"]
+    betas = [point["beta"] for point in population]
     worst = max(point["total_variation"] for point in population)
     return "\n".join([
         *_flip_lines(flips), "", *_guard_lines(guards), "",
-        f"On a policy small enough to know its optimum `pi_ref · exp(r / beta) / Z`, DPO reaches it for {len(population)} "
-        f"betas from {min(point['beta'] for point in population):g} to {max(point['beta'] for point in population):g}: "
+        "On a policy small enough to know its optimum `pi_ref · exp(r / beta) / Z`, DPO reaches it for "
+        f"{len(betas)} betas from {min(betas):g} to {max(betas):g}: "
         f"total variation {worst:.1g} at most (`results/frontier.json`, `docs/records.md`)."])
 
 

@@ -1,12 +1,14 @@
 """A training run once everything is open: its steps' packs, its evaluations, its checkpoints."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler
 from dpo_dist.dynamics.record import VisitLog
+from dpo_dist.dynamics.visits import keep_until
 from dpo_dist.evaluate import evaluate
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
@@ -18,14 +20,15 @@ from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
 from dpo_dist.run.checkpoint import Checkpointed, Keep, TrainState, save_checkpoint
 from dpo_dist.run.generations import write_generations
-from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on
+from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on, make_guard
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
-from dpo_dist.run.open_models import scores_at_hand
+from dpo_dist.run.open_models import open_models, scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.tracking import Tracker
+from dpo_dist.run.tracking.make import Trackers, open_tracker
 from dpo_dist.runtime.best import is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -147,6 +150,27 @@ class Run:
         metric = self.config.train.keep_best
         if metric and self.world.on_main(lambda: is_best_yet(self.run_dir, metric, step, means[metric])):
             self.save(step, sums)
+
+
+def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sampler, total: int,
+             resumed: tuple[Path, TrainState] | None, world: World, terminal: Terminal) -> Run:
+    """The run with all that it needs open, as its checkpoint left it, evaluated where that is due. All ranks call
+    it."""
+    done = resumed[1].step if resumed else 0
+    policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
+    if resumed:
+        for part in checkpointed(policy, reference):
+            part.load(resumed[0])
+        terminal.say(f"resumed from {resumed[0].name}")
+    samples = Samples.of(config, inputs)
+    tracker = open_tracker(config, run_dir.path, world.is_main, done)
+    guard = make_guard(config, run_dir, inputs, samples, done) if world.is_main else None
+    timer = SaveTimer(config.train.save_every_minutes if world.is_main else None)
+    world.on_main(lambda: keep_until(run_dir.visits, done))              # those after it are seen again
+    visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
+    run = Run(config, run_dir, inputs, sampler, total, policy, reference,
+              Trackers(tracker, guard) if guard else tracker, samples, timer, visits, guard, world)
+    return replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:

@@ -22,6 +22,7 @@ FLOORS = [
     ["step0_checks", "evaluate", "export", "score", "show", "audit", "next", "harness"],
     ["verify", "report"],
     ["train_run"],
+    ["train_end"],
     ["train"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

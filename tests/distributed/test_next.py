@@ -18,8 +18,8 @@ from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.config.words import words_of
 from dpo_dist.data.originals import originals
 from dpo_dist.data.rows import read_rows
-from dpo_dist.dynamics.next_options import Options
-from dpo_dist.next import main
+from dpo_dist.next.__main__ import main
+from dpo_dist.next.options import Options
 
 pytestmark = pytest.mark.distributed
 
