@@ -155,6 +155,15 @@ def test_what_was_planted_in_rows_is_found(planted: tuple[Audit, dict[str, Plant
     check_rows(found, kind, f"{layout}.jsonl", places[kind])
 
 
+def test_prompts_of_a_benchmark_are_found_in_training(tmp_path: Path, model: Path):
+    benchmark = clean_rows(60, seed=2)
+    rows, places = plant(clean_rows(300), "leakage", 20, random.Random(2), Options(held_out=benchmark))
+    prompts = write(tmp_path / "benchmark.jsonl", [{"prompt": row["prompt"]} for row in benchmark])
+    found = audit(tmp_path / "run", model, [write(tmp_path / "rows.jsonl", rows)],
+                  f"audit.against=[{{path: {prompts}}}]")
+    check_rows(found, "leakage", "rows.jsonl", places)
+
+
 def check_rows(audit: Audit, kind: str, name: str, places: Planted, before: int = 0) -> None:
     """Nearly all of the planted rows are counted and at most one other besides those of `before`; the examples are
     among them."""
