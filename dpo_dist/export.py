@@ -14,15 +14,17 @@ from dpo_dist.config.adapter import ADAPTER_WEIGHTS
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
+from dpo_dist.models.file_digests import exported
 from dpo_dist.models.folder import Stored, stored_tensors, tied_embeddings, truthful_json
 from dpo_dist.models.lora import write_adapter_config
 from dpo_dist.models.quantized import is_scale
-from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
+from dpo_dist.run.kept import keep_export
+from dpo_dist.run.model_card import base_of, model_card
 from dpo_dist.run.open_models import open_policy, without_auto
 from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.run.push import check_push, push_model
@@ -38,6 +40,7 @@ COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 NOT_COPIED = ("config.json", "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
               "quantize_config.json", "requirements*.txt", "LICENSE*", "README*")
 SETTINGS, OF_TOKENIZER = "*config.json", "tokenizer_config.json"       # of the model, but for the tokenizer's
+MODEL_CARD = "README.md"
 NAMED_TEMPLATES = "additional_chat_templates"        # a folder: {name}.jinja
 
 
@@ -56,14 +59,14 @@ def _export_model(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunCo
                   world: World, terminal: Terminal) -> None:
     folder, base = run_dir.model, inputs.policy.base
     partial = folder.with_name("model.partial")
-    world.on_main(lambda: _start_model(partial, inputs, config, held_out))
+    world.on_main(lambda: _start_model(partial, inputs, config))
     write_shards(partial, policy.export_weights(), write=world.is_main)
-    world.on_main(lambda: _finish(partial, folder, run_dir))
+    world.on_main(lambda: _finish(partial, folder, run_dir, inputs, config, held_out))
     if left := world.on_main(lambda: not_exported(base, folder)):
         terminal.say(f"not exported: {len(left)} tensors of {base} that transformers does not load, such as {left[0]}")
 
 
-def _start_model(partial: Path, inputs: Inputs, config: RunConfig, held_out: dict[str, float]) -> None:
+def _start_model(partial: Path, inputs: Inputs, config: RunConfig) -> None:
     _start(partial)
     model = truthful_json(inputs.policy.base)
     for name in ("torch_dtype", "quantization_config"):                      # weights are written whole, in this dtype
@@ -74,7 +77,6 @@ def _start_model(partial: Path, inputs: Inputs, config: RunConfig, held_out: dic
         if _is_setting(file):
             shutil.copyfile(file, partial / file.name)
     copy_tokenizer(inputs.policy.tokenizer, partial, config.data.chat_template)
-    (partial / "README.md").write_text(model_card(inputs, config, held_out))
 
 
 def _export_adapter(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
@@ -84,22 +86,12 @@ def _export_adapter(run_dir: RunDir, policy: Policy, inputs: Inputs, config: Run
 
     def write() -> None:
         _start(partial)
-        write_adapter_config(policy.model.lm, partial, *_base_of(inputs.policy, config))
+        write_adapter_config(policy.model.lm, partial, *base_of(inputs.policy, config))
         safetensors.torch.save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(inputs.policy.tokenizer, partial, config.data.chat_template)
-        (partial / "README.md").write_text(model_card(inputs, config, held_out, adapter_alone=True))
-        _finish(partial, run_dir.adapter, run_dir)
+        _finish(partial, run_dir.adapter, run_dir, inputs, config, held_out)
 
     world.on_main(write)
-
-
-def _base_of(policy: ModelFolder, config: RunConfig) -> tuple[str, str | None]:
-    """(the base's folder or hub name, the revision of a hub model) as an exported adapter names it."""
-    named = config.model.path if policy.adapter is None else policy.adapter.hub_name
-    if Path(named).is_dir() or (policy.adapter is not None and policy.adapter.base_folder() is not None):
-        return str(policy.base.resolve()), None
-    name, _, revision = named.partition("@")
-    return name, revision or None
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -154,46 +146,17 @@ def _shapes_of_embeddings(tensors: dict[str, Stored]) -> set[tuple[int, ...]]:
     return {tensor.shape for name, tensor in tensors.items() if "emb" in name or "wte" in name}
 
 
-def _finish(partial: Path, folder: Path, run_dir: RunDir) -> None:
+def _finish(partial: Path, folder: Path, run_dir: RunDir, inputs: Inputs, config: RunConfig,
+            held_out: dict[str, float]) -> None:
+    """Writes the model card, keeps what the folder holds, and moves it to its place."""
+    content = exported(partial)
+    card = model_card(inputs, config, held_out, json.loads(run_dir.run_json.read_text()), content,
+                      adapter_alone=folder == run_dir.adapter)
+    (partial / MODEL_CARD).write_text(card)
+    keep_export(run_dir, folder.name, content)           # before it is moved: what lies there is never told wrongly
     run_dir.pushed_json.unlink(missing_ok=True)          # it tells of the export that goes
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def model_card(inputs: Inputs, config: RunConfig, held_out: dict[str, float], adapter_alone: bool = False) -> str:
-    """Markdown: what was trained, on which data, with which reference and loss, and the held-out results."""
-    loss = ", ".join(f"{k}={v}" for k, v in vars(config.loss).items() if v is not None and k != "name")
-    reference = "none"
-    if config.loss.needs_reference:
-        reference = f"`{config.reference_path}` (weights {inputs.reference_digest})"
-    bits = f", in 4 bits ({config.model.quantization})" if config.model.quantization != "none" else ""
-    names = ", ".join(f"`{d.name or d.path}`" for d in config.data.train) or "-"
-    library = ["library_name: peft", f"base_model: {_base_of(inputs.policy, config)[0]}"] if adapter_alone else [
-        "library_name: transformers"]
-    merged = ", merged" if config.trains_adapter and not adapter_alone else ""
-    lines = ["---", *library, "tags: [dpo, preference-optimization]", "---", "", "# Model card", "",
-             f"`{config.model.path}`, trained on preference pairs with dpo-dist.", "", "| | |", "|---|---|",
-             f"| starting weights | `{config.model.path}` ({inputs.policy_digest}){bits} |",
-             f"| reference | {reference} |",
-             f"| data | {names}: {len(inputs.train)} pairs (digest {inputs.train.digest[:16]}) |",
-             f"| loss | {config.loss.name} ({loss}) |",
-             f"| optimizer | {config.optim.title}, lr {config.optim.lr}, {config.optim.schedule}, "
-             f"{config.train.pairs_per_step} pairs a step |",
-             f"| trained weights | {_trained(inputs, config)}{merged} |", ""]
-    if held_out:
-        lines += [f"Held-out pairs: {len(inputs.eval)}", "", "| metric | mean |", "|---|---|"]
-        lines += [*(f"| {name} | {value:.4f} |" for name, value in held_out.items()), ""]
-    return "\n".join(lines)
-
-
-def _trained(inputs: Inputs, config: RunConfig) -> str:
-    lora = config.model.lora
-    if inputs.policy.adapter is not None:
-        return f"{inputs.policy.adapter.described()}, gone on with"
-    if not lora.rank:
-        return "all"
-    kinds = [word for chosen, word in ((lora.rslora, "rsLoRA"), (lora.dora, "DoRA")) if chosen]
-    return f"{', '.join(kinds) or 'LoRA'} rank {lora.rank}"
 
 
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:

@@ -52,7 +52,7 @@ def pair_logps(batch: PackedBatch, policy: TokenLogps, reference: Tensor | None,
         mean_chosen_tokens=mean_chosen_tokens, wpo_weight=wpo,
         whole_chosen=None if whole is None else whole[batch.chosen],
         whole_rejected=None if whole is None else whole[batch.rejected], kl_per_token=kl,
-        chosen_drift_per_token=chosen_drift)
+        chosen_drift_per_token=chosen_drift, tie=batch.tie)
 
 
 def drift(batch: PackedBatch, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

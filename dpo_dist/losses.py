@@ -57,6 +57,29 @@ def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
         return None
 
 
+def preference_logit(pairs: PairLogps, loss: LossConfig) -> Tensor | None:
+    """(B,) log odds that chosen is preferred to rejected, given that one of them is, as the loss has it, without
+    gradient; None where the loss has no rewards (sft).
+
+    The difference of `rewards`, but for losses that compare something else: beta · the difference of f' under another
+    divergence, of log-ratios a token with sigmoid_norm, and with rao_kupper what is left of its three outcomes.
+    """
+    with torch.no_grad():
+        if "sigmoid_norm" in loss.weights:
+            chosen, rejected = _scores(pairs, loss)
+            return _number(loss.beta) * (chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens)
+        if loss.needs_reference and loss.f_divergence is not None:
+            logit = _margin(pairs, loss)
+        elif (found := rewards(pairs, loss)) is not None:
+            logit = found[0] - found[1]
+        else:
+            return None
+        if "rao_kupper" in loss.weights:
+            alpha = math.log(_number(loss.tie_nu))
+            return logsigmoid(logit - alpha) - logsigmoid(-logit - alpha)
+        return logit
+
+
 def check_strengths(strength: Tensor) -> None:
     """UserError unless all (B,) strengths are above 0, as odpo's margin needs; for a data set or a pack."""
     unknown, not_above = int(strength.isnan().sum()), int((strength <= 0).sum())
@@ -214,6 +237,40 @@ def odpo(pairs: PairLogps, loss: LossConfig) -> Tensor:
     offset = _number(loss.odpo_alpha) * pairs.strength.to(pairs.policy_chosen.dtype).log()
     # -log σ(β (logratio_c - logratio_r) - α f(strength))
     return -logsigmoid(_margin(pairs, loss) - offset)
+
+
+# ------------------------------------------------------------------------------- losses that know ties (PairLogps.tie)
+
+
+def rao_kupper(pairs: PairLogps, loss: LossConfig) -> Tensor:
+    """(B,) nats. DPO-RK (arXiv 2409.17431): DPO under the model of Rao and Kupper (1967), which knows ties.
+
+    With d the margin, ν = tie_nu and α = log ν: P(chosen wins) = σ(d - α), P(rejected wins) = σ(-d - α) and P(tie) =
+    (ν² - 1) σ(d - α) σ(-d - α), which is what is left of 1. A difference below about α is not seen by the annotator. At
+    ν = 1 there are no ties and this is DPO. Both bad is a tie.
+    """
+    logit, nu = _margin(pairs, loss), _number(loss.tie_nu)
+    alpha = math.log(nu)
+    wins = logsigmoid(logit - alpha)                                        # log P(chosen wins)
+    ties = (math.log(nu**2 - 1) if nu > 1 else -math.inf) + wins + logsigmoid(-logit - alpha)
+    return -_of_outcome(pairs, wins, ties)
+
+
+def davidson(pairs: PairLogps, loss: LossConfig) -> Tensor:
+    """(B,) nats. DPO-D (arXiv 2409.17431): DPO under the model of Davidson (1970), which knows ties.
+
+    With d the margin and ν = tie_nu: P(chosen wins) : P(rejected wins) : P(tie) = e^(d/2) : e^(-d/2) : 2ν (the paper's
+    2ν, so that ν = 1 makes half of the judgments at d = 0 ties). Both bad is a tie.
+    """
+    half = _margin(pairs, loss) / 2
+    tie = torch.full_like(half, math.log(2 * _number(loss.tie_nu)))
+    total = torch.stack([half, -half, tie]).logsumexp(0)
+    return total - _of_outcome(pairs, half, tie)
+
+
+def _of_outcome(pairs: PairLogps, win: Tensor, tie: Tensor) -> Tensor:
+    """(B,) `tie` of the pairs of which neither is better, `win` of the others."""
+    return win if pairs.tie is None else torch.where(pairs.tie > 0, tie, win)
 
 
 # ------------------------------------------------------------ losses of each completion by itself against the reference

@@ -58,7 +58,7 @@ def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options
     """Writes the rows; what is told of them, with the next round's command."""
     from dpo_dist.data.prepare import prepare
     from dpo_dist.dynamics.next_rows import write_next_rows
-    from dpo_dist.models.digest import tokenizer_digest
+    from dpo_dist.models.file_digests import tokenizer_digest
     from dpo_dist.models.tokenizer import load_tokenizer, tokenizer_folder
 
     folder = tokenizer_folder(config.model.path, "model.path", config.run.offline)

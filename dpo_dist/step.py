@@ -26,7 +26,7 @@ from dpo_dist.sizing.flops import Flops, StepWork
 from dpo_dist.types import PackedBatch, PairLogps, TokenizedPair
 
 PER_PAIR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens",
-            "rejected_tokens", "strength", "wpo_weight", "kl_per_token", "chosen_drift_per_token")
+            "rejected_tokens", "strength", "wpo_weight", "kl_per_token", "chosen_drift_per_token", "tie")
 
 
 @dataclass(frozen=True)

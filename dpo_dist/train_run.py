@@ -3,16 +3,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler
 from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.evaluate import evaluate
+from dpo_dist.evaluation.facts import Facts
+from dpo_dist.evaluation.pairs import EvaluatedPairs
+from dpo_dist.evaluation.results import keep_evaluation
+from dpo_dist.evaluation.sampled_kl import sampled_kl
+from dpo_dist.evaluation.summary import Summary
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
 from dpo_dist.run.checkpoint import Checkpointed, Keep, TrainState, save_checkpoint
+from dpo_dist.run.generations import write_generations
+from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.open_models import scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
@@ -40,6 +49,7 @@ class Run:
     samples: Samples
     timer: SaveTimer
     visits: VisitLog
+    guard: Guard | None                  # on rank 0
     world: World
     before: dict[str, float] = field(default_factory=dict)               # held-out means before training
 
@@ -61,12 +71,66 @@ class Run:
     def evaluate(self, step: int) -> dict[str, float]:
         """Means over the held-out pairs, also written as a metrics row; empty if there are none. All ranks call it."""
         self.visits.write(step)                          # for who looks at a run under way
-        means = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
-        if self.samples.prompts:                         # written first: a row of metrics says that all is done
-            self.tracker.log_samples(step, self.samples.answer(self.policy, step, self.world))
+        found = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
+        means = found.means
+        answers = self.samples.complete(self.policy, step, self.world) if self.samples.prompts else []
+        scorer = scores_at_hand(self.config, self.inputs, self.policy, self.reference)
+        kl = sampled_kl(self.policy, scorer, self.samples.prompts, answers, self.samples.how, self.inputs.pads,
+                        self.world)
+        self.world.on_main(lambda: self._keep(step, found.pairs, kl))
+        if answers:                                      # written first: a row of metrics says that all is done
+            self.tracker.log_samples(step, self.samples.rows(step, answers))
+            self.world.on_main(lambda: write_generations(self.run_dir))
         if means:
             self.tracker.log({"step": step, "split": "eval", **means})
         return means
+
+    def heed_guard(self, step: int, sums: MetricSums, terminal: Terminal) -> None:
+        """Tells what the guard has found. Where that stops the run: saves this step; UserError. All ranks call it."""
+        guard = self.guard
+        if not self.world.max(guard.asks() if guard else 0.0):
+            return
+        trained_on = self._most_fallen()
+
+        def tell() -> str | None:
+            assert guard is not None
+            messages, stops = guard.tell(lambda found: self._most_fallen_held_out(found.step) if found.held_out
+                                         else trained_on)
+            for message in messages:
+                terminal.say(message)
+            return f"{' '.join(messages)}. Step {step} is saved. {how_to_go_on(stops)}" if stops else None
+
+        if stopped := self.world.on_main(tell):
+            self.save(step, sums)
+            raise UserError(stopped)
+
+    def _most_fallen(self) -> list[tuple[str, float]]:
+        """(where, nats a token) of the newest step's pairs whose chosen answer fell most; none without a reference. All
+        ranks call it."""
+        ids, values = self.visits.newest
+        beta, pairs = self.config.loss.beta, self.inputs.train
+        if self.reference is None or beta is None:
+            return []
+        mine = values[0] / beta / pairs.counted()[ids, 0]
+        order = [i for i in mine.argsort()[:SHOWN_PAIRS].tolist() if mine[i] < 0]
+        parts = self.world.gather([(pairs[ids[i]].where, float(mine[i])) for i in order])
+        return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
+
+    def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
+        of an earlier version left no such files."""
+        paths = [self.run_dir.evaluation(at) for at in (0, step)]
+        if not all(path.exists() for path in paths):
+            return []
+        before, now = map(EvaluatedPairs.read, paths)
+        fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
+        return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
+                if fall[i] < 0]
+
+    def _keep(self, step: int, pairs: EvaluatedPairs | None, kl: Summary | None) -> None:
+        if pairs is not None:
+            moves = self.config.loss.needs_reference and self.config.reference.sync.mode != "none"
+            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves, kl)
 
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:                            # what only reads rows does not wai
     from torch import Tensor
 
 Message = dict[str, Any]                     # {"role": "user", "content": "..."}, as chat templates take it
+TieKind = Literal["tie", "both_bad"]         # a judgment that neither answer is better, or that neither is good
+TIE_KINDS: tuple[TieKind | None, ...] = (None, "tie", "both_bad")        # by the number that stands for it on disk
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class PreferenceRow:
     template_kwargs: dict[str, Any] = field(default_factory=dict)    # the row's own variables for the chat template
     # what else is known of the judgment, JSON-ready: tags, ratings, annotators, models
     record: dict[str, Any] = field(default_factory=dict)
+    tie: TieKind | None = None               # neither is better: chosen and rejected are then two answers in any order
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class TokenizedPair:
     rejected_counts: tuple[bool, ...] | None = None
     record: dict[str, Any] = field(default_factory=dict)             # as in PreferenceRow
     left_out: tuple[str, ...] = ()           # what the chat template left out of the row, where that is allowed
+    tie: TieKind | None = None               # as in PreferenceRow
 
 
 class Span(NamedTuple):
@@ -89,6 +93,7 @@ class PackedBatch:
     strength: Tensor                         # (B,) float32, NaN where the data does not say
     # (N,) float32, nats: the reference's log-probs, where they are known when the pack is made
     reference: Tensor | None = None
+    tie: Tensor | None = None                # (B,) uint8: 0 chosen is better, else the place in TIE_KINDS; None: all 0
 
     @property
     def n_tokens(self) -> int:
@@ -164,3 +169,4 @@ class PairLogps:
     kl_per_token: Tensor | None = None
     # (B,) ... and how much likelier the chosen completion became; see logps.drift
     chosen_drift_per_token: Tensor | None = None
+    tie: Tensor | None = None                # (B,) uint8, as in PackedBatch: above 0 where neither is better

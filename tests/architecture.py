@@ -13,13 +13,14 @@ from pathlib import Path
 # From the ground up. A room may import rooms of lower floors, and its own; a room is a folder or a file of dpo_dist/.
 FLOORS = [
     ["config"],
-    ["types", "sizing", "runtime"],
+    ["types", "sizing", "runtime", "stats"],
     ["losses", "logps", "judge"],
     ["data", "models"],
     ["policy", "reference"],
     ["run", "dynamics"],
-    ["step"],
-    ["step0_checks", "evaluate", "export", "score", "show", "next"],
+    ["step", "evaluation"],
+    ["step0_checks", "evaluate", "export", "score", "show", "audit", "next", "harness"],
+    ["verify", "report"],
     ["train_run"],
     ["train"],
 ]
@@ -39,10 +40,10 @@ ONLY_IN = {
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
-TORCH_FREE = ("config", "sizing", "launcher", "runtime.best", "runtime.child_process", "runtime.cores", "runtime.files",
-              "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
-              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal",
-              "judge")
+TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
+              "runtime.child_process", "runtime.cores", "runtime.files", "runtime.lock", "runtime.ports",
+              "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember",
+              "runtime.run_dir", "runtime.shared_folders", "runtime.terminal", "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

@@ -45,6 +45,7 @@ def _decode(kind: Any, value: Any, key: str) -> Any:
         return _decode_one_of([a for a in args if a is not type(None)], value, key)
     if origin is Literal:
         value = ALIASES.get(value, value) if isinstance(value, str) else value
+        value = "off" if value is False and "off" in args else value         # YAML reads the word off as false
         if value not in args or isinstance(value, bool):
             raise UserError(f"{key}={value!r} is not allowed: {nearest(str(value), map(str, args))}")
         return value

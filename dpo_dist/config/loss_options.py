@@ -18,6 +18,7 @@ class LossOptions:
     uses_rejected: bool = True
     needs_strength: bool = False               # how much better chosen is than rejected, of every pair
     needs_smoothing: bool = False              # label_smoothing above 0
+    knows_ties: bool = False                   # has a likelihood for pairs of which neither is better (data.ties=keep)
     # The implicit reward of a loss without a reference: the value of this option, times the completion's log-prob, as
     # a sum over its tokens or as their mean.
     reward_scale: str | None = None
@@ -50,6 +51,9 @@ LOSS_OPTIONS: dict[str, LossOptions] = {
     # of log-ratios a token, which are small: beta as in Tülu 3 and OLMo 3 (arXiv 2411.15124, 2512.13961)
     "sigmoid_norm": LossOptions({**_DIFFERENCE, "beta": 5.0}),
     "odpo": LossOptions({**_DIFFERENCE, "odpo_alpha": 1.0}, needs_strength=True),
+    # tie_nu as in the paper (arXiv 2409.17431): where both are equally good, half of the judgments are ties
+    "rao_kupper": LossOptions({**_DIFFERENCE, "tie_nu": 3.0}, knows_ties=True),
+    "davidson": LossOptions({**_DIFFERENCE, "tie_nu": 1.0}, knows_ties=True),
     "sft": LossOptions({}, needs_reference=False, uses_rejected=False),
     "simpo": LossOptions({"beta": 2.0, "simpo_gamma": 1.0}, needs_reference=False, reward_scale="beta"),
     "orpo": LossOptions({"orpo_lambda": 0.1}, needs_reference=False, reward_scale="orpo_lambda"),

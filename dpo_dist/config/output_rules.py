@@ -8,6 +8,8 @@ from dpo_dist.config.objectives import OBJECTIVES
 from dpo_dist.config.schema import RunConfig
 
 MAX_NEW_TOKENS, TEMPERATURE = 256, 0.0               # as in conf/config.yaml
+AGAINST, TIMEOUT_SECONDS = "before", 600.0
+FEWEST_PROMPTS = 4                                   # below which a mean over answers has no interval to speak of
 # as the hub's own rule: letters, digits, "_", "-" and ".", no two "-" or "." in a row, none at an end
 _HUB_NAME = re.compile(r"\w+(?:[-.]\w+|_)*/(?=.{1,96}$)\w+(?:[-.]\w+|_)*")
 
@@ -16,6 +18,9 @@ def validate_outputs(c: RunConfig) -> None:
     """Raises UserError for keys of this kind that contradict each other, or would do nothing."""
     _validate_best(c)
     _validate_samples(c)
+    _validate_guard(c)
+    _validate_judge(c)
+    _validate_harness(c)
     name = c.export.push_to_hub
     if name is None:
         return
@@ -49,6 +54,48 @@ def _validate_samples(c: RunConfig) -> None:
         if not samples.samples and getattr(samples, key) != default:
             raise UserError(f"eval.{key}={getattr(samples, key)} would do nothing: eval.samples=0; remove it, or set "
                             "eval.samples=8")
+
+
+def _validate_guard(c: RunConfig) -> None:
+    """A guard that is to stop the run must have something to look at. The default, warn, looks where it can."""
+    sees_pairs = c.loss.uses_rejected and (c.loss.needs_reference or _holds_out(c))
+    if c.guard.on_displacement == "stop" and not sees_pairs:
+        why = ("without a reference it follows held-out pairs, and there are none; set data.eval or "
+               "data.eval_fraction=0.05" if c.loss.uses_rejected else "it has no rewards; remove it")
+        raise UserError(f"guard.on_displacement=stop has nothing to look at with loss.name={c.loss.name}: {why}")
+    for name in ("on_length", "on_repetition"):
+        if getattr(c.guard, name) == "stop" and c.eval.samples < FEWEST_PROMPTS:
+            raise UserError(f"guard.{name}=stop has too little to look at: eval.samples={c.eval.samples}; set "
+                            f"eval.samples=32 ({FEWEST_PROMPTS} or more), or guard.{name}=warn")
+
+
+def _validate_judge(c: RunConfig) -> None:
+    judge = c.eval.judge
+    if judge.command is not None and judge.url is not None:
+        raise UserError(f"eval.judge.command={list(judge.command)} and eval.judge.url={judge.url} are both set; keep "
+                        "one of them")
+    if judge.url is not None and not re.match(r"https?://[^/]", judge.url):
+        raise UserError(f"eval.judge.url={judge.url} must start with http:// or https://, and name a server")
+    if judge.command == ():
+        raise UserError("eval.judge.command=[] names no program; set eval.judge.command=[python,judge.py]")
+    if judge.is_asked and not c.eval.samples:
+        raise UserError(f"eval.judge.{'url' if judge.command is None else 'command'} would do nothing: eval.samples=0; "
+                        "set eval.samples=64, the answers that it compares")
+    for key, default in (("against", AGAINST), ("timeout_seconds", TIMEOUT_SECONDS)):
+        if not judge.is_asked and getattr(judge, key) != default:
+            raise UserError(f"eval.judge.{key}={getattr(judge, key)} would do nothing: there is no judge; remove it, "
+                            "or set eval.judge.command")
+
+
+def _validate_harness(c: RunConfig) -> None:
+    harness = c.eval.harness
+    if harness.tasks and not c.export.merged:
+        raise UserError(f"eval.harness.tasks={list(harness.tasks)} needs <run.dir>/model, which export.what="
+                        f"{c.export.what} does not write; set export.what=both")
+    for key in ("path", "python", "arguments"):
+        if not harness.tasks and getattr(harness, key):
+            raise UserError(f"eval.harness.{key}={getattr(harness, key)} would do nothing: eval.harness.tasks=[]; "
+                            "remove it, or name tasks")
 
 
 def _holds_out(c: RunConfig) -> bool:

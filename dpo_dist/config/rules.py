@@ -62,6 +62,7 @@ def _used_options(loss: LossConfig) -> dict[str, Any]:
 def validate(c: RunConfig) -> None:
     """Raises UserError for keys that contradict each other."""
     _validate_label_smoothing(c.loss)
+    _validate_ties(c)
     _validate_data(c)
     _validate_model(c)
     _validate_optim(c.optim)
@@ -82,17 +83,32 @@ def _validate_label_smoothing(loss: LossConfig) -> None:
         raise UserError("loss.label_smoothing=0.5 leaves no preference to learn; set it below 0.5")
 
 
+def _validate_ties(c: RunConfig) -> None:
+    loss, nu = c.loss, c.loss.tie_nu
+    if "rao_kupper" in loss.weights and nu is not None and nu < 1:
+        raise UserError(f"loss.tie_nu={nu} must be at least 1 for loss 'rao_kupper' (1 = no ties); set loss.tie_nu=3")
+    if c.data.ties == "keep" and not loss.knows_ties:
+        without = [name for name in loss.weights if not LOSS_OPTIONS[name].knows_ties]
+        known = " or ".join(f"loss={name}" for name, options in LOSS_OPTIONS.items() if options.knows_ties)
+        raise UserError(f"data.ties=keep, but loss.name={loss.name} has no likelihood for ties ({', '.join(without)}); "
+                        f"set {known}, or data.ties=drop")
+    if c.data.ties == "keep" and "rao_kupper" in loss.weights and nu == 1:           # an infinite loss
+        raise UserError("data.ties=keep, but loss.tie_nu=1 says that there are no ties; set loss.tie_nu=3, or "
+                        "data.ties=drop")
+
+
 def _does_nothing(key: str, value: Any, why: str) -> UserError:
     return UserError(f"{key}={value} would do nothing: {why}; remove it")
 
 
 def _validate_data(c: RunConfig) -> None:
-    for key, datasets in (("data.train", c.data.train), ("data.eval", c.data.eval)):
+    for key, datasets in (("data.train", c.data.train), ("data.eval", c.data.eval), ("audit.against", c.audit.against)):
         for i, dataset in enumerate(datasets):
             _validate_dataset(f"{key}[{i}]", dataset)
-    for i, dataset in enumerate(c.data.eval):
-        if dataset.weight != 1.0:
-            raise _does_nothing(f"data.eval[{i}].weight", dataset.weight, "held-out pairs are each counted once")
+    for key, datasets in (("data.eval", c.data.eval), ("audit.against", c.audit.against)):
+        for i, dataset in enumerate(datasets):
+            if dataset.weight != 1.0:
+                raise _does_nothing(f"{key}[{i}].weight", dataset.weight, "held-out pairs are each counted once")
     if c.data.eval and c.data.eval_fraction:
         raise UserError(f"data.eval_fraction={c.data.eval_fraction} and data.eval are both set; keep one of them")
     if c.train.eval_every_steps and not c.data.eval and not c.data.eval_fraction:

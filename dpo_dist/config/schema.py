@@ -48,7 +48,7 @@ class DatasetConfig:
     path: str = option(RUN, TOKENS)
     format: Literal["auto", "preference", "messages", "sharegpt", "hh", "ratings",
                     "token_ids", "openai", "swift", "alpaca", "axolotl", "helpsteer", "nemo_rl", "distilabel",
-                    "ultrafeedback", "argilla", "kto"] = option(RUN, TOKENS, default="auto")
+                    "ultrafeedback", "argilla", "kto", "arena"] = option(RUN, TOKENS, default="auto")
     weight: float = option(RUN, TOKENS, above=0, default=1.0)
     name: str | None = option(RUN, TOKENS, default=None)
     split: str = option(RUN, TOKENS, default="train")
@@ -58,6 +58,8 @@ class DatasetConfig:
     revision: str | None = option(RUN, TOKENS, default=None, unnamed=None)         # of a hub data set
     # at most so many, chosen by their content
     rows: int | None = option(RUN, TOKENS, above=0, default=None, unnamed=None)
+    # of a prompt at most so many, chosen by their content
+    pairs_per_prompt: int | None = option(RUN, TOKENS, above=0, default=None, unnamed=None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] | None = option(RUN, TOKENS, unnamed=None)
     group_by_prompt: bool = option(RUN)
     cache_dir: str = option()
+    ties: Literal["drop", "keep"] = option(RUN, TOKENS, default="drop", unnamed="drop")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class LossConfig:
     orpo_lambda: float | None = option(RUN, default=None)
     cpo_alpha: float | None = option(RUN, default=None)
     odpo_alpha: float | None = option(RUN, default=None)
+    tie_nu: float | None = option(RUN, above=0, default=None, unnamed=None)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -118,6 +122,11 @@ class LossConfig:
     def needs_strength(self) -> bool:
         """True where every pair must say how much better chosen is."""
         return any(LOSS_OPTIONS[name].needs_strength for name in self.weights)
+
+    @property
+    def knows_ties(self) -> bool:
+        """True where every term has a likelihood for pairs of which neither answer is better."""
+        return all(LOSS_OPTIONS[name].knows_ties for name in self.weights)
 
 
 @dataclass(frozen=True)
@@ -171,10 +180,47 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    command: tuple[str, ...] | None = option()
+    url: str | None = option()
+    against: Literal["before", "chosen"] = option()
+    timeout_seconds: float = option(above=0)
+
+    @property
+    def is_asked(self) -> bool:
+        return self.command is not None or self.url is not None
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    tasks: tuple[str, ...] = option()
+    path: str | None = option()
+    python: str | None = option()
+    arguments: tuple[str, ...] = option()
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     samples: int = option(between=(0, float("inf")))
     max_new_tokens: int = option(above=0)
     temperature: float = option(between=(0, float("inf")))
+    judge: JudgeConfig = option()
+    harness: HarnessConfig = option()
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What each guard does where it finds something."""
+
+    on_displacement: Literal["off", "warn", "stop"] = option()
+    on_length: Literal["off", "warn", "stop"] = option()
+    on_repetition: Literal["off", "warn", "stop"] = option()
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    fail_on: Literal["none", "error", "warning"] = option()
+    against: tuple[DatasetConfig, ...] = option()
 
 
 @dataclass(frozen=True)
@@ -222,6 +268,8 @@ class RunConfig:
     optim: OptimConfig = option(RUN)
     train: TrainConfig = option(RUN)
     eval: EvalConfig = option()
+    guard: GuardConfig = option()
+    audit: AuditConfig = option()
     export: ExportConfig = option()
     zero: ZeroConfig = option()
     cluster: ClusterConfig = option()

@@ -9,22 +9,24 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.fields import Fields, Unfit
+from dpo_dist.data.formats.judgment import RECORDED
 from dpo_dist.data.messages import chat_in_text, value_in_text
 from dpo_dist.data.records import BadRow, Record
 
 ABSENT = object()
 # Where these hold text, as in a CSV, it is that of a list.
 LISTS = ("tools", "responses", "completions", "ratings", "scores", "generations", "generation_models", "history",
-         "individual_preference", "prompt_ids", "chosen_ids", "rejected_ids")
+         "individual_preference", "prompt_ids", "chosen_ids", "rejected_ids", "models", "versions", "annotators")
 FLATTENED = (".responses", ".responses.users", ".responses.status")              # Argilla's, after any question's name
-NUMBERS = ("weight", "strength", "margin")
+NUMBERS = ("weight", "strength", "margin", "confidence")
 # Text of these that looks like a chat must be one; text of other columns may be anything.
 CHATS = ("prompt", "chosen", "rejected", "messages", "conversations", "context", "completion", "chosen_response",
-         "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output")
+         "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output", "conversation_a",
+         "conversation_b")
 # names that formats read, for mistakes in spelling; Argilla's depend on a data set's own questions
-KNOWN = {*LISTS, *CHATS, *NUMBERS, "system", "system_prompt", "tags", "chat_template_kwargs", "instruction", "question",
-         "query", "input", "output", "response", "label", "overall_preference", "preference_strength", "chosen_rating",
-         "rejected_rating", "chosen_model", "rejected_model"}
+KNOWN = {*LISTS, *CHATS, *NUMBERS, *RECORDED, "tie", "both_bad", "system", "system_prompt", "chat_template_kwargs",
+         "instruction", "question", "query", "input", "output", "response", "label", "overall_preference",
+         "preference_strength", "winner", "response_a", "response_b", "model_a", "model_b"}
 
 
 class Columns:

@@ -11,6 +11,7 @@ from dpo_dist.types import Message
 
 Fields = dict[str, Any]
 Turns = tuple[Message, ...]
+IDENTICAL = "chosen and rejected are identical"
 
 
 class Unfit(ValueError):

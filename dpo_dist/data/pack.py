@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dpo_dist.types import PackedBatch, Span, TokenizedPair, Tree
+from dpo_dist.types import TIE_KINDS, PackedBatch, Span, TokenizedPair, Tree
 
 Ids = tuple[int, ...]
 Counts = tuple[bool, ...] | None             # which of a completion's tokens are counted; None: all
@@ -53,7 +53,7 @@ def pack_pairs(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], weights:
                  for prompt, branches in trees.items()]
     strength = [float("nan") if p.strength is None else p.strength for p in pairs]
     return _lay_out(sequences, chosen=[first[p] + c for p, c, _ in slots], rejected=[first[p] + r for p, _, r in slots],
-                    pair_ids=pair_ids, weights=weights, strength=strength)
+                    pair_ids=pair_ids, weights=weights, strength=strength, tie=[TIE_KINDS.index(p.tie) for p in pairs])
 
 
 def _slot(branches: list[_Branch], branch: _Branch, share: bool) -> int:
@@ -65,11 +65,11 @@ def _slot(branches: list[_Branch], branch: _Branch, share: bool) -> int:
 
 def pack_sequences(trees: Sequence[Sequences]) -> PackedBatch:
     """One PackedBatch of prompts with completions and no pairs, for scoring."""
-    return _lay_out(trees, chosen=[], rejected=[], pair_ids=[], weights=[], strength=[])
+    return _lay_out(trees, chosen=[], rejected=[], pair_ids=[], weights=[], strength=[], tie=[])
 
 
 def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequence[int], pair_ids: Sequence[int],
-             weights: Sequence[float], strength: Sequence[float]) -> PackedBatch:
+             weights: Sequence[float], strength: Sequence[float], tie: Sequence[int]) -> PackedBatch:
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predict_at: list[np.ndarray] = []
@@ -108,4 +108,5 @@ def _lay_out(trees: Sequence[Sequences], chosen: Sequence[int], rejected: Sequen
         sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)), offset=whole(offset),
         lengths=torch.tensor(lengths, dtype=torch.int64), chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64), pair_ids=tuple(pair_ids),
-        weight=torch.tensor(weights, dtype=torch.float32), strength=torch.tensor(strength, dtype=torch.float32))
+        weight=torch.tensor(weights, dtype=torch.float32), strength=torch.tensor(strength, dtype=torch.float32),
+        tie=torch.tensor(tie, dtype=torch.uint8))

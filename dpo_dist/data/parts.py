@@ -102,7 +102,7 @@ def _lines(stores: Stores, number: int, data_set: DataSet, config: DataConfig, e
                     error, unreadable)
 
     try:
-        for chunk in read_chunks(data_set.config, config.on_bad_row, share):
+        for chunk in read_chunks(data_set.config, config.on_bad_row, share, config.ties):
             if mistakes.before(number, chunk.number):
                 chunk.rows.clear()
             try:

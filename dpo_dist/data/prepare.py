@@ -28,7 +28,7 @@ from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, tru
 from dpo_dist.data.writer import PairWriter, Source, hash64
 from dpo_dist.runtime.files import write_json
 
-FORMAT_VERSION = 3                           # raise it when the same rows would give other tokens or files
+FORMAT_VERSION = 4                           # raise it when the same rows would give other tokens or files
 # the file with the settings that decide the tokens: by it `plan` finds a store without reading the data
 SETTINGS = "asked.json"
 DIGESTS = "digests"
@@ -176,7 +176,7 @@ class Stores:
 def _fill(stores: Stores, data_set: DataSet, config: DataConfig, encoder: PairTokenizer) -> DataSetReport:
     """Reads, tokenizes, truncates and writes one data set."""
     report = DataSetReport(ReadReport.of(data_set.config), TruncationReport())
-    for chunk in read_chunks(data_set.config, config.on_bad_row, Share()):
+    for chunk in read_chunks(data_set.config, config.on_bad_row, Share(), config.ties):
         report.join(stores.add(chunk, data_set, config, encoder))
     report.read.check(data_set.config, config.on_bad_row)
     return report

@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.columns import Columns, check_seen, named
 from dpo_dist.data.fields import Fields, Unfit
 from dpo_dist.data.files import Wanted, read_records
-from dpo_dist.data.formats import FORMATS, DataRow, Format, NoPair
+from dpo_dist.data.formats import FORMATS, DataRow, Format, NoPair, Tie
+from dpo_dist.data.outcomes import Ties, checked, outcomes
 from dpo_dist.data.records import BadRow, Record
-from dpo_dist.data.sample import Threshold, sampled, threshold
-from dpo_dist.types import PreferenceRow, TokenizedPair
+from dpo_dist.data.sample import Place, PromptCap, Threshold, prompt_cap, sampled, threshold
+from dpo_dist.types import TieKind
 
 EXAMPLES_PER_REASON = 3
+OVER_CAP = "beyond pairs_per_prompt of its prompt"
 Entry = Record | BadRow | NoPair             # what a data set consists of, before its rows are read
 CHUNK_RECORDS = 512                          # tokenized in one call
 OnBadRow = Literal["error", "skip"]
@@ -55,7 +57,9 @@ class ReadReport:
     format: str
     rows: int = 0                            # records read
     pairs: int = 0                           # judgments that they gave (one row of ratings may give many)
-    ties: int = 0                            # pairs of equally rated responses: no judgment
+    ties: int = 0                            # pairs of which neither is better, counted whether they are kept or not
+    both_bad: int = 0                        # those of them that the data calls bad both
+    kept_ties: int = 0                       # those of them that are among `pairs` (data.ties=keep)
     no_pair: dict[str, int] = field(default_factory=dict)            # sound rows that give no pair, by reason
     bad: Tally = field(default_factory=Tally)
     unseen: list[str] | None = None          # columns of data.train[].columns that no row had; None: no row was read
@@ -68,12 +72,22 @@ class ReadReport:
     def join(self, later: ReadReport) -> None:
         """Adds what became of later rows."""
         self.format = later.format
-        self.rows, self.pairs, self.ties = self.rows + later.rows, self.pairs + later.pairs, self.ties + later.ties
+        for name in ("rows", "pairs", "ties", "both_bad", "kept_ties"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
         for reason, n in later.no_pair.items():
             self.no_pair[reason] = self.no_pair.get(reason, 0) + n
         self.bad.join(later.bad)
         if later.unseen is not None:
             self.unseen = [c for c in later.unseen if self.unseen is None or c in self.unseen]
+
+    def count_tie(self, kind: TieKind, kept: bool) -> None:
+        self.ties, self.both_bad, self.kept_ties = (
+            self.ties + 1, self.both_bad + (kind == "both_bad"), self.kept_ties + kept)
+
+    def leave_out(self, row: DataRow, reason: str) -> None:
+        """Counts a row that was counted as a pair as none."""
+        self.pairs, self.kept_ties = self.pairs - 1, self.kept_ties - bool(row.tie)
+        self.no_pair[reason] = self.no_pair.get(reason, 0) + 1
 
     def check(self, dataset: DatasetConfig, on_bad_row: OnBadRow) -> None:
         """UserError for a data set without rows, and for bad rows unless `on_bad_row` is skip."""
@@ -117,11 +131,12 @@ class Plan:
 
     format: str
     limit: Threshold | None = None           # which records data.train[].rows takes; None = all
+    cap: PromptCap | None = None             # which pairs data.train[].pairs_per_prompt takes; None = all
 
 
-def plan_reading(dataset: DatasetConfig) -> Plan:
-    """The format of a data set, and which of its records are read. Goes through the files once for `rows`, and as far
-    as the first row that fits for `auto`. Raises UserError."""
+def plan_reading(dataset: DatasetConfig, ties: Ties = "drop") -> Plan:
+    """The format of a data set, and which of its records and pairs are taken. Goes through the files once for `rows`,
+    once more for `pairs_per_prompt`, and as far as the first row that fits for `auto`. Raises UserError."""
     columns = Columns(dataset.columns)
     form: str = dataset.format
     if form == "auto":
@@ -129,7 +144,18 @@ def plan_reading(dataset: DatasetConfig) -> Plan:
     limit = None
     if dataset.rows is not None:
         limit = threshold(entries(dataset, FORMATS[form], Columns(dataset.columns)), dataset.rows)
-    return Plan(form, limit)
+    cap = None
+    if dataset.pairs_per_prompt is not None:
+        taken = sampled(entries(dataset, FORMATS[form], Columns(dataset.columns)), limit)
+        cap = prompt_cap(_placed_rows(taken, FORMATS[form], ties), dataset.pairs_per_prompt)
+    return Plan(form, limit, cap)
+
+
+def _placed_rows(taken: Iterator[Entry | None], form: Format, ties: Ties) -> Iterator[tuple[DataRow, Place]]:
+    uncounted = ReadReport("", "")
+    for number, entry in enumerate(taken):
+        assert entry is not None, "all are wanted"
+        yield from ((row, (number, at)) for at, row in enumerate(rows_of(entry, form, uncounted, ties)))
 
 
 def told_format(records: Iterator[Record | BadRow | None], columns: Columns, path: str) -> str:
@@ -166,7 +192,7 @@ def _gives(form: Format, fields: Fields) -> Literal["a judgment", "none", "bad"]
     if form.group:
         return "a judgment"
     try:
-        found = [outcome if outcome is None or isinstance(outcome, NoPair) else checked(outcome)
+        found = [outcome if isinstance(outcome, NoPair | Tie) else checked(outcome)
                  for outcome in form.read(fields, "", "")]
     except Unfit:
         return "bad"
@@ -176,27 +202,29 @@ def _gives(form: Format, fields: Fields) -> Literal["a judgment", "none", "bad"]
 # ----------------------------------------------------------------------------------------------------- reading the rows
 
 
-def read_rows(dataset: DatasetConfig, on_bad_row: OnBadRow) -> tuple[Iterator[DataRow], ReadReport]:
+def read_rows(dataset: DatasetConfig, on_bad_row: OnBadRow, ties: Ties = "drop") -> tuple[Iterator[DataRow],
+                                                                                         ReadReport]:
     """The rows of a data set, streamed, and a report that fills up as they are consumed.
 
     Raises UserError (from the iterator) for files that cannot be read, for a format that cannot be told, and, once all
     rows have been looked at, for bad rows unless `on_bad_row` is skip.
     """
     report = ReadReport.of(dataset)
-    return _read(dataset, on_bad_row, report), report
+    return _read(dataset, on_bad_row, ties, report), report
 
 
-def _read(dataset: DatasetConfig, on_bad_row: OnBadRow, report: ReadReport) -> Iterator[DataRow]:
-    for chunk in read_chunks(dataset, on_bad_row, Share(records=1)):
+def _read(dataset: DatasetConfig, on_bad_row: OnBadRow, ties: Ties, report: ReadReport) -> Iterator[DataRow]:
+    for chunk in read_chunks(dataset, on_bad_row, Share(records=1), ties):
         report.join(chunk.report)
         yield from chunk.rows
     report.check(dataset, on_bad_row)
 
 
-def read_chunks(dataset: DatasetConfig, on_bad_row: OnBadRow, share: Share) -> Iterator[Chunk]:
+def read_chunks(dataset: DatasetConfig, on_bad_row: OnBadRow, share: Share, ties: Ties = "drop") -> Iterator[Chunk]:
     """The chunks of a share of a data set. Unless `on_bad_row` is skip, a chunk with a bad row and those after it have
-    no rows, only reports: ReadReport.check raises the error once all bad rows are counted."""
-    plan, columns = plan_reading(dataset), Columns(dataset.columns)
+    no rows, only reports: ReadReport.check raises the error once all bad rows are counted. ties: whether rows of which
+    neither answer is better are among the rows (data.ties)."""
+    plan, columns = plan_reading(dataset, ties), Columns(dataset.columns)
     form = FORMATS[plan.format]
     # pairs that are made of several records, and samples, depend on records of all shares
     takes_all = form.group is not None or plan.limit is not None
@@ -210,9 +238,13 @@ def read_chunks(dataset: DatasetConfig, on_bad_row: OnBadRow, share: Share) -> I
         if not share.has(number):
             continue
         chunk = Chunk(number, [], ReadReport.of(dataset, plan.format))
-        for _, entry in group:
+        for place, entry in group:
             assert entry is not None, "every entry of an own chunk is wanted"
-            chunk.rows.extend(rows_of(entry, form, chunk.report))
+            for at, row in enumerate(rows_of(entry, form, chunk.report, ties)):
+                if plan.cap is None or plan.cap.takes(row, (place, at)):
+                    chunk.rows.append(row)
+                else:
+                    chunk.report.leave_out(row, OVER_CAP)
         chunk.report.unseen = sorted(columns.unseen)
         found_bad = found_bad or (on_bad_row == "error" and bool(chunk.report.bad.counts))
         if found_bad:
@@ -228,60 +260,18 @@ def entries(dataset: DatasetConfig, form: Format, columns: Columns,
     return form.group(record for record in records if record is not None) if form.group else records
 
 
-def rows_of(entry: Entry, form: Format, report: ReadReport) -> Iterator[DataRow]:
+def rows_of(entry: Entry, form: Format, report: ReadReport, ties: Ties = "drop") -> Iterator[DataRow]:
     """The rows that an entry gives; what else becomes of it is counted in the report."""
     report.rows += entry.rows if isinstance(entry, Record) else 1
-    outcomes = _outcomes(entry, form, report.source) if isinstance(entry, Record) else iter([entry])
-    for outcome in outcomes:
-        if outcome is None:
-            report.ties += 1
-        elif isinstance(outcome, NoPair):
+    for outcome in outcomes(entry, form, report.source, ties) if isinstance(entry, Record) else (entry,):
+        if isinstance(outcome, NoPair):
             report.no_pair[outcome.reason] = report.no_pair.get(outcome.reason, 0) + 1
         elif isinstance(outcome, BadRow):
             report.bad.add(outcome.reason, str(outcome))
+        elif isinstance(outcome, str):
+            report.count_tie(outcome, kept=False)
         else:
             report.pairs += 1
+            if outcome.tie:
+                report.count_tie(outcome.tie, kept=True)
             yield outcome
-
-
-def _outcomes(record: Record, form: Format, source: str) -> Iterator[DataRow | BadRow | NoPair | None]:
-    """What a record gives: rows, None for a tie, NoPair, or what is wrong with it."""
-    try:
-        for row in form.read(record.value, record.where, source):
-            try:
-                yield row if row is None or isinstance(row, NoPair) else checked(row)
-            except Unfit as unfit:           # one pair of a ratings row may be bad, the others good
-                yield BadRow(record.where, unfit.reason, unfit.detail)
-    except Unfit as unfit:
-        yield BadRow(record.where, unfit.reason, unfit.detail)
-
-
-def checked(row: DataRow) -> DataRow:
-    """The row, if prompt and completions are there, differ, and are said by whom they must be. Raises Unfit."""
-    if isinstance(row, TokenizedPair):
-        parts: tuple[Any, ...] = (row.prompt_ids, row.chosen_ids, row.rejected_ids)
-    else:
-        parts = (row.prompt, row.chosen, row.rejected)
-    for name, part in zip(("prompt", "chosen", "rejected"), parts, strict=True):
-        ends_empty = isinstance(part, tuple) and name != "prompt" and _is_empty(part[-1:])
-        if _is_empty(part) or ends_empty:
-            raise Unfit(f"{name} is empty")
-    if parts[1] == parts[2]:
-        raise Unfit("chosen and rejected are identical")
-    if isinstance(row, PreferenceRow) and not isinstance(row.prompt, str):
-        if row.prompt[-1]["role"] == "assistant":
-            raise Unfit("the prompt ends with an assistant turn")
-        for name, turns in (("chosen", row.chosen), ("rejected", row.rejected)):
-            assert not isinstance(turns, str), "messages and text do not mix in one row"
-            if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
-                raise Unfit(f"{name} does not begin and end with an assistant turn",
-                            f"roles {', '.join(m['role'] for m in turns)}")
-    return row
-
-
-def _is_empty(part: Any) -> bool:
-    if isinstance(part, str):
-        return not part.strip()
-    if part and isinstance(part[0], dict):
-        return not any(m.get("content", "").strip() or m.get("tool_calls") for m in part)
-    return not part

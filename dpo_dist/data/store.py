@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dpo_dist.data.units import PairShapes
 from dpo_dist.data.writer import ARRAYS
-from dpo_dist.types import TokenizedPair
+from dpo_dist.types import TIE_KINDS, TokenizedPair
 
 P = TypeVar("P", bound="Pairs")
 Parts = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
@@ -32,6 +32,7 @@ class PairStore:
     uncounted: NDArray[np.int64]
     weight: NDArray[np.float32]
     strength: NDArray[np.float32]
+    tie: NDArray[np.uint8]
     source: NDArray[np.uint16]
     content: NDArray[np.uint64]
     where: NDArray[np.int64]
@@ -57,7 +58,8 @@ class PairStore:
         _, *starts, end = self.spans[index].tolist()
         return TokenizedPair(prompt, chosen, rejected, self.where_of(index), self.source_of(index),
                              None if np.isnan(strength) else strength, float(self.weight[index]),
-                             self._counts(starts[0], starts[1]), self._counts(starts[1], end), self._record(index))
+                             self._counts(starts[0], starts[1]), self._counts(starts[1], end), self.record(index),
+                             tie=TIE_KINDS[self.tie[index]])
 
     def where_of(self, index: int) -> str:
         """Where the pair's record stands: "file:line", for a person."""
@@ -78,10 +80,60 @@ class PairStore:
             counts[run_start:run_end] = False
         return tuple(counts.tolist())
 
-    def _record(self, index: int) -> dict[str, Any]:
+    def record(self, index: int) -> dict[str, Any]:
+        """What else is known of the pair's judgment (formats/judgment.py), read from the map."""
         start = self.record_end[index - 1] if index else 0
         text = self.records[start:self.record_end[index]].tobytes()
         return dict(json.loads(text)) if text else {}
+
+    def all_records(self) -> Iterator[dict[str, Any]]:
+        """`record` of every pair in turn, in one pass over the map."""
+        start = 0
+        for end in self.record_end.tolist():
+            yield json.loads(self.records[start:end].tobytes()) if end > start else {}
+            start = end
+
+    def facts(self, name: str) -> list[Any]:
+        """What is known of every pair under one name, None where nothing is: a name of its record or, with a dot, one
+        within, as in "locale", "columns.subset" and "tags.domain"; or "source", "weight", "strength" and "tie" (None
+        for no tie)."""
+        return self.all_facts([name])[name]
+
+    def all_facts(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """{name: `facts` of it}, read in one pass."""
+        found = {name: self._of_arrays(name) for name in names}
+        within = {name: (name, *name.split(".", 1)) for name, values in found.items() if values is None}
+        if within:
+            columns: dict[str, list[Any]] = {name: [] for name in within}
+            for record in self.all_records():
+                for name, (whole, *path) in within.items():
+                    inner = record.get(path[0]) if len(path) > 1 else None
+                    columns[name].append(inner.get(path[1]) if isinstance(inner, dict) else record.get(whole))
+            found |= columns
+        return {name: values or [] for name, values in found.items()}
+
+    def fact_names(self) -> dict[str, int]:
+        """{name: of how many pairs `facts` knows a number, a text, true or false under it}, in one pass."""
+        counts: dict[str, int] = {}
+        for record in self.all_records():
+            for key, value in record.items():
+                inner = {f"{key}.{name}": held for name, held in value.items()} if isinstance(value, dict) else {
+                    key: value}
+                for name, held in inner.items():
+                    if isinstance(held, str | int | float):
+                        counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def _of_arrays(self, name: str) -> list[Any] | None:
+        """The facts that have an array of their own; None for another name."""
+        if name == "source":
+            sources = [source["name"] for source in self.meta["sources"]]
+            return [sources[i] for i in self.source.tolist()]
+        if name == "tie":
+            return [TIE_KINDS[i] for i in self.tie.tolist()]
+        if name == "weight":
+            return list(self.weight.tolist())
+        return [None if s != s else s for s in self.strength.tolist()] if name == "strength" else None
 
     def parts(self, index: int) -> Parts:
         """(prompt, chosen, rejected) token ids as views into the map: no copy."""
@@ -120,7 +172,7 @@ class PairStore:
 
     @property
     def digest(self) -> str:
-        """sha256 over tokens and which of them count, weights, strengths and sources, in order."""
+        """sha256 over tokens and which of them count, weights, strengths, ties and sources, in order."""
         return str(self.meta["digest"])
 
     @property

@@ -27,7 +27,10 @@ def summary_lines(store: PairStore, title: str) -> list[str]:
 
 
 def _source_lines(read: dict[str, Any], tokens: dict[str, Any]) -> list[str]:
-    ties = f", {read['ties']:,} ties" if read["ties"] else ""
+    ties = ""
+    if read["ties"]:
+        both_bad = f" ({read['both_bad']:,} both bad)" if read["both_bad"] else ""
+        ties = f", {read['ties']:,} ties{both_bad}{' kept' if read['kept_ties'] else ' left out'}"
     cut = f" ({tokens['truncated']:,} truncated)" if tokens["truncated"] else ""
     lines = [f"  {read['source']} ({read['format']}): {read['rows']:,} rows read, {tokens['kept']:,} pairs "
              f"kept{cut}{ties}"]

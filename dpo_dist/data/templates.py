@@ -57,9 +57,14 @@ def given_text(tokenizer: Any, setting: str | None) -> str | None:
     if setting is None or setting == PLAIN or (isinstance(getattr(tokenizer, "chat_template", None), dict)
                                                and setting in tokenizer.chat_template):
         return None
-    if "{{" in setting or "{%" in setting:
+    if is_jinja(setting):
         return setting
     return Path(setting).read_text() if Path(setting).is_file() else None
+
+
+def is_jinja(setting: str) -> bool:
+    """Whether `data.chat_template` is a template itself, not a file or a name."""
+    return "{{" in setting or "{%" in setting
 
 
 def described(setting: str | None, name: str, several: bool) -> str:

@@ -97,7 +97,7 @@ class PairTokenizer:
             assert isinstance(row, PreferenceRow)
             (chosen, chosen_counts), (rejected, rejected_counts) = next(answers), next(answers)
             pairs.append(TokenizedPair(next(prompts), chosen, rejected, row.where, row.source, row.strength, row.weight,
-                                       chosen_counts, rejected_counts, row.record, entry.left_out))
+                                       chosen_counts, rejected_counts, row.record, entry.left_out, row.tie))
         return pairs
 
     def _split(self, row: PreferenceRow) -> _Split | Dropped:

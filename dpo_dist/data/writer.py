@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.runtime.files import sync_file, write_json
-from dpo_dist.types import TokenizedPair
+from dpo_dist.types import TIE_KINDS, TokenizedPair
 
 ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns = one-dimensional
     "ids": ("<i4", 0),                       # (T,) prompt, chosen, rejected of pair 0, then of pair 1, ...
@@ -26,6 +26,7 @@ ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns
     "uncounted": ("<i8", 2),
     "weight": ("<f4", 0),                    # (n,) the row's own weight in the loss
     "strength": ("<f4", 0),                  # (n,) NaN = unknown
+    "tie": ("<u1", 0),                       # (n,) 0 = chosen is better, else the place in TIE_KINDS
     "source": ("<u2", 0),                    # (n,) index into meta's sources
     # (n, 3) hash of prompt, chosen and rejected: equal where the tokens, and which of them count, are equal
     "content": ("<u8", 3),
@@ -38,7 +39,8 @@ ARRAYS: dict[str, tuple[str, int]] = {       # name: (dtype, columns); 0 columns
 ANY_NUMBER = ("ids", "uncounted", "records")
 # Arrays that hold offsets into another: laid end to end, the second part's go on where the first part's end.
 OFFSETS = {"spans": "ids", "uncounted": "ids", "record_end": "records"}
-# what training sees: not where a row came from, nor what else is known of it
+# what training sees: not where a row came from, nor what else is known of it; `uncounted` and `tie` where they say
+# anything
 IN_DIGEST = ("ids", "spans", "weight", "strength", "source")
 FLUSH_PAIRS = 4096
 NPY_HEADER_BYTES = 128
@@ -68,7 +70,7 @@ class PairWriter:
         self.places: dict[str, int] = {}
         self.prompt_hashes, self.pair_hashes = array("Q"), array("Q")
         self.pairs = self.tokens = self.record_bytes = 0
-        self.largest_id = -1
+        self.largest_id, self.ties = -1, 0
         self.waiting: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, pair: TokenizedPair, source: int, prompt_hash: int) -> None:
@@ -84,6 +86,7 @@ class PairWriter:
             "ids": parts, "spans": (*starts, end), "weight": pair.weight, "source": source, "content": content,
             "uncounted": [left_out + start for left_out, start in zip(runs, starts, strict=True) if len(left_out)],
             "strength": float("nan") if pair.strength is None else pair.strength, "where": self._place(pair.where),
+            "tie": TIE_KINDS.index(pair.tie),
             "records": [np.frombuffer(record, "<u1")] if record else [], "record_end": self.record_bytes}
         for name, value in rows.items():
             if name in ANY_NUMBER:
@@ -92,7 +95,7 @@ class PairWriter:
                 self.waiting[name].append(value)
         self.prompt_hashes.append(prompt_hash)
         self.pair_hashes.append(hash64(struct.pack("<3Q", *content)))
-        self.pairs, self.tokens = self.pairs + 1, end
+        self.pairs, self.tokens, self.ties = self.pairs + 1, end, self.ties + (pair.tie is not None)
         if len(self.waiting["spans"]) >= FLUSH_PAIRS:
             self.flush()
 
@@ -117,6 +120,8 @@ class PairWriter:
                 rows[:, 0] = np.array([known[int(place)] for place in used])[inverse]
             elif name == "ids":
                 self.largest_id = max(self.largest_id, int(rows.max()))
+            elif name == "tie":
+                self.ties += int(np.count_nonzero(rows))
             self.files[name].append(rows)
         hashes = _rows_of(part / HASHES, "<u8", 2, first["spans"], end["spans"])
         self.prompt_hashes.frombytes(hashes[:, 0].tobytes())
@@ -154,7 +159,7 @@ class PairWriter:
         """Completes the files. `report` is stored as it is, with the repetitions among the pairs added."""
         self.flush()
         digests = {name: file.close() for name, file in self.files.items()}
-        seen = (*IN_DIGEST, "uncounted") if self.files["uncounted"].items else IN_DIGEST
+        seen = [*IN_DIGEST, *["uncounted"] * bool(self.files["uncounted"].items), *["tie"] * bool(self.ties)]
         digest = hashlib.sha256("".join(f"{name}:{digests[name]};" for name in seen).encode()).hexdigest()
         repeats = {"duplicate_pairs": self.pairs - len(np.unique(np.array(self.pair_hashes))),
                    "duplicate_prompts": self.pairs - len(np.unique(np.array(self.prompt_hashes)))}

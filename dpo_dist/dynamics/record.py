@@ -24,6 +24,8 @@ class VisitLog:
         self._step: list[tuple[tuple[int, ...], Tensor]] = []        # of the step being computed: each pack's
         self._waiting: tuple[int, NDArray[np.int32], Later] | None = None    # of the last step: (2, B), on their way
         self._known: list[tuple[int, NDArray[np.int32], NDArray[np.float32]]] = []
+        # of the newest step that is read: pairs and their (2, B) rewards, also once they are written
+        self.newest: tuple[NDArray[np.int32], NDArray[np.float32]] = np.empty(0, np.int32), np.empty((2, 0), np.float32)
 
     def see(self, pair_ids: tuple[int, ...], pairs: PairLogps) -> None:
         """Takes the rewards of a pack's pairs, fillers left out; nothing where the loss has no rewards."""
@@ -53,3 +55,4 @@ class VisitLog:
         if waiting is not None:
             step, ids, values = waiting
             self._known.append((step, ids, values.values.numpy()))
+            self.newest = ids, self._known[-1][2]

@@ -21,21 +21,25 @@ from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
 
 VERBS = {
-    "run": "the whole way: score the reference, train, evaluate on held-out pairs, export",
+    "run": "the whole way: audit the data, score the reference, train, evaluate on held-out pairs, export",
+    "audit": "look at the data: what repeats, contradicts, leaks, or tells chosen from rejected without reading",
     "score": "fill the cache with the reference's log-probs, and nothing else",
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
     "export": "write <run.dir>/model from the newest whole checkpoint",
+    "harness": "lm-evaluation-harness' tasks (eval.harness.tasks) on <run.dir>/model",
     "show": "the rows as they will be trained on: texts, ids, which tokens count, what is cut or left out and why",
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",
     "doctor": "look at this machine: what would stop a run with these keys, and what to do about it",
+    "report": "one HTML file about a run or a sweep, or about several runs side by side: dpo-dist report RUN [RUN ...]",
+    "verify": "is all that a run's numbers come from still what it was? dpo-dist verify RUN_DIR",
     "next": "the next round's rows of a run: without the pairs whose labels look flipped: dpo-dist next RUN_DIR",
     "status": "where the run in the given run.dir is: dpo-dist status RUN_DIR",
 }
 
 # verbs about runs that exist: {verb: the module that the command becomes, which gets all other words}
-ON_RUNS: dict[str, str] = {"next": "dpo_dist.next"}
+ON_RUNS = {"report": "dpo_dist.report", "verify": "dpo_dist.verify", "next": "dpo_dist.next"}
 
 SHOW_OPTIONS = """
   --rows N    the first N rows of each data set (3), then the longest of those looked at, and one at random
@@ -73,14 +77,14 @@ def _main(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UserError(f"unknown command '{verb}': {nearest(verb, VERBS)}")
-    if verb not in ON_RUNS and ("--help" in rest or "-h" in rest):
+    if verb in ON_RUNS:                                      # it has its own --help
+        os.execv(sys.executable, [sys.executable, "-m", ON_RUNS[verb], *rest])
+    if "--help" in rest or "-h" in rest:
         print(_verb_help(verb))
         return 0
     if verb == "status":
         print(status(_run_dir(rest)))
         return 0
-    if verb in ON_RUNS:
-        os.execv(sys.executable, [sys.executable, "-m", ON_RUNS[verb], *rest])
     cfg, dry_run = _take_cfg(rest), _take("--dry-run", rest)
     sweeps = verb == "run" and not cfg and _take("-m", rest)
     options = _take_show_options(rest) if verb == "show" else []
@@ -164,7 +168,7 @@ def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
         when = f", after {', '.join(stage.after)}" if stage.after else beside
         lines += ["", stage.name + when,
                   f"  ranks   {stage.ranks}: {stage.nodes} node{'s' * (stage.nodes > 1)} with {stage.procs_per_node}, "
-                  f"each on a {device}",
+                  f"{f'each on a {device}' if stage.computes else 'on the CPU'}",
                   *([f"  servers {stage.server_nodes}: of the reference, each on a node of its own"]
                     if stage.server_nodes else []),
                   f"  {'submits' if config.cluster.submits else 'by hand'} {shlex.join(commands[stage.name])}"]

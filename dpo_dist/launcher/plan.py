@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
@@ -26,6 +26,7 @@ class Stage:
     run_dir: str = ""                         # where its logs and markers are; empty = the plan's run_dir
     devices: tuple[int, ...] | None = None    # of those that are visible on a machine; None = all
     server_nodes: int = 0                     # further nodes, with one of the reference's servers on each
+    computes: bool = True                     # with a model, on devices; False: reads data, on one machine's processors
 
     @property
     def ranks(self) -> int:
@@ -44,16 +45,20 @@ class LaunchPlan:
 class _Kind:
     module: str
     needed: Callable[[RunConfig], bool]       # by `run`
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()               # the last of these that there is must have succeeded
+    computes: bool = True
+    alone: bool = False                       # one process, whatever the cluster's keys say
 
 
 # `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the
 # policy is in memory.
 STAGES = {
-    "score": _Kind("dpo_dist.score", lambda config: config.scores_apart),
-    "train": _Kind("dpo_dist.train", lambda config: True, after=("score",)),
+    "audit": _Kind("dpo_dist.audit", lambda config: True, computes=False),
+    "score": _Kind("dpo_dist.score", lambda config: config.scores_apart, after=("audit",)),
+    "train": _Kind("dpo_dist.train", lambda config: True, after=("audit", "score")),
     "eval": _Kind("dpo_dist.evaluate", lambda config: False),
     "export": _Kind("dpo_dist.export", lambda config: False),
+    "harness": _Kind("dpo_dist.harness", lambda config: bool(config.eval.harness.tasks), after=("train",), alone=True),
 }
 
 
@@ -62,14 +67,27 @@ def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices:
     the config sets none."""
     if config.reference.mode == "ahead" and verb in ("run", "train", "score"):
         scoring, training = _side_by_side(config, tuple(overrides), devices)
-        return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
+        if verb != "run":
+            return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
+        audit = _stage("audit", config, ["audit"], overrides, devices)
+        last = [_stage(name, config, ["train"], overrides, devices) for name, kind in STAGES.items()
+                if kind.alone and kind.needed(config)]
+        return LaunchPlan(config.run_dir, (audit, replace(scoring, after=("audit",)),
+                                           replace(training, after=("audit",)), *last))
     names = [name for name, kind in STAGES.items() if kind.needed(config)] if verb == "run" else [verb]
-    procs = config.cluster.procs_per_node or devices
-    stages = [Stage(name, STAGES[name].module, config.cluster.nodes, procs, tuple(overrides),
-                    tuple(before for before in STAGES[name].after if before in names),
-                    server_nodes=_server_nodes(name, config))
-              for name in names]
-    return LaunchPlan(config.run_dir, tuple(stages))
+    return LaunchPlan(config.run_dir, tuple(_stage(name, config, names, overrides, devices) for name in names))
+
+
+def _stage(name: str, config: RunConfig, names: Sequence[str], overrides: Sequence[str], devices: int) -> Stage:
+    kind = STAGES[name]
+    after = tuple(before for before in kind.after if before in names)[-1:]
+    if not kind.computes:
+        return Stage(name, kind.module, 1, 1, tuple(overrides), after, computes=False)
+    if kind.alone:
+        own = ("cluster.nodes=1", "cluster.procs_per_node=1")
+        return Stage(name, kind.module, 1, 1, (*overrides, *own), after)
+    return Stage(name, kind.module, config.cluster.nodes, config.cluster.procs_per_node or devices, tuple(overrides),
+                 after, server_nodes=_server_nodes(name, config))
 
 
 def quoted(text: str) -> str:

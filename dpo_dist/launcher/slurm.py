@@ -128,7 +128,7 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
     _, _, after = rest.partition(END)
     options = [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
                f"--signal=B:USR1@{slurm.signal_seconds}",
-               *_machines(stage.nodes, stage.procs_per_node, config.cluster)]
+               *_machines(stage.nodes, stage.procs_per_node if stage.computes else 0, config.cluster)]
     if stage.server_nodes:                # the second part of a heterogeneous job: nodes for the reference's servers
         options += ["hetjob", "--ntasks-per-node=1", "--requeue",
                     *_machines(stage.server_nodes, config.reference.server_gpus, config.cluster), *slurm.server_extra]
@@ -137,11 +137,11 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
 
 
 def _machines(nodes: int, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
-    """The options of sbatch that ask for nodes."""
+    """The options of sbatch that ask for nodes, each with so many GPUs."""
     slurm = cluster.slurm
     optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit,
                 "exclude": slurm.exclude}
-    return [f"--nodes={nodes}", *([] if cluster.device == "cpu" else [f"--gpus-per-node={gpus}"]),
+    return [f"--nodes={nodes}", *([] if cluster.device == "cpu" or not gpus else [f"--gpus-per-node={gpus}"]),
             *(f"--{key}={value}" for key, value in optional.items() if value is not None), *slurm.extra]
 
 
@@ -157,7 +157,7 @@ def _variables(stage: Stage, slurm: SlurmConfig, run_dir: str, tasks: Path | Non
                      f"--container-workdir={os.getcwd()}"]
     values = {"PYTHON": "python" if own_python else sys.executable, "LAUNCH": str(shipped("launch")),
               "MODULE": stage.module, "PROCS_PER_NODE": str(stage.procs_per_node), "RUN_DIR": run_dir,
-              "TASKS": str(tasks or ""), "PREFLIGHT": "yes" if slurm.preflight else "no",
+              "TASKS": str(tasks or ""), "PREFLIGHT": "yes" if slurm.preflight and stage.computes else "no",
               "MAX_REQUEUES": str(slurm.max_requeues)}
     return [*(f"{key}={shlex.quote(value)}" for key, value in values.items()), f"CONTAINER=({shlex.join(container)})",
             "setup() {", *(f"    {line}" for line in slurm.setup or (":",)), "}"]

@@ -39,7 +39,8 @@ def sample(model: Path, prompts: Sequence[str], sampling: Sampling, kept: Path, 
 
     The random numbers depend on the block alone: two models that are asked the same draw with the same ones.
     """
-    from dpo_dist.models.digest import model_digest, tokenizer_digest
+    from dpo_dist.models.digest import model_digest
+    from dpo_dist.models.file_digests import tokenizer_digest
 
     kept.mkdir(parents=True, exist_ok=True)
     by_length = sorted(prompts, key=len)    # so that little is padded

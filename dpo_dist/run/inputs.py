@@ -54,6 +54,11 @@ class Inputs:
     eval: PairStore
 
     @property
+    def pads(self) -> bool:
+        """Whether policy or reference computes padded rows."""
+        return "padded" in (self.attention, self.reference_setup.attention)
+
+    @property
     def lengths(self) -> tuple[Lengths, int]:
         """(mean tokens of the pairs, tokens of the longest pair), of those to train on, else of those held out."""
         pairs = self.train if len(self.train) else self.eval
@@ -193,8 +198,11 @@ def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal)
 
 def _check_pairs(pairs: PairStore, config: RunConfig, padded: bool) -> None:
     if config.loss.needs_whole_step and np.ptp(pairs.weight) > 0:
-        raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights of their own; "
-                        "remove them from the data")
+        raise UserError(f"loss.name={config.loss.name} sorts over pairs, so rows cannot have weights or confidences "
+                        "of their own; leave them out with columns={weight: null, confidence: null} in the data entry")
+    if len(pairs) and pairs.tie.all():
+        raise UserError(f"data.ties={config.data.ties}, and all {len(pairs)} pairs are ties: nothing says which answer "
+                        "is better; add data with preferences")
     if config.loss.needs_strength:
         check_strengths(torch.from_numpy(np.array(pairs.strength)))
     check_budget(pairs.lengths(), lambda index: pairs[index].where, config.train.tokens_per_microbatch, padded)

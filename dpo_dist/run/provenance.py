@@ -1,24 +1,33 @@
-"""Where a run's numbers come from, written to run.json before the first step."""
+"""Where a run's numbers come from, written to run.json before the first step; what names a change later, beside it."""
 from __future__ import annotations
 
 import json
 import platform
-from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import DataConfig, RunConfig
+from dpo_dist.data.digests import FileDigests, any_order, data_set_digests, in_order, pair_digests
+from dpo_dist.data.prepare import data_sets, digests_folder
+from dpo_dist.data.templates import template_texts
+from dpo_dist.models.file_digests import described, digest_of, tokenizer_digest, tokenizer_files
+from dpo_dist.models.tokenizer import load_tokenizer
+from dpo_dist.run.changed_keys import differences
 from dpo_dist.run.inputs import Inputs
+from dpo_dist.run.kept import Kept, rows_of
+from dpo_dist.run.made_by import GIB, Machine, code, code_files, hardware, this_machine, versions
+from dpo_dist.run.parent import parent_of
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.run_dir import RunDir
-from dpo_dist.runtime.world import World
-
-PACKAGES = ("dpo-dist", "torch", "deepspeed", "transformers", "datasets", "peft")
+from dpo_dist.runtime.world import World, own_node
 
 
 def provenance(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
-    """Digests of what goes in, versions of what computes, and the shape of the world."""
+    """Digests of what goes in, versions of what computes, and the shape of the world: what is known at once."""
     return {
         "policy_weights": inputs.policy_digest,
         "reference_weights": inputs.reference_digest if config.loss.needs_reference else None,
@@ -31,7 +40,7 @@ def provenance(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any
         "ranks": world.size,
         "device": world.device.type,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -42,6 +51,8 @@ def _sync(config: RunConfig) -> str:
     return "none: frozen" if sync.mode == "none" else f"{sync.mode}: {share}every {sync.every_steps} steps (TR-DPO)"
 
 
+# what may change where a run goes on
+MADE_BY = ("code", "versions", "python", "hardware", "ranks", "device")
 # what a run cannot change on its way
 SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")
 
@@ -51,25 +62,79 @@ def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) 
     if not run_dir.run_json.exists():
         return
     before = json.loads(run_dir.run_json.read_text())
-    changed = _differences(before["identity_of"], config.identity_dict())
-    changed += _differences({k: before["passport"][k] for k in SAME_RUN}, {k: lineage[k] for k in SAME_RUN})
+    changed = differences(before["identity_of"], config.identity_dict())
+    changed += differences({k: before["passport"][k] for k in SAME_RUN}, {k: lineage[k] for k in SAME_RUN})
     if changed:
         raise UserError(f"run.dir={run_dir.path} holds another run ({'; '.join(changed[:5])}); choose another run.dir, "
                         "or remove that one")
 
 
-def write_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> None:
-    """Writes run.json."""
-    write_json(run_dir.run_json, {"config": to_dict(config), "passport": lineage,
+def write_provenance(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str, Any], world: World) -> None:
+    """Writes run.json, and beside it what names a change. All ranks call it; rank 0 reads and writes."""
+    machines = world.gather(_machine(world))
+    world.on_main(lambda: _write(run_dir, config, inputs, lineage, machines))
+
+
+def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str, Any],
+           machines: list[Machine]) -> None:
+    data = data_digests(config.data, digests_folder(config.data))
+    kept = _kept(config, inputs, data)
+    passport = {
+        **lineage,
+        "config": config.identity(),
+        "loss": {name: value for name, value in to_dict(config.loss).items() if value is not None},
+        "data": {key: [file.described() for file in files] for key, files in data.items()},
+        "splits": {split: {"pairs": len(digests), "in_order": in_order(digests), "any_order": any_order(digests)}
+                   for split, digests in kept.pairs.items()},
+        "tokenizer": {"digest": tokenizer_digest(inputs.policy.tokenizer),
+                      "files": tokenizer_files(inputs.policy.tokenizer)},
+        "templates": {name: digest_of(text) for name, text in kept.templates.items()},
+        "models": {name: digest_of(content) for name, content in kept.models.items()},
+        "code": code(kept.code),
+        "hardware": hardware(machines),
+        "cache": {"tokens": inputs.train.path.parent.name, "reference": lineage["reference_key"]},
+        "parent": parent_of(config.model.path),
+    }
+    passport["earlier"] = earlier_starts(run_dir, passport)
+    kept.write(run_dir)
+    write_json(run_dir.run_json, {"config": to_dict(config), "passport": passport,
                                   "identity_of": config.identity_dict()})
 
 
-def _version(package: str) -> str:
-    """As installed; a checkout may run without being installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def earlier_starts(run_dir: RunDir, passport: dict[str, Any]) -> list[dict[str, Any]]:
+    """What made the first steps of a run that goes on, where it was other code, libraries or machines: the last step of
+    each such start that was saved, and what made it."""
+    if not run_dir.run_json.exists() or not (saved := run_dir.checkpoints()):
+        return []
+    before = json.loads(run_dir.run_json.read_text())["passport"]
+    made_by, earlier = {key: before[key] for key in MADE_BY if key in before}, list(before.get("earlier", []))
+    if made_by != {key: passport[key] for key in made_by}:
+        earlier.append({"until_step": int(saved[-1].name.rpartition("-")[2]), **made_by})
+    return earlier
+
+
+def data_digests(config: DataConfig, memory: Path | None) -> dict[str, list[FileDigests]]:
+    """{"data.train[0]": digests of its files, ...} of all data sets."""
+    return {f"data.{data_set.split}[{data_set.source}]": data_set_digests(data_set.config, memory)
+            for data_set in data_sets(config)}
+
+
+def _kept(config: RunConfig, inputs: Inputs, data: dict[str, list[FileDigests]]) -> Kept:
+    memory = digests_folder(config.data)
+    models = {"policy": described(inputs.policy, memory)}
+    if config.loss.needs_reference and inputs.reference_setup.folder != inputs.policy:
+        models["reference"] = described(inputs.reference_setup.folder, memory)
+    tokenizer = load_tokenizer(inputs.policy.tokenizer)
+    return Kept(rows_of(data), {"train": pair_digests(inputs.train), "eval": pair_digests(inputs.eval)}, models,
+                template_texts(tokenizer, config.data.chat_template) or {}, code_files())
+
+
+def _machine(world: World) -> Machine:
+    gpu = None
+    if world.device.type == "cuda":
+        found = torch.cuda.get_device_properties(world.device)
+        gpu = f"{found.name}, {round(found.total_memory / GIB)} GiB"
+    return this_machine(own_node()[0], gpu)
 
 
 def add_parity(run_dir: RunDir) -> None:
@@ -77,14 +142,3 @@ def add_parity(run_dir: RunDir) -> None:
     content = json.loads(run_dir.run_json.read_text())
     content["passport"]["parity"] = json.loads(run_dir.parity_json.read_text())
     write_json(run_dir.run_json, content)
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    out = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} was {a}, is now {b}")
-    return out

@@ -3,7 +3,7 @@ does."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Samples:
     prompts: tuple[Ids, ...]
     how: Sampling
     tokenizer: Any | None                    # None: rows of token ids, which stay ids
+    pairs: tuple[int, ...] = ()              # the first held-out pair of each prompt
 
     @staticmethod
     def of(config: RunConfig, inputs: Inputs) -> Samples:
@@ -41,14 +42,30 @@ class Samples:
         stop = stop_ids(inputs.policy.base, tokenizer, config)
         how = Sampling(stop, config.eval.max_new_tokens, config.eval.temperature, config.train.tokens_per_microbatch,
                        config.train.seed)
-        return Samples(tuple(pairs[i].prompt_ids for i in _first_of_each(pairs)[:config.eval.samples]), how, tokenizer)
+        first = tuple(_first_of_each(pairs)[:config.eval.samples])
+        return Samples(tuple(pairs[i].prompt_ids for i in first), how, tokenizer, first)
 
     def answer(self, policy: Policy, step: int, world: World) -> list[dict[str, Any]]:
         """A row of samples.jsonl for each prompt. All ranks call it."""
-        completions = generate(policy, self.prompts, replace(self.how, seed=self.how.seed + step), world)
+        return self.rows(step, self.complete(policy, step, world))
+
+    def complete(self, policy: Policy, step: int, world: World) -> list[Ids]:
+        """The policy's completion of each prompt, with the token that ends it. All ranks call it."""
+        return generate(policy, self.prompts, replace(self.how, seed=self.how.seed + step), world)
+
+    def rows(self, step: int, completions: Sequence[Ids]) -> list[dict[str, Any]]:
+        """A row of samples.jsonl for each prompt, of its completion."""
         return [{"step": step, "prompt": self._text(prompt), "tokens": len(ids), "ended": ids[-1:] in self._ends,
-                 "completion": self._text(ids[:-1] if ids[-1:] in self._ends else ids)}
+                 "completion": self._text(self._without_end(ids))}
                 for prompt, ids in zip(self.prompts, completions, strict=True)]
+
+    def chosen(self, held_out: PairStore) -> list[tuple[str | list[int], int]]:
+        """(text, tokens) of the data's own chosen answer to each prompt."""
+        answers = [held_out[i].chosen_ids for i in self.pairs]
+        return [(self._text(self._without_end(ids)), len(ids)) for ids in answers]
+
+    def _without_end(self, ids: Ids) -> Ids:
+        return ids[:-1] if ids[-1:] in self._ends else ids
 
     @property
     def _ends(self) -> set[Ids]:

@@ -22,7 +22,7 @@ from dpo_dist.data.parts import begin_parts, join_parts, part_folder, records_do
 from dpo_dist.data.prepare import build, built, data_sets, open_stores, store_folder
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.tokenize import PairTokenizer
-from dpo_dist.models.digest import tokenizer_digest
+from dpo_dist.models.file_digests import tokenizer_digest
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.run.tokenize_part import Spec
 from dpo_dist.runtime import child_process, preemption

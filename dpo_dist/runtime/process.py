@@ -25,15 +25,17 @@ from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World, lost_peer, own_node, own_rank
 
 Work = Callable[[RunConfig, World, Terminal], None]
+Afterwards = Callable[[RunConfig, RunDir, Terminal], None]
 
 
-def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> int:
+def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
+              afterwards: Afterwards | None = None) -> int:
     """Runs `work` in the world that the environment describes. 0 on success, 2 for a user's mistake, 1 otherwise.
 
     The first rank to fail writes <run.dir>/FAILED with the message and the code, and shows it to the person. On other
     nodes, which have terminals of their own, one rank shows what it saw; the rest only log. Work that was stopped
     leaves <run.dir>/PREEMPTED with the signal. `owns_run`: the work is the run itself: only one process group at a
-    time, and success leaves <run.dir>/DONE.
+    time, and success leaves <run.dir>/DONE. `afterwards`: what rank 0 does once the marker says how the run ended.
     """
     gc.freeze()                          # imported objects stay: no collection needs to look at them
     gc.enable()
@@ -52,15 +54,10 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False) -> i
     terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
                               capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     try:
-        return _work(config, work, run_dir, terminal, owns_run)
-    except UserError as error:
-        return _fail(run_dir, terminal, str(error), 2)
-    except KeyboardInterrupt:
-        return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
-    except Exception as error:
-        logging.getLogger(__name__).error("%s", traceback.format_exc())
-        what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
-        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
+        code = _told(config, work, run_dir, terminal, owns_run)
+        if afterwards is not None and own_rank() == 0:
+            afterwards(config, run_dir, terminal)
+        return code
     finally:
         terminal.stop()
         del lock
@@ -77,6 +74,20 @@ def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
     if own_rank() == 0:
         run_dir.clear(PREEMPTED, FAILED, *([DONE] if owns_run else []))
     return lock
+
+
+def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, owns_run: bool) -> int:
+    """The exit code; what failed is told, and marked in the run's folder."""
+    try:
+        return _work(config, work, run_dir, terminal, owns_run)
+    except UserError as error:
+        return _fail(run_dir, terminal, str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
+    except Exception as error:
+        logging.getLogger(__name__).error("%s", traceback.format_exc())
+        what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
+        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
 
 
 def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, owns_run: bool) -> int:

@@ -29,16 +29,28 @@ class RunDir:
     def __init__(self, folder: str | Path):
         self.path = path = Path(folder)
         self.run_json = path / "run.json"              # the resolved config and where the run's numbers come from
+        self.provenance = path / "provenance"          # digests of rows, tensors, files: what `verify` compares
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
         self.visits = path / "visits"                  # what each pair's rewards were, each time it was trained on
         self.datamap_json = path / "datamap.json"      # what each pair taught
         self.suspects = path / "suspects.jsonl"        # every training pair, the likeliest to be mislabelled first
         self.next = path / "next"                      # the next round's rows
+        self.generations_json = path / "generations.json"      # figures of the samples, before training and now
+        self.guard = path / "guard.jsonl"              # what the guards found
+        self.judge_json = path / "judge.json"          # what eval.judge makes of the samples
         self.model = path / "model"                    # what from_pretrained loads
         self.adapter = path / "adapter"                # what peft and servers load; beside the model or in its place
         self.eval_json = path / "eval.json"
+        self.evaluations = path / "evaluations"        # a file a held-out evaluation: what it measured of each pair
+        self.evaluation_json = path / "evaluation.json"            # what they say
+        self.command = path / "command.txt"            # what trains the same again
+        self.report_html = path / "report.html"
+        self.report_json = path / "report.json"        # the numbers behind the page
+        self.harness = path / "harness"                # what lm-evaluation-harness wrote, ...
+        self.harness_json = path / "harness.json"      # ... and its results
         self.parity_json = path / "parity.json"        # the audit of a served reference
+        self.audit_json = path / "audit.json"          # what is wrong with the data
         self.data_summary = path / "data.txt"
         self.pushed_json = path / "pushed.json"        # where the model on the hub is
         self.wandb_id = path / "wandb_id"
@@ -68,6 +80,14 @@ class RunDir:
     def checkpoints(self) -> list[Path]:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
+
+    def evaluation(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:06d}.parquet"
+
+    def holds(self, identity: dict[str, Any]) -> bool:
+        """Whether the folder is of a run that trains just this (RunConfig.identity_dict)."""
+        found = _read(self.run_json)
+        return found is not None and found.get("identity_of") == identity
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig, RunConfig
+from dpo_dist.runtime.without_torch import torch_hidden
 
 if TYPE_CHECKING:
     from dpo_dist.show.rows import Outcome
@@ -74,22 +75,6 @@ def show(config: RunConfig, rows: int, as_json: bool, out: TextIO) -> None:
             raise look.failure
 
 
-@contextlib.contextmanager
-def torch_hidden() -> Iterator[None]:
-    """Inside, transformers takes torch for not installed, and from now on so does `datasets`; unless they know better
-    already. Neither needs it here, and its import takes longer than all else."""
-    if "torch" in sys.modules or "transformers" in sys.modules:
-        yield
-        return
-    os.environ["USE_TORCH"] = "0"                        # for `datasets`
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"              # it would say that models need torch
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
 def _data_sets(config: RunConfig) -> Iterator[tuple[str, DatasetConfig]]:
     for key, datasets in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for at, dataset in enumerate(datasets):
@@ -115,7 +100,7 @@ def as_object(outcome: Outcome, key: str, dataset: DatasetConfig, tokenizer: Any
         before = () if name == "prompt" else pair.prompt_ids
         place[name] = None if tokenizer is None else decode(tokenizer, place[f"{name}_ids"], before)
     return {**place, "lost_tokens": sum(outcome.lost_tokens), "strength": pair.strength, "weight": pair.weight,
-            "left_out": pair.left_out}
+            "tie": pair.tie, "record": pair.record, "left_out": pair.left_out}
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class Page:
             return
         pair = outcome.pair
         facts = [f"strength {pair.strength:g}"] if pair.strength is not None else []
+        facts = [pair.tie.replace("_", " ")] if pair.tie else facts
         facts += [f"weight {pair.weight:g}"] * (pair.weight != 1) + ["held out"] * outcome.held_out
         self.console.print(Text.assemble((label, "bold"), f"  {outcome.where}", *(f"  {fact}" for fact in facts)),
                            soft_wrap=True)
@@ -139,7 +140,8 @@ class Page:
     def _summary(self, look: Look, among: str) -> None:
         bad, dropped = look.report.bad, look.dropped
         n_bad, n_dropped = sum(bad.counts.values()), sum(dropped.counts.values())
-        ties = f", {look.report.ties:,} ties" if look.report.ties else ""
+        left_out = look.report.ties - look.report.kept_ties
+        ties = f", {left_out:,} ties left out" if left_out else ""
         self.console.print()
         self.console.print(Text(f"  of {among}: {look.pairs:,} pairs, {n_bad:,} bad, {n_dropped:,} dropped{ties}",
                                 style="bold"), soft_wrap=True)

@@ -72,7 +72,7 @@ def _stopped_by(key: str, config: DataConfig) -> str | None:
 
 def _outcomes(dataset: DatasetConfig, config: DataConfig, encoder: PairTokenizer,
               report: ReadReport) -> Iterator[Outcome]:
-    for record in read_chunks(dataset, "skip", Share(records=1)):
+    for record in read_chunks(dataset, "skip", Share(records=1), config.ties):
         report.join(record.report)
         for reason, examples in record.report.bad.examples.items():
             for example in examples:

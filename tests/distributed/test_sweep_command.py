@@ -61,7 +61,8 @@ def test_a_3_by_2_sweep_scores_each_sequence_once_and_the_second_invocation_trai
         last = metrics(Path(job["run_dir"]), "eval")[-1]
         assert job["metrics"] == {name: value for name, value in last.items() if name not in ("step", "split")}
         assert last["reference/kl_per_token"] > 0 and last["reference/chosen_drift_per_token"] != 0
-    assert (tmp_path / "sweep" / "sweep.html").read_text().count("<svg") == 4
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert page.count('class="plot"') >= 4 + 1 and page.count('/report.html">open</a>') == 6
 
     before = written(tmp_path)
     second = dpo_dist(*sweep)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.config.compose import compose
 from dpo_dist.data.prepare import prepare
 from dpo_dist.launcher.ranks import Place
-from dpo_dist.models.digest import tokenizer_digest
+from dpo_dist.models.file_digests import tokenizer_digest
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.runtime.ports import free_port
 

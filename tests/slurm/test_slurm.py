@@ -220,7 +220,7 @@ def test_a_node_that_fails_the_preflight_is_named_left_out_and_the_job_goes_on_w
 def test_trainings_whose_scoring_failed_are_cancelled_and_not_pending_for_ever(
         slurm: Slurm, folder: Path, words: list[str]):
     ids = slurm.submit("run", [*words[1:], f"model.path={folder / 'nothing'}", f"run.dir={folder / 'unscored'}"])
-    slurm.until_state(ids["score"], "FAILED")
+    slurm.until_state(ids["audit"], "FAILED")
     slurm.until_state(ids["train"], "CANCELLED", seconds=120)
     assert not (folder / "unscored" / "metrics.jsonl").exists()
 
@@ -279,7 +279,8 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
     finals = set()
     for i, job in enumerate(trainings):
         assert (job.run_dir / "DONE").exists(), list(scripts.iterdir())
-        assert json.loads((job.run_dir / "slurm.json").read_text()) == {"score": ids.score, "train": f"{ids.array}_{i}"}
+        recorded = json.loads((job.run_dir / "slurm.json").read_text())
+        assert recorded == {"audit": recorded["audit"], "score": ids.score, "train": f"{ids.array}_{i}"}
         assert "COMPLETED" in slurm.dpo_dist("status", job.run_dir)
         finals.add(model_digest(job.run_dir))
     assert len(finals) == 6

@@ -43,12 +43,14 @@ def variables(script: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
-def test_a_run_is_scored_first_and_trained_after_unless_there_is_nothing_to_score():
-    launch, _ = planned(["model.path=m", "cluster.procs_per_node=4"])
+def test_a_run_is_audited_scored_and_trained_unless_there_is_nothing_to_score():
+    launch, _ = planned(["model.path=m", "cluster=slurm", "cluster.procs_per_node=4", "cluster.nodes=2"])
     assert ([(s.name, s.module, s.ranks, s.after) for s in launch.stages]
-            == [("score", "dpo_dist.score", 4, ()), ("train", "dpo_dist.train", 4, ("score",))])
+            == [("audit", "dpo_dist.audit", 1, ()), ("score", "dpo_dist.score", 8, ("audit",)),
+                ("train", "dpo_dist.train", 8, ("score",))])
     for alone in (["loss=simpo"], ["reference.mode=live"], ["reference=adapter_off", "model.lora.rank=4"]):
-        assert [(s.name, s.after) for s in planned(["model.path=m", *alone])[0].stages] == [("train", ())]
+        assert [(s.name, s.after) for s in planned(["model.path=m", *alone])[0].stages] == [
+            ("audit", ()), ("train", ("audit",))]
     assert [s.name for s in planned(["model.path=m"], "eval")[0].stages] == ["eval"]
 
 
@@ -57,15 +59,18 @@ def test_every_option_of_a_job_reaches_its_script():
              "exclude": "node9", "preflight": "false"}
     words = [*SLURM, *(f"cluster.slurm.{key}={value}" for key, value in slurm.items()),
              "cluster.slurm.extra=['--mem=0']", "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
-    score, train = jobs_of(*planned(words))
+    audit, score, train = jobs_of(*planned(words))
     assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8", "--signal=B:USR1@600", "--partition=gpu",
             "--account=lab", "--qos=high", "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue",
             "--ntasks-per-node=1"} <= set(directives(train.script))
     assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8",
                                        "RUN_DIR": "/runs/my run", "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
     assert "    module load cuda\n    . venv/bin/activate\n" in score.script
+    assert {"--nodes=1", "--partition=gpu", "--mem=0"} <= set(directives(audit.script)), "the audit reads data alone"
+    assert variables(audit.script)["PROCS_PER_NODE"] == "1"
+    assert not any(line.startswith("--gpus") for line in directives(audit.script))
     assert not any(line.startswith("--gpus")
-                   for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[0].script))
+                   for line in directives(jobs_of(*planned([*SLURM, "cluster.device=cpu"]))[1].script))
 
 
 def test_a_container_sees_the_working_folder_the_run_and_what_else_is_named():
@@ -76,28 +81,30 @@ def test_a_container_sees_the_working_folder_the_run_and_what_else_is_named():
 
 
 def test_a_folder_with_a_space_reaches_the_script_quoted():
-    _, train = jobs_of(*planned(SLURM))
+    *_, train = jobs_of(*planned(SLURM))
     assert '--output="/runs/my run/slurm/train-%j.out"' in directives(train.script)
 
 
-def test_training_waits_for_scoring_and_is_cancelled_with_it():
+def test_training_waits_for_scoring_and_that_for_the_audit_and_each_is_cancelled_with_it():
     text = describe(jobs_of(*planned([*SLURM, "data.train=[{path: 'a b.jsonl'}]"])))
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("sbatch ")]
-    assert commands[1][2:4] == ["--dependency=afterok:<score>", "--kill-on-invalid-dep=yes"]
+    assert commands[1][2:4] == ["--dependency=afterok:<audit>", "--kill-on-invalid-dep=yes"]
+    assert commands[2][2:4] == ["--dependency=afterok:<score>", "--kill-on-invalid-dep=yes"]
     assert commands[0][-1] == "data.train=[{path: 'a b.jsonl'}]"
 
 
 def test_the_stage_that_scores_gets_nodes_for_the_references_servers():
     served = [*SLURM, "cluster.slurm.extra=['--mem=0']", "reference=vllm", "reference.server=python",
               "reference.nodes=3", "reference.tensor_parallel_size=4", "cluster.slurm.server_extra=['--mem=1G']"]
-    score, train = jobs_of(*planned(served))
+    audit, score, train = jobs_of(*planned(served))
+    assert "hetjob" not in directives(audit.script)
     ranks, servers = " ".join(directives(score.script)).split(" hetjob ")
     assert "--nodes=2 --gpus-per-node=8 --mem=0" in ranks
     assert servers == "--ntasks-per-node=1 --requeue --nodes=3 --gpus-per-node=4 --mem=0 --mem=1G"
     assert "hetjob" not in directives(train.script)
-    (live,) = jobs_of(*planned([*served, "reference.mode=live"]))
+    _, live = jobs_of(*planned([*served, "reference.mode=live"]))
     assert "hetjob" in directives(live.script)
-    beside, training = jobs_of(*planned([*served, "reference.mode=ahead"]))
+    _, beside, training = jobs_of(*planned([*served, "reference.mode=ahead"]))
     assert "hetjob" in directives(beside.script) and "hetjob" not in directives(training.script)
     with pytest.raises(UserError, match="which Slurm does not do"):
         rendered([Group((make_job([*served, "reference.mode=live"], (), Path("/nowhere")),), None)])
@@ -117,6 +124,7 @@ def test_a_sweep_is_one_array_a_group_whose_tasks_read_their_own_overrides(tmp_p
     text = rendered([Group((job(0.1), job(0.2)), job(0.1)), Group((job(0.3),), None)])
     assert "#SBATCH --array=0-1%2" in text and "#SBATCH --array=0-0%2" in text
     assert text.count("--dependency=afterok:<score>") == 1 and text.count("MODULE=dpo_dist.score") == 1
+    assert text.count("--dependency=afterok:<audit>") == 2 and text.count("MODULE=dpo_dist.audit") == 2
     lines = [shlex.split(line) for line in text.splitlines() if line.startswith(f"'{tmp_path}/a sweep/")]
     assert [line[0] for line in lines] == [str(job(beta).run_dir) for beta in (0.1, 0.2, 0.3)]
     assert "loss.beta=0.2" in lines[1] and compose(lines[1][1:]).run_dir == lines[1][0]

@@ -19,7 +19,7 @@ from dpo_dist.config.loss_options import LOSS_OPTIONS
 from dpo_dist.config.rules import resolve_loss
 from dpo_dist.config.schema import LossConfig
 from dpo_dist.logps import pair_logps
-from dpo_dist.losses import LOSSES, check_strengths, preference_loss, rewards
+from dpo_dist.losses import LOSSES, check_strengths, preference_logit, preference_loss, rewards
 from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
@@ -49,7 +49,7 @@ def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def make_pairs(chosen: Any, rejected: Any, reference_chosen: Any = -20.0, reference_rejected: Any = -20.0, *,
                chosen_tokens: Any = 10.0, rejected_tokens: Any = 10.0, strength: Any = 1.0,
-               mean_chosen_tokens: float = 10.0, wpo_weight: Any = 1.0,
+               mean_chosen_tokens: float = 10.0, wpo_weight: Any = 1.0, tie: Any = None,
                dtype: torch.dtype = torch.float64) -> PairLogps:
     """PairLogps of plain numbers, one for all pairs or one for each."""
     c, r = tensor(chosen, dtype), tensor(rejected, dtype)
@@ -61,7 +61,7 @@ def make_pairs(chosen: Any, rejected: Any, reference_chosen: Any = -20.0, refere
         policy_chosen=c, policy_rejected=r, reference_chosen=like(reference_chosen),
         reference_rejected=like(reference_rejected), chosen_tokens=like(chosen_tokens),
         rejected_tokens=like(rejected_tokens), strength=like(strength), mean_chosen_tokens=mean_chosen_tokens,
-        wpo_weight=like(wpo_weight))
+        wpo_weight=like(wpo_weight), tie=None if tie is None else torch.as_tensor(tie).expand_as(c))
 
 
 def random_pairs(n: int = 6, spread: float = 3.0, seed: int = 0) -> PairLogps:
@@ -147,7 +147,8 @@ OPTION_VALUES: dict[str, dict[str, Any]] = {
     "beta": {"beta": 0.37}, "label_smoothing": {"label_smoothing": 0.23},
     "f_divergence": {"f_divergence": "forward_kl"}, "f_alpha": {"f_divergence": "alpha_divergence", "f_alpha": 0.3},
     "wpo": {"wpo": True}, "discopop_tau": {"discopop_tau": 2.0}, "simpo_gamma": {"simpo_gamma": 0.3},
-    "orpo_lambda": {"orpo_lambda": 0.7}, "cpo_alpha": {"cpo_alpha": 0.2}, "odpo_alpha": {"odpo_alpha": 0.4}}
+    "orpo_lambda": {"orpo_lambda": 0.7}, "cpo_alpha": {"cpo_alpha": 0.2}, "odpo_alpha": {"odpo_alpha": 0.4},
+    "tie_nu": {"tie_nu": 1.7}}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -172,6 +173,8 @@ AT_THE_REFERENCE: dict[str, Callable[[float], float]] = {
     "robust": lambda beta: LN2,
     "discopop": lambda beta: LN2 / 2 + 0.5,
     "odpo": lambda beta: LN2,                            # at strength 1
+    "rao_kupper": lambda beta: math.log(4),              # half of the judgments are ties, a quarter wins
+    "davidson": lambda beta: math.log(4),
     "nca_pair": lambda beta: 2 * LN2,
     "bco_pair": lambda beta: 2 * LN2,
     "sppo_hard": lambda beta: 1 / (2 * beta**2),
@@ -241,6 +244,72 @@ def test_odpo_names_how_many_rows_have_no_strength_or_one_that_has_no_logarithm(
     with pytest.raises(UserError, match="of 5 rows 2 have none and 1 have 0 or less"):
         check_strengths(tensor([1.0, math.nan, 0.0, 2.0, math.nan]))
     check_strengths(tensor([0.1, 5.0]))
+
+
+# d, ν, and P(chosen wins), P(rejected wins), P(tie) in the words of Rao and Kupper (1967) and Davidson (1970)
+def rao_kuppers(d: float, nu: float) -> list[float]:
+    chosen, rejected = math.exp(d), 1.0
+    both = (chosen + nu * rejected) * (nu * chosen + rejected)
+    return [chosen / (chosen + nu * rejected), rejected / (nu * chosen + rejected),
+            (nu**2 - 1) * chosen * rejected / both]
+
+
+def davidsons(d: float, nu: float) -> list[float]:
+    chosen, rejected = math.exp(d), 1.0
+    tie = 2 * nu * math.sqrt(chosen * rejected)
+    return [part / (chosen + rejected + tie) for part in (chosen, rejected, tie)]
+
+
+@pytest.mark.parametrize("d", [-6.0, -1.3, 0.0, 0.4, 2.0, 9.0])
+@pytest.mark.parametrize(("name", "model", "nu"), [
+    ("rao_kupper", rao_kuppers, 3.0), ("rao_kupper", rao_kuppers, 1.2), ("davidson", davidsons, 1.0),
+    ("davidson", davidsons, 0.3)])
+def test_losses_of_ties_are_the_models_probabilities_which_add_up_to_one(
+        name: str, model: Callable[[float, float], list[float]], nu: float, d: float) -> None:
+    wins, loses, tie, both_bad = (
+        preference_loss(make_pairs([-20.0 + sign * d / 0.5], [-20.0], tie=[kind]), config(name, beta=0.5, tie_nu=nu))
+        for sign, kind in ((1, 0), (-1, 0), (1, 1), (1, 2)))
+    found = [math.exp(-loss.item()) for loss in (wins, loses, tie)]
+    assert found == pytest.approx(model(d, nu), rel=1e-10) and sum(found) == pytest.approx(1, rel=1e-12)
+    assert torch.equal(tie, both_bad), "both bad is a tie"
+
+
+def test_losses_of_ties_without_any_tie_are_dpo_where_ties_do_not_happen() -> None:
+    pairs, dpo = random_pairs(), preference_loss(random_pairs(), config("sigmoid", beta=0.7))
+    torch.testing.assert_close(preference_loss(pairs, config("rao_kupper", beta=0.7, tie_nu=1.0)), dpo, rtol=1e-12,
+                               atol=0)
+    torch.testing.assert_close(preference_loss(pairs, config("davidson", beta=0.7, tie_nu=1e-14)), dpo, rtol=1e-9,
+                               atol=0)
+
+
+@pytest.mark.parametrize("name", ["rao_kupper", "davidson"])
+def test_a_tie_pulls_the_margin_to_zero_from_both_sides_and_a_win_always_up(name: str) -> None:
+    margins = [-30.0, -2.0, 0.0, 2.0, 30.0]
+    logps = [-20.0 + margin for margin in margins]
+    _, by_chosen, by_rejected = slopes(make_pairs(logps, [-20.0] * 5, tie=[1] * 5), config(name))
+    assert by_chosen.sign().tolist() == [-1, -1, 0, 1, 1] and torch.equal(by_rejected, -by_chosen)
+    torch.testing.assert_close(by_chosen, -by_chosen.flip(0), rtol=1e-12, atol=1e-16)        # as far on either side
+    _, by_chosen, _ = slopes(make_pairs(logps, [-20.0] * 5, tie=[0] * 5), config(name))
+    assert (by_chosen < 0).all()
+
+
+@pytest.mark.parametrize("name", ["rao_kupper", "davidson"])
+def test_gradients_of_losses_of_ties_are_those_of_finite_differences(name: str) -> None:
+    pairs, loss, step = random_pairs(8), config(name, beta=0.4), 1e-6
+    pairs = dataclasses.replace(pairs, tie=torch.tensor([0, 1, 2, 0, 1, 0, 2, 0], dtype=torch.uint8))
+    _, by_chosen, by_rejected = slopes(pairs, loss)
+    for field, slope in (("policy_chosen", by_chosen), ("policy_rejected", by_rejected)):
+        moved = (dataclasses.replace(pairs, **{field: getattr(pairs, field) + sign * step}) for sign in (1, -1))
+        above, below = (preference_loss(one, loss) for one in moved)
+        torch.testing.assert_close((above - below) / (2 * step), slope, rtol=1e-7, atol=1e-9)
+
+
+def test_losses_that_know_no_ties_do_not_look_at_them() -> None:
+    pairs = random_pairs()
+    tied = dataclasses.replace(pairs, tie=torch.ones(len(pairs.policy_chosen), dtype=torch.uint8))
+    for name, options in LOSS_OPTIONS.items():
+        same = torch.equal(preference_loss(tied, config(name)), preference_loss(pairs, config(name)))
+        assert same != options.knows_ties, name
 
 
 def test_robust_loss_averages_to_the_clean_loss_when_labels_are_flipped_at_its_rate() -> None:
@@ -429,6 +498,25 @@ def test_rewards_carry_no_gradient_and_sft_has_none() -> None:
     found = rewards(pairs, config("sigmoid"))
     assert found is not None and not found[0].requires_grad and not found[1].requires_grad
     assert rewards(pairs, config("sft")) is None
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "davidson", "rao_kupper"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: "-".join(map(str, d.values())))
+def test_log_odds_of_a_preference_are_those_whose_cross_entropy_the_loss_is(name: str,
+                                                                             divergence: dict[str, Any]) -> None:
+    pairs, loss = random_pairs(), config(name, **divergence)
+    swapped = PairLogps(pairs.policy_rejected, pairs.policy_chosen, pairs.reference_rejected, pairs.reference_chosen,
+                        pairs.rejected_tokens, pairs.chosen_tokens, pairs.strength, pairs.mean_chosen_tokens)
+    won, lost = (-preference_loss(one, loss) for one in (pairs, swapped))          # log P of the two outcomes
+    assert preference_logit(pairs, loss).tolist() == pytest.approx((won - lost).tolist())
+
+
+def test_log_odds_of_other_losses_are_the_difference_of_their_rewards() -> None:
+    pairs = random_pairs()
+    for loss in (config("simpo"), config("apo_zero"), mixture({"sft": 1.0, "sigmoid": 0.3})):
+        chosen, rejected = rewards(pairs, loss)
+        assert preference_logit(pairs, loss).tolist() == (chosen - rejected).tolist()
+    assert preference_logit(pairs, config("sft")) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- extremes

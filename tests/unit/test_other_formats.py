@@ -142,7 +142,8 @@ def test_distilabel_rows_whose_prompt_is_the_first_question_of_a_longer_chat(tmp
         "chosen_rating": 5.0, "rejected_rating": 2.0, "chosen_model": "m", "rejected_model": "n",
         "instruction": "q", "generations": ["x", "y"], "ratings": [5, 2]})
     assert (row.prompt, row.chosen, row.strength) == (tuple(chat), (assistant("x"),), 3.0)
-    assert row.record == {"chosen_rating": 5.0, "chosen_model": "m", "rejected_rating": 2.0, "rejected_model": "n"}
+    assert row.record == {"columns": {"prompt_id": "b2"}, "chosen_rating": 5.0, "chosen_model": "m",
+                          "rejected_rating": 2.0, "rejected_model": "n"}
 
 
 def test_ultrafeedback_completions(tmp_path):
@@ -154,7 +155,9 @@ def test_ultrafeedback_completions(tmp_path):
             {"model": "n", "response": "y", "overall_score": 4.0, "annotations": {"honesty": {"Rating": "2"}}}]})
     assert (row.prompt, row.chosen, row.rejected, row.strength) == ("q", "x", "y", 3.5)
     assert row.record == {"chosen_rating": 7.5, "chosen_model": "m", "chosen_aspects": {"honesty": 4.0},
-                          "rejected_rating": 4.0, "rejected_model": "n", "rejected_aspects": {"honesty": 2.0}}
+                          "rejected_rating": 4.0, "rejected_model": "n", "rejected_aspects": {"honesty": 2.0},
+                          "columns": {"source": "evol_instruct", "chosen_fine-grained_score": 4.75,
+                                      "chosen_critique": "good"}}
 
 
 def test_ultrafeedback_binarized(tmp_path):
@@ -162,7 +165,7 @@ def test_ultrafeedback_binarized(tmp_path):
     (row,) = told(tmp_path, "messages", {"prompt": "q", "prompt_id": "f0", "chosen": chosen, "rejected": rejected,
                                          "messages": chosen, "score_chosen": 8.0, "score_rejected": 5.5})
     assert (row.prompt, row.chosen, row.strength) == ((user("q"),), (assistant("x"),), 2.5)
-    assert row.record == {"chosen_rating": 8.0, "rejected_rating": 5.5}
+    assert row.record == {"columns": {"prompt_id": "f0"}, "chosen_rating": 8.0, "rejected_rating": 5.5}
 
 
 @pytest.mark.parametrize("format", ["distilabel", "ultrafeedback", "preference", "messages"])
@@ -220,7 +223,9 @@ def test_argilla_records_give_one_pair_by_the_majority_of_submitted_answers(tmp_
                        {"annotator": "v", "preference": "chosen", "status": "submitted"},
                        {"annotator": "w", "preference": "rejected", "status": "submitted"},
                        {"annotator": "z", "preference": "rejected", "status": "draft"}],
-        "suggestion": {"preference": "rejected", "agent": "a model", "score": 0.7}}
+        "suggestion": {"preference": "rejected", "agent": "a model", "score": 0.7},
+        "columns": {"id": "1", "status": "completed", "inserted_at": "2024-07-01T00:00:00",
+                    "text-descriptives.n_tokens": 4, "text-descriptives.reading_time": 0.1}}
 
 
 def test_argilla_draws_are_ties_and_records_that_nobody_judged_are_counted(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO
 
 from dpo_dist.config.compose import compose
-from dpo_dist.run.provenance import _version
+from dpo_dist.run.made_by import version
 from dpo_dist.runtime.process import _node_has_spoken
 from dpo_dist.runtime.run_dir import FAILED, RunDir
 from dpo_dist.runtime.world import lost_peer
@@ -71,7 +71,7 @@ def test_a_lost_rank_is_told_by_all_names_that_gloo_has_for_it():
 
 
 def test_a_checkout_that_is_not_installed_has_a_passport_too():
-    assert _version("dpo-dist") != "" and _version("no-such-package-anywhere") == "not installed"
+    assert version("dpo-dist") != "" and version("no-such-package-anywhere") == "not installed"
 
 
 @pytest.mark.parametrize("capture", ["1", "0"])

@@ -19,7 +19,6 @@ from dpo_dist.config.compose import compose, conf_dir
 from dpo_dist.config.errors import UserError
 from dpo_dist.launcher.sweep.groups import Job, group_jobs, make_job, reference_group, sweep_folder
 from dpo_dist.launcher.sweep.multirun import multirun
-from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.processes import Command, places, run_commands
 from dpo_dist.launcher.sweep.results import KL, Result, best, command_of, read_result, table, write_results
 
@@ -164,21 +163,18 @@ def test_the_summary_has_every_run_why_one_failed_and_the_best_ones_command(tmp_
     assert lines[4].split() == ["0.3", "1e-05", "-", "-", "-", "-", "-", "failed"]
 
 
-def test_the_page_needs_no_network_shows_every_point_and_escapes_what_it_shows(tmp_path: Path):
-    write_page(tmp_path / "sweep.html", results(tmp_path), "rewards/accuracies")
-    page = (tmp_path / "sweep.html").read_text()
-    assert page.count("<svg") == 4 and page.count("<circle") == 4 * 3
-    assert "http" not in page and "<script" not in page
-    assert "step 3" in page and "<of>" not in page
-    assert "nan" not in page
-
-
-def test_a_random_search_is_plotted_over_each_number_and_not_as_lines(tmp_path: Path):
-    found = [Result(job(f"loss.beta={0.01 * i}", f"optim.lr={i}e-6"), True, {"rewards/accuracies": 0.5 + i / 100})
-             for i in range(1, 13)]
-    write_page(tmp_path / "sweep.html", found, "rewards/accuracies")
-    page = (tmp_path / "sweep.html").read_text()
-    assert page.count("<svg") == 2 and page.count("<circle") == 24 and "<polyline" not in page
+def test_the_report_is_made_of_what_the_sweep_writes_and_one_that_fails_changes_no_exit_code(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    for beta, accuracy in ((0.1, 0.6), (0.3, 0.8)):
+        finish(job(f"loss.beta={beta}", folder=str(tmp_path)), **{"rewards/accuracies": accuracy})
+    rerun(tmp_path, "loss.beta=0.1,0.3")
+    assert "loss.beta=0.3" in (tmp_path / "report.html").read_text()
+    assert f"{tmp_path}/report.html and sweep.json hold all of it" in capfd.readouterr().out
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()                   # nothing can be written under its name
+    rerun(tmp_path, "loss.beta=0.1,0.3")
+    told = capfd.readouterr()
+    assert f"{tmp_path}/sweep.json holds all of it" in told.out and "the report cannot be written" in told.err
 
 
 # ------------------------------------------------------------------------------------------------- places and processes

@@ -4,20 +4,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 from dpo_dist.data.fields import Fields, Unfit, first_of, number_or_none
-from dpo_dist.data.formats.format import NoPair, Outcome
+from dpo_dist.data.formats.format import DataRow, NoPair, Outcome, Tie
+from dpo_dist.data.formats.free import beside_answer, joined, of_answer
 from dpo_dist.data.formats.judgment import judgment_of, known
 from dpo_dist.data.formats.pairs import pair
+from dpo_dist.data.formats.ties import tie_label
 from dpo_dist.data.records import json_ready
 
 PROMPTS = ("prompt", "instruction", "question", "input", "context", "conversation", "messages", "query", "chat")
 ANSWERS = ("response", "completion", "generation", "answer", "output", "reply", "candidate", "text", "model")
 # "response_1", "generation-2", "Response A", "modelB", "3": what it is called, and which one it is
 MARKED = re.compile(r"(.*?)(?:[\s_.-]*(\d+)|[\s_.-]+([a-dA-D])|(?<=[a-z])([A-D]))$")
-TIES = ("tie", "both", "neither", "equal", "same", "draw", "none")
+# what free columns are not: prompts, answers and what belongs to them, questions with what was said and suggested
+READS = (f"{'|'.join(PROMPTS)}|chosen|rejected|fields|responses|suggestions|vectors|_server_id|"
+         rf"(.*[\s_.-])?({'|'.join(ANSWERS)})[\s_.-]*(\d+|[a-dA-D])([\s_.-].*)?|"
+         r".*\.(responses|suggestion)(\..*)?|.*-suggestion(-metadata)?")
 FIRST_AND_SECOND = {"first": 0, "left": 0, "a": 0, "second": 1, "right": 1, "b": 1}
 
 
@@ -40,7 +46,7 @@ def argilla(fields: Fields, where: str, source: str) -> Iterator[Outcome]:
     Their answers stand as "preference.responses" with ".users" and ".status" beside it (flattened, Argilla 2), as a
     list of {"user_id", "value", "status"} (Argilla 1), or within `responses` and `fields` (a record as it is). A value
     is the name of the better answer, or a ranking of them. Submitted answers decide, the majority of them; a draw is a
-    tie. strength is the share of the annotators by which chosen won.
+    tie, or both bad where more than half say so. strength is the share of the annotators by which chosen won.
     """
     if isinstance(fields.get("fields"), dict):
         fields = {**fields, **fields["fields"]}
@@ -56,16 +62,21 @@ def argilla(fields: Fields, where: str, source: str) -> Iterator[Outcome]:
     judgment = judgment_of(fields)
     for a, b in combinations(answers, 2):
         votes = [_vote(ranks, a, b) for ranks in counted]
-        if not sum(votes):
-            yield None
-            continue
-        chosen, rejected = (a, b) if sum(votes) > 0 else (b, a)
-        record = judgment["record"] | {"annotators": [
-            known({"annotator": said.user, "preference": _side(ranks, chosen, rejected), "status": said.status})
-            for said, ranks in zip(people, ranked, strict=True)]}
-        record |= known({"suggestion": _suggestion(fields, question, answers, chosen, rejected)})
-        yield pair(prompt, fields[chosen], fields[rejected], fields, where, source,
-                   **{**judgment, "strength": abs(sum(votes)) / len(votes), "record": record})
+        chosen, rejected = (a, b) if sum(votes) >= 0 else (b, a)
+        record = joined(judgment["record"], known({"annotators": [
+            known({"annotator": said.user, "preference": _side(said, ranks, chosen, rejected), "status": said.status})
+            for said, ranks in zip(people, ranked, strict=True)],
+            "suggestion": _suggestion(fields, question, answers, chosen, rejected)}),
+            of_answer("chosen", beside_answer(fields, chosen)), of_answer("rejected", beside_answer(fields, rejected)))
+        row = partial(_row, prompt, (chosen, rejected), fields, where, source,
+                      {**judgment, "strength": abs(sum(votes)) / len(votes), "record": record})
+        bad = [tie_label(said.value) == "both_bad" for said in people if said.counts]
+        yield row() if sum(votes) else Tie("both_bad" if 2 * sum(bad) > len(bad) else "tie", row)
+
+
+def _row(prompt: Any, keys: tuple[str, str], fields: Fields, where: str, source: str,
+         judgment: dict[str, Any]) -> DataRow:
+    return pair(prompt, fields[keys[0]], fields[keys[1]], fields, where, source, **judgment)
 
 
 def is_argilla(fields: Fields) -> bool:
@@ -130,7 +141,7 @@ def _preference(questions: dict[str, list[Said]], answers: list[str]) -> tuple[s
 def _ranks(value: Any, answers: list[str]) -> dict[str, float] | None:
     """{answer: rank} as a label or a ranking says it; None where it says no such thing."""
     if isinstance(value, str):
-        if _plain(value).startswith(TIES):
+        if tie_label(value, loosely=True):
             return dict.fromkeys(answers, 1.0)
         best = _named(value, answers)
         return None if best is None else {answer: 1.0 if answer == best else 2.0 for answer in answers}
@@ -185,8 +196,11 @@ def _vote(ranks: dict[str, float], a: str, b: str) -> int:
     return (ranks[a] < ranks[b]) - (ranks[a] > ranks[b])
 
 
-def _side(ranks: dict[str, float] | None, chosen: str, rejected: str) -> str | None:
-    return None if ranks is None else ("tie", "chosen", "rejected")[_vote(ranks, chosen, rejected)]
+def _side(said: Said | None, ranks: dict[str, float] | None, chosen: str, rejected: str) -> str | None:
+    if ranks is None:
+        return None
+    tie = "both_bad" if said and tie_label(said.value) == "both_bad" else "tie"
+    return (tie, "chosen", "rejected")[_vote(ranks, chosen, rejected)]
 
 
 def _suggestion(fields: Fields, question: str, answers: list[str], chosen: str, rejected: str) -> Any:
@@ -197,5 +211,5 @@ def _suggestion(fields: Fields, question: str, answers: list[str], chosen: str, 
         held = {**(about if isinstance(about, dict) else {}), "value": fields[f"{question}-suggestion"]}
     elif isinstance(fields.get("suggestions"), dict) and isinstance(fields["suggestions"].get(question), dict):
         held = fields["suggestions"][question]
-    side = _side(_ranks(held.get("value"), answers), chosen, rejected)
+    side = _side(None, _ranks(held.get("value"), answers), chosen, rejected)
     return known({"preference": side, "agent": held.get("agent"), "score": json_ready(held.get("score"))}) or None

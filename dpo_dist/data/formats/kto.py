@@ -8,7 +8,8 @@ from typing import Any
 
 from dpo_dist.data.fields import Fields, Unfit, first_of, need, reserved, yes_or_no
 from dpo_dist.data.formats.format import DataRow, NoPair
-from dpo_dist.data.formats.judgment import judgment_of
+from dpo_dist.data.formats.free import OF_ANSWER
+from dpo_dist.data.formats.judgment import RECORDED, RESERVED, confidence_of, judgment_of
 from dpo_dist.data.formats.pairs import pair
 from dpo_dist.data.formats.trainers import question_of
 from dpo_dist.data.messages import turns_of
@@ -38,7 +39,10 @@ def is_kto(fields: Fields) -> bool:
 def paired(records: Iterable[Record | BadRow]) -> Iterator[Record | BadRow | NoPair]:
     """Of each prompt, the first good answer with the first bad one, the second with the second, as they come along.
 
-    In memory stays what waits for its other half. What waits at the end is counted, a NoPair each.
+    In memory stays what waits for its other half. What waits at the end is counted, a NoPair each. Of a pair, what both
+    rows say is the judgment's; a model, a version, a rating and columns that differ belong to their answers
+    (chosen_model, rejected_model); of other names that mean something (weight, tags, annotator, ...) the good answer's
+    row decides, and the pair is as sure as both labels: their confidences are multiplied.
     """
     waiting: dict[tuple[bytes, bool], deque[Record]] = {}
     for record in records:
@@ -63,12 +67,36 @@ def paired(records: Iterable[Record | BadRow]) -> Iterator[Record | BadRow | NoP
         if not others:
             del waiting[key, not good]
         chosen, rejected = (completion, other.value["completion"])[::1 if good else -1]
-        about = {**rest, "prompt": prompt} if good else other.value
-        yield Record(record.where if good else other.where,
-                     {**about, "chosen": chosen, "rejected": rejected}, rows=2,
+        mine = {**rest, "prompt": prompt, "completion": completion}
+        try:
+            about = _of_both(*(mine, other.value)[::1 if good else -1])
+        except Unfit as unfit:
+            yield BadRow(record.where if good else other.where, unfit.reason, unfit.detail)
+            continue
+        yield Record(record.where if good else other.where, {**about, "chosen": chosen, "rejected": rejected}, rows=2,
                      other=other.where if good else record.where)
     for records_left in waiting.values():
         yield from (NoPair(UNPAIRED) for _ in records_left)
+
+
+def _of_both(good: Fields, bad: Fields) -> Fields:
+    """What the rows of both answers say of their pair."""
+    both: Fields = {}
+    for key in dict.fromkeys((*good, *bad)):
+        noun = OF_ANSWER.get(key, key)
+        if noun in ("model", "version", "rating"):
+            both |= {f"{side}_{noun}": row[key] for side, row in (("chosen", good), ("rejected", bad)) if key in row}
+        elif key == "completion" or good.get(key) == bad.get(key):
+            both[key] = good[key]
+        elif key in RESERVED or key in RECORDED or key == "prompt":
+            if key in good:
+                both[key] = good[key]
+        else:
+            both |= {f"{side}_{key}": row[key] for side, row in (("chosen", good), ("rejected", bad)) if key in row}
+    sure = [confidence_of(row) for row in (good, bad)]
+    if sure != [None, None]:
+        both["confidence"] = (sure[0] or 1.0) * (sure[1] or 1.0)
+    return both
 
 
 def _one_answer(fields: Fields) -> tuple[Any, Any, bool]:

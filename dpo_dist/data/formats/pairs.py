@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_dist.data.fields import Fields, Turns, Unfit, counts_of, ids_of, n_shared, need, text_of
+from dpo_dist.data.fields import IDENTICAL, Fields, Turns, Unfit, counts_of, ids_of, n_shared, need, text_of
 from dpo_dist.data.formats.format import DataRow
 from dpo_dist.data.formats.judgment import judgment_of
 from dpo_dist.data.messages import system_of, turns_of, with_system
@@ -68,7 +68,7 @@ def _within(prompt: Turns, shared: Turns | str) -> bool:
 def diverge(chosen: Turns, rejected: Turns, where: str, source: str, system: Fields, **rest: Any) -> PreferenceRow:
     """The row of two whole conversations: the prompt is what they share. They must part at an assistant turn."""
     if chosen == rejected:
-        raise Unfit("chosen and rejected are identical")
+        raise Unfit(IDENTICAL)
     n = n_shared(chosen, rejected)
     for turns in (chosen, rejected):
         if turns[n:] and turns[n]["role"] != "assistant":

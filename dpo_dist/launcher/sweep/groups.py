@@ -52,7 +52,7 @@ class Job:
     def is_done(self) -> bool:
         """True where its folder holds this very run, finished."""
         folder = RunDir(self.run_dir)
-        return folder.is_done and json.loads(folder.run_json.read_text())["identity_of"] == self.config.identity_dict()
+        return folder.is_done and folder.holds(self.config.identity_dict())
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,19 @@ def group_jobs(jobs: Sequence[Job], folder: Path) -> list[Group]:
         groups.setdefault(reference_group(job.config), []).append(job)
     return [Group(tuple(members), None if key is None else _in(folder / f"reference-{key}", members[0]))
             for key, members in sorted(groups.items(), key=lambda item: item[0] or "")]
+
+
+def audit_of(job: Job) -> Job:
+    """The job in whose folder the audit of its data is: the same for all jobs of a sweep with the same data."""
+    config = job.config
+    decides = {"data": deciding(config.data, TOKENS), "tokenizer": config.model.path, **to_dict(config.audit)}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return _in(job.run_dir.parent / f"audit-{digest}", job)
+
+
+def audits_of(jobs: Sequence[Job]) -> list[Job]:
+    """The audits of these jobs' data, each once."""
+    return list({audit.run_dir: audit for audit in map(audit_of, jobs)}.values())
 
 
 def reference_group(config: RunConfig) -> str | None:

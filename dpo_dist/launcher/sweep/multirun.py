@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,6 @@ from dpo_dist.launcher.sweep.groups import (
     make_job,
     sweep_folder,
 )
-from dpo_dist.launcher.sweep.page import write_page
 from dpo_dist.launcher.sweep.results import Result, best, command_of, read_result, table, write_results
 
 
@@ -124,9 +125,8 @@ class Sweep:
         return [self._outcome(job) for job in jobs]
 
     def report(self) -> int:
-        """Shows the table and the best job, and writes sweep.html; the command's exit code."""
+        """Shows the table and the best job, and writes report.html; the command's exit code."""
         results, chosen = self._all, best(self._all, self._objective)
-        write_page(self._folder / "sweep.html", results, self._objective)
         print(f"\n{table(results)}\n")
         failed = [r for r in results if not r.done]
         for r in failed:
@@ -134,7 +134,9 @@ class Sweep:
         if chosen:
             print(f"best by held-out {self._objective}: {chosen.job.name}\n  {command_of(chosen.job)}\n  its model: "
                   f"{chosen.job.run_dir}/model")
-        print(f"{self._folder}/sweep.html and sweep.json hold all of it")
+        has_report = subprocess.run([sys.executable, "-m", "dpo_dist.report", self._folder],
+                                    stdout=subprocess.DEVNULL).returncode == 0
+        print(f"{self._folder}/{'report.html and ' * has_report}sweep.json hold{'' if has_report else 's'} all of it")
         return 1 if failed else 0
 
     @property

@@ -1,4 +1,4 @@
-"""Runs a sweep's groups on Slurm: a scoring job a group, then an array of trainings; waits for them."""
+"""Runs a sweep's groups on Slurm: an audit and a scoring job a group, then an array of trainings; waits for them."""
 from __future__ import annotations
 
 import hashlib
@@ -20,7 +20,7 @@ from dpo_dist.launcher.slurm import (
     submit_jobs,
     wait_for,
 )
-from dpo_dist.launcher.sweep.groups import Group, Job
+from dpo_dist.launcher.sweep.groups import Group, Job, audits_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def run_groups(groups: Sequence[Group]) -> dict[Path, str]:
 
 
 def submit(groups: Sequence[Group]) -> list[Submitted]:
-    """For each group one scoring job, then one array whose tasks each run one training, cluster.jobs_at_once at a time.
+    """For each group an audit of its data, one scoring job, then one array whose tasks each run one training,
+    cluster.jobs_at_once at a time.
 
     Batch scripts and the tasks' overrides are written beside the runs, where every node sees them. An array starts when
     its own group's scoring has succeeded, and is cancelled when that has failed; a failed training stops no other. Each
@@ -94,16 +95,30 @@ def _batch_jobs(group: Group, folder: Path) -> list[BatchJob]:
     if train.server_nodes:
         raise UserError(f"reference.nodes={train.server_nodes} with reference.mode=live would give each task of an "
                         "array nodes of its own for servers, which Slurm does not do; set reference.mode=cached")
-    name, jobs = str(folder.parent.parent), []
+    name, jobs = str(folder.parent.parent), _audit_jobs(group, folder)
+    before = tuple(job.name for job in jobs)
     if group.score is not None:
         (score,) = plan_stages("score", group.score.config, group.score.overrides).stages
         script = render(score, group.score.config, job_name(name, "score"), folder / "score-%j.out",
                         run_dir=str(group.score.run_dir))
-        jobs.append(BatchJob("score", script, folder / "score.sbatch", score.overrides))
+        jobs.append(BatchJob("score", script, folder / "score.sbatch", score.overrides, before))
+        before = ("score",)
     array = f"0-{len(group.jobs) - 1}" + (f"%{first.cluster.jobs_at_once}" if first.cluster.jobs_at_once else "")
     script = render(train, first, job_name(name, "train"), folder / "train-%a-%A.out", tasks=_tasks_file(folder),
                     array=array)
-    return [*jobs, BatchJob("train", script, folder / "train.sbatch", (), ("score",) if jobs else ())]
+    return [*jobs, BatchJob("train", script, folder / "train.sbatch", (), before)]
+
+
+def _audit_jobs(group: Group, folder: Path) -> list[BatchJob]:
+    """One for each set of data; all jobs of a group that is scored have the same."""
+    jobs, name = [], str(folder.parent.parent)
+    for at, audit in enumerate(audits_of(group.jobs)):
+        title = f"audit-{at}" if at else "audit"
+        (stage,) = plan_stages("audit", audit.config, audit.overrides).stages
+        script = render(stage, audit.config, job_name(name, title), folder / f"{title}-%j.out",
+                        run_dir=str(audit.run_dir))
+        jobs.append(BatchJob(title, script, folder / f"{title}.sbatch", stage.overrides))
+    return jobs
 
 
 def _tasks_file(folder: Path) -> Path:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
@@ -22,7 +23,9 @@ import safetensors.numpy
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_atomic, write_json
-from dpo_dist.runtime.world import World
+
+if TYPE_CHECKING:
+    from dpo_dist.runtime.world import World
 
 # a kill loses at most this share of the scoring time (and at least FLUSH_SECONDS) ...
 FLUSH_SHARE = 0.05

@@ -1,0 +1,74 @@
+"""How a command's one process begins and ends where it computes nothing with torch: as process.py, without ranks, and
+half a second after its start."""
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import huggingface_hub.constants
+
+from dpo_dist.config.compose import compose
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.runtime import preemption
+from dpo_dist.runtime.preemption import Stopped
+from dpo_dist.runtime.run_dir import FAILED, PREEMPTED, Failure, RunDir
+from dpo_dist.runtime.terminal import Terminal
+
+Work = Callable[[RunConfig, Terminal], None]
+INTERRUPTED = 130
+
+
+def run_alone(overrides: Sequence[str], work: Work) -> int:
+    """Runs `work` in this process. 0 on success, 2 for a user's mistake, 1 otherwise; a failure is in
+    <run.dir>/FAILED, a signal that stopped the work in <run.dir>/PREEMPTED, as process.run_entry leaves them."""
+    gc.enable()
+    try:
+        config = compose(overrides)
+        run_dir = RunDir(config.run_dir)
+        run_dir.make()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run_dir.clear(PREEMPTED, FAILED)
+    # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
+    os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
+    huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline
+    terminal = Terminal.start(str(run_dir.rank_log(0)), is_main=True,
+                              capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
+    preemption.listen()
+    try:
+        work(config, terminal)
+        return 0
+    except Stopped as stopped:
+        run_dir.mark_preempted(str(stopped), stopped.signal)
+        terminal.say(str(stopped))
+        return stopped.exit_code
+    except UserError as error:
+        return _fail(run_dir, terminal, str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(run_dir, terminal, "interrupted; the same command begins again", INTERRUPTED)
+    except Exception as error:
+        logging.getLogger(__name__).error("%s", traceback.format_exc())
+        return _fail(run_dir, terminal, f"{type(error).__name__}: {error} (see {run_dir.rank_log(0)})", 1)
+    finally:
+        terminal.stop()
+
+
+def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:
+    run_dir.mark_failed(Failure(message, code))
+    terminal.error(f"error: {message}")
+    return code
+
+
+def end_with(code: int) -> NoReturn:
+    """Ends the process at once, once what it said is written: imported libraries take a while to go."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
