@@ -23,8 +23,8 @@ KINDS: dict[str, Kind] = {
         "than others, and an epoch is more than one pass over it.",
         "remove the repeated rows, or give them a smaller weight (column `weight`)"),
     "near_duplicate_prompt": Kind(
-        "warning", "Prompts that differ in a word, in case or in punctuation: training sees one question several "
-        "times, and a split by prompt may put one of them on either side.",
+        "warning", "Prompts that differ in a word, in case or in punctuation, or of which one goes on where the other "
+        "ends: training sees one question several times, and a split by prompt may put one of them on either side.",
         "keep one of each, or data.train[].rows to take fewer; hold out by a file of your own (data.eval) in place of "
         "data.eval_fraction"),
     "contradiction": Kind(

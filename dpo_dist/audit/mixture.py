@@ -57,8 +57,10 @@ def _leakage(facts: Facts, judged: Places, split: NDArray[np.int64], across: Pla
         of[name] = int(np.isin(own, hashes).sum())
     pairs = np.concatenate([trained[exact], trained[nearly]])
     same_as = [_counterpart(facts, int(h), apart, across) for h in facts.content[pairs[:20], 0]]
-    # the very prompts are a mistake; prompts that are nearly the same may be chance
-    return finding("leakage", len(pairs), len(trained), facts.wheres(pairs), "error" if exact.any() else "warning",
+    # Some of the very prompts are a mistake; ones that are nearly the same may be chance; and where all of them are
+    # trained on, the training set itself is evaluated, which its user knows.
+    severity: Severity = "error" if exact.any() and not np.isin(exact_hashes, own).all() else "warning"
+    return finding("leakage", len(pairs), len(trained), facts.wheres(pairs), severity,
                    same=int(exact.sum()), nearly_the_same=int(nearly.sum()), **of, same_as=same_as)
 
 

@@ -18,9 +18,12 @@ CROWD = 40                                   # prompts in one bucket, of which e
 NEXT_FEW = 6
 AT_ONCE = 20_000                             # candidates that are compared at once
 ALIKE = 0.8                                  # share of the words' weight that two prompts have in common ...
-ALIKE_EXCHANGED = 0.88                       # ... where words are exchanged, as the fillings of a pattern are
+ALIKE_EXCHANGED = 0.88                       # ... where words of a short prompt are exchanged: fillings of a pattern
 COMMON = np.log(10) ** 2                     # weight of a word of every tenth prompt: none that fills a gap
 RAREST = np.log(33) ** 2                     # ... above which a word that is only added counts no more
+LONG = 25                                    # words: of a longer one it does not, so ALIKE is enough there
+# weight of the rarest word: as in a set of a thousand prompts, so that a large set has no other bounds than a small one
+MOST = np.log(1000) ** 2
 SHORT = 12                                   # words: of a shorter prompt one exchanged word makes another question
 Pairs = NDArray[np.int64]                    # (m, 2) places of prompts
 Weights = NDArray[np.float64]
@@ -74,7 +77,7 @@ def _alike(facts: Facts, candidates: Pairs) -> NDArray[np.bool_]:
     """(m,) which of the candidates are nearly the same."""
     _, inverse, frequency = np.unique(facts.words, return_inverse=True, return_counts=True)
     # squared: what many prompts share says little, also where much of it is shared
-    weights = (np.log((len(facts.prompt) + 1) / frequency) ** 2 + 0.1)[inverse]
+    weights = np.minimum(np.log((len(facts.prompt) + 1) / frequency) ** 2 + 0.1, MOST)[inverse]
     starts = np.concatenate([[0], np.cumsum(facts.n_words, dtype=np.int64)])
     out = np.zeros(len(candidates), dtype=bool)
     for at in range(0, len(candidates), AT_ONCE):
@@ -82,8 +85,9 @@ def _alike(facts: Facts, candidates: Pairs) -> NDArray[np.bool_]:
         alike, only_a, only_b = _similarity(facts, weights, starts, a, b)
         alike_but_added, _, _ = _similarity(facts, np.minimum(weights, RAREST), starts, a, b)
         exchanged = (only_a > COMMON) & (only_b > COMMON)
-        short = np.minimum(facts.n_words[a], facts.n_words[b]) < SHORT
-        out[at:at + AT_ONCE] = (np.where(exchanged, (alike >= ALIKE_EXCHANGED) & ~short, alike_but_added >= ALIKE)
+        words = np.minimum(facts.n_words[a], facts.n_words[b])
+        bound = np.where(words < SHORT, 1.0, np.where(words < LONG, ALIKE_EXCHANGED, ALIKE))
+        out[at:at + AT_ONCE] = (np.where(exchanged, alike >= bound, alike_but_added >= ALIKE)
                                 & (facts.numbers[a] == facts.numbers[b]))
     return out
 
