@@ -1,9 +1,9 @@
 """What `dpo-dist audit` takes on two cores for 100,000 rows: audit.py [ROWS].
 
 Two clean sets by tests/clean_rows.py, with a planted defect in every hundredth row: one of hh-like length (about 250
-tokens a pair) and one of about 900. Each is audited twice: first with nothing at hand, then with the tokenized pairs
-that the first left. Told are wall seconds, processor seconds of all processes, and the largest sum, over time, of the
-memory of all processes (PSS: what several share counts once). Results: benchmarks/results/audit.json.
+tokens a pair) and one of about 900, each with 1,000 held-out prompts. Told are wall seconds of the whole command,
+processor seconds of all its processes, and the largest sum, over time, of their memory (PSS: what several share counts
+once). Results: benchmarks/results/audit.json.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ CORES = 2
 SENTENCES = {"short": (4, 9), "long": (23, 37)}                # of an answer
 PLANTED = {"duplicate_pair": 300, "near_duplicate_prompt": 300, "contradiction": 200, "special_tokens_in_text": 100,
            "language_mix": 100}
+ADD_ROWS = ("duplicate_pair", "near_duplicate_prompt", "contradiction")
 MIB = 2**20
 
 
@@ -39,20 +40,18 @@ def measured(folder: Path, rows: int, sentences: tuple[int, int]) -> dict[str, o
     """One set: what it is, what auditing it took, and what was found."""
     folder.mkdir()
     tokens = in_own_process("prepare", folder, rows, *sentences)["tokens_a_pair"]
-    out: dict[str, object] = {"tokens_a_pair": tokens, "megabytes": (folder / "rows.jsonl").stat().st_size / 1e6}
-    for name in ("nothing at hand", "tokens at hand"):
-        run = folder / name.replace(" ", "-")
-        out[name] = audited(folder, run)
-        audit = json.loads((run / "audit.json").read_text())
-        assert audit["pairs"] >= 0.99 * rows, audit["pairs"]
-        out["findings"] = {finding["kind"]: finding["count"] for finding in audit["findings"]}
-        print(name, json.dumps(out[name]), flush=True)
-    return out
+    out = audited(folder)
+    audit = json.loads((folder / "run" / "audit.json").read_text())
+    assert audit["pairs"] >= rows, audit["pairs"]
+    print(json.dumps(out), flush=True)
+    return {"tokens_a_pair": tokens, "megabytes": round((folder / "rows.jsonl").stat().st_size / 1e6), **out,
+            "findings": {finding["kind"]: finding["count"] for finding in audit["findings"]}}
 
 
-def audited(folder: Path, run: Path) -> dict[str, float]:
+def audited(folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "dpo_dist.launcher.cli", "audit", f"data.train={folder / 'rows.jsonl'}",
-               f"model.path={folder / 'model'}", f"data.cache_dir={folder / 'tokens'}", f"run.dir={run}",
+               f"model.path={folder / 'model'}", f"data.eval={folder / 'held_out.jsonl'}",
+               f"data.cache_dir={folder / 'tokens'}", f"run.dir={folder / 'run'}",
                "audit.fail_on=none", "data.on_bad_row=skip", "cluster.device=cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     began = time.monotonic()
@@ -124,11 +123,12 @@ def prepare(folder: Path, n: int, sentences: tuple[int, int]) -> None:
 
     from dpo_dist.demo import TEMPLATE
 
-    rows = clean_rows(n - sum(PLANTED.values()) // 2, sentences=sentences)
     counts = {kind: count * n // 100_000 for kind, count in PLANTED.items()}
-    rows, _ = plant_all(rows, counts, random.Random(0))
-    with (folder / "rows.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    clean = clean_rows(n - sum(counts[kind] for kind in ADD_ROWS), sentences=sentences)
+    rows, _ = plant_all(clean, counts, random.Random(0))
+    for name, written in (("rows", rows), ("held_out", clean_rows(1000, seed=1))):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in written)
     texts = [[row[key] for key in ("prompt", "chosen", "rejected")] for row in rows[:2000]]
     tokenizer = write_tokenizer(folder / "model", [text for row in texts for text in row], TEMPLATE, 16_000)
     counts = [sum(map(len, tokenizer(row)["input_ids"])) for row in texts]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aligned_table import aligned_table
+from known_tables import data_table, result_table
 from trl_verdicts import tokens_tables
 
 from dpo_dist.config.compose import choices, compose, conf_dir
@@ -25,6 +26,8 @@ ALIGNED = "<!-- aligned: written by benchmarks/tables.py -->", "<!-- end of alig
 FAMILIES = "<!-- families: written by benchmarks/tables.py -->", "<!-- end of families -->"
 RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of recipes -->"
 OPTIMIZERS = "<!-- optimizers: written by benchmarks/tables.py -->", "<!-- end of optimizers -->"
+DATA = "<!-- data: written by benchmarks/tables.py -->", "<!-- end of data -->"
+RESULT = "<!-- result: written by benchmarks/tables.py -->", "<!-- end of result -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
         "ratings": "four rated responses a prompt, all six pairs"}
 
@@ -36,6 +39,9 @@ def main(check: bool) -> int:
                                                  (README, FAMILIES, family_table()), (README, RECIPES, recipe_table()),
                                                  (README, OPTIMIZERS, optimizer_table(read("optimizers"))),
                                                  (README, TOKENS, tokens_tables(read("trl_tokens"))),
+                                                 (README, DATA, data_table(read("audit"))),
+                                                 (README, RESULT, result_table(
+                                                     *map(read, ("flipped_labels", "displacement", "frontier")))),
                                                  (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
     return int(check and bool(changed))

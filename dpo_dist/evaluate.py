@@ -16,14 +16,17 @@ from dpo_dist.data.store import PairStore
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
 from dpo_dist.evaluation.results import keep_evaluation
+from dpo_dist.evaluation.sampled_kl import sampled_kl
 from dpo_dist.evaluation.show import summary_lines
-from dpo_dist.losses import preference_loss, rewards
+from dpo_dist.evaluation.summary import Summary
+from dpo_dist.losses import preference_logit, preference_loss, rewards
 from dpo_dist.policy import Policy
+from dpo_dist.policy.generate import Ids
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.judging import check_judge, judge_samples
 from dpo_dist.run.metrics import MetricSums
-from dpo_dist.run.open_models import open_models, without_auto
+from dpo_dist.run.open_models import open_models, open_scorer, scores_at_hand, without_auto
 from dpo_dist.run.samples import Samples, show_samples
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.files import write_atomic, write_json
@@ -35,6 +38,8 @@ from dpo_dist.step import forward_pairs, gather_pairs, step_batches
 from dpo_dist.types import PairLogps
 
 PAIRS_AT_ONCE = 1024                     # planned together; the result does not depend on it
+MEASURED = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "reward_chosen",
+            "reward_rejected", "logit", "loss")
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,14 @@ class PairRows:
         chosen, rejected = (unknown, unknown) if reward is None else reward
         references = (unknown if value is None else value
                       for value in (pairs.reference_chosen, pairs.reference_rejected))
+        logit = preference_logit(pairs, self._loss)
         self._rows.append(torch.stack([pairs.policy_chosen, pairs.policy_rejected, *references, chosen, rejected,
-                                       per_pair_loss]).detach().double())
+                                       unknown if logit is None else logit, per_pair_loss]).detach().double())
         self._positions += positions
 
     def gathered(self, pairs: PairStore, world: World) -> EvaluatedPairs | None:
         """All ranks' pairs in the order of the store, on rank 0; None elsewhere. All ranks call it."""
-        mine = torch.cat(self._rows, 1).cpu().numpy() if self._rows else np.empty((7, 0))
+        mine = torch.cat(self._rows, 1).cpu().numpy() if self._rows else np.empty((len(MEASURED), 0))
         parts = world.gather((np.array(self._positions, dtype=np.int64), mine))
         if not world.is_main:
             return None
@@ -113,13 +119,11 @@ class PairRows:
         values = np.concatenate([rows for _, rows in parts], 1)[:, order]
         assert values.shape[1] == len(pairs), "each pair is measured once"
         if not self._loss.uses_rejected:                 # its forward stood in for a chosen one's
-            values[[1, 3]] = float("nan")
-        names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "reward_chosen",
-                 "reward_rejected", "loss")
+            values[[MEASURED.index("policy_rejected"), MEASURED.index("reference_rejected")]] = float("nan")
         tokens = pairs.counted()
         return EvaluatedPairs(pair=np.arange(len(pairs), dtype=np.int32), chosen_tokens=tokens[:, 0],
                               rejected_tokens=tokens[:, 1], weight=np.asarray(pairs.weight, dtype=np.float64),
-                              **dict(zip(names, values, strict=True)))
+                              **dict(zip(MEASURED, values, strict=True)))
 
 
 def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
@@ -139,7 +143,9 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     found = evaluate(config, inputs, policy, reference, world)
     means = found.means
     samples = Samples.of(config, inputs)
-    answers = samples.answer(policy, 0, world) if samples.prompts else []
+    completions = samples.complete(policy, 0, world) if samples.prompts else []
+    answers = samples.rows(0, completions) if completions else []
+    kl = _kl(config, inputs, policy, reference, samples, completions, world)
     run_dir = RunDir(config.run_dir)
     if world.is_main:
         path = run_dir.eval_json
@@ -148,13 +154,26 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
         terminal.table(f"{config.model.path}: {len(inputs.eval)} held-out pairs", ["metric", "mean"], rows)
         assert found.pairs is not None, "rank 0 has them"
         run_dir = _own_folder(run_dir)
-        summary = keep_evaluation(run_dir, 0, found.pairs, Facts.of(inputs.eval), config.loss)
+        summary = keep_evaluation(run_dir, 0, found.pairs, Facts.of(inputs.eval), config.loss, kl=kl)
         terminal.say("\n".join([*summary_lines(summary), f"written to {path} and {run_dir.evaluation_json}"]))
         if answers:
             write_atomic(run_dir.samples, "".join(json.dumps(row) + "\n" for row in answers))
             show_samples(terminal, run_dir, {"answer": 0})
     if config.eval.judge.is_asked:
         world.on_main(lambda: judge_samples(config, run_dir, answers, samples.chosen(inputs.eval), terminal))
+
+
+def _kl(config: RunConfig, inputs: Inputs, policy: Policy, reference: ReferenceEngine | None, samples: Samples,
+        completions: Sequence[Ids], world: World) -> Summary | None:
+    """As sampled_kl. Where the reference's values came from the cache, it is opened for that."""
+    if not completions or samples.how.temperature == 0:
+        return None
+    scorer = scores_at_hand(config, inputs, policy, reference)
+    opened = None if scorer is not None else open_scorer(config, inputs, policy)
+    found = sampled_kl(policy, scorer or opened, samples.prompts, completions, samples.how, inputs.pads, world)
+    if opened is not None:
+        opened.close()
+    return found
 
 
 def _own_folder(run_dir: RunDir) -> RunDir:

@@ -23,10 +23,10 @@ from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
-from dpo_dist.run.kept import keep_export
 from dpo_dist.run.model_card import base_of, model_card
 from dpo_dist.run.open_models import open_policy, without_auto
 from dpo_dist.run.provenance import check_same_run, provenance
+from dpo_dist.run.provenance.kept import keep_export
 from dpo_dist.run.push import check_push, push_model
 from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.process import exit_with, run_entry

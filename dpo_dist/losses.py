@@ -57,6 +57,29 @@ def rewards(pairs: PairLogps, loss: LossConfig) -> tuple[Tensor, Tensor] | None:
         return None
 
 
+def preference_logit(pairs: PairLogps, loss: LossConfig) -> Tensor | None:
+    """(B,) log odds that chosen is preferred to rejected, given that one of them is, as the loss has it, without
+    gradient; None where the loss has no rewards (sft).
+
+    The difference of `rewards`, but for losses that compare something else: beta · the difference of f' under another
+    divergence, of log-ratios a token with sigmoid_norm, and with rao_kupper what is left of its three outcomes.
+    """
+    with torch.no_grad():
+        if "sigmoid_norm" in loss.weights:
+            chosen, rejected = _scores(pairs, loss)
+            return _number(loss.beta) * (chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens)
+        if loss.needs_reference and loss.f_divergence is not None:
+            logit = _margin(pairs, loss)
+        elif (found := rewards(pairs, loss)) is not None:
+            logit = found[0] - found[1]
+        else:
+            return None
+        if "rao_kupper" in loss.weights:
+            alpha = math.log(_number(loss.tie_nu))
+            return logsigmoid(logit - alpha) - logsigmoid(-logit - alpha)
+        return logit
+
+
 def check_strengths(strength: Tensor) -> None:
     """UserError unless all (B,) strengths are above 0, as odpo's margin needs; for a data set or a pack."""
     unknown, not_above = int(strength.isnan().sum()), int((strength <= 0).sum())

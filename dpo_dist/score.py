@@ -17,6 +17,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
 from dpo_dist.reference.cache.scoring_order import windows
 from dpo_dist.run.inputs import read_inputs
+from dpo_dist.run.lm_eval import check_harness
 from dpo_dist.run.open_models import fill_cache, without_auto
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.lock import hold_lock, is_held
@@ -33,6 +34,7 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not config.loss.needs_reference:
         raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another "
                         "loss")
+    world.on_main(lambda: check_harness(config.eval.harness))            # of a later stage: nothing is in vain
     if config.reference.mode == "ahead":
         _score_ahead(config, world, terminal)
     else:

@@ -1,28 +1,34 @@
 """A training run once everything is open: its steps' packs, its evaluations, its checkpoints."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler
 from dpo_dist.dynamics.record import VisitLog
+from dpo_dist.dynamics.visits import keep_until
 from dpo_dist.evaluate import evaluate
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
 from dpo_dist.evaluation.results import keep_evaluation
+from dpo_dist.evaluation.sampled_kl import sampled_kl
+from dpo_dist.evaluation.summary import Summary
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
 from dpo_dist.run.checkpoint import Checkpointed, Keep, TrainState, save_checkpoint
 from dpo_dist.run.generations import write_generations
-from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on
+from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on, make_guard
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.open_models import open_models, scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.tracking import Tracker
+from dpo_dist.run.tracking.make import Trackers, open_tracker
 from dpo_dist.runtime.best import is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -70,9 +76,13 @@ class Run:
         self.visits.write(step)                          # for who looks at a run under way
         found = evaluate(self.config, self.inputs, self.policy, self.reference, self.world)
         means = found.means
-        self.world.on_main(lambda: self._keep(step, found.pairs))
-        if self.samples.prompts:                         # written first: a row of metrics says that all is done
-            self.tracker.log_samples(step, self.samples.answer(self.policy, step, self.world))
+        answers = self.samples.complete(self.policy, step, self.world) if self.samples.prompts else []
+        scorer = scores_at_hand(self.config, self.inputs, self.policy, self.reference)
+        kl = sampled_kl(self.policy, scorer, self.samples.prompts, answers, self.samples.how, self.inputs.pads,
+                        self.world)
+        self.world.on_main(lambda: self._keep(step, found.pairs, kl))
+        if answers:                                      # written first: a row of metrics says that all is done
+            self.tracker.log_samples(step, self.samples.rows(step, answers))
             self.world.on_main(lambda: write_generations(self.run_dir))
         if means:
             self.tracker.log({"step": step, "split": "eval", **means})
@@ -83,11 +93,12 @@ class Run:
         guard = self.guard
         if not self.world.max(guard.asks() if guard else 0.0):
             return
-        fallen = self._most_fallen()
+        trained_on = self._most_fallen()
 
         def tell() -> str | None:
             assert guard is not None
-            messages, stops = guard.tell(fallen)
+            messages, stops = guard.tell(lambda found: self._most_fallen_held_out(found.step) if found.held_out
+                                         else trained_on)
             for message in messages:
                 terminal.say(message)
             return f"{' '.join(messages)}. Step {step} is saved. {how_to_go_on(stops)}" if stops else None
@@ -108,10 +119,21 @@ class Run:
         parts = self.world.gather([(pairs[ids[i]].where, float(mine[i])) for i in order])
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
 
-    def _keep(self, step: int, pairs: EvaluatedPairs | None) -> None:
+    def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
+        of an earlier version left no such files."""
+        paths = [self.run_dir.evaluation(at) for at in (0, step)]
+        if not all(path.exists() for path in paths):
+            return []
+        before, now = map(EvaluatedPairs.read, paths)
+        fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
+        return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
+                if fall[i] < 0]
+
+    def _keep(self, step: int, pairs: EvaluatedPairs | None, kl: Summary | None) -> None:
         if pairs is not None:
             moves = self.config.loss.needs_reference and self.config.reference.sync.mode != "none"
-            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves)
+            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves, kl)
 
     def save(self, step: int, sums: MetricSums) -> None:
         """A checkpoint after this step. All ranks call it."""
@@ -128,6 +150,27 @@ class Run:
         metric = self.config.train.keep_best
         if metric and self.world.on_main(lambda: is_best_yet(self.run_dir, metric, step, means[metric])):
             self.save(step, sums)
+
+
+def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sampler, total: int,
+             resumed: tuple[Path, TrainState] | None, world: World, terminal: Terminal) -> Run:
+    """The run with all that it needs open, as its checkpoint left it, evaluated where that is due. All ranks call
+    it."""
+    done = resumed[1].step if resumed else 0
+    policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
+    if resumed:
+        for part in checkpointed(policy, reference):
+            part.load(resumed[0])
+        terminal.say(f"resumed from {resumed[0].name}")
+    samples = Samples.of(config, inputs)
+    tracker = open_tracker(config, run_dir.path, world.is_main, done)
+    guard = make_guard(config, run_dir, inputs, samples, done) if world.is_main else None
+    timer = SaveTimer(config.train.save_every_minutes if world.is_main else None)
+    world.on_main(lambda: keep_until(run_dir.visits, done))              # those after it are seen again
+    visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
+    run = Run(config, run_dir, inputs, sampler, total, policy, reference,
+              Trackers(tracker, guard) if guard else tracker, samples, timer, visits, guard, world)
+    return replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:

@@ -20,7 +20,6 @@ from dpo_dist.runtime.without_torch import torch_hidden
 
 VERSION = 1                                  # raise it when the same data would give other findings
 EXAMPLES_SHOWN = 2
-WHERE_CHARS = 48                             # of a place, in the table
 
 
 def audit(config: RunConfig, terminal: Terminal) -> None:
@@ -38,7 +37,7 @@ def audit(config: RunConfig, terminal: Terminal) -> None:
     if found is not None:
         terminal.say(f"audit: these data were audited before, {_summary(found)}; see {file}")
     else:
-        found = _audited(config, tokenizer, folder, terminal)
+        found = audited(config, tokenizer, folder, terminal)
         write_json(file, {**found, "inputs": inputs})
         show(found, terminal)
         terminal.say(f"audit: {found['pairs']:,} pairs in {found['seconds']:.1f} s, {_summary(found)}; written to "
@@ -46,7 +45,8 @@ def audit(config: RunConfig, terminal: Terminal) -> None:
     _stop(config, found, file)
 
 
-def _audited(config: RunConfig, tokenizer: Any | None, folder: Path, terminal: Terminal) -> dict[str, Any]:
+def audited(config: RunConfig, tokenizer: Any | None, folder: Path, terminal: Terminal) -> dict[str, Any]:
+    """What an audit finds, as audit.json holds it. folder: of the tokenizer."""
     from dpo_dist.audit.examine import examine
     from dpo_dist.audit.processes import read_all
     from dpo_dist.audit.reading import sources_of
@@ -101,18 +101,12 @@ def _added(counts: list[dict[str, int]]) -> dict[str, int]:
 
 
 def show(found: dict[str, Any], terminal: Terminal) -> None:
-    rows = [[entry["severity"], entry["kind"], entry["count"], f"{entry['share']:.1%}", _short(entry["examples"]),
-             entry["remedy"]] for entry in found["findings"]]
+    rows = [[entry["severity"], entry["kind"], entry["count"], f"{entry['share']:.1%}",
+             Path(next(iter(entry["examples"]), "")).name, entry["remedy"]] for entry in found["findings"]]
     if rows:
         terminal.table("audit", ["", "finding", "pairs", "share", "for example", "remedy"], rows)
     for reason, bad in found["bad_rows"].items():
         terminal.say(f"audit: bad rows: {reason}: {bad['count']:,}, as {bad['examples'][0]}")
-
-
-def _short(examples: list[str]) -> str:
-    """The first places, of long ones the end."""
-    return ", ".join(where if len(where) <= WHERE_CHARS else f"…{where[-WHERE_CHARS:]}"
-                     for where in examples[:EXAMPLES_SHOWN])
 
 
 def _summary(found: dict[str, Any]) -> str:
@@ -126,7 +120,8 @@ def _stop(config: RunConfig, found: dict[str, Any], file: Path) -> None:
     if not grave:
         return
     told = "".join(f"\n  {entry['kind']} ({entry['severity']}): {entry['count']:,} pairs, as "
-                   f"{', '.join(entry['examples'][:EXAMPLES_SHOWN])}; {entry['remedy']}" for entry in grave)
+                   f"{', '.join(entry['examples'][:EXAMPLES_SHOWN])}; "
+                   f"{entry.get('details', {}).get('why') or entry['remedy']}" for entry in grave)
     raise UserError(f"audit.fail_on={config.audit.fail_on}: the data have {len(grave)} finding(s) of this "
                     f"severity:{told}\nall of it is in {file}; mend the data, or set audit.fail_on=none to go on "
                     "nevertheless")

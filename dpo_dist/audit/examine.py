@@ -14,7 +14,7 @@ from dpo_dist.audit.judgments import flagged, judged_twice, undecided
 from dpo_dist.audit.margins import margins
 from dpo_dist.audit.mixture import language_mix, prompts, source_imbalance
 from dpo_dist.audit.reading import Read, sources_of
-from dpo_dist.audit.tokens import NO_TEMPLATE, TokenFacts
+from dpo_dist.audit.tokens import NO_END, NO_TEMPLATE, TWO_BEGINNINGS, TWO_ENDS, TokenFacts
 from dpo_dist.config.schema import RunConfig
 
 SYSTEMATIC = 0.1                             # of the pairs with a fault of the template: it is the template's
@@ -53,7 +53,9 @@ def _of_tokens(config: RunConfig, tokens: TokenFacts) -> Iterator[Finding]:
     if tokens.faults:
         places = list(dict.fromkeys(where for wheres in tokens.faults.values() for where in wheres))
         of = max(tokens.looked_at, len(places))
-        grave = NO_TEMPLATE in tokens.faults or len(places) >= SYSTEMATIC * of
+        # rows that the template refuses are never trained on: the reader refuses them too, or leaves them out
+        trained_on = sum(len(tokens.faults.get(name, ())) for name in (TWO_BEGINNINGS, TWO_ENDS, NO_END))
+        grave = NO_TEMPLATE in tokens.faults or trained_on >= max(1, SYSTEMATIC * of)
         why: dict[str, Any] = {"why": tokens.unusable} if tokens.unusable else {}
         yield finding("template_fault", len(places), of, places, "error" if grave else "warning",
                       faults={name: len(wheres) for name, wheres in tokens.faults.items()}, **why)

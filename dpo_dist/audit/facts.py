@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.audit.languages import FUNCTION_WORDS, SCRIPTS
+from dpo_dist.audit.signatures import BANDS, MOST_WORDS, bands_of
 from dpo_dist.audit.style import FEATURES
 
 LANGUAGES = ("", *SCRIPTS, *FUNCTION_WORDS)
 TRAIN, HELD_OUT, BENCHMARK = 0, 1, 2         # what a data set is for
 # bits of `flags`
 SPECIAL, EMPTY_REASONING, ALIKE, EQUAL, SPLIT_VOTE, RATED, ASKS, TOKENS = (1 << bit for bit in range(8))
-BANDS = 25                                   # of a prompt's MinHash signature; see near.py
 TIE, BOTH_BAD = "tie", "both_bad"
 TIES = ("", TIE, BOTH_BAD)
 
@@ -128,18 +128,22 @@ class FactsWriter:
         return (prompt, split) not in self._seen
 
     def add_prompt(self, where: str, values: dict[str, Any], words: NDArray[np.uint32]) -> None:
+        """A prompt's values, and its words in order."""
         self._seen.add((values["prompt"], values["split"]))
         place, number = self._place(where)
-        for name, value in {**values, "at_place": place, "at_number": number, "n_words": len(words)}.items():
+        for name, value in {**values, "at_place": place, "at_number": number}.items():
             self._rows[name].append(value)
         self._words.append(words)
 
     def facts(self) -> Facts:
+        # of a long prompt the smallest hashes: a sample that two alike prompts share
+        kept = [np.unique(words)[:MOST_WORDS] for words in self._words]
+        self._rows["n_words"] = [len(words) for words in kept]
         arrays = {}
         for name, (dtype, columns) in {**COLUMNS, **PROMPT_COLUMNS}.items():
-            values = np.array(self._rows[name], dtype=dtype)
+            values = bands_of(self._words) if name == "bands" else np.array(self._rows[name], dtype=dtype)
             arrays[name] = values.reshape(-1, columns) if columns else values
-        words = np.concatenate(self._words) if self._words else np.empty(0, "<u4")
+        words = np.concatenate(kept) if kept else np.empty(0, "<u4")
         return Facts(arrays, words, list(self._places), self.ties, self.openings)
 
     def _place(self, where: str) -> tuple[int, int]:

@@ -111,14 +111,16 @@ def _reached(node: int, after: dict[int, set[int]]) -> set[int]:
 def undecided(facts: Facts, judged: Places, identical: list[str]) -> Iterator[Finding]:
     """tie, both_bad, identical_completions, annotator_disagreement. identical: where rows are refused because their
     answers are the same."""
-    equal = judged[facts.has(EQUAL)[judged] | (facts.tie[judged] == TIES.index(TIE))]
-    bad = judged[facts.tie[judged] == TIES.index(BOTH_BAD)]
-    for kind, trained in ((TIE, equal), (BOTH_BAD, bad)):
+    tie = facts.tie[judged]
+    equal = judged[facts.has(EQUAL)[judged] & (tie == 0)]            # trained on as if one were better
+    for kind, wrong in ((TIE, equal), (BOTH_BAD, equal[:0])):
+        kept = judged[tie == TIES.index(kind)]                       # data.ties=keep: the loss knows what they are
         left_out = [where for where, name in facts.ties if name == kind]
-        if len(trained) or left_out:
-            of = len(judged) + len(facts.ties)
-            yield finding(kind, len(trained) + len(left_out), of, [*facts.wheres(trained), *left_out],
-                          trained_on=len(trained), left_out=len(left_out))
+        if len(wrong) or len(kept) or left_out:
+            yield finding(kind, len(wrong) + len(kept) + len(left_out), len(judged) + len(facts.ties),
+                          [*facts.wheres(wrong), *left_out, *facts.wheres(kept)],
+                          None if len(wrong) or left_out else "info", as_preferences=len(wrong),
+                          left_out=len(left_out), as_ties=len(kept))
     alike = judged[facts.has(ALIKE)[judged]]
     if len(alike) or identical:
         yield finding("identical_completions", len(alike) + len(identical), len(judged) + len(identical),

@@ -12,7 +12,7 @@ from typing import Any
 LOOKED_AT = 1200                             # characters of a text
 LEAST_LETTERS = 12                           # of a script other than Latin
 SCRIPT_SHARE = 0.3                           # of all letters: Chinese texts hold Latin names
-LEAST_HITS, LEAST_DISTINCT = 4, 3            # function words that a text must have
+LEAST_HITS, LEAST_DISTINCT = 4, 4            # function words that a text must have
 LEAST_SHARE = 0.12                           # of its words: in prose they are a third to a half
 CLEAR = 2.0                                  # times as many as those of any other language
 LEAST_CONFIDENCE = 0.9                       # of the library
@@ -28,17 +28,17 @@ LETTER = re.compile(r"[^\W\d_]")
 LATIN_WORD = re.compile(r"[^\W\d_]+")
 CODE = re.compile(r"```.*?(```|$)|`[^`\n]*`|https?://\S+", re.S)
 FUNCTION_WORDS = {
-    "en": "the of and to in is that it for was with as you are be this have from or by but not what all were we "
-          "when your can there an which their if will how about my would so has do i",
+    "en": "a an on at any some the of and to in is that it for was with as you are be this have from or by but not "
+          "what all were we when your can there an which their if will how about my would so has do i",
     "de": "der die das und ist nicht ein eine zu mit den von für auf im dem sich auch es ich sie wie dass wir sind "
           "oder haben werden kann bei aus nach einen zum zur über am noch",
-    "fr": "le la les des et est un une dans pour que qui pas sur vous nous avec ce plus je il au du ne se sont "
+    "fr": "a le la les des et est un une dans pour que qui pas sur vous nous avec ce plus je il au du ne se sont "
           "cette mais par ou ont être aux votre leur d l",
-    "es": "el la los las de que y en un una es por para con no su se al lo como más pero del está son este sus hay "
-          "muy también yo le si puede sobre",
-    "pt": "o os as de que e em um uma é por para com não se do da dos das mais como mas ao são sua seu você pode "
+    "es": "a el la los las de que y en un una es por para con no su se al lo como más pero del está son este sus "
+          "hay muy también yo le si puede sobre",
+    "pt": "a o os as de que e em um uma é por para com não se do da dos das mais como mas ao são sua seu você pode "
           "isso foi também na no está ou muito",
-    "it": "il lo la gli le di che e un una è per con non si del della dei più come ma sono nel alla questo anche "
+    "it": "a il lo la gli le di che e un una è per con non si del della dei più come ma sono nel alla questo anche "
           "può essere dal delle su ha o se i",
     "nl": "de het een en van is dat niet op te in zijn voor met die je ik er aan ook om maar als dan wat bij wordt "
           "naar kan deze hebben uit of",
@@ -52,7 +52,7 @@ FUNCTION_WORDS = {
     "id": "yang dan di itu dengan untuk tidak ini dari dalam akan pada juga saya ke karena bisa ada atau anda "
           "adalah sebagai lebih telah",
     "vi": "và của là có được cho trong một các không với người này đó những để đã từ khi như bạn tôi về cũng",
-    "ro": "și de la în pe cu nu este un o care să că din pentru mai sunt au fi ca sau dar acest prin lui după",
+    "ro": "a și de la în pe cu nu este un o care să că din pentru mai sunt au fi ca sau dar acest prin lui după",
     "cs": "a se na je v že to s z o do i jako ale pro jsou by si tak které nebo jeho až za od být po jsem",
     "fi": "ja on ei se että oli hän mutta ovat kun niin myös tai jos joka sen voi kuin ole mitä tämä siitä",
 }
@@ -63,7 +63,8 @@ for _name, _words in FUNCTION_WORDS.items():
 # what a prompt says that asks for another language, or for this one
 ASKS = re.compile(
     r"translat|transliterat|overset|traduc|traduz|tradur|tradui|\u00fcbersetz|\u7ffb\u8bd1|\u7ffb\u8b6f|\u7ffb\u8a33"
-    r"|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\blanguage|\bsprache|\blangue|\bidioma|\blingua|multilingual|bilingual", re.I)
+    r"|\u043f\u0435\u0440\u0435\u0432\u0435\u0434"
+    r"|\blanguage|\bsprache|\blangue|\bidioma|\blingua|multilingual|bilingual", re.I)
 ASKS_FOR = {name: re.compile(rf"\b({words})", re.I) for name, words in {
     "en": "english|englisch|anglais|ingl\u00e9s|inglese", "de": "german|deutsch|allemand|alem|tedesco",
     "fr": "french|franz\u00f6s|fran\u00e7ais|franc\u00e9s", "es": "spanish|spanisch|espagnol|espa\u00f1ol|castellano",
@@ -103,22 +104,23 @@ def _script(text: str) -> str:
 
 def _by_words(text: str) -> str:
     words = [word.casefold() for word in LATIN_WORD.findall(text)]
-    hits: Counter[str] = Counter()
-    distinct: dict[str, set[str]] = {}
-    for word in words:
-        for name in LANGUAGES_OF.get(word, ()):
-            hits[name] += 1
-            distinct.setdefault(name, set()).add(word)
-    if not hits:
+    counts = Counter(word for word in words if word in LANGUAGES_OF)
+    score: dict[str, float] = {}             # a word of several languages says less of each
+    for word, n in counts.items():
+        names = LANGUAGES_OF[word]
+        for name in names:
+            score[name] = score.get(name, 0.0) + n / len(names)
+    if not score:
         return UNKNOWN
-    (best, n), *others = hits.most_common(2)
-    if n < LEAST_HITS or len(distinct[best]) < LEAST_DISTINCT or n < LEAST_SHARE * len(words):
+    best = max(score, key=lambda name: score[name])
+    own = [word for word in counts if best in LANGUAGES_OF[word]]
+    n = sum(counts[word] for word in own)
+    if n < LEAST_HITS or len(own) < LEAST_DISTINCT or n < LEAST_SHARE * len(words):
         return UNKNOWN
-    clear = not others or n >= CLEAR * others[0][1]
-    if best == "en" and clear:
+    likely = {name for name, value in score.items() if value >= score[best] / CLEAR}
+    if best == "en" and len(likely) == 1:
         return best                          # most texts: the library would say the same, and takes ten times as long
     found, confidence = _library().classify(text)
-    likely = {name for name, k in hits.most_common(3) if k >= n / CLEAR}
     return str(found) if found in likely and confidence >= LEAST_CONFIDENCE else UNKNOWN
 
 

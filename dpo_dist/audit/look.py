@@ -23,7 +23,6 @@ from dpo_dist.audit.facts import (
     FactsWriter,
 )
 from dpo_dist.audit.languages import asks_for, language_of
-from dpo_dist.audit.near import MOST_WORDS, bands_of
 from dpo_dist.audit.style import FEATURES, features_of
 from dpo_dist.audit.texts import (
     answer_hash,
@@ -54,7 +53,8 @@ class Looker:
 
     marks: re.Pattern[str]
     writer: FactsWriter = field(default_factory=FactsWriter)
-    _asked_in: dict[int, str] = field(default_factory=dict)          # {hash of a prompt: its language}, of the last ones
+    # {hash of a prompt: its language}, of the last ones
+    _asked_in: dict[int, str] = field(default_factory=dict)
 
     def look(self, row: DataRow, fields: Mapping[str, Any], form: str, data_set: int, split: int) -> tuple[int, int]:
         """Writes the row down. fields: the record that it was made of. (hash of the prompt, of the whole pair)."""
@@ -114,9 +114,7 @@ class Looker:
 
     def _prompt(self, prompt: int, split: int, where: str, words: NDArray[np.uint32], loose: int,
                 numbers: int = 0) -> None:
-        # of a long prompt the smallest hashes: a sample that two alike prompts share
-        self.writer.add_prompt(where, {"prompt": prompt, "loose": loose, "split": split, "bands": bands_of(words),
-                                       "numbers": numbers}, np.unique(words)[:MOST_WORDS])
+        self.writer.add_prompt(where, {"prompt": prompt, "loose": loose, "split": split, "numbers": numbers}, words)
 
     def _language_of_prompt(self, prompt: int, row: PreferenceRow) -> str:
         """Of the last turn of a user; the pairs of a prompt share it."""

@@ -1,52 +1,71 @@
-"""Pairs that the reference itself finds too easy, or hopeless: by its log-probs, where the cache has them already."""
+"""Pairs that the reference itself finds too easy, or hopeless: by its log-probs, where the cache has them already.
+
+Which values are this reference's is told by a digest of its weights, for which torch is needed. So this is a process of
+its own, started only where there are values at all: python -m dpo_dist.audit.margins STORE, with the config as JSON on
+its standard input and what was found on its standard output.
+"""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.audit.findings import Finding, finding
+from dpo_dist.config.decode import decode
+from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prepare import digests_folder, open_stores
 from dpo_dist.data.store import PairStore
-from dpo_dist.models.digest import folder_digest
 from dpo_dist.models.resolve import ModelFolder, resolve
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
 
 LEAST_NATS = 1.0                             # a token, by which a pair must stand apart from the median ...
 SPREADS = 6.0                                # ... and how many spreads of all pairs (1.48 MAD, a normal sigma)
 LEAST_PAIRS = 30
+NOT_SCORED = ("not looked at: the reference has not scored these pairs yet (after dpo-dist score, remove audit.json "
+              "and audit again)")
 
 
 def margins(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
     """(too_easy and hopeless, what was looked at), of the pairs in the store of tokens in that folder."""
-    if not store.is_dir():
-        return [], "not looked at: the pairs are not tokenized yet"
     if not config.loss.needs_reference:
         return [], f"not looked at: loss.name={config.loss.name} uses no reference"
+    if not store.is_dir():
+        return [], "not looked at: the pairs are not tokenized yet"
+    if not any(Path(config.reference.cache_dir).glob("*/*.safetensors")):
+        return [], NOT_SCORED
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.audit.margins", str(store)], capture_output=True, text=True,
+                          input=json.dumps(to_dict(config)))
+    if done.returncode:
+        raise RuntimeError(f"the process that reads the reference's values ended with code {done.returncode}: "
+                           f"{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return [Finding(**entry) for entry in found["findings"]], found["looked_at"]
+
+
+def _found(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
     train = open_stores(store)[0]
-    best: NDArray[np.float64] | None = None
-    for cache in _caches(config):
-        found = _nats_a_token(train, cache)
-        if best is None or np.isfinite(found).sum() > np.isfinite(best).sum():
-            best = found
-    n = 0 if best is None else int(np.isfinite(best).sum())
-    if best is None or not n:
-        return [], ("not looked at: the reference has not scored these pairs yet (after dpo-dist score, remove "
-                    "audit.json and audit again)")
+    known = [_nats_a_token(train, cache) for cache in _caches(config)]
+    best = max(known, key=lambda nats: np.isfinite(nats).sum(), default=np.full(len(train), np.nan))
+    n = int(np.isfinite(best).sum())
+    if not n:
+        return [], NOT_SCORED
     looked_at = f"{n:,} of {len(train):,} pairs, by the reference's log-probs in {config.reference.cache_dir}"
     return list(_apart(train, best)) if n >= LEAST_PAIRS else [], looked_at
 
 
 def _caches(config: RunConfig) -> Iterator[LogpCache]:
     """The caches of this reference's weights, of whatever dtype and recipe."""
+    from dpo_dist.models.digest import folder_digest  # here: it imports torch, and examine.py imports this file
+
     keys = [ReferenceKey(**json.loads(file.read_text()))
             for file in Path(config.reference.cache_dir).glob("*/key.json")]
-    if not keys:
-        return
     folder = resolve(config.reference_path, "reference.path", config.run.offline)
     digest = folder_digest(ModelFolder(folder.base) if config.reference.bare_base else folder,
                            digests_folder(config.data))
@@ -80,3 +99,8 @@ def _apart(train: PairStore, nats: NDArray[np.float64]) -> Iterator[Finding]:
         if len(found):
             yield finding(kind, len(found), len(known), [train[at].where for at in found[:50].tolist()],
                           median_nats_a_token=round(middle, 4), apart_by=round(bound, 4))
+
+
+if __name__ == "__main__":
+    findings, said = _found(decode(json.load(sys.stdin)), Path(sys.argv[1]))
+    print(json.dumps({"findings": [asdict(entry) for entry in findings], "looked_at": said}))

@@ -10,34 +10,20 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from rensa import RMinHash
 
-from dpo_dist.audit.facts import BANDS, Facts
+from dpo_dist.audit.facts import Facts
 
-ROWS = 5                                     # of a band: prompts alike by 0.7 meet with 99 %, by 0.3 with 6 %
-MOST_WORDS = 128                             # distinct ones that are kept of a prompt
-SEED = 1
 CANDIDATES = 600_000                         # at most, those that meet in most bands first
 CROWD = 40                                   # prompts in one bucket, of which each is compared with the next few only
 NEXT_FEW = 6
 AT_ONCE = 20_000                             # candidates that are compared at once
-ALIKE = 0.8                                  # share of the words' weight that two prompts have in common
+ALIKE = 0.8                                  # share of the words' weight that two prompts have in common ...
 ALIKE_EXCHANGED = 0.88                       # ... where words are exchanged, as the fillings of a pattern are
+COMMON = np.log(10) ** 2                     # weight of a word of every tenth prompt: none that fills a gap
+RAREST = np.log(33) ** 2                     # ... above which a word that is only added counts no more
 SHORT = 12                                   # words: of a shorter prompt one exchanged word makes another question
 Pairs = NDArray[np.int64]                    # (m, 2) places of prompts
-
-
-def bands_of(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """(BANDS,) a hash of each band of the signature of a text's words in order."""
-    whole = words.astype("<u8")
-    pairs = (whole[:-1] << np.uint64(32)) | whole[1:]
-    tokens = np.concatenate([whole, pairs])
-    matrix = RMinHash.digest_matrix_from_token_hash_sets([tokens.tolist()], BANDS * ROWS, SEED)
-    rows = np.array(matrix.to_rows()[0], dtype="<u8").reshape(BANDS, ROWS)
-    mixed = np.zeros(BANDS, "<u8")
-    for column in rows.T:
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + column + np.uint64(1)
-    return (mixed >> np.uint64(32)).astype("<u4")
+Weights = NDArray[np.float64]
 
 
 def near_prompts(facts: Facts) -> Pairs:
@@ -90,22 +76,30 @@ def _alike(facts: Facts, candidates: Pairs) -> NDArray[np.bool_]:
     # squared: what many prompts share says little, also where much of it is shared
     weights = (np.log((len(facts.prompt) + 1) / frequency) ** 2 + 0.1)[inverse]
     starts = np.concatenate([[0], np.cumsum(facts.n_words, dtype=np.int64)])
-    total = np.add.reduceat(np.append(weights, 0.0), starts[:-1]) * (facts.n_words > 0)
     out = np.zeros(len(candidates), dtype=bool)
     for at in range(0, len(candidates), AT_ONCE):
         a, b = candidates[at:at + AT_ONCE].T
-        common = _common(facts.words, weights, starts, facts.n_words, a, b)
-        only_a, only_b = total[a] - common, total[b] - common
-        exchanged = (only_a > 1e-9) & (only_b > 1e-9)
-        similarity = common / np.maximum(common + only_a + only_b, 1e-9)
+        alike, only_a, only_b = _similarity(facts, weights, starts, a, b)
+        alike_but_added, _, _ = _similarity(facts, np.minimum(weights, RAREST), starts, a, b)
+        exchanged = (only_a > COMMON) & (only_b > COMMON)
         short = np.minimum(facts.n_words[a], facts.n_words[b]) < SHORT
-        out[at:at + AT_ONCE] = ((similarity >= np.where(exchanged, ALIKE_EXCHANGED, ALIKE)) & ~(exchanged & short)
+        out[at:at + AT_ONCE] = (np.where(exchanged, (alike >= ALIKE_EXCHANGED) & ~short, alike_but_added >= ALIKE)
                                 & (facts.numbers[a] == facts.numbers[b]))
     return out
 
 
-def _common(words: NDArray[np.uint32], weights: NDArray[np.float64], starts: NDArray[np.int64],
-            n_words: NDArray[np.uint16], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+def _similarity(facts: Facts, weights: Weights, starts: NDArray[np.int64], a: NDArray[np.int64],
+                b: NDArray[np.int64]) -> tuple[Weights, Weights, Weights]:
+    """(m,) the weight of the words that prompts a[i] and b[i] share over that of all their words; the weight of those
+    that only one of them has."""
+    total = np.add.reduceat(np.append(weights, 0.0), starts[:-1]) * (facts.n_words > 0)
+    common = _common(facts.words, weights, starts, facts.n_words, a, b)
+    only_a, only_b = total[a] - common, total[b] - common
+    return common / np.maximum(common + only_a + only_b, 1e-9), only_a, only_b
+
+
+def _common(words: NDArray[np.uint32], weights: Weights, starts: NDArray[np.int64], n_words: NDArray[np.uint16],
+            a: NDArray[np.int64], b: NDArray[np.int64]) -> Weights:
     """(m,) weight of the words that prompts a[i] and b[i] share."""
     keys, values = [], []
     for side in (a, b):
@@ -117,6 +111,6 @@ def _common(words: NDArray[np.uint32], weights: NDArray[np.float64], starts: NDA
     key = np.concatenate(keys)
     order = np.argsort(key, kind="stable")
     twice = np.flatnonzero(key[order][1:] == key[order][:-1])
-    sums: NDArray[np.float64] = np.bincount((key[order][twice] >> np.uint64(32)).astype(np.int64),
+    sums: Weights = np.bincount((key[order][twice] >> np.uint64(32)).astype(np.int64),
                        weights=np.concatenate(values)[order][twice], minlength=len(a)).astype(float)
     return sums

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from dpo_dist.audit.reading import Read, read_share, sources_of
+from dpo_dist.audit.tokens import ROWS_LOOKED_AT
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.files import read_records
@@ -35,10 +36,16 @@ def read_all(config: RunConfig, tokenizer: Any | None, terminal: Terminal) -> Re
     if not worth:
         return read_share(config, tokenizer, Share(), lambda done: _stop_if_asked())
     total = sum(1 for source in sources_of(config) for _ in read_records(source.config, lambda record: False))
-    with terminal.progress(total, description="audit") as bar:
+    # read, and then tokenized: all of them, or so many
+    with terminal.progress(total + min(total, ROWS_LOOKED_AT), description="audit") as bar:
+        shown = 0
+
         def tell(done: int) -> None:
+            nonlocal shown
             _stop_if_asked()
-            bar.update(done)
+            if done > shown:
+                bar.update(done)
+                shown = done
 
         return _in_processes(config, tokenizer, parts, tell) if parts > 1 else read_share(config, tokenizer, Share(),
                                                                                           tell)
@@ -72,7 +79,8 @@ def _work(config: RunConfig, tokenizer: Any | None, share: Share, done: Any, out
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for heard in preemption.HEARD:                       # the parent hears them, and ends this process
         signal.signal(heard, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"       # there is a process for each core
+    # there is a process for each core
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
 
     def tell(n: int) -> None:
         done[share.part] = n

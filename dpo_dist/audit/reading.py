@@ -98,7 +98,7 @@ def read_share(config: RunConfig, tokenizer: Any | None, share: Share, tell: Cal
             done += len(fresh)
             tell(done)
             read.chunks.append((number, chunk, looker.writer.facts()))
-    read.tokens = look_at_tokens(sample.rows(), tokenizer, config.data)
+    read.tokens = look_at_tokens(sample.rows(), tokenizer, config.data, lambda tokenized: tell(done + tokenized))
     read.tokens.left = sample.seen - read.tokens.looked_at
     return read
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,8 +90,9 @@ def _chars(row: DataRow) -> int:
                for part in (row.prompt, row.chosen, row.rejected))
 
 
-def look_at_tokens(rows: Sequence[tuple[DataRow, int]], tokenizer: Any | None, config: DataConfig) -> TokenFacts:
-    """The facts of these rows."""
+def look_at_tokens(rows: Sequence[tuple[DataRow, int]], tokenizer: Any | None, config: DataConfig,
+                   tell: Callable[[int], None]) -> TokenFacts:
+    """The facts of these rows; `tell` is told how many are done."""
     facts = TokenFacts()
     lenient = replace(config, on_bad_row="skip", truncation="drop" if config.truncation == "error" else
                       config.truncation)
@@ -109,6 +110,7 @@ def look_at_tokens(rows: Sequence[tuple[DataRow, int]], tokenizer: Any | None, c
         encoder.templates.default.stops))
     for at in range(0, len(rows), AT_ONCE):
         block = rows[at:at + AT_ONCE]
+        tell(at)
         try:
             encoded = encoder.encode([row for row, _ in block])
         except UserError as error:               # no tokenizer, or messages without a template: the same of all rows

@@ -20,6 +20,7 @@ def validate_outputs(c: RunConfig) -> None:
     _validate_samples(c)
     _validate_guard(c)
     _validate_judge(c)
+    _validate_harness(c)
     name = c.export.push_to_hub
     if name is None:
         return
@@ -84,6 +85,17 @@ def _validate_judge(c: RunConfig) -> None:
         if not judge.is_asked and getattr(judge, key) != default:
             raise UserError(f"eval.judge.{key}={getattr(judge, key)} would do nothing: there is no judge; remove it, "
                             "or set eval.judge.command")
+
+
+def _validate_harness(c: RunConfig) -> None:
+    harness = c.eval.harness
+    if harness.tasks and not c.export.merged:
+        raise UserError(f"eval.harness.tasks={list(harness.tasks)} needs <run.dir>/model, which export.what="
+                        f"{c.export.what} does not write; set export.what=both")
+    for key in ("path", "python", "arguments"):
+        if not harness.tasks and getattr(harness, key):
+            raise UserError(f"eval.harness.{key}={getattr(harness, key)} would do nothing: eval.harness.tasks=[]; "
+                            "remove it, or name tasks")
 
 
 def _holds_out(c: RunConfig) -> bool:

@@ -192,11 +192,20 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
+class HarnessConfig:
+    tasks: tuple[str, ...] = option()
+    path: str | None = option()
+    python: str | None = option()
+    arguments: tuple[str, ...] = option()
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     samples: int = option(between=(0, float("inf")))
     max_new_tokens: int = option(above=0)
     temperature: float = option(between=(0, float("inf")))
     judge: JudgeConfig = option()
+    harness: HarnessConfig = option()
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpo_dist.config.compose import choices, compose, composed
+from dpo_dist.config.compose import compose, composed
 from dpo_dist.config.loss_options import MIXTURE
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import DatasetConfig, RunConfig
 
 # what a config says that is no key of a command: the experiment's name, whose keys are all told by themselves
 NO_KEYS = ("experiment",)
+MIXTURES = ("rpo", "mpo")                    # of conf/loss/
 PLAIN = re.compile(r"[A-Za-z_./-][\w./@+-]*")
 NOT_PLAIN = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf", "none")
 DATASET = {f.name: f.default for f in dataclasses.fields(DatasetConfig) if f.default is not dataclasses.MISSING}
@@ -22,11 +23,12 @@ def words_of(config: RunConfig) -> list[str]:
     """The words of `dpo-dist run` that give this config; compose(words_of(c)) is c again."""
     wanted, model = to_dict(config), _word("model.path", config.model.path)
     plain = composed([model])
-    chosen = {"reference": config.reference.engine, "loss": _loss(config), "optim": config.optim.name,
-              "cluster": config.cluster.name, "tracking": config.tracking.name}
-    groups = [f"{group}={name}" for group, name in chosen.items() if composed([f"{group}={name}", model]) != plain]
-    base = composed([*groups, model])
-    base["loss"] = to_dict(compose([f"loss={chosen['loss']}", model]).loss)      # with its defaults
+    names = {"reference": "engine", "loss": "name", "optim": "name", "cluster": "name", "tracking": "name"}
+    groups = [f"{group}={_loss(config) if group == 'loss' else wanted[group][name]}" for group, name in names.items()
+              if wanted[group][name] != plain[group][name]]
+    loss = [word for word in groups if word.startswith("loss=")]
+    base = composed([*groups, model]) if groups else plain
+    base["loss"] = to_dict(compose([*loss, model]).loss)             # with its defaults
     words = [*groups, model, *(_word(key, value) for key, value in _differences(base, wanted) if key != "model.path")]
     again = dataclasses.replace(compose(words), experiment=config.experiment)
     assert again == config, f"the words give another config: {words}"
@@ -34,12 +36,13 @@ def words_of(config: RunConfig) -> list[str]:
 
 
 def _loss(config: RunConfig) -> str:
-    """The choice of conf/loss/ that is nearest: of mixtures, one with the same terms where there is one."""
+    """The choice of conf/loss/ that is nearest: of mixtures, one with the same terms where there is one, else one
+    without terms, which would be added to the mixture's own."""
     if config.loss.name != MIXTURE:
         return config.loss.name
-    alike = [name for name in choices("loss")
-             if compose([f"loss={name}", "model.path=m"]).loss.terms == config.loss.terms]
-    return alike[0] if alike else "dpo"                  # has no terms that a mixture's own would be added to
+    alike = (name for name in MIXTURES if composed([f"loss={name}", "model.path=m"])["loss"]["terms"]
+             == config.loss.terms)
+    return next(alike, "dpo")
 
 
 def _differences(base: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_dist.config.schema import LossConfig
@@ -21,10 +22,10 @@ class VisitLog:
     def __init__(self, folder: Path, loss: LossConfig, rank: int, done: int):
         self._folder, self._loss, self._rank, self._written = folder, loss, rank, done
         self._step: list[tuple[tuple[int, ...], Tensor]] = []        # of the step being computed: each pack's
-        self._waiting: tuple[int, list[int], Later] | None = None    # of the last step: (2, B) rewards, on their way
-        self._known: list[tuple[int, list[int], np.ndarray]] = []
+        self._waiting: tuple[int, NDArray[np.int32], Later] | None = None    # of the last step: (2, B), on their way
+        self._known: list[tuple[int, NDArray[np.int32], NDArray[np.float32]]] = []
         # of the newest step that is read: pairs and their (2, B) rewards, also once they are written
-        self.newest: tuple[list[int], np.ndarray] = [], np.empty((2, 0), np.float32)
+        self.newest: tuple[NDArray[np.int32], NDArray[np.float32]] = np.empty(0, np.int32), np.empty((2, 0), np.float32)
 
     def see(self, pair_ids: tuple[int, ...], pairs: PairLogps) -> None:
         """Takes the rewards of a pack's pairs, fillers left out; nothing where the loss has no rewards."""
@@ -37,7 +38,7 @@ class VisitLog:
         self._catch_up()
         packs, self._step = self._step, []
         if packs:
-            ids = [i for pair_ids, _ in packs for i in pair_ids]
+            ids = np.array([i for pair_ids, _ in packs for i in pair_ids], np.int32)
             self._waiting = step, ids, Later(torch.cat([values for _, values in packs], 1))
 
     def write(self, step: int) -> None:
@@ -46,10 +47,7 @@ class VisitLog:
         known, self._known = self._known, []
         first, self._written = self._written + 1, step
         if known:
-            ids = [np.array(pair_ids, np.int32) for _, pair_ids, _ in known]
-            steps = [np.full(len(pair_ids), number, np.int32) for number, pair_ids, _ in known]
-            chosen, rejected = zip(*(values for _, _, values in known), strict=True)
-            visits = Visits.of(list(zip(steps, ids, chosen, rejected, strict=True)))
+            visits = Visits.of([(np.full(len(ids), number, np.int32), ids, *values) for number, ids, values in known])
             write_part(self._folder, first, step, self._rank, visits)
 
     def _catch_up(self) -> None:

@@ -16,7 +16,9 @@ from dpo_dist.dynamics.visits import Visits
 
 CENTRES = 64                                 # points of training at which margins are summed up
 LEAST_WINDOW, MOST_WINDOW = 64, 4096         # visits of which each is made
-MEMORY = 0.5                                 # what a visit counts, over what the visit before it does
+MOST_DISTANCE = 2.0                          # between 0 and the middle of right labels' margins, in spreads
+PRIOR_PAIRS = 10.0                           # what holds the margins' weight to 1
+MEMORY = 0.7                                 # what a visit counts, over what the visit before it does
 LEAST_SURE = 0.8                             # probability from which on a label counts as flipped
 NORMAL_MAD = 1.4826                          # standard deviation of a normal distribution over its median deviation
 
@@ -62,16 +64,14 @@ def _visit_evidence(visits: Visits, number: Numbers) -> Floats:
     """(visits,) nats that the label is right, by this visit alone.
 
     log p(margin | right) - log p(margin | flipped) under densities of hyperbolic shape, log p = -sqrt(1 + z²): near
-    their middle as of normal ones, 2 mu m / s², and never more than 2 mu / s. At later visits, of which memory has
-    moved the middle, right labels lie about it and flipped ones as far below as at the end of the first visits.
+    their middle as of normal ones, 2 mu m / s², and never more than twice the distance mu / s. Memory moves mu, so
+    that visits of one number are held against each other only, and no distance counts as more than MOST_DISTANCE.
     """
-    out, margin, signal = np.zeros(len(visits)), visits.margin, 0.0
+    out, margin = np.zeros(len(visits)), visits.margin
     for k in range(int(number.max(initial=-1)) + 1):
         these = np.flatnonzero(number == k)              # by step: visits are
         middle, spread = _local(margin[these])
-        z = (margin[these] - middle) / spread
-        distance = np.maximum(middle / spread, 0.0) if k == 0 else np.full(len(these), signal)
-        signal = float(distance[-1]) if k == 0 else signal
+        z, distance = (margin[these] - middle) / spread, np.clip(middle / spread, 0, MOST_DISTANCE)
         out[these] = np.hypot(1, z + 2 * distance) - np.hypot(1, z)
     return out
 
@@ -94,19 +94,25 @@ def _local(margin: Floats) -> tuple[Floats, Floats]:
 
 def _weights(evidence: Floats) -> Floats:
     """(2,) what each witness counts, at least 0: a logistic regression of the labels on what both say. As both change
-    sign with the label, it has no constant and one class; a witness that knows nothing gets nothing."""
-    best, least = np.zeros(2), np.inf
+    sign with the label, it has no constant and one class; a judge of words that knows nothing gets nothing. Margins
+    count as they are where first visits cannot tell, since nothing was learned before them."""
+    prior, strength = np.array([1.0, 0.0]), np.diag([PRIOR_PAIRS, 1e-2])
+    best, least = prior, np.inf
     for active in ([0, 1], [0], [1]):                    # the best without a negative one
-        x = evidence[:, active]
-        w = np.zeros(len(active))
+        x, here, pull = evidence[:, active], prior[active], strength[np.ix_(active, active)]
+        w = here
         for _ in range(30):
             wrong = 1 / (1 + np.exp(np.clip(x @ w, -30, 30)))
-            curvature = (x * (wrong * (1 - wrong))[:, None]).T @ x + 1e-2 * np.eye(len(active))
-            w = w + np.linalg.solve(curvature, x.T @ wrong - 1e-2 * w)
-        loss = float(np.logaddexp(0, -(x @ w)).sum())
+            curvature = (x * (wrong * (1 - wrong))[:, None]).T @ x + pull
+            step = np.linalg.solve(curvature, x.T @ wrong - pull @ (w - here))
+            w = w + step
+            if np.abs(step).max() < 1e-9:
+                break
+        whole = np.zeros(2)
+        whole[active] = w
+        loss = float(np.logaddexp(0, -(x @ w)).sum() + 0.5 * (whole - prior) @ strength @ (whole - prior))
         if (w >= 0).all() and loss < least:
-            best, least = np.zeros(2), loss
-            best[active] = w
+            best, least = whole, loss
     return best
 
 

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 
 from dpo_dist.data.store import PairStore
 
-FOLDS = 10
+FEW, FOLDS_OF_FEW, FOLDS = 2_000, 10, 4      # up to so many pairs, every one counts
 RIDGE = 1.0                                  # of the weights, where a token in few pairs counts less (see `_features`)
-RARE = 40.0                                  # added to the number of pairs that a token is in
-MOST_FITTED = 20_000                         # pairs that a judge is fitted on: more would teach it little
+RARE = 100.0                                 # added to the number of pairs that a token is in
+MOST_FITTED = 10_000                         # pairs that a judge is fitted on: more would teach it little
+MOST_JUDGED = 200_000                        # pairs of a set: of a larger one margins alone are looked at
+NEIGHBOURS = 1 << 17                         # columns that two neighbouring tokens share, by a hash
+HASH, PRIME = 1_000_003, 2_147_483_647
 MOST_TOKENS = 1_024                          # of a completion; the last token is always looked at
-AT_ONCE = 20_000                             # pairs
+AT_ONCE = 5_000                              # pairs
 NEWTON_STEPS, CONJUGATE_STEPS = 8, 20
 
 Floats = NDArray[np.float64]
@@ -48,25 +51,27 @@ def word_evidence(pairs: PairStore) -> Floats:
     """(n,) nats: how far the words of the other pairs speak for each pair's label, as a logistic regression's margin;
     below 0 they speak against it.
 
-    The features change sign with the label: for each token how much oftener chosen holds it than rejected, on a
-    logarithmic scale, the lengths, and the token that each ends with. Every pair is judged by weights that it had no
-    part in (cross-fitting; Northcutt et al. 2021, arXiv 1911.00068).
+    The features change sign with the label: for each token, and each two neighbouring ones, how much oftener chosen
+    holds it than rejected, on a logarithmic scale; the lengths, and the token that each ends with. Every pair is judged
+    by weights that it had no part in (cross-fitting; Northcutt et al. 2021, arXiv 1911.00068). 0 for all where the
+    pairs are too few for that, or more than MOST_JUDGED, which would take long.
     """
-    n, columns = len(pairs), 2 * (pairs.largest_id() + 1) + 1
-    if n < 2 * FOLDS:
+    n, columns = len(pairs), 2 * (pairs.largest_id() + 1) + NEIGHBOURS + 1
+    folds = FOLDS_OF_FEW if n <= FEW else FOLDS
+    if not 2 * folds <= n <= MOST_JUDGED:
         return np.zeros(n)
     random = np.random.Generator(np.random.Philox(0))
     lots = random.permutation(n)
     fold = np.empty(n, np.int64)
-    fold[lots] = np.arange(n) % FOLDS
+    fold[lots] = np.arange(n) % folds
     fitted = np.sort(lots[:MOST_FITTED])
     rows = _features(pairs, fitted, columns)
     used, column = np.unique(rows.column, return_inverse=True)
     scale = np.zeros(columns)                            # a token that no fitted pair has says nothing
     scale[used] = 1 / np.sqrt(np.bincount(column) + RARE)
     rows = replace(rows.scaled(scale), column=column)
-    weights = np.zeros((FOLDS, columns))
-    for k in range(FOLDS):
+    weights = np.zeros((folds, columns))
+    for k in range(folds):
         weights[k, used] = _fit(_some(rows, fold[fitted] != k), len(used))
     found = np.empty(n)
     for start in range(0, n, AT_ONCE):
@@ -78,13 +83,16 @@ def word_evidence(pairs: PairStore) -> Floats:
 
 
 def _features(pairs: PairStore, ids: Sequence[int] | NDArray[np.int64], columns: int) -> Rows:
-    """(len(ids), columns): a column for each token, one for each token that ends a completion, one for the length."""
-    tokens = (columns - 1) // 2
+    """(len(ids), columns): a column for each token, one for each token that ends a completion, those of neighbours, one
+    for the length."""
+    tokens = (columns - 1 - NEIGHBOURS) // 2
     keys, signs, rows = [], [], []
     for at, i in enumerate(ids):
         _, *completions = pairs.parts(int(i))
         for side, completion in zip((1, -1), completions, strict=True):
-            keys.append(np.append(completion[:MOST_TOKENS], tokens + completion[-1]).astype(np.int64))
+            said = completion[:MOST_TOKENS].astype(np.int64)
+            both = (said[:-1] * HASH + said[1:]) % PRIME % NEIGHBOURS
+            keys.append(np.concatenate([said, [tokens + int(completion[-1])], 2 * tokens + both]))
             signs.append(np.full(len(keys[-1]), side))
             rows.append(np.full(len(keys[-1]), at))
     cells = (np.concatenate(rows) * columns + np.concatenate(keys)) * 2 + (np.concatenate(signs) > 0)

@@ -13,8 +13,8 @@ from dpo_dist.data.store import PairStore
 from dpo_dist.stats.intervals import cluster_numbers
 
 # {a name in the record: what the slices are called}; columns of the data's own keep their names
-KEYS = {"locale": "language", "annotator_class": "annotator_class", "chosen_model": "chosen_model",
-        "rejected_model": "rejected_model"}
+KEYS = {"locale": "language", **{name: name for name in (
+    "annotator_class", "annotator", "confidence", "chosen_model", "rejected_model")}}
 MOST_KINDS = 8                               # different numbers that are slices each; more are cut into quarters
 LONGEST_NAME = 60                            # characters of a value's name; longer texts are no slices
 Members = dict[tuple[str, str], NDArray[np.int64]]
@@ -34,9 +34,9 @@ class Facts:
         found: dict[tuple[str, str], list[int]] = defaultdict(list)
         numbers: dict[str, list[tuple[int, float]]] = defaultdict(list)
         sources = [str(source["name"]) for source in pairs.meta["sources"]]
-        for i in range(len(pairs)):
+        for i, record in enumerate(pairs.all_records()):
             found["source", sources[pairs.source[i]]].append(i)
-            for by, value in values_of(pairs.record(i)):
+            for by, value in values_of(record):
                 if isinstance(value, float):
                     numbers[by].append((i, value))
                 else:

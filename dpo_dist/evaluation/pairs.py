@@ -25,6 +25,7 @@ class EvaluatedPairs:
     reference_rejected: Floats
     reward_chosen: Floats                    # as losses.rewards
     reward_rejected: Floats
+    logit: Floats                            # log odds that chosen is preferred, as losses.preference_logit
     loss: Floats
     chosen_tokens: NDArray[np.int32]         # that the loss counts
     rejected_tokens: NDArray[np.int32]

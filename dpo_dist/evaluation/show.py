@@ -19,8 +19,9 @@ def summary_lines(summary: Summary) -> list[str]:
                      f"{interval(baselines['reference'])}")
     lines += _calibration(summary["calibration"])
     if (moved := summary["displacement"]) is not None:
+        than = "under the reference" if moved["since"] == "reference" else "before training"
         lines.append(f"displacement: chosen {_number(moved['chosen_per_token'], '+.3f')}, rejected "
-                     f"{_number(moved['rejected_per_token'], '+.3f')} nats a token; chosen less likely than before in "
+                     f"{_number(moved['rejected_per_token'], '+.3f')} nats a token; chosen less likely than {than} in "
                      f"{moved['share_chosen_falling']['value']:.0%} of the pairs")
     if (bench := summary["rewardbench"]) is not None:
         sections = ", ".join(f"{name} {found['value']:.3f}" for name, found in bench["sections"].items())

@@ -84,31 +84,22 @@ def at_equal_length(hit: Floats, pairs: EvaluatedPairs, facts: Facts, judged: ND
     return {"value": value, "low": low, "high": high, "n": len(delta)}
 
 
-def implied_logit(pairs: EvaluatedPairs, loss: LossConfig) -> Floats:
-    """(n,) the log odds that the loss gives to chosen being preferred: the margin of rewards, but for sigmoid_norm,
-    which compares log-ratios a token (losses.py), beta times their difference."""
-    if "sigmoid_norm" not in loss.weights:
-        return pairs.margin
-    assert loss.beta is not None
-    return loss.beta * ((pairs.policy_chosen - pairs.reference_chosen) / pairs.chosen_tokens
-                        - (pairs.policy_rejected - pairs.reference_rejected) / pairs.rejected_tokens)
-
-
 def calibration(pairs: EvaluatedPairs, facts: Facts, loss: LossConfig, judged: NDArray[np.bool_]) -> Summary | None:
-    """Whether σ(implied_logit) is the share of pairs in which it is right; None where a number is not finite.
+    """Whether σ(logit) is the share of pairs in which it is right; None where a number is not finite.
 
     Which answer stands first is arbitrary, so a bin holds pairs by the probability of the answer that the policy
     prefers, from 0.5 on, and `observed` is how often the data prefer it too. Brier and log loss are the same either
     way. ece_by_chance: what a calibrated policy stays below in 95 of 100 such sets. calibrating_beta: the beta from 0
     on under which these pairs are likeliest, with the policy as it is; null where none is (all pairs are right).
     """
-    logit, weight, prompt = implied_logit(pairs, loss)[judged], pairs.weight[judged], facts.prompt[judged]
+    logit, weight, prompt = pairs.logit[judged], pairs.weight[judged], facts.prompt[judged]
     if not len(logit) or not np.isfinite(logit).all():
         return None
     bins = reliability(sigmoid(np.abs(logit)), hits(logit), weight, prompt)
     factor = calibrating_factor(logit, weight, prompt)
     beta = loss.beta
-    betas = None if factor is None or beta is None else [
+    # rao_kupper's log odds are not beta times something
+    betas = None if factor is None or beta is None or "rao_kupper" in loss.weights else [
         max(0.0, beta * value) for value in (factor.value, factor.low, factor.high)]
     return {
         "ece": expected_calibration_error(bins), "ece_by_chance": chance_calibration_error(bins),

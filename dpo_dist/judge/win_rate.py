@@ -10,27 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpo_dist.judge import Comparison, Judge, Text
+from dpo_dist.stats.calibration import sigmoid
+from dpo_dist.stats.intervals import LEVEL, Floats, Interval, share_interval, t_quantile
+from dpo_dist.stats.logistic import logistic_fit
 
-Floats = NDArray[np.float64]
-
-Z = 1.959964                             # of a 95 % interval
-RESAMPLES = 2000
 FEWEST_TO_FIT = 10                       # pairs, below which a slope on length says nothing
-RIDGE = 0.1                              # see length_controlled
-NEWTON_STEPS = 25
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its 95 % interval, from so many pairs of answers."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -48,8 +34,8 @@ class Duel:
 class WinRate:
     """What a judge makes of pairs of answers. A tie counts half."""
 
-    win_rate: Rate
-    length_controlled: Rate | None       # None: fewer than FEWEST_TO_FIT pairs
+    win_rate: Interval | None            # None: there are no pairs
+    length_controlled: Interval | None       # None: fewer than FEWEST_TO_FIT pairs
     wins: int                            # pairs of answers in which both orders together prefer ours ...
     ties: int                            # ... prefer neither, or contradict each other ...
     losses: int
@@ -70,7 +56,7 @@ def judge_duels(judge: Judge, duels: Sequence[Duel], seed: int = 0) -> tuple[Win
     difference = np.array([duel.our_tokens - duel.their_tokens for duel in duels], dtype=np.float64)
     decided = verdicts[verdicts != 0.5]
     return WinRate(
-        win_rate=share(won), length_controlled=length_controlled(won, difference, seed),
+        win_rate=share_interval(won), length_controlled=length_controlled(won, difference),
         wins=int((won > 0.5).sum()), ties=int((won == 0.5).sum()), losses=int((won < 0.5).sum()),
         position_consistency=float((first == second).mean()),
         first_preferred=float(decided.mean()) if len(decided) else 0.5), won
@@ -81,48 +67,28 @@ def _comparison(duel: Duel, ours_first: bool) -> Comparison:
             else Comparison(duel.prompt, duel.theirs, duel.ours))
 
 
-def share(won: Floats) -> Rate:
-    """The mean of (n,) wins in [0, 1] with Wilson's interval (JASA 22, 1927). Halves vary less than wins and losses, so
-    for them the interval is wider than it need be."""
-    n, p = len(won), float(won.mean())
-    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return Rate(p, max(middle - half, 0.0), min(middle + half, 1.0), n)
-
-
-def length_controlled(won: Floats, difference: Floats, seed: int = 0) -> Rate | None:
-    """The win rate that a logistic regression of (n,) wins on the difference in length gives where that is 0; None
-    below FEWEST_TO_FIT pairs.
+def length_controlled(won: Floats, difference: Floats) -> Interval | None:
+    """The win rate that a logistic regression of (n,) wins on the (n,) differences in length gives where that is 0;
+    None below FEWEST_TO_FIT pairs.
 
     After length-controlled AlpacaEval (arXiv 2404.04475, eq. 2) without its term for each instruction, which needs many
-    models: logit P(win) = theta + phi · tanh(difference / its standard deviation). Both have a ridge of RIDGE, so that
-    wins which lengths separate wholly keep a finite fit; it draws the rate towards 1/2 by less than one pair would. The
-    interval is a bootstrap's over the pairs.
+    models: logit P(win) = theta + phi · tanh(difference / its standard deviation). To the pairs come two more,
+    undecided and of half a weight, one longer and one shorter: so the fit is finite even where lengths, or nothing,
+    decide every pair. The interval is theta's, by the larger of its robust and its model's variance.
     """
     n, spread = len(won), float(difference.std())
     if n < FEWEST_TO_FIT:
         return None
     if spread == 0:
-        return share(won)
-    x = np.tanh(difference / spread)
-    picked = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
-    at_zero = 1 / (1 + np.exp(-_fit(won, x, np.vstack([np.ones(n), picked]))[:, 0]))
-    low, high = np.quantile(at_zero[1:], (0.025, 0.975)).tolist()
-    return Rate(float(at_zero[0]), min(low, float(at_zero[0])), max(high, float(at_zero[0])), n)
-
-
-def _fit(won: Floats, x: Floats, counts: Floats) -> Floats:
-    """(B, 2) theta and phi of each of the (B, n) weightings of the pairs, by Newton's method, all at once."""
-    weights = np.zeros((len(counts), 2))
-    for _ in range(NEWTON_STEPS):
-        p = 1 / (1 + np.exp(-np.clip(weights[:, :1] + weights[:, 1:] * x, -30, 30)))
-        residual, curve = counts * (won - p), counts * p * (1 - p)
-        slope = np.stack([residual.sum(1), residual @ x], axis=1) - RIDGE * weights
-        a, b, c = curve.sum(1) + RIDGE, curve @ x, curve @ (x * x) + RIDGE
-        determinant = a * c - b * b
-        step = np.stack([c * slope[:, 0] - b * slope[:, 1], a * slope[:, 1] - b * slope[:, 0]], axis=1)
-        step /= determinant[:, None]
-        weights += np.clip(step, -2, 2)                  # far from the optimum a whole step may overshoot
-        if np.abs(step).max() < 1e-8:
-            break
-    return weights
+        return share_interval(won)
+    x = np.append(np.tanh(difference / spread), [1.0, -1.0])
+    weights = np.append(np.ones(n), [0.5, 0.5])
+    columns = np.stack([np.ones(n + 2), x], axis=1)
+    fit = logistic_fit(columns, np.append(won, [0.5, 0.5]), weights)
+    if fit is None:
+        return None
+    curve = (columns * (weights * fit.fitted * (1 - fit.fitted))[:, None]).T @ columns
+    variance = max(float(fit.covariance[0, 0]), float(np.linalg.inv(curve)[0, 0]))
+    theta, half = float(fit.coefficients[0]), t_quantile(LEVEL, n - 2) * math.sqrt(variance)
+    value, low, high = sigmoid([theta, theta - half, theta + half]).tolist()
+    return Interval(value, low, high, n)

@@ -27,6 +27,7 @@ VERBS = {
     "train": "train (scoring what the cache lacks), evaluate, export; the same command goes on where it stopped",
     "eval": "loss, rewards and accuracy of model.path on held-out pairs",
     "export": "write <run.dir>/model from the newest whole checkpoint",
+    "harness": "lm-evaluation-harness' tasks (eval.harness.tasks) on <run.dir>/model",
     "show": "the rows as they will be trained on: texts, ids, which tokens count, what is cut or left out and why",
     "plan": "what `run` would start, and what it needs: stages, ranks, commands; memory a rank, step time, what does "
             "not fit",

@@ -47,6 +47,7 @@ class _Kind:
     needed: Callable[[RunConfig], bool]       # by `run`
     after: tuple[str, ...] = ()               # the last of these that there is must have succeeded
     computes: bool = True
+    alone: bool = False                       # one process, whatever the cluster's keys say
 
 
 # `run` goes through those that the config needs, from top to bottom. Training also evaluates and exports, while the
@@ -57,6 +58,7 @@ STAGES = {
     "train": _Kind("dpo_dist.train", lambda config: True, after=("audit", "score")),
     "eval": _Kind("dpo_dist.evaluate", lambda config: False),
     "export": _Kind("dpo_dist.export", lambda config: False),
+    "harness": _Kind("dpo_dist.harness", lambda config: bool(config.eval.harness.tasks), after=("train",), alone=True),
 }
 
 
@@ -68,8 +70,10 @@ def plan_stages(verb: str, config: RunConfig, overrides: Sequence[str], devices:
         if verb != "run":
             return LaunchPlan(config.run_dir, (scoring,) if verb == "score" else (scoring, training))
         audit = _stage("audit", config, ["audit"], overrides, devices)
+        last = [_stage(name, config, ["train"], overrides, devices) for name, kind in STAGES.items()
+                if kind.alone and kind.needed(config)]
         return LaunchPlan(config.run_dir, (audit, replace(scoring, after=("audit",)),
-                                           replace(training, after=("audit",))))
+                                           replace(training, after=("audit",)), *last))
     names = [name for name, kind in STAGES.items() if kind.needed(config)] if verb == "run" else [verb]
     return LaunchPlan(config.run_dir, tuple(_stage(name, config, names, overrides, devices) for name in names))
 
@@ -79,6 +83,9 @@ def _stage(name: str, config: RunConfig, names: Sequence[str], overrides: Sequen
     after = tuple(before for before in kind.after if before in names)[-1:]
     if not kind.computes:
         return Stage(name, kind.module, 1, 1, tuple(overrides), after, computes=False)
+    if kind.alone:
+        own = ("cluster.nodes=1", "cluster.procs_per_node=1")
+        return Stage(name, kind.module, 1, 1, (*overrides, *own), after)
     return Stage(name, kind.module, config.cluster.nodes, config.cluster.procs_per_node or devices, tuple(overrides),
                  after, server_nodes=_server_nodes(name, config))
 

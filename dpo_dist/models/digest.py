@@ -4,14 +4,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_dist.models.file_digests import VOLATILE, tensors_of
 from dpo_dist.models.folder import truthful_json
 from dpo_dist.models.resolve import ModelFolder
-
-if TYPE_CHECKING:
-    from dpo_dist.runtime.world import World
+from dpo_dist.runtime.world import World
 
 
 def model_digest(folder: Path, memory: Path | None = None, world: World | None = None) -> str:

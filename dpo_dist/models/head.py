@@ -2,7 +2,8 @@
 engine."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,6 +38,22 @@ class LogpHead(nn.Module):
         keep = torch.is_grad_enabled()                   # always off inside the autograd function, so read here
         return BlockwiseLogps.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap, collision, keep,
                                     blocks, passes_for(hidden))
+
+
+@contextmanager
+def tempered(model: nn.Module, temperature: float) -> Iterator[None]:
+    """Inside: the model's log-probs are those of what is sampled at this temperature, softmax(logits / temperature)."""
+    heads = [module for module in model.modules() if isinstance(module, LogpHead)]
+    assert heads, "a model that computes log-probs has a LogpHead"
+    before = [(head.scale, head.softcap) for head in heads]
+    try:
+        for head in heads:               # softcap · tanh(scale · x / softcap) / temperature, bounded or not
+            head.scale /= temperature
+            head.softcap = None if head.softcap is None else head.softcap / temperature
+        yield
+    finally:
+        for head, (scale, softcap) in zip(heads, before, strict=True):
+            head.scale, head.softcap = scale, softcap
 
 
 class Passes(NamedTuple):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -32,6 +33,11 @@ class ReferenceEngine(ABC):
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
         waited for; else None. Called by the thread that packs the next step."""
+        return None
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None] | None:
+        """Inside: token_logps are of what is sampled at this temperature, for any sequences. None where the engine
+        cannot: it has no model at hand."""
         return None
 
     def close(self) -> None:

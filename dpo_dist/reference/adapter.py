@@ -2,6 +2,7 @@
 no second model in memory."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -27,3 +28,6 @@ class AdapterReference(ReferenceEngine):
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with self._policy.evaluating(), self._policy.reference_adapter():
             return self._policy.token_logps(batch).logps
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        return nullcontext()             # the heads are the policy's, at the policy's temperature

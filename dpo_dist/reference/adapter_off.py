@@ -1,7 +1,7 @@
 """For LoRA: the reference is the policy's own base, with adapters off. Exact, and no second model in memory."""
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -38,3 +38,6 @@ class AdapterOffReference(ReferenceEngine):
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with self._policy.evaluating(), self._policy.adapters_off():
             return self._policy.token_logps(batch).logps
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        return nullcontext()             # the heads are the policy's, at the policy's temperature

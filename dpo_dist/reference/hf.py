@@ -1,12 +1,14 @@
 """The oracle: the whole reference model on every rank, by transformers and torch. Other engines are held against it."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dpo_dist.config.engines.hf import HfConfig
+from dpo_dist.models.head import tempered
 from dpo_dist.models.load import ScoredModel, release_memory, token_logps
 from dpo_dist.models.lora import load_adapted
 from dpo_dist.models.resolve import ModelFolder
@@ -38,6 +40,9 @@ class HfReference(ReferenceEngine):
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with torch.no_grad():
             return token_logps(self.model, batch.to(self._device)).logps
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        return tempered(self.model, temperature)
 
     def close(self) -> None:
         del self.model

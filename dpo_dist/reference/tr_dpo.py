@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import SyncConfig
+from dpo_dist.models.head import tempered
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch
@@ -57,6 +58,9 @@ class TrDpoReference(ReferenceEngine):
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         return self._engine.token_logps(batch)
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        return tempered(self._engine.model, temperature)
 
     def close(self) -> None:
         self._engine.close()

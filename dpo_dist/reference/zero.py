@@ -1,6 +1,7 @@
 """The reference sharded over all ranks by DeepSpeed ZeRO-3 without an optimizer; its shards may stay in CPU memory."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.engines.zero import ZeroReferenceConfig
+from dpo_dist.models.head import tempered
 from dpo_dist.models.load import ScoredModel, release_memory, token_logps
 from dpo_dist.models.lora import load_adapted
 from dpo_dist.models.resolve import ModelFolder
@@ -50,6 +52,9 @@ class ZeroReference(ReferenceEngine):
     def token_logps(self, batch: PackedBatch) -> Tensor:
         with torch.no_grad():
             return token_logps(self._engine, batch.to(self._device)).logps
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        return tempered(self.model, temperature)
 
     def close(self) -> None:
         self._engine.destroy()

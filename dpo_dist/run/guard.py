@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from dpo_dist.stats.intervals import mean_interval
 
 Name = Literal["displacement", "length", "repetition"]
-Floats = NDArray[np.float64]
 
 # Displacement. An answer that loses 0.25 nats a token has each of its tokens a fifth less likely (e^-0.25 = 0.78), and
 # one of 100 tokens is 10^11 times less likely as a whole. Sound runs stay above it: benchmarks/displacement.py measures
 # some.
 FALL_BOUND = 0.25                        # nats a token
-COLLAPSE_BOUND = 1.0                     # ... where the margins do not rise either: each token e times less likely
+# ... of held-out pairs whose margins do not rise: what is learned by heart says less and less of other pairs, which is
+# another matter, until each of their tokens is e times less likely
+COLLAPSE_BOUND = 1.0
 ROWS_AT_ONCE = (1, 2, 4, 8, 16)          # over how many rows of training the fall is averaged
 NOISE_FLOOR = 0.08                       # nats a token: the least standard deviation that a row is taken to have
 ROWS_FOR_NOISE = 64                      # rows before those, from which their scatter is told
@@ -47,6 +49,7 @@ class Finding:
     value: float                         # nats a token; times as long; share of repeats, more than before
     bound: float
     what: str                            # for a person, with the numbers
+    held_out: bool = True                # told from held-out pairs, or from those trained on
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def displacement(rows: Sequence[Level], start_margin: float) -> Finding | None:
 
     Each row is of other pairs. So the fall is averaged over the newest 1, 2, 4, ... rows, and some average must be
     below -FALL_BOUND by SIGMAS standard errors: a steep fall is told from a single row, a slow one once enough rows
-    agree. A row's scatter is that of the rows before those averaged.
+    agree. A row's scatter is that of the rows before those averaged. Margins tell the two ways apart, displacement and
+    divergence; they do not decide, as at a learning rate that is far too high they jump about.
     """
     for count in ROWS_AT_ONCE:
         newest, earlier = rows[-count:], rows[:-count][-ROWS_FOR_NOISE:]
@@ -73,27 +77,24 @@ def displacement(rows: Sequence[Level], start_margin: float) -> Finding | None:
         error = _scatter([row.chosen for row in earlier]) / math.sqrt(count)
         over = "" if count == 1 else f", the mean of {count} rows"
         now = Level(newest[-1].step, level, _mean([row.margin for row in newest]))
-        if found := _fallen(now, start_margin, SIGMAS * error, f"on the pairs trained on{over}"):
-            return found
+        if level + SIGMAS * error < -FALL_BOUND:
+            return _fallen(now, start_margin, FALL_BOUND, f"on the pairs trained on{over}", held_out=False)
     return None
 
 
 def held_out_displacement(before: Level, now: Level) -> Finding | None:
     """Whether the held-out pairs' chosen answers lost likelihood. They are the same pairs each time: no scatter."""
-    return _fallen(Level(now.step, now.chosen - before.chosen, now.margin), before.margin, 0.0, "on held-out pairs")
+    level = Level(now.step, now.chosen - before.chosen, now.margin)
+    bound = FALL_BOUND if now.margin > before.margin else COLLAPSE_BOUND
+    return _fallen(level, before.margin, bound, "on held-out pairs", held_out=True) if level.chosen < -bound else None
 
 
-def _fallen(now: Level, start_margin: float, error: float, where: str) -> Finding | None:
-    """The finding where `now` is below the bound by `error`: that of displacement while the margins rise, else that of
-    a collapse."""
-    rising = now.margin > start_margin
-    bound = FALL_BOUND if rising else COLLAPSE_BOUND
-    if not now.chosen + error < -bound:
-        return None
-    how = "while the margins rise" if rising else "and the margins do not rise: the run diverges"
+def _fallen(now: Level, start_margin: float, bound: float, where: str, held_out: bool) -> Finding:
+    how = ("while the margins rise" if now.margin > start_margin
+           else "and the margins do not rise: the run diverges")
     return Finding(now.step, "displacement", now.chosen, -bound, (
         f"the chosen answers lose likelihood {how}: {-now.chosen:.2f} nats a token less likely than at the start "
-        f"{where} (bound {bound}); margin {start_margin:.3g} → {now.margin:.3g}"))
+        f"{where} (bound {bound}); margin {start_margin:.3g} → {now.margin:.3g}"), held_out)
 
 
 def _scatter(values: Sequence[float]) -> float:
@@ -139,19 +140,8 @@ def repeating(step: int, before: Sequence[float], now: Sequence[float]) -> Findi
 
 def paired_interval(before: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of now - before over prompts, by Student's t; infinite below FEWEST_PROMPTS."""
-    difference = np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    n = len(difference)
-    if n < FEWEST_PROMPTS:
-        return -math.inf, math.inf
-    half = student_t(n - 1) * float(difference.std(ddof=1)) / math.sqrt(n)
-    return float(difference.mean()) - half, float(difference.mean()) + half
-
-
-def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t for 3 or more degrees of freedom, to 1 % (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
-    return (z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3))
+    found = mean_interval(np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64))
+    return (-math.inf, math.inf) if found is None or found.n < FEWEST_PROMPTS else (found.low, found.high)
 
 
 def repetition(answer: str | Sequence[int]) -> float:

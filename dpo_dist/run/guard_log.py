@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -142,15 +142,16 @@ class Guard:
         """ASKS where something is to be told, else 0."""
         return ASKS if self._waiting else 0.0
 
-    def tell(self, fallen: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
+    def tell(self, most_fallen: Callable[[Finding], Sequence[tuple[str, float]]]) -> tuple[list[str], list[str]]:
         """(messages of all that was found, the names of those that stop the run); each is kept in guard.jsonl.
-        fallen: where the pairs stand whose chosen answer fell most, with nats a token."""
+        most_fallen: of a displacement, where the pairs stand whose chosen answer fell most, with nats a token."""
         waiting, self._waiting = self._waiting, []
         messages: list[str] = []
         stops: list[str] = []
         for finding, pairs in waiting:
             does = action(self._config.guard, finding.guard)
             of_pairs = finding.guard == "displacement"
+            fallen = most_fallen(finding) if of_pairs else []
             where = [place for place, _ in fallen] if of_pairs else pairs
             shown = "; ".join(f"{place} ({value:+.2f})" for place, value in fallen) if of_pairs else "; ".join(pairs)
             message = (f"step {finding.step}: {finding.what}."

@@ -54,6 +54,11 @@ class Inputs:
     eval: PairStore
 
     @property
+    def pads(self) -> bool:
+        """Whether policy or reference computes padded rows."""
+        return "padded" in (self.attention, self.reference_setup.attention)
+
+    @property
     def lengths(self) -> tuple[Lengths, int]:
         """(mean tokens of the pairs, tokens of the longest pair), of those to train on, else of those held out."""
         pairs = self.train if len(self.train) else self.eval

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import JudgeConfig, RunConfig
 from dpo_dist.judge import open_judge
-from dpo_dist.judge.win_rate import Duel, Rate, judge_duels
+from dpo_dist.judge.win_rate import Duel, judge_duels
 from dpo_dist.run.generations import SampleRow, samples_by_step
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.samples import Samples
@@ -86,13 +86,13 @@ def judge_answers(judge: JudgeConfig, ours: Sequence[SampleRow], theirs: Sequenc
 def show_judgment(terminal: Terminal, found: dict[str, Any], against: str) -> None:
     """A table of the rates."""
     other = {"before": "those before training", "chosen": "the data's chosen ones"}[against]
-    rows = [["win rate", _rate(Rate(**found["win_rate"]))]]
+    rows = [["win rate", _rate(found["win_rate"])]]
     if found["length_controlled"]:
-        rows.append(["win rate at equal length", _rate(Rate(**found["length_controlled"]))])
+        rows.append(["win rate at equal length", _rate(found["length_controlled"])])
     rows += [["same verdict in both orders", f"{found['position_consistency']:.0%}"],
              ["tokens, mean", f"{found['tokens']['ours']:.0f} against {found['tokens']['theirs']:.0f}"]]
     terminal.table(f"{len(found['won'])} answers against {other}", ["judged", ""], rows)
 
 
-def _rate(rate: Rate) -> str:
-    return f"{rate.value:.1%} (95 % interval {rate.low:.1%} to {rate.high:.1%})"
+def _rate(rate: dict[str, float]) -> str:
+    return f"{rate['value']:.1%} (95 % interval {rate['low']:.1%} to {rate['high']:.1%})"

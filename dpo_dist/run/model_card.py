@@ -9,8 +9,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.file_digests import digest_of
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.run.inputs import Inputs
-from dpo_dist.run.made_by import code_in_words, hardware_in_words, ranks_in_words, start_in_words
-from dpo_dist.run.parent import run_digest
+from dpo_dist.run.provenance.made_by import code_in_words, hardware_in_words, ranks_in_words, start_in_words
+from dpo_dist.run.provenance.parent import run_digest
 from dpo_dist.runtime.run_dir import RunDir
 
 FILES_SHOWN = 20                             # of the data; run.json has them all

@@ -103,6 +103,24 @@ def open_models(config: RunConfig, inputs: Inputs, data_sets: Sequence[PairStore
     return policy or open_policy(config, inputs, world), CachedReference(cache)
 
 
+def scores_at_hand(config: RunConfig, inputs: Inputs, policy: Policy,
+                   reference: ReferenceEngine | None) -> ReferenceEngine | None:
+    """The reference as it scores sequences that no data set has, without a further model in memory: a live one, or one
+    that is the policy itself. None where there is none."""
+    if reference is None or reference.at_temperature(1.0) is not None:
+        return reference
+    return open_scorer(config, inputs, policy) if config.reference.is_policy else None
+
+
+def open_scorer(config: RunConfig, inputs: Inputs, policy: Policy) -> ReferenceEngine | None:
+    """The reference opened live, beside the policy, to score sequences that no data set has; None where it is outside
+    the training stack, or the loss has none."""
+    if not config.loss.needs_reference or config.reference.outside:
+        return None
+    return make_reference(config.reference, replace(inputs.reference_setup, policy=policy, run=config,
+                                                    key=inputs.reference_key))
+
+
 def open_policy(config: RunConfig, inputs: Inputs, world: World) -> Policy:
     """The policy with its starting weights; beside them the reference's adapter, where the engine wants it there."""
     beside = inputs.reference_setup.folder.adapter if config.reference.adapter_beside else None

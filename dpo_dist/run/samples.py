@@ -3,7 +3,7 @@ does."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,14 @@ class Samples:
 
     def answer(self, policy: Policy, step: int, world: World) -> list[dict[str, Any]]:
         """A row of samples.jsonl for each prompt. All ranks call it."""
-        completions = generate(policy, self.prompts, replace(self.how, seed=self.how.seed + step), world)
+        return self.rows(step, self.complete(policy, step, world))
+
+    def complete(self, policy: Policy, step: int, world: World) -> list[Ids]:
+        """The policy's completion of each prompt, with the token that ends it. All ranks call it."""
+        return generate(policy, self.prompts, replace(self.how, seed=self.how.seed + step), world)
+
+    def rows(self, step: int, completions: Sequence[Ids]) -> list[dict[str, Any]]:
+        """A row of samples.jsonl for each prompt, of its completion."""
         return [{"step": step, "prompt": self._text(prompt), "tokens": len(ids), "ended": ids[-1:] in self._ends,
                  "completion": self._text(self._without_end(ids))}
                 for prompt, ids in zip(self.prompts, completions, strict=True)]

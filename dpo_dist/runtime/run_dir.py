@@ -47,6 +47,8 @@ class RunDir:
         self.command = path / "command.txt"            # what trains the same again
         self.report_html = path / "report.html"
         self.report_json = path / "report.json"        # the numbers behind the page
+        self.harness = path / "harness"                # what lm-evaluation-harness wrote, ...
+        self.harness_json = path / "harness.json"      # ... and its results
         self.parity_json = path / "parity.json"        # the audit of a served reference
         self.audit_json = path / "audit.json"          # what is wrong with the data
         self.data_summary = path / "data.txt"

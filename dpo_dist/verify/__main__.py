@@ -11,7 +11,7 @@ from typing import TextIO
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.prepare import digests_folder
-from dpo_dist.run.kept import Kept
+from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.configuration import check_config, check_kept, config_of, read_run
 from dpo_dist.verify.finding import Finding, lines

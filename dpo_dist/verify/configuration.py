@@ -14,8 +14,8 @@ from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.digests import in_order
 from dpo_dist.models.file_digests import digest_of
-from dpo_dist.run.changed_keys import changed_keys
-from dpo_dist.run.kept import Kept
+from dpo_dist.run.provenance.changed_keys import changed_keys
+from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.finding import Finding, examples
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpo_dist.run.kept import Kept
-from dpo_dist.run.made_by import (
+from dpo_dist.run.provenance.kept import Kept
+from dpo_dist.run.provenance.made_by import (
     code,
     code_files,
     code_in_words,

@@ -11,7 +11,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.digests import any_order, pair_digests
 from dpo_dist.data.row_changes import gone_and_new
 from dpo_dist.data.store import PairStore
-from dpo_dist.run.kept import Kept
+from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.verify.finding import SHOWN, Finding, Status, examples
 
 BOTH = ("train", "eval")

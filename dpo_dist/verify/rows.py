@@ -12,7 +12,7 @@ from dpo_dist.data.digests import FileDigests, data_set_digests
 from dpo_dist.data.files import read_records
 from dpo_dist.data.prepare import data_sets
 from dpo_dist.data.row_changes import RowChanges, row_changes
-from dpo_dist.run.kept import Kept
+from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.verify.finding import SHOWN, examples
 from dpo_dist.verify.pairs import BOTH, Change
 

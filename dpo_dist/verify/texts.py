@@ -12,7 +12,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import PLAIN, is_jinja, template_texts
 from dpo_dist.models.file_digests import digest_of, sha256, tokenizer_files
 from dpo_dist.models.resolve import resolve
-from dpo_dist.run.kept import Kept
+from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.finding import SHOWN, examples, text_change, value_changes
 from dpo_dist.verify.pairs import BOTH, Change

@@ -10,8 +10,8 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.models.file_digests import described, exported
 from dpo_dist.models.resolve import ModelFolder, resolve
-from dpo_dist.run.kept import Kept
-from dpo_dist.run.parent import parent_run, run_digest
+from dpo_dist.run.provenance.kept import Kept
+from dpo_dist.run.provenance.parent import parent_run, run_digest
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.finding import Finding, examples, value_changes
 

@@ -58,6 +58,13 @@ def test_a_run_made_to_displace_is_warned_before_half_of_its_fall_and_once(tmp_p
     assert done.stdout.count(warning) == 1 and done.stdout.index(warning) < done.stdout.index(f"  {STEPS}/{STEPS}")
 
 
+def test_a_fall_that_only_held_out_pairs_show_names_those(tmp_path: Path, words: list[str]):
+    dpo_dist(*words, "zero=none", TOO_HIGH, f"train.log_every_steps={STEPS}", "train.eval_every_steps=10")
+    [event] = events(tmp_path / "run")
+    assert event["step"] in (10, 20) and "on held-out pairs" in event["message"] and len(event["pairs"]) == 5
+    assert all(f"{tmp_path / 'held_out.jsonl'}:" in where for where in event["pairs"])
+
+
 def test_a_sound_run_hears_nothing_and_neither_does_one_that_is_kept_from_falling(tmp_path: Path, words: list[str]):
     for loss, lr in (("dpo", f"optim.lr={SOUND_LR}"), ("rpo", TOO_HIGH)):
         done = dpo_dist(*words, "zero=none", f"loss={loss}", lr, f"run.dir={tmp_path / loss}")

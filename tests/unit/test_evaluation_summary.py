@@ -35,7 +35,7 @@ def measured(margin: np.ndarray, seed: int = 0, tokens: np.ndarray | None = None
     policy = reference + np.stack([chosen, chosen - margin]) / beta
     columns = {"pair": np.arange(n, dtype=np.int32), "weight": np.ones(n), "policy_chosen": policy[0],
                "policy_rejected": policy[1], "reference_chosen": reference[0], "reference_rejected": reference[1],
-               "reward_chosen": chosen, "reward_rejected": chosen - margin,
+               "reward_chosen": chosen, "reward_rejected": chosen - margin, "logit": margin,
                "loss": np.logaddexp(0, -np.nan_to_num(margin)), "chosen_tokens": counted[:, 0],
                "rejected_tokens": counted[:, 1]}
     return EvaluatedPairs(**{**columns, **changes})
@@ -97,14 +97,15 @@ def test_the_beta_that_made_the_preferences_is_found_and_the_true_one_is_calibra
     assert right >= 8 if truth == 0.1 else right <= 5
 
 
-def test_calibration_takes_what_the_loss_compares_and_is_null_where_nothing_calibrates():
+def test_calibration_is_of_what_the_loss_compares_and_null_where_nothing_calibrates():
     rng = np.random.default_rng(1)
-    pairs = measured(rng.normal(size=50))
-    loss = resolve_loss(LossConfig("sigmoid_norm", beta=5.0))
-    a_token = ((pairs.policy_chosen - pairs.reference_chosen) / pairs.chosen_tokens
-               - (pairs.policy_rejected - pairs.reference_rejected) / pairs.rejected_tokens)
-    found = summarize(0, pairs, facts_of(50), loss)["calibration"]
-    assert found["log_loss"] == pytest.approx(np.logaddexp(0, -5 * a_token).mean())
+    margin = rng.normal(size=50)
+    found = summarize(0, measured(margin, logit=margin / 7), facts_of(50), DPO)["calibration"]
+    assert found["log_loss"] == pytest.approx(np.logaddexp(0, -margin / 7).mean())
+    assert found["calibrating_beta"] == pytest.approx(0.1 * found["calibrating_factor"]["value"]) or (
+        found["calibrating_beta"] == 0)
+    loss = resolve_loss(LossConfig("rao_kupper", beta=0.1, tie_nu=3.0))
+    assert summarize(0, measured(margin), facts_of(50), loss)["calibration"]["calibrating_beta"] is None
     right = summarize(0, measured(np.full(30, 2.0)), facts_of(30), DPO)
     assert right["calibration"]["calibrating_beta"] is None and right["at_equal_length"] is None
     margin = np.where(np.arange(30) < 29, 1.0, np.nan)

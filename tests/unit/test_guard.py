@@ -24,7 +24,6 @@ from dpo_dist.run.guard import (
     paired_interval,
     repeating,
     repetition,
-    student_t,
 )
 from dpo_dist.run.guard_log import ASKS, Facts, Guard, check_not_stopped, read_events, remedy
 from dpo_dist.runtime.run_dir import RunDir
@@ -79,11 +78,11 @@ def test_a_chosen_answer_that_rose_and_falls_back_is_no_displacement():
     assert first_found([*np.linspace(0, 1.5, 30), *np.linspace(1.5, 0, 30)]) is None
 
 
-def test_where_the_margins_do_not_rise_only_a_collapse_is_told_and_called_so():
+def test_a_fall_without_rising_margins_is_told_as_early_and_called_another_name():
     falling = np.linspace(0, -2, 101)
-    found = first_found(falling, margins=-np.ones(101))
-    assert found.value < -1.0 and "the margins do not rise: the run diverges" in found.what
-    assert first_found(falling[:45], margins=-np.ones(101)) is None
+    displaced, diverged = first_found(falling), first_found(falling, margins=-np.ones(101))
+    assert displaced.step == diverged.step and "while the margins rise" in displaced.what
+    assert "the margins do not rise: the run diverges" in diverged.what
 
 
 def test_rows_that_are_no_numbers_are_no_fall():
@@ -95,7 +94,9 @@ def test_held_out_pairs_are_compared_with_their_own_first_evaluation():
     assert held_out_displacement(before, Level(10, -3.2, 1.0)) is None
     found = held_out_displacement(before, Level(20, -3.3, 1.0))
     assert found.step == 20 and found.value == pytest.approx(-0.3) and "on held-out pairs" in found.what
-    assert held_out_displacement(before, Level(20, -3.3, 0.4)) is None
+    # learned by heart, and little more: no displacement until it is a collapse
+    assert held_out_displacement(before, Level(20, -3.9, 0.4)) is None
+    assert "the run diverges" in held_out_displacement(before, Level(20, -4.1, 0.4)).what
 
 
 # -------------------------------------------------------------------------------------------------- generated answers
@@ -137,8 +138,6 @@ def test_the_interval_of_a_mean_difference_covers_as_often_as_it_says():
     samples = r.normal(3, 5, (2000, 8))
     held = [low <= 3 <= high for low, high in (paired_interval(np.zeros(8), row) for row in samples)]
     assert 0.94 < np.mean(held) < 0.96
-    for freedom, quantile in ((3, 3.182), (7, 2.365), (31, 2.040), (1000, 1.962)):
-        assert student_t(freedom) == pytest.approx(quantile, rel=0.01)
 
 
 def samples(step: int, tokens: list[int], text: str = "a b c d e f") -> list[dict[str, Any]]:
@@ -187,7 +186,7 @@ def test_a_guard_speaks_once_and_keeps_what_it_said_with_step_pairs_and_remedy(t
         watching.log(one)
         asked.append(watching.asks())
     assert asked == [0, 0, 0] + [ASKS] * 5
-    messages, stops = watching.tell([("rows.jsonl:3", -0.9)])
+    messages, stops = watching.tell(lambda found: [("rows.jsonl:3", -0.9)])
     assert not stops and len(messages) == 1 and watching.asks() == 0
     [event] = read_events(RunDir(tmp_path))
     assert {**event, "message": ""} == {"step": 4, "guard": "displacement", "action": "warn", "message": "", "bound":
@@ -207,7 +206,7 @@ def test_a_run_that_goes_on_knows_all_again_from_its_files_and_does_not_repeat_i
         for one in FALLING:
             first.log(one)
         if told:
-            first.tell([])
+            first.tell(lambda found: [])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in FALLING[:resumed]))
         again = guard(folder, resumed_step=resumed)
         assert again.asks() == asks and len(read_events(RunDir(folder))) == (told and resumed == 8)
@@ -232,7 +231,7 @@ def test_a_guard_that_stopped_a_run_stops_it_again_until_it_only_warns(tmp_path:
     watching = guard(tmp_path, "guard.on_displacement=stop")
     for one in FALLING:
         watching.log(one)
-    assert watching.tell([])[1] == ["displacement"]
+    assert watching.tell(lambda found: [])[1] == ["displacement"]
     run_dir = RunDir(tmp_path)
     with pytest.raises(UserError, match=r"guard\.on_displacement=stop: step 4: .*Go on from the last checkpoint with "
                                         r"guard\.on_displacement=warn; the same command stops again"):
@@ -246,7 +245,7 @@ def test_growing_and_repeating_answers_are_told_with_their_prompts(tmp_path: Pat
     watching.log_samples(0, samples(0, [20] * 8))
     assert not watching.asks()
     watching.log_samples(10, samples(10, [60, 40, 60, 60, 60, 40, 60, 90], "loop " * 40))
-    messages, stops = watching.tell([("rows.jsonl:3", -0.9)])
+    messages, stops = watching.tell(lambda found: [("rows.jsonl:3", -0.9)])
     assert stops == ["length"] and len(messages) == 2 and "rows.jsonl" not in "".join(messages)
     events = {event["guard"]: event for event in read_events(RunDir(tmp_path))}
     assert events["length"]["pairs"][0] == "held_out.jsonl:7" and events["length"]["action"] == "stop"

@@ -16,7 +16,8 @@ import pytest
 from dpo_dist.config.errors import UserError
 from dpo_dist.judge import Comparison, Judge, open_judge
 from dpo_dist.judge.url import Url
-from dpo_dist.judge.win_rate import Duel, judge_duels, length_controlled, share
+from dpo_dist.judge.win_rate import Duel, judge_duels, length_controlled
+from dpo_dist.stats.intervals import share_interval
 
 LONGER = """
 import json, sys
@@ -100,6 +101,13 @@ def test_a_command_that_is_not_there_is_told_before_anything_is_asked():
 # -------------------------------------------------------------------------------------------------------------- by URL
 
 
+class QuietServer(ThreadingHTTPServer):
+    requests, daemon_threads = 0, True
+
+    def handle_error(self, *_: object) -> None:
+        """A judge that was given up has no reader."""
+
+
 @pytest.fixture
 def server() -> Iterator[Callable[[Callable[[int, list[dict[str, Any]]], tuple[int, Any]]], str]]:
     """Starts a real server whose answers are those of a function of (number of the request, rows): its URL."""
@@ -120,8 +128,7 @@ def server() -> Iterator[Callable[[Callable[[int, list[dict[str, Any]]], tuple[i
             def log_message(self, *_: object) -> None:
                 pass
 
-        started = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        started.requests, started.daemon_threads = 0, True
+        started = QuietServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=started.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
         running.append(started)
         return f"http://127.0.0.1:{started.server_address[1]}/judge"
@@ -211,27 +218,36 @@ def test_at_equal_length_a_judge_of_length_alone_finds_no_winner_and_a_judge_of_
     r = np.random.default_rng(1)
     difference = r.normal(20, 25, 400)                    # our answers are longer
     of_length = (difference > 0).astype(float)
-    assert share(of_length).value > 0.7
+    assert share_interval(of_length).value > 0.7
     controlled = length_controlled(of_length, difference)
     assert controlled.low < 0.5 < controlled.high
     for truth in (0.8, 0.5, 0.3):                         # a logit of quality, and one of length
         p = 1 / (1 + np.exp(-(np.log(truth / (1 - truth)) + 1.5 * np.tanh(difference / difference.std()))))
         won = (r.random(400) < p).astype(float)
         found = length_controlled(won, difference)
-        assert found.low <= truth <= found.high and abs(found.value - truth) < 0.1 and share(won).value > found.value
+        assert found.low <= truth <= found.high and abs(found.value - truth) < 0.1
+        assert share_interval(won).value > found.value
 
 
 def test_the_interval_of_the_length_controlled_rate_covers_the_truth_as_often_as_it_says():
     r, held = np.random.default_rng(2), 0
-    for seed in range(60):
+    for _ in range(400):
         difference = r.normal(5, 20, 80)
         p = 1 / (1 + np.exp(-(0.4 + 1.0 * np.tanh(difference / 20))))
-        found = length_controlled((r.random(80) < p).astype(float), difference, seed)
+        found = length_controlled((r.random(80) < p).astype(float), difference)
         held += found.low <= 1 / (1 + np.exp(-0.4)) <= found.high
-    assert held >= 52
+    assert 0.93 <= held / 400 <= 0.98
+
+
+def test_answers_that_win_every_time_have_an_interval_at_equal_length_as_wide_as_so_few_allow():
+    difference = np.linspace(-20, 40, 20)
+    found = length_controlled(np.ones(20), difference)
+    assert found.low < share_interval(np.ones(20)).low < 0.9 < found.value < found.high < 1
+    separated = length_controlled((difference > 0).astype(float), difference)
+    assert separated.low < 0.5 < separated.high
 
 
 def test_equal_lengths_leave_the_plain_rate_and_too_few_pairs_no_controlled_one():
     won = np.array([1.0, 0.0, 1.0, 1.0] * 5)
-    assert length_controlled(won, np.zeros(20)) == share(won)
+    assert length_controlled(won, np.zeros(20)) == share_interval(won)
     assert length_controlled(won[:9], np.arange(9.0)) is None

@@ -19,7 +19,7 @@ from dpo_dist.config.loss_options import LOSS_OPTIONS
 from dpo_dist.config.rules import resolve_loss
 from dpo_dist.config.schema import LossConfig
 from dpo_dist.logps import pair_logps
-from dpo_dist.losses import LOSSES, check_strengths, preference_loss, rewards
+from dpo_dist.losses import LOSSES, check_strengths, preference_logit, preference_loss, rewards
 from dpo_dist.types import PackedBatch, PairLogps, TokenLogps
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
@@ -498,6 +498,25 @@ def test_rewards_carry_no_gradient_and_sft_has_none() -> None:
     found = rewards(pairs, config("sigmoid"))
     assert found is not None and not found[0].requires_grad and not found[1].requires_grad
     assert rewards(pairs, config("sft")) is None
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "davidson", "rao_kupper"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: "-".join(map(str, d.values())))
+def test_log_odds_of_a_preference_are_those_whose_cross_entropy_the_loss_is(name: str,
+                                                                             divergence: dict[str, Any]) -> None:
+    pairs, loss = random_pairs(), config(name, **divergence)
+    swapped = PairLogps(pairs.policy_rejected, pairs.policy_chosen, pairs.reference_rejected, pairs.reference_chosen,
+                        pairs.rejected_tokens, pairs.chosen_tokens, pairs.strength, pairs.mean_chosen_tokens)
+    won, lost = (-preference_loss(one, loss) for one in (pairs, swapped))          # log P of the two outcomes
+    assert preference_logit(pairs, loss).tolist() == pytest.approx((won - lost).tolist())
+
+
+def test_log_odds_of_other_losses_are_the_difference_of_their_rewards() -> None:
+    pairs = random_pairs()
+    for loss in (config("simpo"), config("apo_zero"), mixture({"sft": 1.0, "sigmoid": 0.3})):
+        chosen, rejected = rewards(pairs, loss)
+        assert preference_logit(pairs, loss).tolist() == (chosen - rejected).tolist()
+    assert preference_logit(pairs, config("sft")) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- extremes

@@ -28,7 +28,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not 
 FILES = {"texts": 1000, "messages": 400, "argilla": 400, "helpsteer": 200}     # layouts of the clean control's rows
 MAX_LENGTH = 1024                            # tokens, and of a real set's ...
 LONGEST = 4096                               # ... whose words our tokenizer cuts small
-FOUND = 0.95                                 # of what was planted, at least
+FOUND = 0.95                                 # of what was planted, at least; ...
+FOUND_NEAR = 0.85                            # ... of prompts that differ by a word
 ALARMS = ("warning", "error")
 
 
@@ -136,7 +137,8 @@ def audit_of(kinds: Mapping[str, Mapping[str, int]], folder: Path, model: Path) 
     """The audit of the control's rows with so many defects in each file, and where they stand."""
     r, held_out, files, places = random.Random(7), clean_rows(100, seed=1), [], {}
     for layout, rows in clean_files().items():
-        rows, found = plant_all(rows, kinds.get(layout, {}), r, Options(held_out=held_out, layout=layout, words=MAX_LENGTH))
+        options = Options(held_out=held_out, layout=layout, words=MAX_LENGTH)
+        rows, found = plant_all(rows, kinds.get(layout, {}), r, options)
         files.append(write(folder / f"{layout}.jsonl", rows))
         places |= found
     return audit(folder / "run", model, files, held_out=write(folder / "held_out.jsonl", held_out)), places
@@ -153,12 +155,22 @@ def test_what_was_planted_in_rows_is_found(planted: tuple[Audit, dict[str, Plant
     check_rows(found, kind, f"{layout}.jsonl", places[kind])
 
 
+def test_prompts_of_a_benchmark_are_found_in_training(tmp_path: Path, model: Path):
+    benchmark = clean_rows(60, seed=2)
+    rows, places = plant(clean_rows(300), "leakage", 20, random.Random(2), Options(held_out=benchmark))
+    prompts = write(tmp_path / "benchmark.jsonl", [{"prompt": row["prompt"]} for row in benchmark])
+    found = audit(tmp_path / "run", model, [write(tmp_path / "rows.jsonl", rows)],
+                  f"audit.against=[{{path: {prompts}}}]")
+    check_rows(found, "leakage", "rows.jsonl", places)
+
+
 def check_rows(audit: Audit, kind: str, name: str, places: Planted, before: int = 0) -> None:
     """Nearly all of the planted rows are counted and at most one other besides those of `before`; the examples are
     among them."""
     assert kind in audit.findings, f"{kind} is not found; found: {sorted(audit.findings)}"
     finding = audit.findings[kind]
-    least, most = len(places.rows) * FOUND, len(places.rows) + len(places.beside) + 1 + before
+    share = FOUND_NEAR if kind in ("near_duplicate_prompt", "leakage") else FOUND
+    least, most = len(places.rows) * share, len(places.rows) + len(places.beside) + 1 + before
     if kind == "preference_cycle":                       # cycles or their pairs
         least = len(places.beside) * FOUND
     assert least <= finding["count"] <= most, (finding["count"], least, most)
@@ -168,23 +180,20 @@ def check_rows(audit: Audit, kind: str, name: str, places: Planted, before: int 
 
 # ---------------------------------------------------------------------------------------------- what biases whole sets
 
-BIASES = {"length_bias": ("texts", 300), "style_bias": ("texts", 500), "position_bias": ("helpsteer", 250)}
-
-
-@pytest.mark.parametrize("kind", BIASES)
-def test_a_bias_is_found_where_it_was_planted_and_no_other(tmp_path: Path, model: Path, kind: str):
-    layout, count = BIASES[kind]
-    rows, _ = plant_all(clean_rows(1000), {kind: count}, random.Random(3), Options(layout=layout))
+def test_a_bias_of_length_and_one_of_order_are_found_and_none_of_style(tmp_path: Path, model: Path):
+    counts = {"length_bias": 220, "position_bias": 180}
+    rows, _ = plant_all(clean_rows(800), counts, random.Random(3), Options(layout="helpsteer"))
     found = audit(tmp_path / "run", model, [write(tmp_path / "rows.jsonl", rows)])
-    assert kind in found.alarms, found.findings
-    assert [other for other in BIASES if other in found.alarms] == [kind]
+    assert set(found.alarms) == set(counts)
+    longer = sum((len(row["response1"]) > len(row["response2"])) == (row["overall_preference"] < 0) for row in rows)
+    assert abs(found.findings["length_bias"]["count"] - longer) <= 0.02 * longer
 
 
-def test_a_source_that_outweighs_all_others_is_found(tmp_path: Path, model: Path):
-    rows = clean_rows(1000)
+def test_a_bias_of_style_and_a_source_that_outweighs_others_are_found_and_none_of_length(tmp_path: Path, model: Path):
+    rows, _ = plant(clean_rows(800), "style_bias", 350, random.Random(3))
     files = [write(tmp_path / f"{name}.jsonl", part)
-             for name, part in (("large", rows[:960]), ("small", rows[960:985]), ("tiny", rows[985:]))]
-    assert "source_imbalance" in audit(tmp_path / "run", model, files).findings
+             for name, part in (("large", rows[:760]), ("small", rows[760:785]), ("tiny", rows[785:]))]
+    assert set(audit(tmp_path / "run", model, files).alarms) == {"style_bias", "source_imbalance"}
 
 
 # --------------------------------------------------------------------------- what only tokens and log-probs can tell
@@ -229,9 +238,9 @@ def test_faults_of_rows_that_come_as_token_ids_are_found(tmp_path: Path, model: 
 
 
 def test_pairs_that_the_reference_finds_too_easy_or_hopeless_are_found(tmp_path: Path):
-    rows = clean_rows(160, sentences=(3, 5))
+    rows = clean_rows(100, sentences=(3, 5))
     write_unigram_model(tmp_path / "model", texts_of(rows), CHATML)
-    rows, places = plant_all(rows, {"too_easy": 12, "hopeless": 12}, random.Random(1))
+    rows, places = plant_all(rows, {"too_easy": 8, "hopeless": 8}, random.Random(1))
     file = write(tmp_path / "rows.jsonl", rows)
     words = (f"reference.cache_dir={tmp_path / 'reference'}", "cluster.procs_per_node=1")
     dpo_dist("score", f"data.train=[{{path: {file}, name: rows}}]", f"model.path={tmp_path / 'model'}",
@@ -262,7 +271,7 @@ def real_rows(name: str) -> list[Row]:
 @pytest.mark.parametrize("layout", REAL)
 def test_what_was_planted_in_a_real_set_is_found(tmp_path: Path, model: Path, layout: str):
     """A real set has defects of its own, so a count may be larger by what the set's own audit counts."""
-    rows = real_rows(REAL[layout])
+    rows = real_rows(REAL[layout])[:1000]                # of 2,312 transcripts, to be quick
     held_out, rows = rows[:len(rows) // 8], rows[len(rows) // 8:]
     held = write(tmp_path / "held_out.jsonl", held_out)
     own = audit(tmp_path / "own", model, [write(tmp_path / "own.jsonl", rows)], held_out=held, max_length=LONGEST)
@@ -270,7 +279,8 @@ def test_what_was_planted_in_a_real_set_is_found(tmp_path: Path, model: Path, la
         changed, places = plant_all(rows, plan, random.Random(11),
                                    Options(held_out=held_out, layout=into, words=LONGEST))
         name = f"{into or layout}.jsonl"
-        found = audit(tmp_path / f"run-{name}", model, [write(tmp_path / name, changed)], held_out=held, max_length=LONGEST)
+        found = audit(tmp_path / f"run-{name}", model, [write(tmp_path / name, changed)], held_out=held,
+                      max_length=LONGEST)
         for kind in plan:
             before = own.findings.get(kind, {"count": 0})["count"]
             check_rows(found, kind, name, places[kind], before)

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO
 
 from dpo_dist.config.compose import compose
-from dpo_dist.run.made_by import version
+from dpo_dist.run.provenance.made_by import version
 from dpo_dist.runtime.process import _node_has_spoken
 from dpo_dist.runtime.run_dir import FAILED, RunDir
 from dpo_dist.runtime.world import lost_peer

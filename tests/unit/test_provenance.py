@@ -34,11 +34,11 @@ from dpo_dist.data.prepare import prepare
 from dpo_dist.data.records import BadRow, Record
 from dpo_dist.data.row_changes import Edit, gone_and_new, row_changes
 from dpo_dist.models.file_digests import digest_of
-from dpo_dist.run.changed_keys import changed_keys
-from dpo_dist.run.kept import Kept, keep_export
-from dpo_dist.run.made_by import Machine, code, code_files, hardware, this_machine, versions
-from dpo_dist.run.parent import parent_of
 from dpo_dist.run.provenance import earlier_starts
+from dpo_dist.run.provenance.changed_keys import changed_keys
+from dpo_dist.run.provenance.kept import Kept, keep_export
+from dpo_dist.run.provenance.made_by import Machine, code, code_files, hardware, this_machine, versions
+from dpo_dist.run.provenance.parent import parent_of
 from dpo_dist.runtime.run_dir import COMPLETE, RunDir
 from dpo_dist.verify.configuration import config_of
 from dpo_dist.verify.finding import examples, text_change, value_changes

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from dpo_dist.data.fields import Fields
@@ -28,23 +29,26 @@ OF_ANSWER = {"generator": "model", "generation_model": "model", "model_name": "m
 
 def free_columns(fields: Fields, reads: str) -> dict[str, Any]:
     """{name: value} of a row's free columns. reads: a regular expression of the names that its format reads."""
-    _, taken = recorded(fields)
-    rest = {key: value for key, value in fields.items()
-            if key not in RESERVED and key not in TEXTS and key not in taken and not re.fullmatch(reads, key)}
+    rest = {key: value for key, value in fields.items() if not _is_read(key, reads)}
+    if any(key in RECORDED for key in rest):
+        _, taken = recorded(fields)
+        rest = {key: value for key, value in rest.items() if key not in taken}
     return small(rest)
+
+
+@lru_cache(1024)
+def _is_read(key: str, reads: str) -> bool:
+    return key in RESERVED or key in TEXTS or bool(re.fullmatch(reads, key))
 
 
 def small(fields: Fields) -> dict[str, Any]:
     """The fields that are small enough to keep."""
-    found = ((name, value) for name, value in _flat(fields) if len(name) <= LONGEST_TEXT)
-    kept = {}
-    for name, value in found:
-        ready = value if isinstance(value, str | int | float) else json_ready(value)
-        if isinstance(ready, str) and not 0 < len(ready) <= LONGEST_TEXT:
-            continue
-        kept[name] = json_ready(ready)
-        if len(kept) == MOST_COLUMNS:
-            break
+    kept: dict[str, Any] = {}
+    for name, value in _flat(fields):
+        ready = json_ready(value)
+        if len(kept) < MOST_COLUMNS and len(name) <= LONGEST_TEXT and (
+                not isinstance(ready, str) or 0 < len(ready) <= LONGEST_TEXT):
+            kept[name] = ready
     return kept
 
 
@@ -53,8 +57,9 @@ def _flat(fields: Fields) -> Iterator[tuple[str, Any]]:
         if isinstance(value, str) and value[:1] in ("{", "["):           # an object or a list that stands as text
             with suppress(ValueError, RecursionError):
                 value = json.loads(value)
-        inner = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
-        for name, entry in inner.items():
+        within = ((f"{key}.{name}", entry) for name, entry in value.items()) if isinstance(value, dict) else (
+            (key, value),)
+        for name, entry in within:
             if entry is not None and not isinstance(entry, dict | list | tuple | bytes):
                 yield name, entry
 

@@ -18,14 +18,14 @@ from dpo_dist.config.decode import decode
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.config.words import words_of
-from dpo_dist.dynamics.next_options import HELP, MOST_DROPPED, Options
+from dpo_dist.next.options import HELP, MOST_DROPPED, Options
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.run_dir import RunDir
 
 if TYPE_CHECKING:
     from dpo_dist.data.store import PairStore
-    from dpo_dist.dynamics.next_rows import NextRows
     from dpo_dist.judge import Judge
+    from dpo_dist.next.rows import NextRows
 
 def main(words: Sequence[str], out: TextIO) -> int:
     """Exit code: 0, or 2 for a user's mistake."""
@@ -57,9 +57,9 @@ def run_of(run: RunDir) -> tuple[RunConfig, dict[str, Any]]:
 def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options: Options) -> list[str]:
     """Writes the rows; what is told of them, with the next round's command."""
     from dpo_dist.data.prepare import prepare
-    from dpo_dist.dynamics.next_rows import write_next_rows
     from dpo_dist.models.file_digests import tokenizer_digest
     from dpo_dist.models.tokenizer import load_tokenizer, tokenizer_folder
+    from dpo_dist.next.rows import write_next_rows
 
     folder = tokenizer_folder(config.model.path, "model.path", config.run.offline)
     tokenizer = load_tokenizer(folder)
@@ -91,8 +91,8 @@ def _answer(run: RunDir, config: RunConfig, passport: dict[str, Any], options: O
     """Writes the rated answers; what became of them, in a line. UserError where there is no model, or no row."""
     import torch
 
-    from dpo_dist.dynamics.next_answers import write_answers
     from dpo_dist.models.workers import quiet
+    from dpo_dist.next.answers import write_answers
     from dpo_dist.policy.answers import Asking
     from dpo_dist.run.samples import stop_ids
     from dpo_dist.runtime.terminal import Terminal

@@ -16,11 +16,11 @@ from dpo_dist.data.prepare import data_sets, digests_folder
 from dpo_dist.data.templates import template_texts
 from dpo_dist.models.file_digests import described, digest_of, tokenizer_digest, tokenizer_files
 from dpo_dist.models.tokenizer import load_tokenizer
-from dpo_dist.run.changed_keys import differences
 from dpo_dist.run.inputs import Inputs
-from dpo_dist.run.kept import Kept, rows_of
-from dpo_dist.run.made_by import GIB, Machine, code, code_files, hardware, this_machine, versions
-from dpo_dist.run.parent import parent_of
+from dpo_dist.run.provenance.changed_keys import differences
+from dpo_dist.run.provenance.kept import Kept, rows_of
+from dpo_dist.run.provenance.made_by import GIB, Machine, code, code_files, hardware, this_machine, versions
+from dpo_dist.run.provenance.parent import parent_of
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World, own_node

@@ -1,0 +1,80 @@
+"""How a training run ends: what each pair taught, the weights that are exported, and what a person is told."""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.dynamics.write import write_dynamics
+from dpo_dist.evaluation.results import read_summaries
+from dpo_dist.evaluation.show import summary_lines
+from dpo_dist.export import export
+from dpo_dist.report.write import write_report
+from dpo_dist.run.generations import show_generations, write_generations
+from dpo_dist.run.judging import judge_run
+from dpo_dist.run.push import push_model
+from dpo_dist.run.samples import show_samples
+from dpo_dist.runtime.best import exported_step
+from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.train_run import Run
+
+
+def finish(run: Run, terminal: Terminal) -> None:
+    """Exports, and tells what came out. All ranks call it, after the last step."""
+    config, inputs, run_dir, world = run.config, run.inputs, run.run_dir, run.world
+    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train) or {}).get("counts"))
+    exported, after = load_best(run, terminal)
+    models = export(run_dir, run.policy, inputs, config, after, world, terminal)
+    run.tracker.finish(after)
+    if run.reference is not None:
+        run.reference.close()
+    tell_results(terminal, run, exported, after, models)
+    if taught:
+        terminal.say(f"labels that look flipped: {taught['suspects']:,} of {len(inputs.train):,}, ranked in "
+                     f"{run_dir.suspects}; dpo-dist next {run_dir.path} writes rows without them")
+    world.on_main(lambda: push_model(config, run_dir, terminal))
+    world.on_main(lambda: judge_run(config, run_dir, inputs, run.total, terminal))
+
+
+def load_best(run: Run, terminal: Terminal) -> tuple[int, dict[str, float]]:
+    """(the step whose weights the policy has now, its held-out means): the last one, or the best by train.keep_best.
+    All ranks call it."""
+    metric = run.config.train.keep_best
+    step, means = run.world.on_main(lambda: exported_step(run.run_dir, metric, run.total))
+    if step != run.total:
+        run.policy.load(run.run_dir.checkpoint(step))
+    if metric:
+        terminal.say(f"exported: step {step} of {run.total}, the best by held-out {metric}: {means[metric]:.4f}")
+    return step, means
+
+
+def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, float], models: list[Path]) -> None:
+    """The held-out table, a few answers, and where everything is."""
+    if after:
+        rows = [[name, f"{run.before[name]:.4f}" if name in run.before else "-", f"{value:.4f}"]
+                for name, value in after.items()]
+        terminal.table(f"held-out pairs: {len(run.inputs.eval)}", ["metric", "before", "after"], rows)
+        summary = next((one for one in read_summaries(run.run_dir) if one["step"] == exported), None)
+        if summary is not None:                          # not of runs whose last evaluation is from before these files
+            terminal.say("\n".join(summary_lines(summary)))
+    if run.samples.prompts:
+        show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
+        if run.world.is_main:
+            show_generations(terminal, write_generations(run.run_dir, exported))
+    for event in run.guard.events if run.guard else []:
+        terminal.say(f"guard.on_{event['guard']} at step {event['step']}: see {run.run_dir.guard}")
+    terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")
+
+
+def report(config: RunConfig, run_dir: RunDir, terminal: Terminal) -> None:
+    """Writes report.html, also of a run that stopped or failed, where the folder holds this run and something to show.
+    A report that fails costs the run nothing."""
+    if not run_dir.metrics.exists() or not run_dir.holds(config.identity_dict()):
+        return
+    try:
+        terminal.say(f"report: {write_report([run_dir.path])}")
+    except Exception as error:                           # whatever it is, the model is trained and exported
+        logging.getLogger(__name__).exception("the report failed")
+        terminal.say(f"report: not written ({type(error).__name__}: {error}); the run itself is whole, and dpo-dist "
+                     f"report {run_dir.path} tries again")
