@@ -19,8 +19,8 @@ def answers_section(runs: Sequence[RunFiles]) -> Section | None:
     parts = [part for part in (_figures(runs), _side_by_side(runs)) if part]
     if not parts:
         return None
-    intro = paragraph("The same prompts with the same seeds. Look for answers that grow, repeat themselves or never "
-                      "end: figures rarely show it first.")
+    intro = paragraph("The same held-out prompts at each evaluation. Look for answers that grow, repeat themselves or "
+                      "never end: figures rarely show it first.")
     return Section("answers", "Answers, before and after", joined([intro, *parts]), ())
 
 

@@ -89,11 +89,17 @@ def _told(kind: str, datamap: Row) -> str:
 
 
 def _table(entries: Sequence[Row], label: str) -> Markup:
-    rows = [[markup("<code>{}</code>", entry.get("where")), entry.get("source") or "", plain(entry.get("score")),
+    rows = [[markup("<code>{}</code>", entry.get("where")), _source(entry), plain(entry.get("score")),
              plain(entry.get("confidence")), plain(entry.get("variability")), _margins(entry.get("margins") or [])]
             for entry in entries]
     return table(["where", "source", "score", "confidence", "variability", "margin at each visit"], rows, label,
                  ("", "", "n", "n", "n", "words"), stacks=True)
+
+
+def _source(entry: Row) -> str:
+    """Its data set, unless the place says it."""
+    source = str(entry.get("source") or "")
+    return "" if str(entry.get("where")).startswith(source) else source
 
 
 def _margins(margins: Sequence[Any]) -> str:

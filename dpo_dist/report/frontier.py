@@ -13,7 +13,7 @@ from dpo_dist.report.shown import Interval, plain
 
 K3 = "reference/kl_per_token"
 BESIDE = ("top right", "bottom right", "top left", "bottom left")     # labels of each line; of more lines none
-SAMPLES, ESTIMATE = "nats an answer, from samples", "nats a token, estimated on the data (k3)"
+SAMPLES, ESTIMATE = "nats an answer, from samples", "nats a token, k3 on the data"
 
 
 @dataclass(frozen=True)

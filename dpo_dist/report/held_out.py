@@ -13,7 +13,7 @@ from dpo_dist.report.slices import slice_figures, slice_tables
 
 POLICY, SHORTER = "the policy", "the policy where\nchosen is shorter"
 EQUAL, LONGER = "the policy\nat equal length", "the longer answer"
-LIKELIER, LIKELIER_A_TOKEN = "the reference's\nlikelier answer", "the same,\na token"
+LIKELIER, LIKELIER_A_TOKEN = "the reference's\nlikelier answer", "the reference's\nlikelier a token"
 
 
 def held_out_section(runs: Sequence[RunFiles]) -> Section | None:

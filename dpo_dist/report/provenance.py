@@ -9,6 +9,8 @@ from dpo_dist.report.page import Section
 from dpo_dist.report.run_files import RunFiles
 from dpo_dist.report.shown import NONE
 
+FIRST = ("policy_weights", "reference_weights", "train_pairs", "eval_pairs", "dtype", "ranks", "device", "hardware",
+         "versions.dpo-dist", "versions.torch", "code.", "parent")     # keys that are shown at once
 MOST_KEYS = 400                          # of a table: a long list of files is cut, and said to be
 
 
@@ -18,7 +20,10 @@ def provenance_section(runs: Sequence[RunFiles]) -> Section:
     if any(passports):
         parts.append(paragraph("Digests of what went in, and versions of what computed. dpo-dist verify computes the "
                                "digests again and says what changed."))
-        parts.append(_side_by_side(passports, runs, "Provenance"))
+        first = [{key: value for key, value in passport.items() if key.startswith(FIRST)} for passport in passports]
+        parts.append(_side_by_side(first, runs, "Provenance"))
+        if first != passports:
+            parts.append(details("All of the provenance", _side_by_side(passports, runs, "All of the provenance")))
     configs = [flat(run.config) for run in runs]
     if any(configs):
         if len(runs) > 1:

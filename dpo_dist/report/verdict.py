@@ -7,6 +7,8 @@ from dpo_dist.report.held_out import EQUAL, POLICY, SHORTER, accuracies
 from dpo_dist.report.run_files import Row, RunFiles, number
 from dpo_dist.report.shown import counted, percent, plain, share
 
+STANDS = {"good": "above what needs no training", "error": "below what needs no training",
+          "warning": "not told apart from what needs no training"}
 Note = tuple[str, str]                   # (good, info, warning or error; what there is to say)
 
 
@@ -22,18 +24,15 @@ def _accuracy(last: Row) -> list[Note]:
     ours, shorter, _ = (found.pop(name, None) for name in (POLICY, SHORTER, EQUAL))
     if ours is None:
         return []
-    low, high, value = number(ours.get("low")), number(ours.get("high")), number(ours.get("value"))
-    notes: list[Note] = []
+    low, high = number(ours.get("low")), number(ours.get("high"))
+    stands: dict[str, list[str]] = {}                    # how it stands to its baselines: which are so
     for name, baseline in found.items():
         other = number(baseline.get("value")) or 0.0
         against = f"“{' '.join(name.split())}” is right in {percent(other)}"
-        if low is not None and low > other:
-            notes.append(("good", f"Held-out accuracy {percent(value)} is above its baseline: {against}."))
-        elif high is not None and high < other:
-            notes.append(("error", f"Held-out accuracy {percent(value)} is below its baseline: {against}."))
-        else:
-            notes.append(("warning", f"Held-out accuracy {percent(value)} is not told apart from its baseline: "
-                                     f"{against}, and the interval is {share(ours)}."))
+        above, below = low is not None and low > other, high is not None and high < other
+        stands.setdefault("good" if above else "error" if below else "warning", []).append(against)
+    notes: list[Note] = [(level, f"Held-out accuracy {share(ours)} is {STANDS[level]}: {'; '.join(against)}.")
+                         for level, against in stands.items()]
     if shorter is not None and (high_of := number(shorter.get("high"))) is not None and high_of < (low or 0.0):
         notes.append(("warning", f"Where the chosen answer is the shorter one, accuracy is only "
                                  f"{percent(shorter['value'])}: part of the rest is length."))

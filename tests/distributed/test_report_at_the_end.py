@@ -17,7 +17,7 @@ def test_a_run_leaves_its_report_with_the_command_and_loses_nothing_where_it_can
     write_rows(tmp_path / "eval.jsonl", 8, seed=5)
     run = tmp_path / "run"
     words = [*base, f"model.path={tmp_path / 'm'}", train_on(tmp_path / "rows.jsonl"), eval_on(tmp_path / "eval.jsonl"),
-             "zero=none", "train.pairs_per_step=8", "cluster.procs_per_node=2", f"run.dir={run}"]
+             "zero=zero2", "train.pairs_per_step=8", "cluster.procs_per_node=2", f"run.dir={run}"]
     done = dpo_dist("run", *words)
     assert f"report: {run / 'report.html'}" in done.stdout
     page, numbers = (run / "report.html").read_text(), json.loads((run / "report.json").read_text())
