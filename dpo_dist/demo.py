@@ -54,6 +54,7 @@ def main(folder: Path, overrides: list[str]) -> int:
     code = dpo_dist(["run", "loss=rpo", f"model.path={folder / 'sft' / 'model'}",
                      f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]", "train.epochs=4", "train.pairs_per_step=16",
                      "optim.lr=5e-4", "loss.beta=0.5", f"run.dir={folder / 'dpo'}",
+                     "eval.samples=8", "eval.max_new_tokens=24",
                      f"reference.cache_dir={folder / 'reference'}", *common])
     if code:
         return code

@@ -18,11 +18,12 @@ from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.data.columns import Columns, check_seen, named
 from dpo_dist.data.fields import Fields, Unfit
 from dpo_dist.data.files import read_records
-from dpo_dist.data.formats import FORMATS, Format
+from dpo_dist.data.formats import FORMATS
 from dpo_dist.data.messages import turns_of
+from dpo_dist.data.outcomes import Ties
 from dpo_dist.data.prepare import data_sets
 from dpo_dist.data.records import Record
-from dpo_dist.data.rows import Entry, ReadReport, Share, entries, plan_reading, rows_of
+from dpo_dist.data.rows import OVER_CAP, Entry, Plan, ReadReport, Share, entries, plan_reading, rows_of
 from dpo_dist.data.sample import sampled
 from dpo_dist.data.templates import PLAIN
 
@@ -30,7 +31,6 @@ IDENTICAL = "chosen and rejected are identical"
 # fields that hold a benchmark's prompt, of several the first
 PROMPTS = ("prompt", "instruction", "question", "problem", "input", "query", "goal", "text", "messages",
            "conversations", "context", "turns")
-BAD_WORDS = ("bothbad", "neither", "bothworse", "noneofthem", "bad", "none")
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,15 @@ def read_share(config: RunConfig, tokenizer: Any | None, share: Share, tell: Cal
     for number, source in enumerate(sources_of(config)):
         report = ReadReport.of(source.config)
         read.reports.append(report)
-        for chunk, fresh in (_benchmark(source, share) if source.split == BENCHMARK else
-                             _chunks(source.config, share, report)):
+        for chunk, fresh, plan in (_benchmark(source, share) if source.split == BENCHMARK else
+                                   _chunks(source.config, config.data.ties, share, report)):
             looker = Looker(marks)
-            for at, (entry, form) in enumerate(fresh):
-                if form is None:
+            for at, (place, entry) in enumerate(fresh):
+                if plan is None:
                     _take_prompt(entry, looker, source, report)
                 else:
-                    _take(entry, form, looker, source, number, report, sample, read)
+                    read.identical += _take(entry, place, plan, config.data.ties, looker, source, number, report,
+                                            sample)
                 if at % 64 == 63:
                     tell(done + at)
             done += len(fresh)
@@ -103,12 +104,12 @@ def read_share(config: RunConfig, tokenizer: Any | None, share: Share, tell: Cal
     return read
 
 
-Fresh = list[tuple[Entry, Format | None]]
+Fresh = list[tuple[int, Entry]]              # entries with their places in the data set
 
 
-def _chunks(dataset: DatasetConfig, share: Share, report: ReadReport) -> Iterator[tuple[int, Fresh]]:
-    """(number, entries) of the chunks of a share, as data/rows.py's read_chunks cuts them."""
-    plan, columns = plan_reading(dataset), Columns(dataset.columns)
+def _chunks(dataset: DatasetConfig, ties: Ties, share: Share, report: ReadReport) -> Iterator[tuple[int, Fresh, Plan]]:
+    """(number, entries, how they are read) of the chunks of a share, as data/rows.py's read_chunks cuts them."""
+    plan, columns = plan_reading(dataset, ties), Columns(dataset.columns)
     form = FORMATS[plan.format]
     report.format = plan.format
     takes_all = form.group is not None or plan.limit is not None
@@ -119,32 +120,38 @@ def _chunks(dataset: DatasetConfig, share: Share, report: ReadReport) -> Iterato
     numbered = enumerate(sampled(entries(dataset, form, columns, wanted), plan.limit))
     for number, group in groupby(numbered, lambda entry: entry[0] // share.records):
         if share.has(number):
-            fresh = [entry for _, entry in group]
+            fresh = [(place, entry) for place, entry in group if entry is not None]
             report.unseen = sorted(columns.unseen)
-            yield number, [(entry, form) for entry in fresh if entry is not None]
+            yield number, fresh, plan
 
 
-def _benchmark(source: Source, share: Share) -> Iterator[tuple[int, Fresh]]:
+def _benchmark(source: Source, share: Share) -> Iterator[tuple[int, Fresh, None]]:
     """As _chunks: of a benchmark's file only the prompts are wanted, so rows need not be pairs."""
     columns = Columns(source.config.columns)
     records = enumerate(named(read_records(source.config, lambda record: share.has(record // share.records)), columns))
     for number, group in groupby(records, lambda entry: entry[0] // share.records):
-        fresh: Fresh = [(record, None) for _, record in group if record is not None]
+        fresh: Fresh = [(place, record) for place, record in group if record is not None]
         if share.has(number):
-            yield number, fresh
+            yield number, fresh, None
     check_seen(columns.unseen if share.parts == 1 else (), source.config.path)
 
 
-def _take(found: Entry, form: Format, looker: Looker, source: Source, number: int, report: ReadReport, sample: Sample,
-          read: Read) -> None:
-    ties, identical = report.ties, report.bad.counts.get(IDENTICAL, 0)
+def _take(found: Entry, place: int, plan: Plan, ties: Ties, looker: Looker, source: Source, number: int,
+          report: ReadReport, sample: Sample) -> list[str]:
+    """Writes the entry's rows down; a place for each that is refused because its answers are identical."""
+    dropped, both_bad = report.ties - report.kept_ties, report.both_bad
+    identical = report.bad.counts.get(IDENTICAL, 0)
     where, fields = (found.where, found.value) if isinstance(found, Record) else (getattr(found, "where", ""), {})
-    for row in rows_of(found, form, report):
+    for at, row in enumerate(rows_of(found, FORMATS[plan.format], report, ties)):
+        if plan.cap is not None and not plan.cap.takes(row, (place, at)):
+            report.leave_out(row, OVER_CAP)
+            continue
         prompt, content = looker.look(row, fields, report.format, number, source.split)
         sample.offer(content, row, prompt)
-    for _ in range(report.ties - ties):
-        looker.writer.ties.append((where, kind_of_tie(fields)))
-    read.identical += [where] * (report.bad.counts.get(IDENTICAL, 0) - identical)
+    dropped = report.ties - report.kept_ties - dropped
+    bad = report.both_bad - both_bad if dropped else 0               # kept ones are among the rows
+    looker.writer.ties += [(where, BOTH_BAD)] * bad + [(where, TIE)] * (dropped - bad)
+    return [where] * (report.bad.counts.get(IDENTICAL, 0) - identical)
 
 
 def _take_prompt(record: Entry, looker: Looker, source: Source, report: ReadReport) -> None:
@@ -175,24 +182,3 @@ def prompt_of(fields: Fields) -> str | None:
             asked = [turn for turn in turns if turn["role"] != "assistant"]
             return said(tuple(turns[:turns.index(asked[-1]) + 1])) if asked else None
     return None
-
-
-def kind_of_tie(fields: Any) -> str:
-    """TIE, or BOTH_BAD where most short words of the record say so: a label such as "both bad" or "neither"."""
-    words = ["".join(c for c in text.casefold() if c.isalnum()) for text in _short_texts(fields)]
-    bad = sum(word.startswith(BAD_WORDS) for word in words)
-    even = sum(word.startswith(("tie", "equal", "same", "draw", "bothgood")) for word in words)
-    return BOTH_BAD if bad > even else TIE
-
-
-def _short_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        if len(value) <= 24:
-            yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            if key not in ("prompt", "status", "user_id"):
-                yield from _short_texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _short_texts(inner)

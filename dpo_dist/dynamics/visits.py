@@ -33,6 +33,11 @@ class Visits:
         """(n,) reward of chosen minus that of rejected."""
         return self.chosen.astype(np.float64) - self.rejected
 
+    def of_pairs(self, wanted: NDArray[np.bool_]) -> Visits:
+        """Those of the pairs that are wanted: (pairs of the store,)."""
+        these = wanted[self.pair]
+        return Visits(self.step[these], self.pair[these], self.chosen[these], self.rejected[these])
+
     @staticmethod
     def of(columns: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]]
            ) -> Visits:

@@ -23,13 +23,15 @@ DIGITS = 5                                   # significant ones
 
 def write_dynamics(run_dir: RunDir, pairs: PairStore) -> dict[str, Any] | None:
     """What datamap.json holds now, written with suspects.jsonl from the visits so far; None, and no file, where no pair
-    had a reward. Also of a run under way."""
-    visits = read_visits(run_dir.visits)
+    had a reward. Also of a run under way. Ties have no label that could be flipped, and are in neither file."""
+    decided = np.asarray(pairs.tie) == 0
+    visits = read_visits(run_dir.visits).of_pairs(decided)
     if not len(visits):
         return None
     map_ = data_map(visits, len(pairs))
-    suspects = suspicion(visits, word_evidence(pairs))
+    suspects = suspicion(visits, np.where(decided, word_evidence(pairs), 0.0))
     ranking = np.argsort(-suspects.score, kind="stable")
+    ranking = ranking[decided[ranking]]
     with replacing(run_dir.suspects) as file:
         for line in _ranked(pairs, map_, suspects, ranking):
             file.write(line)

@@ -31,7 +31,8 @@ from dpo_dist.runtime.terminal import Terminal
 
 # Tried on a split of the training prompts: at 1e-5 answers there obey 2.91 of 4 rules, at 2e-5 3.21, before 2.23. Not
 # loss=dpo: answers lost their sense (with other rules then, and seen on the held-out prompts of a first run).
-DPO = ["loss=rpo", "loss.beta=0.1", "optim.lr=2e-5", "train.epochs=1", "train.pairs_per_step=8"]
+DPO = ["loss=rpo", "loss.beta=0.1", "optim.lr=2e-5", "train.epochs=1", "train.pairs_per_step=8", "eval.samples=8",
+       "eval.max_new_tokens=64"]
 IN_TWO_PROCESSES = ["zero=zero3", "cluster.device=cpu", "cluster.procs_per_node=2", "model.dtype=fp32"]
 SLACK = 6                                   # tokens that the text of sampled tokens may be shorter by
 SAMPLING = Sampling()

@@ -40,6 +40,8 @@ def test_ties_are_trained_on_alike_on_one_and_two_ranks(loss: str, words: list[s
                  f"cluster.procs_per_node={ranks}", "train.tokens_per_microbatch=200")
         rows.append((metrics(run), metrics(run, "eval")))
         assert "5 ties (2 both bad) kept" in (run / "data.txt").read_text()
+        ranked = [json.loads(line)["pair"] for line in (run / "suspects.jsonl").read_text().splitlines()]
+        assert sorted(ranked) == list(range(TIES, 24)), "a tie has no label that could be flipped"
     (train, held_out), (train_2, held_out_2) = rows
     # where policy and reference agree half of the judgments are ties, and either wins a quarter; four pairs count half
     weight = 24 - 4 * 0.5

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import REPO, dpo_dist, eval_on, train_on, write_rows, write_tiny_llama
 
-from dpo_dist.audit.reading import kind_of_tie, prompt_of
+from dpo_dist.audit.reading import prompt_of
 from dpo_dist.audit.tokens import Sample
 from dpo_dist.types import PreferenceRow
 
@@ -146,9 +146,7 @@ def test_the_sample_that_is_tokenized_depends_on_content_alone_and_long_texts_bo
     assert len(sample(list(range(100)), 50, 100_000, long=30_000)) == 3
 
 
-def test_prompts_are_found_in_benchmarks_and_labels_of_ties_are_read():
+def test_prompts_are_found_in_benchmarks():
     assert prompt_of({"id": 3, "question": "Why?"}) == "Why?" and prompt_of({"a": 1}) is None
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     assert prompt_of({"messages": chat}) == "Hi"
-    assert kind_of_tie({"preference.responses": ["both bad", "neither"]}) == "both_bad"
-    assert kind_of_tie({"preference.responses": ["tie", "equally good"]}) == "tie"

@@ -28,8 +28,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not 
 FILES = {"texts": 1000, "messages": 400, "argilla": 400, "helpsteer": 200}     # layouts of the clean control's rows
 MAX_LENGTH = 1024                            # tokens, and of a real set's ...
 LONGEST = 4096                               # ... whose words our tokenizer cuts small
-FOUND = 0.95                                 # of what was planted, at least; ...
-FOUND_NEAR = 0.85                            # ... of prompts that differ by a word
+FOUND = 0.95                                 # of what was planted, at least
 ALARMS = ("warning", "error")
 
 
@@ -169,8 +168,7 @@ def check_rows(audit: Audit, kind: str, name: str, places: Planted, before: int 
     among them."""
     assert kind in audit.findings, f"{kind} is not found; found: {sorted(audit.findings)}"
     finding = audit.findings[kind]
-    share = FOUND_NEAR if kind in ("near_duplicate_prompt", "leakage") else FOUND
-    least, most = len(places.rows) * share, len(places.rows) + len(places.beside) + 1 + before
+    least, most = len(places.rows) * FOUND, len(places.rows) + len(places.beside) + 1 + before
     if kind == "preference_cycle":                       # cycles or their pairs
         least = len(places.beside) * FOUND
     assert least <= finding["count"] <= most, (finding["count"], least, most)
