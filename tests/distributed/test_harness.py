@@ -97,10 +97,11 @@ def test_it_is_the_last_stage_in_one_process_and_only_where_tasks_are_named():
     named = [*words, "eval.harness.tasks=[arc_easy]"]
     *before, last = plan_stages("run", compose(named), named).stages
     assert (last.name, last.ranks, last.after) == ("harness", 1, ("train",))
-    assert [stage.ranks for stage in before] == [8, 8] and compose(last.overrides).cluster.nodes == 1
-    assert [stage.name for stage in plan_stages("run", compose(words), words).stages] == ["score", "train"]
+    assert [stage.ranks for stage in before] == [1, 8, 8] and compose(last.overrides).cluster.nodes == 1
+    assert [stage.name for stage in plan_stages("run", compose(words), words).stages] == ["audit", "score", "train"]
     ahead = ["model.path=m", "data.train=rows.jsonl", "reference.mode=ahead", "eval.harness.tasks=[arc_easy]"]
-    assert [stage.name for stage in plan_stages("run", compose(ahead), ahead).stages] == ["score", "train", "harness"]
+    stages = plan_stages("run", compose(ahead), ahead).stages
+    assert [stage.name for stage in stages] == ["audit", "score", "train", "harness"]
     with pytest.raises(UserError, match="would do nothing"):
         compose([*words, "eval.harness.path=tasks"])
     with pytest.raises(UserError, match=r"export\.what=both"):

@@ -20,12 +20,12 @@ from dpo_dist.config.adapter import names_adapter
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import LoraConfig
-from dpo_dist.export import _base_of
 from dpo_dist.models.digest import folder_digest, model_digest
 from dpo_dist.models.load import load_causal_lm
 from dpo_dist.models.lora import REFERENCE, add_adapter, add_lora
 from dpo_dist.models.resolve import resolve
 from dpo_dist.models.tokenizer import tokenizer_folder
+from dpo_dist.run.model_card import base_of
 from dpo_dist.sizing.report import sizing_lines
 from dpo_dist.sizing.shape import read_shape
 
@@ -85,9 +85,9 @@ def test_adapters_and_bases_of_the_hub_are_looked_up_and_exported_with_their_rev
     config = compose(["model.path=a/adapter@v2", "reference=adapter_off", "export.what=adapter"])
     policy = resolve(config.model.path, "model.path", offline=True)
     assert policy.base.samefile(tmp_path / "hub" / "models--a--model" / "snapshots" / "abc")
-    assert _base_of(policy, config) == ("a/model", "v2")
+    assert base_of(policy, config) == ("a/model", "v2")
     fresh = compose(["model.path=a/model@v2", "model.lora.rank=4"])
-    assert _base_of(resolve(fresh.model.path, "model.path", offline=True), fresh) == ("a/model", "v2")
+    assert base_of(resolve(fresh.model.path, "model.path", offline=True), fresh) == ("a/model", "v2")
     with pytest.raises(UserError, match=r"adapter for 'a/model'.* neither a folder nor .* run\.offline=false"):
         found(change(adapter, revision="v3"))
 

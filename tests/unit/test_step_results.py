@@ -34,7 +34,7 @@ class Kept:
 def results(step: int, world: World, loss: float = 0.7, bad: float = 0.0, norm: float = 1.0,
             logs: bool = True) -> StepResults:
     sums, clock = MetricSums(CONFIG.loss, world.device), Clock(world)
-    sums.tensor[0], sums.tensor[-1] = 2 * loss, 2.0                  # two pairs
+    sums.tensor[0], sums.tensor[-2:] = 2 * loss, 2.0                 # two pairs
     clock.mark("forward")
     clock.count(StepWork(2, 10, 1.0))
     return StepResults.of(step, 1e-6, torch.tensor(bad), torch.tensor(norm), (sums, clock.interval()) if logs else None)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import dpo_dist
 from dpo_dist.config.compose import conf_dir
 from dpo_dist.runtime.cores import usable_cores
 
@@ -36,7 +37,7 @@ def version(package: str) -> str:
 
 def code_files() -> dict[str, str]:
     """{file: short digest} of the package's code and of conf/, as they lie here."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(dpo_dist.__file__).resolve().parent
     files = {f"dpo_dist/{file.relative_to(package)}": file for file in package.rglob("*.py")}
     files |= {f"conf/{file.relative_to(conf_dir())}": file for file in conf_dir().rglob("*.yaml")}
     return {name: hashlib.blake2b(files[name].read_bytes(), digest_size=6).hexdigest() for name in sorted(files)}
@@ -50,7 +51,7 @@ def code(files: dict[str, str]) -> dict[str, Any]:
 
 def _commit() -> dict[str, Any]:
     """Of the checkout that the package lies in; nothing where it is installed, or where there is no git."""
-    root = Path(__file__).resolve().parent.parent.parent
+    root = Path(dpo_dist.__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return {"commit": None, "dirty": None}
     commit, changed = (_git(root, *words) for words in (("rev-parse", "HEAD"),
