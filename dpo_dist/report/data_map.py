@@ -38,6 +38,8 @@ def pair_counts(datamap: Row) -> dict[str, int]:
 
 def _map(at: int, run: RunFiles, of: int) -> Figure:
     found: dict[str, list[Any]] = (run.datamap or {})["map"]
+    if not any(found["variability"]):
+        return _seen_once(at, run, of, found)
     pairs = (run.datamap or {}).get("pairs")
     shown = len(found["confidence"])
     drawn = f"{shown:,} of {plain(pairs)} pairs are drawn. " if isinstance(pairs, int) and shown < pairs else ""
@@ -57,6 +59,26 @@ def _map(at: int, run: RunFiles, of: int) -> Figure:
         "xaxis": axis("variability", rangemode="tozero"), "yaxis": axis("confidence"), "height": 400},
         [Numbers(run.name, (("where", 0, "text"), ("confidence", 0, "y"), ("variability", 0, "x"),
                             ("right", 0, "correct")))], is_wide=True)
+
+
+def _seen_once(at: int, run: RunFiles, of: int, found: dict[str, list[Any]]) -> Figure:
+    """Of pairs with one visit each, nothing is known of how their confidence moves: it alone is drawn, in order."""
+    places = found.get("where") or [""] * len(found["confidence"])
+    ordered = sorted(zip(found["confidence"], map(str, places), strict=True))
+    trace = {"name": run.name, "mode": "markers", "x": [(i + 0.5) / len(ordered) for i in range(len(ordered))],
+             "y": [confidence for confidence, _ in ordered], "text": [place for _, place in ordered],
+             "marker": {"size": 6, "opacity": 0.75, "color": "c0"},
+             "hovertemplate": "%{text}<br>confidence %{y:.3f}<extra></extra>"}
+    half = {"type": "line", "y0": 0.5, "y1": 0.5, "x0": 0, "x1": 1, "xref": "paper",
+            "line": {"color": "muted", "width": 1, "dash": "dot"}}
+    title = f"Confidence of {run.name}" if of > 1 else "Confidence"
+    text = ("Each point is a pair: how sure the policy was of the chosen answer when it was trained on, which was "
+            "once. Below the dotted line it preferred the other answer. With two epochs or more this is a map that "
+            "shows also how much that moves.")
+    return Figure(f"data-map-{at}", title, text, [trace], {
+        "xaxis": axis("share of the pairs that are less sure", range=[0, 1]), "yaxis": axis("confidence"),
+        "shapes": [half], "height": 320}, [Numbers(run.name, (("where", 0, "text"), ("confidence", 0, "y")))],
+        is_wide=True)
 
 
 def _tables(run: RunFiles, of: int) -> Markup:

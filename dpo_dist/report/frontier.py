@@ -80,7 +80,8 @@ def frontier_figure(key: str, title: str, text: str, points: Sequence[Point], kl
                                        ("low", i, "low"), ("high", i, "high"))) for i, trace in enumerate(traces)]
     above_0 = [p.kl for p in points if p.kl > 0]
     most = max(above_0, default=1.0)
-    wide = bool(above_0) and len(above_0) == len(points) and max(above_0) > 50 * min(above_0)
+    # a run's own way begins at 0, give or take rounding
+    wide = len(above_0) == len(points) and min(above_0) > 1e-6 and max(above_0) > 50 * min(above_0)
     return Figure(key, title, text, traces, {
         "xaxis": axis(f"KL to the reference\n{kl_unit}",
                       **({"type": "log"} if wide else {"range": [-0.04 * most, 1.12 * most]})),

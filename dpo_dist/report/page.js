@@ -34,12 +34,15 @@
     return out;
   }
   function layoutOf(figure) {
-    const axis = {gridcolor: colours.grid, linecolor: colours.edge, zerolinecolor: colours.edge, automargin: true,
+    const axis = {gridcolor: colours.grid, linecolor: colours.edge, zerolinecolor: colours.edge,
                   title: {standoff: 8}, fixedrange: touch, exponentformat: "power"};
     return merged({
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 290, autosize: true,
       font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: colours.text},
-      margin: {l: 50, r: 14, t: 10, b: 44}, xaxis: {...axis, tickangle: 0, nticks: innerWidth < 500 ? 6 : 0}, yaxis: axis, hovermode: "closest", dragmode: touch ? false : "zoom",
+      margin: {l: 50, r: 14, t: 10, b: 44},
+      // each axis makes room on its own side alone: with both sides free, ticks and margins can chase each other
+      xaxis: {...axis, automargin: "height", tickangle: 0, nticks: innerWidth < 500 ? 6 : 0},
+      yaxis: {...axis, automargin: "width"}, hovermode: "closest", dragmode: touch ? false : "zoom",
       hoverlabel: {bgcolor: colours.panel, bordercolor: colours.edge, font: {color: colours.text}, align: "left"},
       showlegend: false,
     }, themed(figure.layout));

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpo_dist.report.markup import Markup, badge, joined, markup
 from dpo_dist.report.page import Section
-from dpo_dist.report.run_files import Row, RunFiles
+from dpo_dist.report.run_files import Row, RunFiles, number
 from dpo_dist.report.shown import NONE, counted, plain, share
 from dpo_dist.report.verdict import Note, verdict
 
@@ -43,6 +43,8 @@ def _short(path: str) -> str:
     """A hub's name as it is; of a path its last two folders."""
     return path if path.count("/") <= 1 else "…/" + "/".join(Path(path).parts[-2:])
 
+ROUNDING = 1e-6                          # below which a figure is 0 but for rounding
+
 
 def numbers_of(run: RunFiles) -> dict[str, str]:
     """The figures at the top: {what: value}."""
@@ -53,8 +55,9 @@ def numbers_of(run: RunFiles) -> dict[str, str]:
         "held-out accuracy": share(last.get("accuracy")) if last.get("accuracy") else _change(before, after,
                                                                                               "rewards/accuracies"),
         "held-out margin": _change(before, after, "rewards/margins"), "held-out loss": _change(before, after, "loss"),
-        **({"KL, nats an answer": plain(sampled)} if sampled is not None else
-           {"KL, nats a token (estimate)": plain(after.get("reference/kl_per_token"))}),
+        # not the estimate on the data's answers, which a few tokens that became unlikely can send anywhere
+        "KL, nats an answer": plain(sampled),
+        "chosen answers likelier by, nats a token": plain(after.get("reference/chosen_drift_per_token")),
     }
     if not run.held_out and run.training:
         found = {f"training {name}": plain(run.training[-1].get(key)) for name, key in (
@@ -63,7 +66,8 @@ def numbers_of(run: RunFiles) -> dict[str, str]:
 
 
 def _change(before: Row, after: Row, metric: str) -> str:
-    first, last = plain(before.get(metric)), plain(after.get(metric))
+    first, last = (plain(0 if abs(number(row.get(metric)) or 1) < ROUNDING else row.get(metric))
+                   for row in (before, after))
     return last if first == NONE else f"{first} → {last}"
 
 

@@ -9,6 +9,7 @@ from dpo_dist.report.shown import counted, percent, plain, share
 
 STANDS = {"good": "above what needs no training", "error": "below what needs no training",
           "warning": "not told apart from what needs no training"}
+FALL_BOUND = 0.25                        # nats a token, at which the guard speaks too (run/guard.py)
 Note = tuple[str, str]                   # (good, info, warning or error; what there is to say)
 
 
@@ -56,6 +57,8 @@ def _displacement(run: RunFiles, last: Row) -> list[Note]:
         return []
     if moved > 0:
         return [("good", f"The chosen answers became likelier, by {plain(moved)} nats a token.")]
+    if -moved < FALL_BOUND:
+        return [("info", f"The chosen answers became a little less likely, by {plain(-moved)} nats a token.")]
     return [("warning", f"Even the chosen answers became less likely, by {plain(-moved)} nats a token (displacement): "
                         "loss=rpo, a lower learning rate or a larger beta hold them.")]
 

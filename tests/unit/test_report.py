@@ -18,6 +18,7 @@ from written_run import HOSTILE, write_lines, write_run, write_sweep
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.report.__main__ import main
+from dpo_dist.report.data_map import pairs_section
 from dpo_dist.report.markup import joined, markup, script_json
 from dpo_dist.report.run_files import RunFiles, number
 from dpo_dist.report.shown import percent, plain, share
@@ -231,6 +232,8 @@ Change = Callable[[dict[str, Any]], None]
     (lambda s: s["baselines"]["length"].update(value=0.95), "error", "is below what needs no training: “the longer"),
     (lambda s: s["baselines"]["length"].update(value=0.76), "warning", "is not told apart from what needs no training"),
     (lambda s: s["displacement"].update(chosen_per_token=0.1), "good", "The chosen answers became likelier"),
+    (lambda s: s["displacement"].update(chosen_per_token=-0.1), "info", "became a little less likely"),
+    (lambda s: s["displacement"].update(chosen_per_token=-0.3), "warning", "Even the chosen answers became less"),
     (lambda s: s["calibration"].update(ece=0.3), "warning", "are off by 30\xa0% on average")])
 def test_the_verdict_follows_the_figures(tmp_path: Path, change: Change, level: str, words: str):
     run = write_run(tmp_path / "run", steps=20)
@@ -302,3 +305,15 @@ def test_the_command_becomes_the_report_and_says_where_it_is(tmp_path: Path):
                            str(tmp_path / "new" / "page.html")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and str(tmp_path / "new" / "page.html") in done.stdout
     assert (tmp_path / "new" / "page.json").exists() and not (run / "report.html").exists()
+
+
+def test_pairs_that_were_seen_once_are_drawn_by_their_confidence_alone(tmp_path: Path):
+    run = write_run(tmp_path / "run", steps=20)
+    content = json.loads((run / "datamap.json").read_text())
+    content["map"]["variability"] = [0.0] * len(content["map"]["confidence"])
+    (run / "datamap.json").write_text(json.dumps(content))
+    section = pairs_section([RunFiles(run)])
+    assert section is not None
+    [figure] = section.figures
+    [trace] = figure.traces
+    assert trace["y"] == sorted(content["map"]["confidence"]) and "which was once" in figure.text
