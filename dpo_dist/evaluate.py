@@ -29,8 +29,9 @@ from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, open_scorer, scores_at_hand, without_auto
 from dpo_dist.run.samples import Samples, show_samples
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_atomic, write_json
-from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World

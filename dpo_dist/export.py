@@ -29,7 +29,8 @@ from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.run.provenance.kept import keep_export
 from dpo_dist.run.push import check_push, push_model
 from dpo_dist.runtime.best import exported_step
-from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.ending import exit_with
+from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World

@@ -16,8 +16,9 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prepare import digests_folder
 from dpo_dist.models.digest import model_digest
 from dpo_dist.run.lm_eval import check_harness, run_harness
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_json
-from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World

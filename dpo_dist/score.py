@@ -20,8 +20,9 @@ from dpo_dist.run.inputs import read_inputs
 from dpo_dist.run.lm_eval import check_harness
 from dpo_dist.run.open_models import fill_cache, without_auto
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.lock import hold_lock, is_held
-from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import DONE, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World

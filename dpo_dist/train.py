@@ -23,8 +23,9 @@ from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.services import check_services
 from dpo_dist.run.step_results import StepLog, StepResults
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.prefetch import prefetched
-from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World

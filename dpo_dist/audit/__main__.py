@@ -12,7 +12,8 @@ from dpo_dist.audit.findings import SEVERITIES, reaches
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, deciding, to_dict
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.runtime.alone import end_with, run_alone
+from dpo_dist.runtime.alone import run_alone
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -128,4 +129,4 @@ def _stop(config: RunConfig, found: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    end_with(run_alone(sys.argv[1:], audit))
+    exit_with(run_alone(sys.argv[1:], audit))

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.audit.chance import Interval, auc, mean_share, share, two_sided
 from dpo_dist.audit.facts import RATED, TOKENS, Facts
 from dpo_dist.audit.findings import Finding, Severity, finding
 from dpo_dist.audit.style import FEATURES, FOLDS, fit_judge
+from dpo_dist.stats.auc import auc_interval
+from dpo_dist.stats.intervals import Interval, cluster_numbers, share_interval
 
 # a clean set of pairs may have one in a thousand such findings
 CHANCE = 0.001
@@ -31,18 +32,32 @@ def length_bias(facts: Facts, judged: Places) -> Iterator[Finding]:
     if len(judged) < LEAST_PAIRS:
         return
     difference = lengths[:, 0] - lengths[:, 1]
-    z = two_sided(CHANCE)
-    longer = mean_share(np.sign(difference), facts.content[judged, 0].astype(np.int64), z)
+    longer = _first_ahead(np.sign(difference), facts, judged)
     severity = _severity(longer)
     if severity is None:
         return
     is_longer = longer.value > 0.5
     concerned = difference > 0 if is_longer else difference < 0
     order = judged[np.argsort(-difference if is_longer else difference, kind="stable")]
+    prompts = cluster_numbers(facts.content[judged, 0])
+    area = auc_interval(lengths[:, 0], lengths[:, 1], prompts, prompts, 1 - CHANCE)
+    assert area is not None, "there are pairs"
     unit = "tokens" if (facts.flags[judged] & TOKENS).all() else "characters"
     yield finding("length_bias", int(concerned.sum()), len(judged), facts.wheres(order[:50]), severity,
-                  longer_chosen=longer.as_json(), auc=auc(lengths[:, 0], lengths[:, 1], z).as_json(),
-                  median_difference=float(np.median(difference)), unit=unit)
+                  longer_chosen=_rounded(longer), auc=_rounded(area), median_difference=float(np.median(difference)),
+                  unit=unit)
+
+
+def _first_ahead(signs: NDArray[np.float64], facts: Facts, of: Places) -> Interval:
+    """The share of +1 among signs of +1, 0 and -1 of these pairs (0 counts half), with the interval that chance leaves
+    with probability CHANCE; pairs of one prompt depend on each other."""
+    found = share_interval((signs + 1) / 2, clusters=cluster_numbers(facts.content[of, 0]), level=1 - CHANCE)
+    assert found is not None, "there are pairs"
+    return found
+
+
+def _rounded(found: Interval) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in found.as_dict().items()}
 
 
 def _severity(found: Interval) -> Severity | None:
@@ -65,7 +80,7 @@ def style_bias(facts: Facts, judged: Places) -> Iterator[Finding]:
     length = np.log1p(facts.length[judged[fitted]].astype(float))
     folds = (facts.content[judged[fitted], 0] % np.uint64(FOLDS)).astype(np.int64)
     judge = fit_judge(x, (length[:, :1] - length[:, 1:]), folds)
-    right = mean_share(np.sign(judge.scores), facts.content[judged[fitted], 0].astype(np.int64), two_sided(CHANCE))
+    right = _first_ahead(np.sign(judge.scores), facts, judged[fitted])
     severity = _severity(right) if right.value > 0.5 else None
     if any(entry["severity"] == "warning" for entry in alone):
         severity = "warning"
@@ -79,7 +94,8 @@ def style_bias(facts: Facts, judged: Places) -> Iterator[Finding]:
     scores[fitted] = judge.scores
     order = judged[np.argsort(-scores, kind="stable")]
     yield finding("style_bias", int((scores > 0).sum()), len(judged), facts.wheres(order[:50]), severity,
-                  held_out_auc=right.as_json(), weights=dict(sorted(weights.items(), key=lambda item: -abs(item[1]))),
+                  held_out_accuracy=_rounded(right),
+                  weights=dict(sorted(weights.items(), key=lambda item: -abs(item[1]))),
                   features=[{k: v for k, v in entry.items() if k != "severity"} for entry in alone])
 
 
@@ -96,14 +112,15 @@ def _features(facts: Facts, judged: Places) -> tuple[list[str], NDArray[np.int8]
 
 def _alone(names: list[str], differences: NDArray[np.int8]) -> list[dict[str, Any]]:
     """The features that by themselves tell the sides apart, where one side has them and the other not."""
-    z, out = two_sided(CHANCE / len(names)), []
+    out = []
     for name, column in zip(names, differences.T, strict=True):
         n = int(np.count_nonzero(column))
         if n < max(LEAST_PAIRS, LEAST_SHARE * len(column)):
             continue
-        found = share(float((column > 0).sum()), n, z)
+        found = share_interval(column[column != 0] > 0, level=1 - CHANCE / len(names))
+        assert found is not None, "some pairs have it"
         if severity := _severity(found):
-            out.append({"feature": name, "only_one_has_it": n, "of_these_chosen": found.as_json(),
+            out.append({"feature": name, "only_one_has_it": n, "of_these_chosen": _rounded(found),
                         "severity": severity})
     return sorted(out, key=lambda entry: -abs(entry["of_these_chosen"]["value"] - 0.5))
 
@@ -116,13 +133,13 @@ def position_bias(facts: Facts, judged: Places) -> Iterator[Finding]:
         order = facts.order[own].astype(float)
         if len(own) < LEAST_PAIRS:
             continue
-        first = mean_share(order, facts.content[own, 0].astype(np.int64), two_sided(CHANCE))
+        first = _first_ahead(order, facts, own)
         severity = _severity(first)
         if severity is None:
             continue
         sorted_lists = bool((facts.flags[own] & RATED).all()) and abs(first.value - 0.5) >= SORTED - 0.5
         wins = own[order > 0] if first.value > 0.5 else own[order < 0]
         yield finding("position_bias", len(wins), len(own), facts.wheres(wins), "info" if sorted_lists else severity,
-                      first_is_chosen=first.as_json(),
+                      first_is_chosen=_rounded(first),
                       **({"note": "rated lists with the better answer always on one side: sorted"} if sorted_lists
                          else {}))

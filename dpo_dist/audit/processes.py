@@ -21,11 +21,11 @@ from dpo_dist.data.rows import Share
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.cores import usable_cores
 from dpo_dist.runtime.preemption import Stopped
+from dpo_dist.runtime.rank import PR_SET_PDEATHSIG
 from dpo_dist.runtime.terminal import Terminal
 
 BYTES_A_PROCESS = 4 << 20                    # about 5 s of one process's work
 SECONDS_BETWEEN_LOOKS = 0.1
-PR_SET_PDEATHSIG = 1                         # prctl(2): the signal that comes when the parent dies
 STOPPED = "nothing of the audit is kept"
 
 

@@ -35,18 +35,14 @@ class TokenFacts:
     lost: int = 0                            # tokens beyond data.max_length, of all of them
     tokens: int = 0                          # prompt and the longer answer, of all
     faults: dict[str, list[str]] = field(default_factory=dict)       # {fault: where}
-    alike: list[str] = field(default_factory=list)                   # where: the answers' tokens are the same
     held_out: set[int] = field(default_factory=set)                  # prompt hashes that data.eval_fraction holds out
-    trained: set[int] = field(default_factory=set)                   # ... and those that it does not
     unusable: str = ""                       # why no text can be tokenized
 
     def join(self, later: TokenFacts) -> None:
         self.looked_at, self.left = self.looked_at + later.looked_at, self.left + later.left
         self.lost, self.tokens = self.lost + later.lost, self.tokens + later.tokens
         self.too_long += later.too_long
-        self.alike += later.alike
         self.held_out |= later.held_out
-        self.trained |= later.trained
         self.unusable = self.unusable or later.unusable
         for fault, places in later.faults.items():
             self.faults.setdefault(fault, []).extend(places)
@@ -124,9 +120,8 @@ def look_at_tokens(rows: Sequence[tuple[DataRow, int]], tokenizer: Any | None, c
             _look(pair, facts, config, tokenizer, ends)
             if not closes and isinstance(row, PreferenceRow):
                 facts.fault(NO_END, row.where)
-            if config.eval_fraction:
-                held = hash64(np.array(pair.prompt_ids, dtype="<i4").tobytes()) < config.eval_fraction * 2**64
-                (facts.held_out if held else facts.trained).add(prompt)
+            if hash64(np.array(pair.prompt_ids, dtype="<i4").tobytes()) < config.eval_fraction * 2**64:
+                facts.held_out.add(prompt)
     return facts
 
 
@@ -154,8 +149,6 @@ def _look(pair: TokenizedPair, facts: TokenFacts, config: DataConfig, tokenizer:
     if length > config.max_length:
         facts.too_long.append(pair.where)
         facts.lost += length - config.max_length
-    if pair.chosen_ids == pair.rejected_ids:
-        facts.alike.append(pair.where)
     if tokenizer is None:
         return
     answers = (pair.chosen_ids, pair.rejected_ids)

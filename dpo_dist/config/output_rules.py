@@ -79,7 +79,7 @@ def _validate_judge(c: RunConfig) -> None:
     if judge.command == ():
         raise UserError("eval.judge.command=[] names no program; set eval.judge.command=[python,judge.py]")
     if judge.is_asked and not c.eval.samples:
-        raise UserError(f"eval.judge.{'url' if judge.command is None else 'command'} would do nothing: eval.samples=0; "
+        raise UserError(f"{judge.key} would do nothing: eval.samples=0; "
                         "set eval.samples=64, the answers that it compares")
     for key, default in (("against", AGAINST), ("timeout_seconds", TIMEOUT_SECONDS)):
         if not judge.is_asked and getattr(judge, key) != default:

@@ -190,6 +190,11 @@ class JudgeConfig:
     def is_asked(self) -> bool:
         return self.command is not None or self.url is not None
 
+    @property
+    def key(self) -> str:
+        """The key that names it."""
+        return f"eval.judge.{'url' if self.command is None else 'command'}"
+
 
 @dataclass(frozen=True)
 class HarnessConfig:

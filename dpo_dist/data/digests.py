@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.data.files import read_records
 from dpo_dist.data.locate import content_digest, data_files
-from dpo_dist.data.records import BadRow, Record
+from dpo_dist.data.records import BadRow, Record, plain
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.writer import IN_DIGEST, hash64
 from dpo_dist.runtime.remember import remembered
@@ -114,16 +114,8 @@ def _of_fields(record: Record | BadRow | None) -> Iterator[tuple[str, bytes]]:
     for name, inner in value.items():
         if inner is not None:
             content = (inner.encode("utf-8", "surrogatepass") if isinstance(inner, str)
-                       else b"\0" + json.dumps(_plain(inner), default=str).encode())
+                       else b"\0" + json.dumps(plain(inner), default=str).encode())
             yield str(name), hashlib.blake2b(content, digest_size=8).digest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def pair_digests(pairs: PairStore) -> Digests:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.runtime.files import sha256
 from dpo_dist.runtime.remember import remembered
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
@@ -45,7 +46,7 @@ def content_digest(dataset: DatasetConfig, memory: Path | None = None) -> str:
         files = tuple(Path(part["filename"]) for part in load_from_hub(dataset).cache_files)
     whole = hashlib.sha256()
     for path in files:
-        whole.update(bytes.fromhex(remembered(memory, "sha256", path, _sha256)))
+        whole.update(bytes.fromhex(remembered(memory, "sha256", path, sha256)))
     return whole.hexdigest()
 
 
@@ -55,14 +56,6 @@ def data_bytes(dataset: DatasetConfig) -> int:
     if files is None:
         return sum(Path(part["filename"]).stat().st_size for part in load_from_hub(dataset).cache_files)
     return sum(path.stat().st_size * EXPANSION.get(path.suffix, 1) for path in files)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:

@@ -39,14 +39,15 @@ def json_ready(value: Any) -> Any:
 def canonical(value: Any) -> bytes:
     """One way to write a record: the same bytes from every kind of file, whatever the order of its fields, whether an
     absent field is left out or null, and 5 or 5.0, since a table knows one kind of number a column."""
-    return json.dumps(_plain(value), sort_keys=True, default=str).encode()
+    return json.dumps(plain(value), sort_keys=True, default=str).encode()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value without what differs from one kind of file to another: nulls in objects, and 5.0 for 5."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
+        return {str(key): plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

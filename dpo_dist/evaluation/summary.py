@@ -30,7 +30,7 @@ Summary = dict[str, Any]
 def summarize(step: int, pairs: EvaluatedPairs, facts: Facts, loss: LossConfig, start: EvaluatedPairs | None = None,
               kl: Summary | None = None) -> Summary:
     """The summary. start: the same pairs before training, for losses whose reference says nothing of that; kl: as
-    kl.py found it. What a loss has none of is null: sft has no rewards, simpo no reference.
+    sampled_kl.py found it. What a loss has none of is null: sft has no rewards, simpo no reference.
 
     accuracy     share of pairs whose chosen has the higher reward; pairs that the data call ties are left out
     baselines    the same for a judge that takes the longer answer, and for the reference's own log-probs, whole and a

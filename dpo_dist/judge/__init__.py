@@ -79,15 +79,16 @@ class Judge:
 
 
 def open_judge(command: Sequence[str] | None, url: str | None, key: str, timeout_seconds: float = 600.0) -> Judge:
-    """The judge that one of `command` and `url` names; nothing is started yet. `key`: of the configuration that has it,
-    as eval.judge. `timeout_seconds`: the longest wait for its next answer. UserError where the command is not there."""
+    """The judge that one of `command` and `url` names; nothing is started yet. `key`: that names it, for messages,
+    as eval.judge.url. `timeout_seconds`: the longest wait for its next answer. UserError where the command is not
+    there."""
     assert (command is None) != (url is None), "one of the two names the judge"
     if command is not None:
-        program = Command(tuple(command), f"{key}.command", timeout_seconds)
+        program = Command(tuple(command), key, timeout_seconds)
         program.check()
-        return Judge(program.ask, f"{key}.command", program.name)
+        return Judge(program.ask, key, program.name)
     assert url is not None
-    return Judge(Url(url, f"{key}.url", timeout_seconds).ask, f"{key}.url", url)
+    return Judge(Url(url, key, timeout_seconds).ask, key, url)
 
 
 def _preference(answer: Mapping[str, Any]) -> float | None:

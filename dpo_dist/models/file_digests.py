@@ -12,6 +12,7 @@ from typing import Any
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.models.resolve import ModelFolder
+from dpo_dist.runtime.files import sha256
 from dpo_dist.runtime.remember import remembered
 
 Tensors = list[tuple[str, str, str]]         # (name, "dtype shape", digest of the bytes)
@@ -64,15 +65,6 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     files = [folder / name for name in OF_TOKENIZER if (folder / name).is_file()]
     files += [file for pattern in BESIDE_TOKENIZER for file in sorted(folder.glob(pattern))]
     return {str(file.relative_to(folder)): sha256(file) for file in files}
-
-
-def sha256(file: Path) -> str:
-    """Of the file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from dpo_dist.runtime.cores import usable_cores
 from dpo_dist.runtime.rank import PR_SET_PDEATHSIG
+from dpo_dist.runtime.terminal import Terminal
 
 T = TypeVar("T")
 
@@ -37,6 +38,16 @@ def as_done(pool: Executor, work: Callable[..., T], tasks: Iterable[tuple[Any, .
     """work(*task) of each task, in the order in which workers end them. What work raises is raised here."""
     for done in as_completed([pool.submit(work, *task) for task in tasks]):
         yield done.result()
+
+
+def fill(files: Mapping[Path, tuple[Any, ...]], work: Callable[..., None], pool: Executor, terminal: Terminal,
+         what: str) -> None:
+    """Has each file written that is not there yet, by work(*task). files: {file: its task}; what: for the bar."""
+    missing = [task for file, task in files.items() if not file.exists()]
+    known = len(files) - len(missing)
+    with terminal.progress(len(files), known, what) as bar:
+        for done, _ in enumerate(as_done(pool, work, missing), known + 1):
+            bar.update(done)
 
 
 def _start(gpus: int, started: Any) -> None:

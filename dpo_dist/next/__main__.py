@@ -24,7 +24,6 @@ from dpo_dist.runtime.run_dir import RunDir
 
 if TYPE_CHECKING:
     from dpo_dist.data.store import PairStore
-    from dpo_dist.judge import Judge
     from dpo_dist.next.rows import NextRows
 
 def main(words: Sequence[str], out: TextIO) -> int:
@@ -91,6 +90,7 @@ def _answer(run: RunDir, config: RunConfig, passport: dict[str, Any], options: O
     """Writes the rated answers; what became of them, in a line. UserError where there is no model, or no row."""
     import torch
 
+    from dpo_dist.judge import open_judge
     from dpo_dist.models.workers import quiet
     from dpo_dist.next.answers import write_answers
     from dpo_dist.policy.answers import Asking
@@ -102,7 +102,7 @@ def _answer(run: RunDir, config: RunConfig, passport: dict[str, Any], options: O
                         "export and export.what=merged")
     if tokenizer is None:
         raise UserError(f"next.answers={options.answers} needs a tokenizer, which model.path={config.model.path} lacks")
-    judge = _judge(options)
+    judge = open_judge(options.judge_command, options.judge_url, "next.judge", options.timeout_seconds)
     quiet()
     gpus = 0 if config.cluster.device == "cpu" else torch.cuda.device_count()
     asking = Asking(options.answers, options.temperature, options.max_new_tokens, options.seed,
@@ -114,19 +114,6 @@ def _answer(run: RunDir, config: RunConfig, passport: dict[str, Any], options: O
                         f"({found.cut:,} answers were cut or empty); raise next.answers or next.max_new_tokens")
     return (f"{found.rows:,} prompts with rated answers in {file}; {found.alike:,} prompts have no two answers of "
             f"unequal score, {found.cut:,} answers were cut or empty")
-
-
-def _judge(options: Options) -> Judge:
-    """What next.judge names. UserError where the command is not there."""
-    from dpo_dist.judge import Judge
-    from dpo_dist.judge.command import Command
-    from dpo_dist.judge.url import Url
-
-    if (url := options.judge_url) is not None:
-        return Judge(Url(url, "next.judge", options.timeout_seconds).ask, "next.judge", url)
-    command = Command(options.judge_command or (), "next.judge", options.timeout_seconds)
-    command.check()
-    return Judge(command.ask, "next.judge", command.name)
 
 
 def _suspects(run: RunDir, pairs: int, share: float | None) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dpo_dist.models.digest import model_digest
-from dpo_dist.models.workers import as_done, model_of
+from dpo_dist.models.workers import fill, model_of
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.terminal import Terminal
 
@@ -41,11 +41,9 @@ def sampled(model: Path, prompts: Sequence[Ids], asking: Asking, kept: Path, poo
     names = [hashlib.blake2b(json.dumps([*content, [prompts[i] for i in block]]).encode(), digest_size=12).hexdigest()
              for block in blocks]
     files = [kept / f"{name}.json" for name in names]
-    missing = [at for at, file in enumerate(files) if not file.exists()]
-    with terminal.progress(len(blocks), len(blocks) - len(missing), "blocks of prompts") as bar:
-        tasks = [(model, [prompts[i] for i in blocks[at]], asking, names[at], files[at]) for at in missing]
-        for done, _ in enumerate(as_done(pool, sample_block, tasks), len(blocks) - len(missing) + 1):
-            bar.update(done)
+    tasks = {file: (model, [prompts[i] for i in block], asking, name, file)
+             for block, name, file in zip(blocks, names, files, strict=True)}
+    fill(tasks, sample_block, pool, terminal, "blocks of prompts")
     found: list[list[Ids]] = [[] for _ in prompts]
     for block, file in zip(blocks, files, strict=True):
         for i, answers in zip(block, json.loads(file.read_text()), strict=True):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.models.workers import as_done, model_of, tokenizer_of
+from dpo_dist.models.workers import fill, model_of, tokenizer_of
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.terminal import Terminal
 
@@ -47,12 +47,9 @@ def sample(model: Path, prompts: Sequence[str], sampling: Sampling, kept: Path, 
     blocks = [by_length[start:start + PROMPTS_AT_ONCE] for start in range(0, len(by_length), PROMPTS_AT_ONCE)]
     content = model_digest(model), tokenizer_digest(model), asdict(sampling)
     files = [kept / f"{_digest([*content, number, block])}.json" for number, block in enumerate(blocks)]
-    missing = [number for number, file in enumerate(files) if not file.exists()]
-    known = len(blocks) - len(missing)
-    with terminal.progress(len(blocks), known, f"blocks of {PROMPTS_AT_ONCE} prompts") as bar:
-        tasks = [(model, blocks[number], sampling, number, files[number]) for number in missing]
-        for done, _ in enumerate(as_done(pool, sample_block, tasks), known + 1):
-            bar.update(done)
+    tasks = {file: (model, block, sampling, number, file)
+             for number, (block, file) in enumerate(zip(blocks, files, strict=True))}
+    fill(tasks, sample_block, pool, terminal, f"blocks of {PROMPTS_AT_ONCE} prompts")
     found: dict[str, list[Answer]] = {prompt: [] for prompt in prompts}
     for a in (a for file in files for a in json.loads(file.read_text())):
         found[a["prompt"]].append(Answer(a["prompt"], a["text"], tuple(a["ids"]), a["ended"]))

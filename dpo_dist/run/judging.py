@@ -27,7 +27,7 @@ Answer = tuple[str | list[int], int]     # its text, or token ids, and its token
 def check_judge(judge: JudgeConfig) -> None:
     """UserError where the judge's program is not there: known before anything is computed."""
     if judge.is_asked:
-        open_judge(judge.command, judge.url, "eval.judge")
+        open_judge(judge.command, judge.url, judge.key)
 
 
 def judge_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, total: int, terminal: Terminal) -> None:
@@ -76,7 +76,7 @@ def judge_answers(judge: JudgeConfig, ours: Sequence[SampleRow], theirs: Sequenc
     """The rates of judge/win_rate.py, JSON-ready, with each prompt's win and the mean tokens of both."""
     duels = [Duel(row["prompt"], row["completion"], text, int(row["tokens"]), tokens)
              for row, (text, tokens) in zip(ours, theirs, strict=True)]
-    asked = open_judge(judge.command, judge.url, "eval.judge", judge.timeout_seconds)
+    asked = open_judge(judge.command, judge.url, judge.key, judge.timeout_seconds)
     rates, won = judge_duels(asked, duels, seed)
     return {**asdict(rates), "tokens": {"ours": float(np.mean([duel.our_tokens for duel in duels])),
                                         "theirs": float(np.mean([duel.their_tokens for duel in duels]))},

@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import huggingface_hub.constants
 
@@ -64,11 +63,3 @@ def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:
     run_dir.mark_failed(Failure(message, code))
     terminal.error(f"error: {message}")
     return code
-
-
-def end_with(code: int) -> NoReturn:
-    """Ends the process at once, once what it said is written: imported libraries take a while to go."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -1,6 +1,7 @@
 """Files that are whole or absent: a kill or a power cut leaves what is written here, or what was there before."""
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -41,6 +42,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sha256(file: Path) -> str:
+    """Of the file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_file(file: IO[Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
-from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.world import World
 
 TIMEOUT_SECONDS = 120

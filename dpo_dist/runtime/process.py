@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 import huggingface_hub.constants
 
@@ -107,15 +107,6 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         run_dir.mark_done()
     world.barrier()
     return 0
-
-
-def exit_with(code: int) -> NoReturn:
-    """Ends the process at once. Everything is on disk by now, and gloo's threads abort an ordinary exit now and then
-    ("terminate called without an active exception"), which would turn a finished run into a failed one."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:

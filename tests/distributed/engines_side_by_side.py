@@ -16,7 +16,7 @@ from dpo_dist.logps import plain_token_logps
 from dpo_dist.models.load import load_causal_lm
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.reference.make import Setup, make_reference
-from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.world import World
 
 PACKS = 3

@@ -18,7 +18,7 @@ from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.policy.single import SinglePolicy
-from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch
 

@@ -22,7 +22,7 @@ from dpo_dist.models.quantized import is_four_bit
 from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.weights import merged_weights, write_shards
 from dpo_dist.policy.make import make_policy
-from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.estimate import FOUR_BITS
 from dpo_dist.types import TokenizedPair

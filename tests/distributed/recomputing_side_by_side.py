@@ -27,7 +27,7 @@ from dpo_dist.models.lora import add_lora
 from dpo_dist.policy.single import SinglePolicy
 from dpo_dist.policy.zero import ZeroPolicy
 from dpo_dist.policy.zero_config import deepspeed_config
-from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch
 

@@ -16,7 +16,7 @@ from dpo_dist.policy import Policy
 from dpo_dist.policy.make import make_policy
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.perf import Clock
-from dpo_dist.runtime.process import exit_with
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.world import World
 from dpo_dist.step import step_batches, train_step
 

@@ -15,7 +15,8 @@ ENTRY = """import os, sys
 from huggingface_hub import constants
 constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = os.environ["HF_ENDPOINT"], True
 from importlib import import_module
-from dpo_dist.runtime.process import exit_with, run_entry
+from dpo_dist.runtime.ending import exit_with
+from dpo_dist.runtime.process import run_entry
 name, *words = sys.argv[1:]
 entry = import_module(f"dpo_dist.{name}")
 exit_with(run_entry(words, entry.train if name == "train" else entry._export_command, owns_run=name == "train"))

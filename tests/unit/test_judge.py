@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 def command(folder: Path, program: str, timeout_seconds: float = 20.0) -> Judge:
     (folder / "judge.py").write_text(program)
-    return open_judge([sys.executable, str(folder / "judge.py")], None, "eval.judge", timeout_seconds)
+    return open_judge([sys.executable, str(folder / "judge.py")], None, "eval.judge.command", timeout_seconds)
 
 
 def questions(n: int) -> list[Comparison]:
@@ -95,7 +95,7 @@ time.sleep(60)
 
 def test_a_command_that_is_not_there_is_told_before_anything_is_asked():
     with pytest.raises(UserError, match="there is no program 'no-such-judge'"):
-        open_judge(["no-such-judge"], None, "eval.judge")
+        open_judge(["no-such-judge"], None, "eval.judge.command")
 
 
 # -------------------------------------------------------------------------------------------------------------- by URL
@@ -155,7 +155,7 @@ def test_a_url_compares_some_at_a_time_and_may_answer_a_list_or_rows(server):
         sizes.append(len(rows))
         return 200, longer(rows) if number == 1 else {"rows": longer(rows)}
 
-    assert open_judge(None, server(answer), "eval.judge").compare(questions(60)) == [0.0, 0.5, 1.0] * 20
+    assert open_judge(None, server(answer), "eval.judge.url").compare(questions(60)) == [0.0, 0.5, 1.0] * 20
     assert sizes == [32, 28]
 
 

@@ -76,7 +76,8 @@ def test_a_checkout_that_is_not_installed_has_a_passport_too():
 
 @pytest.mark.parametrize("capture", ["1", "0"])
 def test_print_reaches_the_terminal_when_asked(capture: str, tmp_path: Path):
-    script = ("import sys\nfrom dpo_dist.runtime.process import exit_with, run_entry\n"
+    script = ("import sys\nfrom dpo_dist.runtime.ending import exit_with\n"
+              "from dpo_dist.runtime.process import run_entry\n"
               "exit_with(run_entry(sys.argv[1:], lambda config, world, terminal: print('a look inside')))")
     done = subprocess.run([sys.executable, "-c", script, "model.path=m", "cluster.device=cpu",
                            f"run.dir={tmp_path / 'run'}"], env={**os.environ, "DPO_DIST_CAPTURE": capture}, cwd=REPO,
