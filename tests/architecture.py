@@ -44,7 +44,8 @@ ONLY_IN = {
 TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
               "runtime.child_process", "runtime.cores", "runtime.ending", "runtime.files", "runtime.lock",
               "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank",
-              "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal", "runtime.without_torch")
+              "runtime.remember", "runtime.run_dir", "runtime.shared_folders", "runtime.terminal",
+              "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 
