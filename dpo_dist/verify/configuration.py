@@ -30,8 +30,9 @@ def read_run(run_dir: RunDir) -> dict[str, Any]:
                         "as in: dpo-dist verify runs/my-run")
     try:
         run = dict(json.loads(run_dir.run_json.read_text()))
-        assert all(isinstance(run[part], dict) for part in ("config", "passport", "identity_of"))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        if not all(isinstance(run[part], dict) for part in ("config", "passport", "identity_of")):
+            raise ValueError("one of them is no object")
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir.run_json} is damaged: it is no JSON with config, passport and identity_of "
                         f"({error}); restore it") from error
     return run

@@ -12,6 +12,7 @@ from dpo_dist.data.digests import any_order, pair_digests
 from dpo_dist.data.row_changes import gone_and_new
 from dpo_dist.data.store import PairStore
 from dpo_dist.run.provenance.kept import Kept
+from dpo_dist.runtime.without_torch import torch_hidden
 from dpo_dist.verify.finding import SHOWN, Finding, Status, examples
 
 BOTH = ("train", "eval")
@@ -94,8 +95,6 @@ def unchanged(run: Mapping[str, Any]) -> dict[str, Split]:
 def made_again(run: Mapping[str, Any], config: RunConfig, kept: Kept) -> dict[str, Split]:
     """The pairs that the files, the tokenizer and the template give today, against those of the run. They are made in a
     folder that is removed."""
-    from dpo_dist.show.__main__ import torch_hidden
-
     with torch_hidden():
         from dpo_dist.data.prepare import prepare
         from dpo_dist.models.file_digests import tokenizer_digest

@@ -10,10 +10,12 @@ from typing import Any
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import PLAIN, is_jinja, template_texts
-from dpo_dist.models.file_digests import digest_of, sha256, tokenizer_files
+from dpo_dist.models.file_digests import digest_of, tokenizer_files
 from dpo_dist.models.resolve import resolve
 from dpo_dist.run.provenance.kept import Kept
+from dpo_dist.runtime.files import sha256
 from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.without_torch import torch_hidden
 from dpo_dist.verify.finding import SHOWN, examples, text_change, value_changes
 from dpo_dist.verify.pairs import BOTH, Change
 
@@ -85,8 +87,6 @@ def _template(recorded: Mapping[str, str], config: RunConfig, kept: Kept, folder
 
 
 def _texts_now(folder: Path, setting: str | None) -> dict[str, str]:
-    from dpo_dist.show.__main__ import torch_hidden
-
     with torch_hidden():                                 # the tokenizer needs no torch, whose import takes seconds
         from dpo_dist.models.tokenizer import load_tokenizer
     return template_texts(load_tokenizer(folder), setting) or {}
