@@ -58,9 +58,10 @@ def test_a_run_goes_on_under_another_stage_and_with_other_ranks_to_rounding(
         as_killed(tmp_path / "straight", run_dir)
         reference = [word for word in before if word.startswith("reference=")]
         assert f"resumed from step-{SAVED:06d}" in dpo_dist(*command, *layout, *reference, f"run.dir={run_dir}").stdout
-        # bf16 rounds sums in another order, as any two layouts do
-        near = {"rel": 3e-2, "abs": 3e-2} if "model.dtype=bf16" in more else {"rel": 0, "abs": 2e-6}
+        # what is computed in bf16 (all of the model, or Muon's orthogonal updates) is rounded more coarsely
+        near = 3e-2 if "model.dtype=bf16" in more else 1e-4 if "optim=muon" in more else 1e-6
         for split in ("train", "eval"):
             straight, other = metrics(tmp_path / "straight", split), metrics(run_dir, split)
             assert [row["step"] for row in other] == [row["step"] for row in straight]
-            assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in straight], **near), layout
+            assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in straight], rel=0,
+                                                                   abs=near), layout
