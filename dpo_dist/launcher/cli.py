@@ -19,6 +19,7 @@ from dpo_dist.launcher.clusters import launcher_of
 from dpo_dist.launcher.local import device_count
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
+from dpo_dist.runtime.disk_faults import disk_fault
 
 VERBS = {
     "run": "the whole way: audit the data, score the reference, train, evaluate on held-out pairs, export",
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if (told := disk_fault(error, Path.cwd())) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
 
 
 def _main(words: list[str]) -> int:

@@ -57,7 +57,7 @@ def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1)
     share the reading, this one."""
     try:
         expected = _read(folder / marker)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{marker} cannot be read ({error})"]
     mine = list(expected.items())[part::parts]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -17,6 +17,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.runtime.disk_faults import disk_fault
 from dpo_dist.runtime.lock import hold_lock
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
@@ -51,8 +52,12 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
     # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
     huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline
-    terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
-                              capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
+    try:
+        terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
+                                  capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
+    except OSError as error:
+        print(f"error: {disk_fault(error, run_dir.path) or error}", file=sys.stderr)
+        return 2
     try:
         code = _told(config, work, run_dir, terminal, owns_run)
         if afterwards is not None and own_rank() == 0:
@@ -86,6 +91,8 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
+        if told := disk_fault(error, run_dir.path):
+            return _fail(run_dir, terminal, told, 2)
         what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
         return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
 

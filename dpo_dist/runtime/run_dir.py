@@ -135,12 +135,15 @@ class RunDir:
         return None if found is None else Failure(**found)
 
     def mark_failed(self, failure: Failure, first_only: bool = False) -> bool:
-        """Writes the marker; whether it is this failure's now. With `first_only` another rank's marker stays."""
+        """Writes the marker, where the disk takes it; whether it is this failure's now. With `first_only` another
+        rank's marker stays."""
         try:
             with (self.path / FAILED).open("x" if first_only else "w") as file:
                 json.dump(vars(failure), file)
         except FileExistsError:
             return False
+        except OSError:                                  # a full disk, which may be the very failure
+            pass
         return True
 
     def state(self) -> str:
