@@ -24,6 +24,7 @@ from dpo_dist.data.prepare import digests_folder, open_stores
 from dpo_dist.data.store import PairStore
 from dpo_dist.models.resolve import ModelFolder, resolve
 from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
+from dpo_dist.runtime.checksums import damage
 
 LEAST_NATS = 1.0                             # a token, by which a pair must stand apart from the median ...
 SPREADS = 6.0                                # ... and how many spreads of all pairs (1.48 MAD, a normal sigma)
@@ -50,6 +51,8 @@ def margins(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
 
 
 def _found(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
+    if wrong := damage(store):
+        return [], f"not looked at: the pairs' tokens are damaged ({wrong[0]}); the next run tokenizes again"
     train = open_stores(store)[0]
     known = [_nats_a_token(train, cache) for cache in _caches(config)]
     best = max(known, key=lambda nats: np.isfinite(nats).sum(), default=np.full(len(train), np.nan))

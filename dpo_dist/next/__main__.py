@@ -62,7 +62,7 @@ def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options
 
     folder = tokenizer_folder(config.model.path, "model.path", config.run.offline)
     tokenizer = load_tokenizer(folder)
-    pairs, held_out = prepare(config.data, tokenizer, tokenizer_digest(folder))
+    pairs, held_out = prepare(config.data, tokenizer, tokenizer_digest(folder), print)
     if pairs.digest != passport["train_pairs"]["digest"]:
         trained_on = passport["train_pairs"]["count"]
         raise UserError(f"data.train no longer gives the {trained_on:,} pairs that {run.path} was trained on; put its "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,16 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, checksums(folder, (name for name in _files_below(folder) if name != CHECKSUMS)))
 
 
-def damage(folder: Path, marker: str = CHECKSUMS) -> list[str]:
+def damage(folder: Path, marker: str = CHECKSUMS, files: Container[str] | None = None) -> list[str]:
     """What is wrong with a folder whose file `marker` holds the checksums of the others, a phrase for each file that is
-    not as it was written; empty for a whole one. Further files are of no interest."""
+    not as it was written; empty for a whole one. Further files are of no interest; files: only these are."""
     try:
         expected = _read(folder / marker)
     except (OSError, ValueError) as error:
         return [f"{marker} cannot be read ({error})"]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _damage(folder / item[0], *item), expected.items())
+        asked = [item for item in expected.items() if files is None or item[0] in files]
+        found = pool.map(lambda item: _damage(folder / item[0], *item), asked)
         return [fault for fault in found if fault]
 
 
