@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.run.provenance.kept import keep_export
 from dpo_dist.run.push import check_push, push_model
 from dpo_dist.runtime.best import exported_step
+from dpo_dist.runtime.checksums import CHECKSUMS, damage, write_checksums
 from dpo_dist.runtime.ending import exit_with
+from dpo_dist.runtime.files import sync_tree
 from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -38,7 +41,7 @@ from dpo_dist.runtime.world import World
 # What is copied of the model's folder: files of tokenizers (of whatever name), chat templates, processors of images ...
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # ... and what is not: written anew, or of another training
-NOT_COPIED = ("config.json", "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
+NOT_COPIED = ("config.json", CHECKSUMS, "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
               "quantize_config.json", "requirements*.txt", "LICENSE*", "README*")
 SETTINGS, OF_TOKENIZER = "*config.json", "tokenizer_config.json"       # of the model, but for the tokenizer's
 MODEL_CARD = "README.md"
@@ -149,15 +152,28 @@ def _shapes_of_embeddings(tensors: dict[str, Stored]) -> set[tuple[int, ...]]:
 
 def _finish(partial: Path, folder: Path, run_dir: RunDir, inputs: Inputs, config: RunConfig,
             held_out: dict[str, float]) -> None:
-    """Writes the model card, keeps what the folder holds, and moves it to its place."""
+    """Writes the model card and checksums, keeps what the folder holds, and moves it to its place."""
     content = exported(partial)
     card = model_card(inputs, config, held_out, json.loads(run_dir.run_json.read_text()), content,
                       adapter_alone=folder == run_dir.adapter)
     (partial / MODEL_CARD).write_text(card)
+    write_checksums(partial)
+    sync_tree(partial)
     keep_export(run_dir, folder.name, content)           # before it is moved: what lies there is never told wrongly
     run_dir.pushed_json.unlink(missing_ok=True)          # it tells of the export that goes
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def are_whole(exports: Iterable[Path], say: Callable[[str], None]) -> bool:
+    """Whether these folders are there, as they were exported; `say` tells which file is not."""
+    for folder in exports:
+        if not folder.exists():
+            return False
+        if wrong := damage(folder):
+            say(f"{folder} is damaged: {'; '.join(wrong[:3])}; it is exported again")
+            return False
+    return True
 
 
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:

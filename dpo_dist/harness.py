@@ -15,6 +15,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prepare import digests_folder
 from dpo_dist.models.digest import model_digest
+from dpo_dist.models.whole import check_whole
 from dpo_dist.run.lm_eval import check_harness, run_harness
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_json
@@ -32,6 +33,7 @@ def harness(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not (run_dir.model / "config.json").exists():
         raise UserError(f"run.dir={run_dir.path} holds no model/ to evaluate; train it, or run dpo-dist export")
     check_harness(wanted)
+    check_whole(run_dir.model, "run.dir's model", digests_folder(config.data))
     of = {"weights": model_digest(run_dir.model, digests_folder(config.data)), "tasks": list(wanted.tasks),
           "files": _texts(wanted.path), "arguments": list(wanted.arguments)}
     if run_dir.harness_json.exists() and json.loads(run_dir.harness_json.read_text())["of"] == of:

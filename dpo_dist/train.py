@@ -8,6 +8,7 @@ from functools import partial
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
+from dpo_dist.export import are_whole
 from dpo_dist.run.checkpoint import resume_point
 from dpo_dist.run.command import write_command
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
@@ -51,7 +52,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
     done = resumed[1].step if resumed else 0
     exports = run_dir.exports(config.export.merged, config.export.adapter)
-    if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):
+    if done == total and world.on_main(lambda: are_whole(exports, terminal.say)):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         world.on_main(lambda: push_model(config, run_dir, terminal))
         world.on_main(lambda: judge_run(config, run_dir, inputs, total, terminal))
@@ -59,7 +60,8 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     world.on_main(lambda: check_not_stopped(run_dir, config.guard, done))
     write_provenance(run_dir, config, inputs, lineage, world)
     world.on_main(lambda: write_command(run_dir, words))
-    world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))            # of an earlier end of this run
+    if done < total:
+        world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))        # of an earlier end of this run
 
     run = open_run(config, run_dir, inputs, sampler, total, resumed, world, terminal)
     policy, reference, tracker, timer, guard = run.policy, run.reference, run.tracker, run.timer, run.guard

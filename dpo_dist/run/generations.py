@@ -1,7 +1,6 @@
 """<run.dir>/generations.json: how the answers to held-out prompts were before training, and are now."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,19 @@ import numpy as np
 
 from dpo_dist.run.guard import paired_interval, repetition
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_lines import json_lines
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 
 SampleRow = Mapping[str, Any]
+FIELDS = {"step": (int,), "prompt": (str, list), "completion": (str, list), "tokens": (int,), "ended": (bool,)}
 
 
 def samples_by_step(path: Path) -> dict[int, list[SampleRow]]:
     """The rows of samples.jsonl, by the step of their evaluation, in order; none where there is no file."""
     found: dict[int, list[SampleRow]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        found.setdefault(int(row["step"]), []).append(row)
+    for row in json_lines(path, FIELDS):
+        found.setdefault(row["step"], []).append(row)
     return dict(sorted(found.items()))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-Fields = Mapping[str, type]            # what a row must have: {name: kind of its value}
-STEP: Fields = {"step": int}
+Fields = Mapping[str, tuple[type, ...]]        # what a row must have: {name: the kinds that its value may be of}
+STEP: Fields = {"step": (int,)}
 
 
 def json_lines(path: Path, fields: Fields | None = None) -> list[Row]:
@@ -38,5 +38,5 @@ def row_of(line: bytes, fields: Fields | None = None) -> Row | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    fits = isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in (fields or {}).items())
+    fits = isinstance(row, dict) and all(type(row.get(name)) in kinds for name, kinds in (fields or {}).items())
     return row if fits else None

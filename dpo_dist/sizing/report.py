@@ -156,7 +156,7 @@ def token_lengths(config: RunConfig) -> Lengths:
     """Means over the pairs last tokenized with these keys, if data.cache_dir has any; else the worst case."""
     stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
     for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
-        if damage(file.parent, files=(file.name, "train/spans.npy")):
+        if damage(file.parent, files=(file.name, "train/spans.npy").__contains__):
             continue                                     # the next run tokenizes again
         spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")
         if len(spans) and json.loads(file.read_text()) == deciding(config.data, TOKENS):

@@ -1,42 +1,19 @@
 """What a run reads back is damaged: a flipped bit, a cut, garbage, a missing file. None is believed, none crashes."""
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_rows
+from damages import WAYS, cut, flip
 
 from dpo_dist.config.compose import compose
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
 from dpo_dist.run.tracking.metrics_file import restore_rows
-
-# ------------------------------------------------------------------------------------------------------------- the ways
-
-
-def flip(file: Path, at: int | None = None) -> None:
-    """Flips one bit, as a disk or a cable does."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2 if at is None else at] ^= 4
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def garbage(file: Path) -> None:
-    file.write_bytes(random.Random(0).randbytes(file.stat().st_size))
-
-
-WAYS: tuple[Callable[[Path], None], ...] = (flip, cut, garbage, Path.unlink)
-
 
 # ------------------------------------------------------------------------------------------------------ the token cache
 
