@@ -34,7 +34,7 @@ from dpo_dist.runtime.checksums import CHECKSUMS, damage, write_checksums
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import sync_tree
 from dpo_dist.runtime.process import run_entry
-from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.run_dir import WRITTEN_ANEW, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
@@ -154,7 +154,7 @@ def _finish(partial: Path, folder: Path, run_dir: RunDir, inputs: Inputs, config
             held_out: dict[str, float]) -> None:
     """Writes the model card and checksums, keeps what the folder holds, and moves it to its place."""
     content = exported(partial)
-    card = model_card(inputs, config, held_out, json.loads(run_dir.run_json.read_text()), content,
+    card = model_card(inputs, config, held_out, run_dir.written("export"), content,
                       adapter_alone=folder == run_dir.adapter)
     (partial / MODEL_CARD).write_text(card)
     write_checksums(partial)
@@ -183,7 +183,8 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
     config = without_auto(config, inputs, world, terminal)
-    world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
+    if damaged := world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world))):
+        raise UserError(f"{damaged}; {WRITTEN_ANEW}, and exports again where the export is damaged")
     resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "

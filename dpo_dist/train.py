@@ -48,7 +48,9 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
-    world.on_main(lambda: check_same_run(run_dir, config, lineage))
+    if damaged := world.on_main(lambda: check_same_run(run_dir, config, lineage)):
+        terminal.say(f"{damaged}; it is written anew")
+        write_provenance(run_dir, config, inputs, lineage, world)
     resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
     done = resumed[1].step if resumed else 0
     exports = run_dir.exports(config.export.merged, config.export.adapter)

@@ -46,10 +46,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
 
 def run_of(run: RunDir) -> tuple[RunConfig, dict[str, Any]]:
     """(the run's config, its passport). UserError where the folder holds no run."""
-    if not run.run_json.is_file():
-        raise UserError(f"{run.path} holds no run: there is no {run.run_json.name}; give the run.dir of one, as in: "
-                        "dpo-dist next runs/my-run")
-    content = json.loads(run.run_json.read_text())
+    content = run.written("next")
     return decode(content["config"]), content["passport"]
 
 

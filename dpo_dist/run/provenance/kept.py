@@ -10,7 +10,6 @@ run.json has a digest of each part, so that a part that was changed itself is to
 """
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from dpo_dist.data.digests import Digests, FileDigests, RowDigests
 from dpo_dist.runtime.files import replacing, write_json
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 
 JSON_PARTS = ("models", "templates", "code", "exported")
@@ -38,7 +38,7 @@ class Kept:
 
     @staticmethod
     def read(run_dir: RunDir) -> Kept:
-        parts = {name: _read_json(run_dir.provenance / f"{name}.json") for name in JSON_PARTS}
+        parts = {name: found_object(run_dir.provenance / f"{name}.json") or {} for name in JSON_PARTS}
         return Kept(*_read_rows(run_dir.provenance / "rows.npz"), **parts)
 
     def write(self, run_dir: RunDir) -> None:
@@ -63,15 +63,7 @@ def keep_export(run_dir: RunDir, name: str, content: dict[str, Any]) -> None:
     """Keeps what the export of this name (model, adapter) holds, and run.json as it is now."""
     run_dir.provenance.mkdir(exist_ok=True)
     path = run_dir.provenance / "exported.json"
-    write_json(path, {**_read_json(path), name: content, "run": json.loads(run_dir.run_json.read_text())})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Its content; nothing where it is not there, or damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return {}
+    write_json(path, {**(found_object(path) or {}), name: content, "run": run_dir.written("export")})
 
 
 def _read_rows(path: Path) -> tuple[dict[str, RowDigests], dict[str, Digests]]:
