@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_dist.run.guard import paired_interval, repetition
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import sealed
 from dpo_dist.runtime.json_lines import json_lines
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -37,13 +38,15 @@ def figures(rows: Sequence[SampleRow]) -> dict[str, Any]:
             "repetition": float(np.mean([repetition(row["completion"]) for row in rows]))}
 
 
-def write_generations(run_dir: RunDir, after: int | None = None) -> dict[str, Any]:
+def write_generations(run_dir: RunDir, after: int | None = None) -> dict[str, Any] | None:
     """Writes generations.json from samples.jsonl, and returns what it holds: figures before training, and at the step
-    `after`, or at the last evaluation."""
+    `after`, or at the last evaluation. None, and no file, where samples.jsonl no longer has them."""
     steps = samples_by_step(run_dir.samples)
-    last = max(steps) if after is None else after
+    last = max(steps, default=0) if after is None else after
+    if last not in steps:
+        return None
     found = {"before": figures(steps[min(steps)]), "after": figures(steps[last])}
-    write_json(run_dir.generations_json, found)
+    write_json(run_dir.generations_json, sealed(found))
     return found
 
 

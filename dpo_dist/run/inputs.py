@@ -202,7 +202,7 @@ def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Termina
 def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal) -> None:
     """Shows what became of the rows, and keeps it in the run's folder. A later stage only says where it is."""
     summary = "\n".join(summary_lines(train, "train") + summary_lines(held_out, "held out"))
-    if file.exists() and file.read_text() == summary:
+    if file.exists() and file.read_bytes() == summary.encode():
         terminal.say(f"data: {len(train):,} pairs to train on, {len(held_out):,} held out, as told in {file}")
     else:
         file.write_text(summary)

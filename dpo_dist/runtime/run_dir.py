@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_json
-from dpo_dist.runtime.json_files import found_object, needed_object
+from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_object
 from dpo_dist.runtime.json_lines import json_lines
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
@@ -92,9 +92,9 @@ class RunDir:
         found = found_object(self.run_json)
         return found is not None and found.get("identity_of") == identity
 
-    def written(self, verb: str) -> dict[str, Any]:
+    def written(self, verb: str, edited: bool = False) -> dict[str, Any]:
         """The content of run.json: config, passport and identity_of. UserError, for a command of this verb, where there
-        is none, or none that can be read."""
+        is none, or none that can be read. edited: it may say something else than the run wrote."""
         if not self.run_json.is_file():
             raise UserError(f"{self.path} holds no run: there is no {self.run_json.name}; give the run.dir of one, as "
                             f"in: dpo-dist {verb} runs/my-run")
@@ -102,6 +102,8 @@ class RunDir:
         for part in ("config", "passport", "identity_of"):
             if not isinstance(found.get(part), dict):
                 raise UserError(f"{self.run_json} is damaged: it has no {part}; {WRITTEN_ANEW}")
+        if SEAL in found and not edited and not is_whole(found):
+            raise UserError(f"{self.run_json} is damaged: it does not say what the run wrote; {WRITTEN_ANEW}")
         return found
 
     def rank_log(self, rank: int) -> Path:

@@ -25,7 +25,7 @@ OTHER_RUN = "it no longer says what was trained: the same command with these val
 
 def read_run(run_dir: RunDir) -> dict[str, Any]:
     """The content of run.json. UserError where there is none, or none that can be read."""
-    return run_dir.written("verify")
+    return run_dir.written("verify", edited=True)
 
 
 def config_of(run: Mapping[str, Any]) -> tuple[RunConfig, str | None]:

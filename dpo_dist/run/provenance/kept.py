@@ -10,7 +10,10 @@ run.json has a digest of each part, so that a part that was changed itself is to
 """
 from __future__ import annotations
 
+import logging
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from dpo_dist.data.digests import Digests, FileDigests, RowDigests
 from dpo_dist.runtime.files import replacing, write_json
 from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 JSON_PARTS = ("models", "templates", "code", "exported")
 
@@ -68,9 +73,13 @@ def keep_export(run_dir: RunDir, name: str, content: dict[str, Any]) -> None:
 
 def _read_rows(path: Path) -> tuple[dict[str, RowDigests], dict[str, Digests]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:  # a zip file: each array has a checksum
             arrays = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        return {}, {}
+    except (OSError, ValueError, LookupError, TypeError, EOFError, NotImplementedError, struct.error, zlib.error,
+            zipfile.BadZipFile) as error:
+        log.warning("%s is damaged and is not read: %s", path, error)
         return {}, {}
     pairs = {name.removeprefix("pairs/"): array for name, array in arrays.items() if name.startswith("pairs/")}
     names = [name.removesuffix("/rows") for name in arrays if name.endswith("/rows")]
