@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import dpo_dist, eval_on, model_digest, train_on, write_rows, write_tiny_llama
+from conftest import dpo_dist, eval_on, metrics, model_digest, train_on, write_rows, write_tiny_llama
 from damages import cut, flip, garbage
 
 pytestmark = pytest.mark.distributed
@@ -64,3 +64,21 @@ def test_a_damaged_export_is_not_trained_on(tmp_path: Path, words: list[str]) ->
         (model / name).write_bytes(before)
     dpo_dist(*next_words)
     assert "CHECKSUMS.json" in [file.name for file in (tmp_path / "next" / "model").iterdir()]
+
+
+def test_a_damaged_run_json_and_damaged_rows_do_not_stop_a_run_that_goes_on(tmp_path: Path, words: list[str]) -> None:
+    run = tmp_path / "run"
+    more = [*words, "train.save_every_steps=2", "train.keep_best=null"]
+    dpo_dist(*more)
+    whole = model_digest(run)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-000004")               # as where it was killed in step 3 or 4
+    garbage(run / "run.json")
+    cut(run / "metrics.jsonl")
+    flip(next((run / "visits").glob("steps-000001-*.parquet")))
+    said = dpo_dist(*more).stdout
+    assert f"{run / 'run.json'} was damaged (" in said and "is written anew" in said
+    assert "resumed from step-000002" in said and "is damaged and is left out" in said
+    assert model_digest(run) == whole
+    assert dpo_dist("status", run).stdout.startswith("run ")
+    assert [row["step"] for row in metrics(run)][-2:] == [3, 4]
