@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -22,13 +23,14 @@ from dpo_dist.models.quantized import is_scale
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
-from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.checkpoint import check_fits, load_checkpoint, resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.model_card import base_of, model_card
 from dpo_dist.run.open_models import open_policy, without_auto
 from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.run.provenance.kept import keep_export
 from dpo_dist.run.push import check_push, push_model
+from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.checksums import CHECKSUMS, damage, write_checksums
 from dpo_dist.runtime.ending import exit_with
@@ -182,17 +184,19 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     run_dir = RunDir(config.run_dir)
     world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
-    config = without_auto(config, inputs, world, terminal)
     if damaged := world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world))):
         raise UserError(f"{damaged}; {WRITTEN_ANEW}, and exports again where the export is damaged")
-    resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
+    resumed = resume_point(run_dir, world, terminal)
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
                         "overrides")
+    config = without_auto(config, inputs, resumed[1], world, terminal)
+    check_fits(resumed, config, world.size)
+    world.on_main(partial(restore_run, run_dir, resumed[0], terminal.say))
     newest = resumed[1].step
     step, held_out = world.on_main(lambda: exported_step(run_dir, config.train.keep_best, newest))
     policy = open_policy(config, inputs, world)
-    policy.load(run_dir.checkpoint(step))
+    load_checkpoint([policy], run_dir.checkpoint(step), world)
     models = export(run_dir, policy, inputs, config, held_out, world, terminal)
     terminal.say(f"model: {' and '.join(map(str, models))} (from {run_dir.checkpoint(step).name})")
     world.on_main(lambda: push_model(config, run_dir, terminal))

@@ -31,7 +31,12 @@ def checksum(file: Path) -> Checksum:
         while block := stream.read(BLOCK):
             digest.update(block)
             size += len(block)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
+    return as_checksum(size, digest.hexdigest())
+
+
+def as_checksum(size: int, xxh3: str) -> Checksum:
+    """Of a file of so many bytes, whose XXH3-128 digest is known."""
+    return {"bytes": size, "xxh3": xxh3}
 
 
 def checksums(folder: Path, files: Iterable[str] | None = None) -> Checksums:
@@ -46,18 +51,18 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, checksums(folder, (name for name in _files_below(folder) if name != CHECKSUMS)))
 
 
-def damage(folder: Path, marker: str = CHECKSUMS, files: Callable[[str], bool] = lambda name: True,
-           of: Callable[[Path], Checksum] | None = None) -> list[str]:
+def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1,
+           files: Callable[[str], bool] = lambda name: True, of: Callable[[Path], Checksum] = checksum) -> list[str]:
     """What is wrong with a folder whose file `marker` holds the checksums of the others, a phrase for each file that is
-    not as it was written; empty for a whole one. Further files are of no interest. files: whether one of this name is;
-    of: what knows a file's checksum."""
+    not as it was written; empty for a whole one. Further files are of no interest. part: of `parts` processes that
+    share the reading, this one. files: whether a file of this name is looked at. of: what knows a file's checksum."""
     try:
         expected = _read(folder / marker)
     except (OSError, ValueError) as error:
         return [f"{marker} cannot be read ({error})"]
+    mine = [name for name in expected if files(name)][part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: _damage(folder / name, name, expected[name], of or checksum),
-                         filter(files, expected))
+        found = pool.map(lambda name: _damage(folder / name, name, expected[name], of), mine)
         return [fault for fault in found if fault]
 
 

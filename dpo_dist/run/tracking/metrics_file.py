@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,6 +68,13 @@ def restore_rows(path: Path, copy: Path) -> str | None:
     rows = kept.count(b"\n")
     return (f"{path.name} was {'damaged' if was_there else 'missing'}: {rows} row{'s' * (rows != 1)} restored from "
             f"{copy.parent.name}")
+
+
+def restore_run(run_dir: RunDir, checkpoint: Path, say: Callable[[str], None]) -> None:
+    """Brings back what the checkpoint holds of the run's rows, where it is damaged or missing, and says so."""
+    for path in (run_dir.metrics, run_dir.samples, run_dir.guard):
+        if told := restore_rows(path, checkpoint / path.name):
+            say(told)
 
 
 def _is_row_until(line: bytes, step: int) -> bool:
