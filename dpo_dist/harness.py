@@ -33,7 +33,7 @@ def harness(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not (run_dir.model / "config.json").exists():
         raise UserError(f"run.dir={run_dir.path} holds no model/ to evaluate; train it, or run dpo-dist export")
     check_harness(wanted)
-    check_whole(run_dir.model, "run.dir's model", digests_folder(config.data))
+    check_whole(run_dir.model, "model", digests_folder(config.data))
     of = {"weights": model_digest(run_dir.model, digests_folder(config.data)), "tasks": list(wanted.tasks),
           "files": _texts(wanted.path), "arguments": list(wanted.arguments)}
     if (found_sealed(run_dir.harness_json) or {}).get("of") == of:

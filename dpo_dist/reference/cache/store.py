@@ -83,14 +83,14 @@ class LogpCache:
         sequences count as missing."""
         whole, damaged = [], 0
         for path in sorted(path for path in self.folder.glob("*.safetensors") if path.name not in known):
-            if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
-                whole.append(path.name)
-            else:
-                try:
-                    path.rename(path.with_suffix(".corrupt"))
-                except FileNotFoundError:                # another job found it damaged too
-                    pass
-                damaged += 1
+            try:
+                if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
+                    whole.append(path.name)
+                    continue
+                path.rename(path.with_suffix(".corrupt"))
+            except FileNotFoundError:                    # another job found it damaged too
+                pass
+            damaged += 1
         return whole, damaged
 
     def open_shards(self, names: Sequence[str]) -> None:
