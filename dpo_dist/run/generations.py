@@ -45,8 +45,8 @@ def write_generations(run_dir: RunDir, after: int | None = None) -> dict[str, An
     last = max(steps, default=0) if after is None else after
     if last not in steps:
         return None
-    found = {"before": figures(steps[min(steps)]), "after": figures(steps[last])}
-    write_json(run_dir.generations_json, sealed(found))
+    found = sealed({"before": figures(steps[min(steps)]), "after": figures(steps[last])})
+    write_json(run_dir.generations_json, found)
     return found
 
 
