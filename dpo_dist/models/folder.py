@@ -50,16 +50,16 @@ def settings_json(folder: Path) -> dict[str, Any]:
 
 
 def _as_written(folder: Path) -> Any:
+    written = settings_json(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        written = settings_json(folder)
+    except Exception as error:                           # of whatever kind: a damaged value may be of any type
         if "auto_map" in written:
             raise UserError(f"{folder}/config.json is a model with code of its own (auto_map), which is never run; "
                             f"transformers itself knows no model_type={written.get('model_type')}. Convert it to a "
                             "family that transformers has, or take a newer transformers") from error
         raise UserError(f"{folder}/config.json is not a model that transformers knows: "
-                        f"{str(error).splitlines()[0]}") from error
+                        f"{next(iter(str(error).splitlines()), type(error).__name__)}") from error
     if config.is_encoder_decoder:
         raise UserError(f"{folder} is an encoder-decoder ({config.model_type}); preferences are trained on causal "
                         "language models here: give one of those")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from conftest import write_rows, write_tiny_llama
 from damages import WAYS, cut, flip, garbage
 from written_run import write_run
 
@@ -21,7 +21,12 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
 from dpo_dist.dynamics.visits import Visits, read_visits, write_part
+from dpo_dist.export import are_whole
 from dpo_dist.launcher.status import status
+from dpo_dist.models.file_digests import settings_of
+from dpo_dist.models.folder import read_config, stored_tensors
+from dpo_dist.models.tokenizer import load_tokenizer
+from dpo_dist.models.whole import check_whole
 from dpo_dist.next.__main__ import main as next_main
 from dpo_dist.report.__main__ import main as report_main
 from dpo_dist.run.generations import samples_by_step, write_generations
@@ -30,9 +35,11 @@ from dpo_dist.run.provenance import check_same_run
 from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.run.tracking.metrics_file import keep_rows_until, restore_rows
 from dpo_dist.runtime import remember
+from dpo_dist.runtime.checksums import write_checksums
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.json_files import sealed
 from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.sizing.shape import read_shape
 from dpo_dist.verify.__main__ import main as verify_main
 
 # ------------------------------------------------------------------------------------------------------ the token cache
@@ -87,6 +94,48 @@ def test_processes_that_find_the_same_damage_at_once_all_get_whole_pairs(data: D
         assert [arrays(store) for store in prepare(data, None, None)] == whole
         assert [other.name for other in Path(data.cache_dir).iterdir() if other.name.startswith(folder.name)] == [
             folder.name]
+
+
+# ------------------------------------------------------------------------------------------------------ exported models
+
+
+def test_every_damage_to_a_file_of_an_export_is_told_with_key_file_and_remedy(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    (folder / "README.md").write_text("a card")
+    write_checksums(folder)
+    said: list[str] = []
+    check_whole(folder, "model.path")
+    assert are_whole([folder], said.append) and not said
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        whole = (folder / name).read_bytes()
+        for damages in WAYS:
+            damages(folder / name)
+            with pytest.raises(UserError, match=rf"model\.path=.*{name}.*[Ee]xport it again.*CHECKSUMS\.json"):
+                check_whole(folder, "model.path", tmp_path / "memory")
+            assert not are_whole([folder], said.append) and name in said.pop()
+            (folder / name).write_bytes(whole)
+    (folder / "README.md").write_text("another card")                    # which nobody reads
+    check_whole(folder, "model.path")
+    assert not are_whole([folder], said.append)
+    (folder / "CHECKSUMS.json").write_bytes(b"[")
+    assert not are_whole([folder], said.append) and not are_whole([tmp_path / "nowhere"], said.append)
+    (folder / "CHECKSUMS.json").unlink()
+    flip(folder / "config.json")
+    check_whole(folder, "model.path")                                    # changed on purpose
+
+
+def test_a_model_without_checksums_that_is_damaged_is_one_message(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    for name, read in (("config.json", read_config), ("config.json", settings_of), ("config.json", read_shape),
+                       ("model.safetensors", stored_tensors), ("tokenizer.json", load_tokenizer)):
+        whole = (folder / name).read_bytes() if (folder / name).exists() else b""
+        for content in (b"", b"\0" * 9, b"[]", b"{", whole[:len(whole) // 3], b"\xff" * 64, b"[" * 99_999,
+                        (9).to_bytes(8, "little") + b'{"a": {}}', (8).to_bytes(8, "little") + b'{"a": 1}'):
+            (folder / name).write_bytes(content)
+            with pytest.raises(UserError, match="again") as told:
+                read(folder)
+            assert "\n" not in str(told.value)
+        (folder / name).write_bytes(whole)
 
 
 # -------------------------------------------------------------------------------------------------------- a run's rows

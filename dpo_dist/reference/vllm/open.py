@@ -129,7 +129,7 @@ def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
                 return []
             raise UserError(f"reference.urls={given} was not there after {wait_seconds:g} s: it is to be a file with "
                             "one URL a line, or a list")
-        given = file.read_text().split()
+        given = file.read_text(errors="replace").split()
     urls = [url.rstrip("/").removesuffix("/v1") for url in given]
     for url in urls:
         if not re.match(r"https?://[^/]+", url):

@@ -50,8 +50,9 @@ class Mlflow:
         try:
             self._client = MlflowClient(tracking_uri=uri)
             self._id = self._resumed(run_dir) or self._new(config, t.experiment, run_dir)
-        except MlflowException as error:
-            raise UserError(f"tracking.uri={t.uri}: MLflow could not start ({str(error).splitlines()[0]}); give the "
+        except Exception as error:                       # its file store reads YAML, and raises what that raises
+            what = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"tracking.uri={t.uri}: MLflow could not start ({what}); give the "
                             "address of a server that can be reached, or tracking.uri=null for files in the run's "
                             "folder") from error
 
