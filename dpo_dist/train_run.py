@@ -31,6 +31,7 @@ from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.saver import Saver
 from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import Trackers, open_tracker
+from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime.best import is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -124,12 +125,11 @@ class Run:
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
 
     def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
-        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
-        of an earlier version left no such files."""
-        paths = [self.run_dir.evaluation(at) for at in (0, step)]
-        if not all(path.exists() for path in paths):
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where such
+        files are missing or damaged."""
+        before, now = (EvaluatedPairs.read(self.run_dir.evaluation(at)) for at in (0, step))
+        if before is None or now is None or len(before) != len(now):
             return []
-        before, now = map(EvaluatedPairs.read, paths)
         fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
         return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
                 if fall[i] < 0]
@@ -175,6 +175,7 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
         for part in checkpointed(policy, reference):
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
+        world.on_main(lambda: restore_run(run_dir, resumed[0], terminal.say))
     samples = Samples.of(config, inputs)
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
     guard = make_guard(config, run_dir, inputs, samples, done) if world.is_main else None

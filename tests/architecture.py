@@ -13,8 +13,8 @@ from pathlib import Path
 # From the ground up. A room may import rooms of lower floors, and its own; a room is a folder or a file of dpo_dist/.
 FLOORS = [
     ["config"],
-    ["types", "sizing", "runtime", "stats"],
-    ["losses", "logps", "judge"],
+    ["types", "runtime", "stats"],
+    ["sizing", "losses", "logps", "judge"],
     ["data", "models"],
     ["policy", "reference"],
     ["run", "dynamics"],
@@ -43,9 +43,10 @@ ONLY_IN = {
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
               "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.disk_faults",
-              "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.lock", "runtime.ports",
-              "runtime.preemption", "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember",
-              "runtime.run_dir", "runtime.shared_folders", "runtime.terminal", "runtime.without_torch")
+              "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.json_files",
+              "runtime.json_lines", "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch",
+              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
+              "runtime.shared_folders", "runtime.tables", "runtime.terminal", "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

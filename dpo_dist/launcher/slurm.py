@@ -1,7 +1,6 @@
 """cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch."""
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
@@ -209,8 +209,8 @@ def is_alive(job: str) -> bool:
 
 def recorded_jobs(run_dir: Path) -> dict[str, str]:
     """{stage: Slurm's id} as last submitted for this run."""
-    path = RunDir(run_dir).slurm_jobs
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = found_object(RunDir(run_dir).slurm_jobs) or {}
+    return {stage: job for stage, job in found.items() if isinstance(job, str)}
 
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ models/cost.py, and against the tensors that autograd really saves.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from dpo_dist.config.adapter import Adapter
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.config.schema import LoraConfig
+from dpo_dist.runtime.json_files import needed_object
 from dpo_dist.sizing.flops import Flops
 
 
@@ -191,11 +191,10 @@ def read_shape(folder: Path, adapter: Adapter | None = None) -> ModelShape:
     config.json."""
     if adapter is not None:
         return replace(read_shape(folder), adapter=adapter.elements, adapter_saves=adapter.modules_to_save)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
+    if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
-                        "has one") from error
+                        "has one")
+    config = needed_object(folder / "config.json", "copy the model again")
     shape = model_shape(config)
     more = stored_elements(folder) - shape.parameters
     if "text_config" in config:
