@@ -45,7 +45,7 @@ TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runti
               "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.ending", "runtime.files",
               "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
               "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders",
-              "runtime.terminal", "runtime.without_torch")
+              "runtime.terminal", "runtime.watchdog", "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 VAGUE = ("utils", "helpers", "common", "misc")
 

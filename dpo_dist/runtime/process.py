@@ -22,6 +22,7 @@ from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
 from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, Failure, RunDir
 from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.watchdog import watching
 from dpo_dist.runtime.world import World, lost_peer, own_node, own_rank
 
 Work = Callable[[RunConfig, World, Terminal], None]
@@ -96,7 +97,8 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
     if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
         raise UserError("the ranks were started with different overrides; give every node the same command")
     try:
-        work(config, world, terminal)
+        with watching(run_dir.rank_log(world.rank), config.cluster.timeout_seconds):
+            work(config, world, terminal)
     except Stopped as stopped:
         if world.is_main:
             run_dir.mark_preempted(str(stopped), stopped.signal)
