@@ -212,8 +212,9 @@ class _Outcome(Generic[T]):
             return _Outcome(error=error)
 
     def for_others(self, rank: int) -> _Outcome[T]:
-        """The same as other ranks are told it: of exceptions, only a user's mistake can be sent as it is."""
-        if self.error is None or isinstance(self.error, UserError):
+        """The same as other ranks are told it: of exceptions, only a user's mistake and a stop can be sent as they
+        are."""
+        if self.error is None or isinstance(self.error, UserError | preemption.Stopped):
             return self
         return _Outcome(error=RuntimeError(f"rank {rank} failed: {self.error!r}"))
 
