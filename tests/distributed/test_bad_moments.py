@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,25 +68,17 @@ def test_a_signal_while_a_file_of_the_model_is_read_ends_every_rank_at_once(tmp_
 
 
 class Silent:
-    """Makes a server's answers wait while it is `silent`; `asked` once one does."""
+    """Makes a server's answers wait from when `begins` is true; `asked` once one does."""
 
-    def __init__(self, server: LogProbServer):
-        self.may_answer, self.asked = threading.Event(), threading.Event()
-        self.may_answer.set()
+    def __init__(self, server: LogProbServer, begins: Callable[[], bool]):
+        self.begins, self.asked, self.ended = begins, threading.Event(), threading.Event()
         server.fault = self.fault
 
     def fault(self, n: int, answer: Answer) -> Answer:
-        if not self.may_answer.is_set():
+        if not self.ended.is_set() and self.begins():
             self.asked.set()
-            self.may_answer.wait()
+            self.ended.wait()
         return answer
-
-    def begins(self) -> None:
-        self.asked.clear()
-        self.may_answer.clear()
-
-    def ends(self) -> None:
-        self.may_answer.set()
 
 
 @pytest.fixture
@@ -100,28 +92,20 @@ def server(tmp_path: Path, words: list[str]) -> Iterator[LogProbServer]:
 
 def test_a_live_reference_that_is_silent_never_keeps_a_run_from_ending(tmp_path: Path, words: list[str],
                                                                        server: LogProbServer):
-    run, silent = tmp_path / "run", Silent(server)
-    go = lambda: start("train", *words, f"run.dir={run}")                  # noqa: E731
-
-    silent.begins()                                     # with the audit, before anything is computed
-    process = go()
-    wait_until(silent.asked.is_set, process)
-    os.kill(process.pid, signal.SIGTERM)
-    assert "no work that was under way is lost" in ended(process, run)
-    silent.ends()
-
-    for last in (2, 3):                                 # in a step, then in the evaluation after step 3
-        process = go()
-        wait_until(lambda: steps_logged(run) >= last - 1, process)         # noqa: B023
-        silent.begins()
+    run = tmp_path / "run"
+    # with the audit, before anything is computed; in a step; in the evaluation after step 3
+    for logged in (0, 1, 3):
+        silent = Silent(server, lambda logged=logged: steps_logged(run) >= logged)
+        process = start("train", *words, f"run.dir={run}")
         wait_until(silent.asked.is_set, process)
-        time.sleep(1)
-        os.kill(process_of_rank(1, run) if last == 2 else process.pid, signal.SIGTERM)       # one rank alone
+        time.sleep(0.5)
+        os.kill(process_of_rank(1, run) if logged == 1 else process.pid, signal.SIGTERM)     # one rank alone
         said = ended(process, run)
-        silent.ends()
-        (saved,) = (run / "checkpoints").iterdir()
-        assert saved.name == f"step-{steps_logged(run):06d}", said
-        assert "training was waiting for the reference" in said, said
+        silent.ended.set()
+        assert ("training was waiting for the reference" if logged else "no work that was under way is lost") in said
+        assert [folder.name for folder in run.glob("checkpoints/*")] == (
+            [f"step-{steps_logged(run):06d}"] if logged else []), said
+    assert "step 3 of 6 is saved" in said
     dpo_dist("train", *words, f"run.dir={run}")
     dpo_dist("train", *words, f"run.dir={tmp_path / 'straight'}")
     assert model_digest(run) == model_digest(tmp_path / "straight")
