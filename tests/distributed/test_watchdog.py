@@ -1,4 +1,4 @@
-"""A hung collective ends the job, whatever hangs: every rank's log says where it stood, and the message where to look."""
+"""A hung collective ends the job: every rank's log says where it stood, and the message where to look."""
 from __future__ import annotations
 
 import json
@@ -9,7 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import forked, kill, process_of_rank, start, steps_logged, train_on, wait_until, write_rows, write_tiny_llama
+from conftest import (
+    forked,
+    kill,
+    process_of_rank,
+    start,
+    steps_logged,
+    train_on,
+    wait_until,
+    write_rows,
+    write_tiny_llama,
+)
 
 from dpo_dist.launcher.ranks import Place
 from dpo_dist.runtime.ports import free_port

@@ -58,7 +58,8 @@ def client(*servers: LogProbServer | str, sequences: int = 64, timeout_seconds: 
            wait_seconds: float = 20) -> VllmReference:
     urls = [server if isinstance(server, str) else server.url for server in servers]
     name = next(server.name for server in servers if not isinstance(server, str))
-    return VllmReference(urls, name, 256, RequestsConfig(sequences, 2, timeout_seconds, wait_seconds), at_once=2, world=ALONE)
+    return VllmReference(urls, name, 256, RequestsConfig(sequences, 2, timeout_seconds, wait_seconds), at_once=2,
+                         world=ALONE)
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
