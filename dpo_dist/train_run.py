@@ -31,7 +31,7 @@ from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.saver import Saver
 from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import Trackers, open_tracker
-from dpo_dist.run.tracking.metrics_file import restore_run
+from dpo_dist.runtime import preemption
 from dpo_dist.runtime.best import is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -147,6 +147,17 @@ class Run:
         self.saver.save(checkpointed(self.policy, self.reference), state)
         self.timer.restart()
 
+    def evaluate_after_step(self, step: int, sums: MetricSums) -> None:
+        """Evaluates, and saves this step where it is the best so far; also where a signal ends the evaluation, which is
+        then made again. All ranks call it."""
+        try:
+            means = self.evaluate(step)
+        except preemption.Stopped as stopped:
+            self.save(step, sums)
+            self.tracker.finish({})
+            raise preemption.Stopped(stopped.signal, f"{self.kept(step)}, and {stopped.kept}") from stopped
+        self.save_if_best(step, means, sums)
+
     def kept(self, step: int) -> str:
         """What there is of this step, whose checkpoint was begun, once it is written. All ranks call it."""
         self.saver.wait()
@@ -175,7 +186,7 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
         for part in checkpointed(policy, reference):
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
-        world.on_main(lambda: restore_run(run_dir, resumed[0], terminal.say))
+    preemption.only_note()
     samples = Samples.of(config, inputs)
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
     guard = make_guard(config, run_dir, inputs, samples, done) if world.is_main else None
@@ -187,7 +198,9 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
     visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
     run = Run(config, run_dir, inputs, sampler, total, policy, reference,
               Trackers(tracker, guard) if guard else tracker, samples, saver, timer, visits, guard, world)
-    return replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
+    run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
+    world.heed_signals("its next step had not begun")
+    return run
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:

@@ -33,7 +33,7 @@ class ReferenceEngine(ABC):
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
-        waited for; else None. Called by the thread that packs the next step."""
+        waited for; else None. Called by the thread that packs the next step: what others compute may begin here."""
         return None
 
     def at_temperature(self, temperature: float) -> AbstractContextManager[None] | None:

@@ -5,11 +5,12 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import huggingface_hub.constants
 
@@ -18,11 +19,13 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.disk_faults import disk_fault
+from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.lock import hold_lock
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
 from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, Failure, RunDir
 from dpo_dist.runtime.terminal import Terminal
+from dpo_dist.runtime.watchdog import watching
 from dpo_dist.runtime.world import World, lost_peer, own_node, own_rank
 
 Work = Callable[[RunConfig, World, Terminal], None]
@@ -93,8 +96,20 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         logging.getLogger(__name__).error("%s", traceback.format_exc())
         if told := disk_fault(error, run_dir.path):
             return _fail(run_dir, terminal, told, 2)
-        what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
+        lost = lost_peer(error, config.cluster)
+        if lost and (number := run_dir.preempted_by()) is not None:         # the peer was told to end, and did so
+            return stop_now(config, terminal, signal.Signals(number))
+        what = lost or f"{type(error).__name__}: {error}"
         return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
+
+
+def stop_now(config: RunConfig, terminal: Terminal, number: signal.Signals) -> NoReturn:
+    """Ends this process, which was sent this signal before anything was done that could be lost. Peers that wait for it
+    find the marker."""
+    stopped = Stopped(number, "no work that was under way is lost")
+    RunDir(config.run_dir).mark_preempted(str(stopped), stopped.signal)
+    terminal.say(str(stopped))
+    exit_with(stopped.exit_code)
 
 
 def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, owns_run: bool) -> int:
@@ -103,7 +118,8 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
     if len(set(world.gather(json.dumps(to_dict(config), sort_keys=True)))) > 1:
         raise UserError("the ranks were started with different overrides; give every node the same command")
     try:
-        work(config, world, terminal)
+        with watching(run_dir.rank_log(world.rank), config.cluster.timeout_seconds):
+            work(config, world, terminal)
     except Stopped as stopped:
         if world.is_main:
             run_dir.mark_preempted(str(stopped), stopped.signal)

@@ -91,7 +91,7 @@ def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
     turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]
     at_once = max(1, requests.at_once * copies * len(urls) // sharing)
     return VllmReference(turned, name, min((n for n in longest if n is not None), default=None), requests, at_once,
-                         on_close=server.stop if server else lambda: None)
+                         world, on_close=server.stop if server else lambda: None)
 
 
 def served(config: RunConfig) -> VllmConfig:
