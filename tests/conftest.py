@@ -225,10 +225,10 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> list[str]:
-    """Overrides that keep a run small, in fp32, on the CPU, and inside tmp_path."""
+    """Overrides that keep a run small, in fp32, on the CPU, inside tmp_path, and failed once it has failed."""
     return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={tmp_path / 'tokens'}",
             f"reference.cache_dir={tmp_path / 'reference'}", "cluster.procs_per_node=1", "cluster.timeout_seconds=60",
-            "data.max_length=256"]
+            "cluster.max_restarts=0", "data.max_length=256"]
 
 
 def train_on(path: Path) -> str:

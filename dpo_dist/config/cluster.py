@@ -17,6 +17,7 @@ class ClusterConfig:
     procs_per_node: int | None = option(above=0)
     device: Literal["auto", "cpu", "cuda"] = option()
     timeout_seconds: int = option(above=0)
+    max_restarts: int = option()
     peak_tflops: float | None = option(above=0)
     environment: dict[str, str] | None = option()
     jobs_at_once: int | None = option(above=0)
@@ -26,6 +27,8 @@ class ClusterConfig:
 
     def check(self, server_nodes: int) -> None:
         """UserError for what contradicts itself. server_nodes: of the reference (ReferenceConfig.server_nodes)."""
+        if self.max_restarts < 0:
+            raise UserError(f"cluster.max_restarts={self.max_restarts} must be 0 (never) or greater")
         for name in self.environment or {}:
             if not name.startswith(NETWORK_VARIABLES):
                 raise UserError(f"cluster.environment.{name} is not a setting of the network between ranks (those "

@@ -86,8 +86,10 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
-        what = lost_peer(error, config.cluster) or f"{type(error).__name__}: {error}"
-        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
+        lost = lost_peer(error, config.cluster)
+        what = lost or f"{type(error).__name__}: {error}"
+        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1,
+                     lost is not None)
 
 
 def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, owns_run: bool) -> int:
@@ -109,10 +111,10 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
     return 0
 
 
-def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:
+def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int, lost: bool = False) -> int:
     logging.getLogger(__name__).error("%s", message)
     node, local_rank = own_node()
-    is_first = run_dir.mark_failed(Failure(message, code, own_rank(), node), first_only=True)
+    is_first = run_dir.mark_failed(Failure(message, code, own_rank(), node, lost), first_only=True)
     if is_first or (local_rank == 0 and not _node_has_spoken(run_dir, node)):
         terminal.error(f"error: {message}")
     return code

@@ -79,7 +79,7 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RUN_DIR=str(tmp_path / "run"),
                     PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     shown = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in shown
+    assert process.returncode != 0 and "ended by SIGTERM before the ranks of node 0 had begun" in shown
     assert not processes_on(tmp_path / "run")
 
 
@@ -105,7 +105,7 @@ time.sleep(600)
                     MASTER_ADDR="127.0.0.1", MODULE="heedless", RUN_DIR=str(tmp_path / "run"),
                     PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     shown = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT and "node 0: ended by INT at once" in shown
+    assert process.returncode == 128 + signal.SIGINT and "ended by SIGINT at once" in shown
     assert not processes_on(tmp_path / "run")
 
 
