@@ -72,6 +72,7 @@ class SlurmClusterConfig(ClusterConfig):
     """Stages as Slurm jobs."""
 
     name: Literal["slurm"] = option()
+    min_nodes: int | None = option(above=0)
     slurm: SlurmConfig = option()
 
     submits = True
@@ -79,6 +80,9 @@ class SlurmClusterConfig(ClusterConfig):
     def check(self, server_nodes: int) -> None:
         super().check(server_nodes)
         slurm = self.slurm
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise UserError(f"cluster.min_nodes={self.min_nodes} is more than cluster.nodes={self.nodes}; lower it, or "
+                            "set it to null")
         if self.procs_per_node is None:
             raise UserError("cluster.procs_per_node=null: from here the nodes' devices cannot be counted; set "
                             "cluster.procs_per_node=8, one a GPU")
