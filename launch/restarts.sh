@@ -29,5 +29,5 @@ again() {
 
 read_fault() {
     fault=
-    [ ! -e "$RUN_DIR/FAILED" ] || read -r fault < "$RUN_DIR/FAILED" || true
+    [ ! -e "$RUN_DIR/FAILED" ] || read -r -d '' fault < "$RUN_DIR/FAILED" || true
 }
