@@ -224,10 +224,11 @@ def world() -> Iterator[World]:
 
 
 def small_run(folder: Path) -> list[str]:
-    """Overrides that keep a run small, in fp32, on the CPU, and its caches inside the folder."""
+    """Overrides that keep a run small, in fp32, on the CPU, its caches inside the folder, and failed once it has
+    failed."""
     return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={folder / 'tokens'}",
             f"reference.cache_dir={folder / 'reference'}", "cluster.procs_per_node=1", "cluster.timeout_seconds=60",
-            "data.max_length=256"]
+            "cluster.max_restarts=0", "data.max_length=256"]
 
 
 @pytest.fixture

@@ -100,7 +100,8 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         if lost and (number := run_dir.preempted_by()) is not None:         # the peer was told to end, and did so
             return stop_now(config, terminal, signal.Signals(number))
         what = lost or f"{type(error).__name__}: {error}"
-        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1)
+        return _fail(run_dir, terminal, f"{what} (rank {own_rank()}, see {run_dir.rank_log(own_rank())})", 1,
+                     lost is not None)
 
 
 def stop_now(config: RunConfig, terminal: Terminal, number: signal.Signals) -> NoReturn:
@@ -132,10 +133,10 @@ def _work(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
     return 0
 
 
-def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int) -> int:
+def _fail(run_dir: RunDir, terminal: Terminal, message: str, code: int, lost: bool = False) -> int:
     logging.getLogger(__name__).error("%s", message)
     node, local_rank = own_node()
-    is_first = run_dir.mark_failed(Failure(message, code, own_rank(), node), first_only=True)
+    is_first = run_dir.mark_failed(Failure(message, code, own_rank(), node, lost), first_only=True)
     if is_first or (local_rank == 0 and not _node_has_spoken(run_dir, node)):
         terminal.error(f"error: {message}")
     return code

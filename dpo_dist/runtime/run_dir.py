@@ -24,6 +24,7 @@ class Failure:
     exit_code: int = 1
     rank: int = 0
     node: int = 0
+    lost_peer: bool = False              # another rank is gone, or does not answer: what it died of is not known here
 
 
 class RunDir:
