@@ -40,13 +40,15 @@ start_process = subprocess.Popen
 class ForkedProcess:
     """As subprocess.Popen of `python -m MODULE words`, as far as the launcher uses it."""
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any,
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any,
                  new_session: bool):
         self.args, self.returncode = words, None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            if stdin == subprocess.DEVNULL:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             _become(words, environment, stdout, stderr, new_session)
 
     def poll(self) -> int | None:
@@ -74,9 +76,10 @@ class ForkedProcess:
 def popen(command: Sequence[str], **how: Any) -> Any:
     """subprocess.Popen, but for the commands that are forked."""
     words = [os.fspath(word) for word in command] if not isinstance(command, str) else []
-    if words[:2] == [sys.executable, "-m"] and words[2] in FORKED and not {"cwd", "stdin", "preexec_fn"} & how.keys():
-        return ForkedProcess(words[2:], how.get("env") or os.environ, how.get("stdout"), how.get("stderr"),
-                             how.get("start_new_session", False))
+    if words[:2] == [sys.executable, "-m"] and words[2] in FORKED and not {"cwd", "preexec_fn"} & how.keys() \
+            and how.get("stdin") in (None, subprocess.DEVNULL):
+        return ForkedProcess(words[2:], how.get("env") or os.environ, how.get("stdin"), how.get("stdout"),
+                             how.get("stderr"), how.get("start_new_session", False))
     return start_process(command, **how)
 
 

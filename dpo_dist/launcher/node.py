@@ -87,7 +87,8 @@ def _first_of_slurm(environment: Mapping[str, str]) -> str:
     if not (nodelist := environment.get("SLURM_JOB_NODELIST")):
         raise UserError(f"MASTER_ADDR is not set; {remedy}")
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist],
+                               stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         raise UserError(f"MASTER_ADDR is not set, and scontrol cannot read SLURM_JOB_NODELIST={nodelist} ({reason}); "

@@ -42,7 +42,8 @@ def problems(config: RunConfig) -> Iterator[str]:
 def gpu_count() -> int:
     """GPUs that the driver can talk to."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        listed = subprocess.run(["nvidia-smi", "-L"],
+                                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return listed.stdout.count("GPU ") if listed.returncode == 0 else 0

@@ -78,7 +78,7 @@ class Ranks:
     def _start(self, local_rank: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         work, captured = self.work, os.environ.get("DPO_DIST_CAPTURE") != "0"
         return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.rank", work.module, *work.overrides],
-                                start_new_session=True, stdout=log if work.quiet else None,
+                                start_new_session=True, stdin=subprocess.DEVNULL, stdout=log if work.quiet else None,
                                 stderr=log if captured else None,
                                 env={**work.environment, **work.place.environment(local_rank)})
 

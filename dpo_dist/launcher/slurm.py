@@ -85,7 +85,7 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
             ids[job.name] = _sbatch(sbatch_command(job, ids))
         except UserError:
             if ids:
-                subprocess.run(["scancel", *ids.values()])
+                subprocess.run(["scancel", *ids.values()], stdin=subprocess.DEVNULL)
             raise
     return ids
 
@@ -106,7 +106,7 @@ def describe(jobs: Sequence[BatchJob]) -> str:
 
 def _sbatch(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError("cluster=slurm, but there is no sbatch on this machine; run it on a login node, or set "
                         "cluster=local") from error
@@ -190,7 +190,8 @@ def job_states(job: str) -> list[str]:
     """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here.
     UserError where Slurm does not answer, which says nothing of the job."""
     try:
-        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         return []
     if done.returncode == 0:

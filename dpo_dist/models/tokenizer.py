@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_dist.config.adapter import is_adapter
+from dpo_dist.config.errors import UserError
 from dpo_dist.models.hub import hub_folder
 from dpo_dist.models.resolve import SMALL, has_tokenizer, resolve
 
@@ -20,7 +21,15 @@ def tokenizer_folder(path: str, key: str, offline: bool) -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's folder, or None where there is none (token_ids data needs none)."""
+    """The tokenizer in a model's folder, or None where there is none (token_ids data needs none). UserError where it
+    comes with code of its own."""
     if not has_tokenizer(folder):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(f"the tokenizer in {folder} has code of its own (auto_map in tokenizer_config.json or "
+                        "config.json), which is never run; save it as one that transformers has (tokenizer.json), or "
+                        "take a newer transformers") from error

@@ -135,7 +135,7 @@ class Sweep:
             print(f"best by held-out {self._objective}: {chosen.job.name}\n  {command_of(chosen.job)}\n  its model: "
                   f"{chosen.job.run_dir}/model")
         has_report = subprocess.run([sys.executable, "-m", "dpo_dist.report", self._folder],
-                                    stdout=subprocess.DEVNULL).returncode == 0
+                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 0
         print(f"{self._folder}/{'report.html and ' * has_report}sweep.json hold{'' if has_report else 's'} all of it")
         return 1 if failed else 0
 
