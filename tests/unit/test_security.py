@@ -1,0 +1,197 @@
+"""What comes with a model or with data is read, and never run; what is secret is not written down."""
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import write_rows, write_text_and_image, write_tiny_llama
+from made_tokenizers import CHATML, bpe, config, make_tokenize
+from untrusted import AUTO_MAP, CODE, change_json, write_pickle, write_untrusted
+
+from dpo_dist.config.adapter import read_adapter
+from dpo_dist.config.errors import UserError
+from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.data import chat
+from dpo_dist.data.files import read_records
+from dpo_dist.data.templates import chat_templates
+from dpo_dist.models.folder import read_config, weight_files
+from dpo_dist.models.load import load_causal_lm
+from dpo_dist.models.resolve import resolve
+from dpo_dist.models.tokenizer import load_tokenizer
+from dpo_dist.models.workers import model_of, tokenizer_of
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that only code of the folder would make. Standard input says yes to whatever is asked."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 1000))
+    return tmp_path / "canary"
+
+
+# ---------------------------------------------------------------------------------------------- code in a model's folder
+
+
+def test_code_of_a_model_is_refused_whatever_stands_on_standard_input(tmp_path: Path, canary: Path):
+    folder = write_untrusted(tmp_path / "m", canary)
+    for load in (read_config, weight_and_model, model_of):
+        with pytest.raises((UserError, ValueError)):
+            load(folder)
+    with pytest.raises(UserError, match=r"code of its own \(auto_map\), which is never run"):
+        read_config(folder)
+    assert not canary.exists()
+
+
+def weight_and_model(folder: Path) -> None:
+    load_causal_lm(folder, torch.float32, "branch")
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_run(tmp_path: Path, canary: Path):
+    folder = write_untrusted(tmp_path / "m", canary, "llama", ("config.json", "generation_config.json"))
+    model = load_causal_lm(folder, torch.float32, "padded")
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=2)               # not that of custom_generate/
+    model_of(folder).generate(torch.tensor([[3, 4]]), max_new_tokens=2)
+    assert type(model).__module__.startswith("transformers.") and not canary.exists()
+
+
+def test_code_of_a_tokenizer_is_refused_whatever_stands_on_standard_input(tmp_path: Path, canary: Path):
+    folder = write_untrusted(tmp_path / "m", canary, named_in=("config.json", "tokenizer_config.json"))
+    with pytest.raises(UserError, match=r"the tokenizer in .* has code of its own .* never run"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError):
+        tokenizer_of(folder)
+    bpe().save_pretrained(folder)                                          # now transformers has one for it, too
+    change_json(folder / "tokenizer_config.json", auto_map=AUTO_MAP)
+    change_json(folder / "config.json", model_type="llama")
+    assert load_tokenizer(folder) is not None and not canary.exists()
+
+
+def test_code_of_a_processor_is_not_run(tmp_path: Path, canary: Path):
+    folder = write_text_and_image(tmp_path / "m")
+    (folder / "own.py").write_text(CODE.format(canary=str(canary)))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        change_json(folder / name, auto_map=AUTO_MAP)
+    load_causal_lm(folder, torch.float32, "padded")
+    assert not canary.exists()
+
+
+def test_code_of_an_adapters_base_is_refused(tmp_path: Path, canary: Path):
+    write_untrusted(tmp_path / "base", canary)
+    adapter = write_adapter(tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(UserError, match="never run"):
+        read_config(resolve(str(adapter), "reference.path", offline=True).base)
+    assert not canary.exists()
+
+
+def test_code_of_the_hub_for_attention_is_refused(tmp_path: Path):
+    folder = write_tiny_llama(tmp_path / "m")
+    change_json(folder / "config.json", attn_implementation="somebody/attention")
+    with pytest.raises(UserError, match=r"attention code of the hub \(attn_implementation=somebody/attention\)"):
+        read_config(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- pickles
+
+
+def write_adapter(folder: Path, base: Path) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4,
+        "target_modules": ["q_proj"]}))
+    save_file({f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"},
+              folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, canary: Path):
+    folder = write_tiny_llama(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    write_pickle(folder / "pytorch_model.bin", canary)
+    with pytest.raises(UserError, match=r"no \*\.safetensors, and pytorch_model\.bin is a pickle"):
+        weight_and_model(folder)
+    change_json(folder / "model.safetensors.index.json", weight_map={"lm_head.weight": "pytorch_model.bin"})
+    with pytest.raises(UserError, match=r"names pytorch_model\.bin, which is no safetensors file"):
+        weight_files(folder)
+    adapter = write_adapter(tmp_path / "adapter", folder)
+    (adapter / "adapter_model.safetensors").unlink()
+    write_pickle(adapter / "adapter_model.bin", canary)
+    with pytest.raises(UserError, match=r"a pickle \(adapter_model\.bin\), which may run code"):
+        read_adapter(adapter, "model.path")
+    assert not canary.exists()
+
+
+def test_pickled_rows_and_scripts_of_a_data_set_are_not_read(tmp_path: Path, canary: Path):
+    data = tmp_path / "data"
+    for name in ("rows.pkl", "rows.pt", "rows.npy"):
+        write_pickle(data / name, canary)
+        with pytest.raises(UserError, match="not a kind of file"):
+            list(read_records(DatasetConfig(str(data / name))))
+    (data / "data.py").write_text(CODE.format(canary=str(canary)))
+    with pytest.raises(UserError, match="a folder without data files"):
+        list(read_records(DatasetConfig(str(data))))
+    write_rows(data / "rows.jsonl", 3)
+    assert len(list(read_records(DatasetConfig(str(data))))) == 3 and not canary.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- templates
+
+ESCAPES = [
+    "{{ cycler.__init__.__globals__.os.popen('touch CANARY').read() }}",
+    "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__()[0] }}",
+    "{{ (''|attr('__class__')).__mro__[1].__subclasses__()[0] }}",
+    "{{ ('{0.__class__.__init__.__globals__[os]}'|attr('format'))(cycler).x }}",
+    "{{ raise_exception.__globals__['sys'].modules['os'].system('touch CANARY') }}",
+    "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch CANARY') }}",
+    "{{ messages.append({}) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import '/etc/passwd' as stolen %}",
+]
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_template_that_breaks_out_of_its_sandbox_is_refused(escape: str, canary: Path):
+    with pytest.raises(UserError, match=r"data\.chat_template .* cannot render one question"):
+        chat_templates(bpe(escape.replace("CANARY", str(canary)) + CHATML), None, {})
+    assert not canary.exists()
+
+
+def test_what_a_template_prints_of_pythons_inside_is_nothing(canary: Path):
+    shown = "{% set x = '{0.__class__.__init__.__globals__}'.format(cycler) %}{{ x }}"
+    with pytest.raises(UserError, match="cannot render"):
+        chat_templates(bpe(shown + CHATML), None, {})
+
+
+@pytest.mark.parametrize("endless", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x=3) %}{% for a in range(99999) %}{% set n.x = n.x * n.x %}{% endfor %}",
+])
+def test_a_template_without_an_end_is_ended(endless: str):
+    with mock.patch.object(chat, "RENDER_SECONDS", 0.3), pytest.raises(UserError, match=r"was not done after 0\.3 s"):
+        chat_templates(bpe(endless + CHATML), None, {})
+
+
+@pytest.mark.parametrize("greedy", ["{{ 'a' * 10 * 1000000000000000000 * 1000 }}", "{{ range(10000000) }}", "{{ 1 // 0 }}",
+                                    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
+def test_a_template_that_wants_too_much_is_refused_in_one_line(greedy: str):
+    with pytest.raises(UserError, match="cannot render one question"):
+        chat_templates(bpe(greedy + CHATML), None, {})
+
+
+def test_a_template_that_computes_a_power_is_refused_and_unpacked_arguments_are_not():
+    with pytest.raises(UserError, match=r"computes a power \(\*\*\)"):
+        chat_templates(bpe("{{ 10 ** 10 ** 10 }}" + CHATML), None, {})
+    assert chat_templates(bpe("{% set n = namespace(**{'a': 1}) %}" + CHATML), None, {}) is not None
+
+
+def test_the_clock_of_templates_leaves_an_alarm_of_others_alone():
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    assert make_tokenize(bpe(CHATML), config()) is not None
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
