@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -13,11 +15,14 @@ from made_tokenizers import CHATML, bpe, config, make_tokenize
 from untrusted import AUTO_MAP, CODE, change_json, write_pickle, write_untrusted
 
 from dpo_dist.config.adapter import read_adapter
+from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig
+from dpo_dist.config.secrets import refuse_secrets
 from dpo_dist.data import chat
 from dpo_dist.data.files import read_records
 from dpo_dist.data.templates import chat_templates
+from dpo_dist.judge.url import Url
 from dpo_dist.models.folder import read_config, weight_files
 from dpo_dist.models.load import load_causal_lm
 from dpo_dist.models.resolve import resolve
@@ -32,7 +37,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "canary"
 
 
-# ---------------------------------------------------------------------------------------------- code in a model's folder
+# --------------------------------------------------------------------------------------------- code in a model's folder
 
 
 def test_code_of_a_model_is_refused_whatever_stands_on_standard_input(tmp_path: Path, canary: Path):
@@ -93,7 +98,7 @@ def test_code_of_the_hub_for_attention_is_refused(tmp_path: Path):
         read_config(folder)
 
 
-# --------------------------------------------------------------------------------------------------------------- pickles
+# -------------------------------------------------------------------------------------------------------------- pickles
 
 
 def write_adapter(folder: Path, base: Path) -> Path:
@@ -138,7 +143,7 @@ def test_pickled_rows_and_scripts_of_a_data_set_are_not_read(tmp_path: Path, can
     assert len(list(read_records(DatasetConfig(str(data))))) == 3 and not canary.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- templates
+# ------------------------------------------------------------------------------------------------------------ templates
 
 ESCAPES = [
     "{{ cycler.__init__.__globals__.os.popen('touch CANARY').read() }}",
@@ -176,8 +181,8 @@ def test_a_template_without_an_end_is_ended(endless: str):
         chat_templates(bpe(endless + CHATML), None, {})
 
 
-@pytest.mark.parametrize("greedy", ["{{ 'a' * 10 * 1000000000000000000 * 1000 }}", "{{ range(10000000) }}", "{{ 1 // 0 }}",
-                                    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
+@pytest.mark.parametrize("greedy", ["{{ 'a' * 10 * 1000000000000000000 * 1000 }}", "{{ range(10000000) }}",
+                                    "{{ 1 // 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
 def test_a_template_that_wants_too_much_is_refused_in_one_line(greedy: str):
     with pytest.raises(UserError, match="cannot render one question"):
         chat_templates(bpe(greedy + CHATML), None, {})
@@ -195,3 +200,82 @@ def test_the_clock_of_templates_leaves_an_alarm_of_others_alone():
     before = signal.getsignal(signal.SIGALRM)
     assert make_tokenize(bpe(CHATML), config()) is not None
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- secrets
+
+SECRET = "Geheim5wort"
+TOKEN = "hf_" + "aB3" * 12
+GIVEN = [
+    (f"eval.judge.url=https://me:{SECRET}@judge.example/ask", "eval.judge.url", "DPO_DIST_JUDGE_TOKEN"),
+    (f"eval.judge.url=https://judge.example/ask?token={SECRET}", "eval.judge.url", "DPO_DIST_JUDGE_TOKEN"),
+    (f"eval.judge.url=https://{SECRET}@judge.example", "eval.judge.url", "DPO_DIST_JUDGE_TOKEN"),
+    (f"eval.judge.command=[python,judge.py,--api-key,{SECRET}]", "eval.judge.command", "from its environment"),
+    (f"reference.urls=[http://a:8000,'http://u:{SECRET}@b:8000']", "reference.urls", "VLLM_API_KEY"),
+    (f"reference.server='vllm serve --api-key {SECRET} --port {{port}}'", "reference.server", "VLLM_API_KEY"),
+    (f"tracking.uri=https://me:{SECRET}@mlflow.example", "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    (f"tracking.uri=postgresql://me:{SECRET}@db/mlflow", "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    (f"tracking.entity={'0123456789' * 4}", "tracking.entity", "WANDB_API_KEY"),
+    (f"model.path=https://me:{SECRET}@host/model", "model.path", "HF_TOKEN"),
+    (f"data.train=[{{path: 'https://host/rows.jsonl?api_key={SECRET}'}}]", "data.train", "HF_TOKEN"),
+    (f"export.push_to_hub={TOKEN}", "export.push_to_hub", "hf auth login"),
+    (f"run.dir=runs/{TOKEN}", "run.dir", "in the environment"),
+    (f"cluster.slurm.setup=['export WANDB_API_KEY={SECRET}']", "cluster.slurm.setup", "cat ~/.wandb_key"),
+    (f"nonsense.key=https://me:{SECRET}@host", "nonsense.key", "in the environment"),
+    (f"eval.judge.url=[[https://me:{SECRET}@host", "eval.judge.url", "DPO_DIST_JUDGE_TOKEN"),
+]
+
+
+@pytest.mark.parametrize("word, key, remedy", GIVEN)
+def test_a_secret_in_the_command_is_refused_by_its_key_and_not_repeated(word: str, key: str, remedy: str):
+    with pytest.raises(UserError) as refused:
+        compose(["model.path=m", "data.train=rows.jsonl", word])
+    told = str(refused.value)
+    assert told.startswith(f"{key} holds") or told.startswith(f"{key}[")
+    assert remedy in told and SECRET not in told and TOKEN not in told and "\n" not in told
+
+
+def test_a_secret_in_a_file_of_the_users_own_is_refused_too(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(f"eval:\n  judge:\n    url: https://me:{SECRET}@host\n  samples: 8\n")
+    with pytest.raises(UserError, match=r"^eval\.judge\.url holds an address with a login") as refused:
+        compose(["model.path=m", f"experiment={tmp_path / 'mine.yaml'}"])
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("eval.judge.url", "http://localhost:8000/judge?model=a&n=3"), ("tracking.uri", "postgresql://me@db/mlflow"),
+    ("model.path", "Qwen/Qwen2.5-7B-Instruct@" + "a" * 40), ("data.train[0].revision", "0123456789" * 4),
+    ("data.train[0].path", "hf://datasets/me@main/rows.jsonl"), ("data.chat_template", CHATML),
+    ("eval.harness.arguments", ["--gen_kwargs", "eos_token=x", "--apply_chat_template"]),
+    ("reference.server", "vllm serve --skip-tokenizer-init --max-tokens 5 --port {port}"),
+    ("cluster.slurm.setup", ["export WANDB_API_KEY=$(cat ~/.wandb_key)", 'export HF_TOKEN="$MY_TOKEN"']),
+])
+def test_what_only_resembles_a_secret_is_taken(key: str, value: object):
+    refuse_secrets(key, value)
+
+
+def test_a_judges_token_goes_to_the_judge_and_not_where_it_is_sent_on_to(monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append((self.path, self.headers.get("Authorization")))
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"[{}]")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("DPO_DIST_JUDGE_TOKEN", SECRET)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert list(Url(f"http://127.0.0.1:{server.server_port}/ask", "eval.judge.url", 10.0).ask([{"id": 0}])) == [{}]
+        server.shutdown()
+    assert seen == [("/ask", f"Bearer {SECRET}"), ("/elsewhere", None)]

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_dist.config.compose import choices, compose, conf_dir, explain, with_groups
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.objectives import OBJECTIVES
+from dpo_dist.config.secrets import refuse_secret_words
 from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.launcher.plan import quoted
 from dpo_dist.launcher.sweep.groups import (
@@ -39,6 +40,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
 
     dry_run: prints what would be submitted to Slurm for the sweeper's first jobs, and ends there.
     """
+    refuse_secret_words(words)
     words = [_sweep_choice(word) if key_of(word) == "sweep" else word for word in words]
     overrides = _parse(words)
     swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
