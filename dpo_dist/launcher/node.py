@@ -35,6 +35,7 @@ def main(overrides: Sequence[str]) -> int:
         config = compose(overrides)
         place = place_of(os.environ, config.cluster.procs_per_node or device_count(config.cluster))
         run_dir = RunDir(os.environ.get("RUN_DIR") or config.run_dir)
+        run_dir.make(config.run.readable_by)
         with receiving(*TO_END) as received:
             return _run(place, run_dir, overrides, received)
     except UserError as error:
@@ -43,7 +44,6 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int]) -> int:
-    run_dir.make()
     module = os.environ.get("MODULE") or "dpo_dist.train"
     log, pid = run_dir.node_log(place.node), run_dir.node_pid(place.node)
     pid.write_text(f"{os.getpid()}\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.runtime.run_dir import make_for
 
 FREE_GIB = 1.0
 NEEDED = ("torch", "deepspeed", "transformers")
@@ -28,7 +29,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"{found} GPUs answer, {wanted} are needed"
     run_dir = Path(config.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_for(run_dir, config.run.readable_by)
         with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".probe-") as probe:
             probe.write(b"written")
     except OSError as error:

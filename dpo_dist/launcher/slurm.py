@@ -49,6 +49,7 @@ def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if busy:
         raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
                         "with scancel")
+    RunDir(run_dir).make(config.run.readable_by)
     ids = submit_jobs(jobs)
     record(run_dir, ids)
     for stage, job in ids.items():
@@ -216,5 +217,4 @@ def recorded_jobs(run_dir: Path) -> dict[str, str]:
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:
     """Keeps {stage: Slurm's id} where `dpo-dist status` looks."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(RunDir(run_dir).slurm_jobs, dict(ids))

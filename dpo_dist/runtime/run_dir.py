@@ -10,6 +10,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_json
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
+MODES = {"owner": 0o700, "group": 0o750, "all": 0o755}           # {run.readable_by: of the run's folder}
 COMPLETE = "COMPLETE"                  # in a checkpoint's folder, written last
 
 
@@ -21,6 +22,18 @@ class Failure:
     exit_code: int = 1
     rank: int = 0
     node: int = 0
+
+
+def make_for(folder: Path, readable_by: str) -> None:
+    """Makes the folder, and those above it. Who may look into it (run.readable_by) is decided here for all that will be
+    in it; a folder that is there keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(MODES[readable_by])
+    except FileExistsError:
+        folder.mkdir(exist_ok=True)                    # raises where it is a file
+    else:
+        folder.chmod(MODES[readable_by])               # whatever the umask
 
 
 class RunDir:
@@ -62,10 +75,11 @@ class RunDir:
         self.slurm = path / "slurm"                    # batch scripts and their output
         self.slurm_jobs = path / "slurm.json"          # {stage: Slurm's id}
 
-    def make(self) -> None:
-        """Makes the folder, with that of its logs. UserError where that cannot be."""
+    def make(self, readable_by: str = "owner") -> None:
+        """Makes the folder, with that of its logs. UserError where that cannot be. readable_by: as run.readable_by."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            make_for(self.path, readable_by)
+            self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
                             "written") from error

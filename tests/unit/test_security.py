@@ -3,7 +3,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
@@ -28,6 +32,7 @@ from dpo_dist.models.load import load_causal_lm
 from dpo_dist.models.resolve import resolve
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.workers import model_of, tokenizer_of
+from dpo_dist.runtime.run_dir import RunDir
 
 
 @pytest.fixture
@@ -279,3 +284,59 @@ def test_a_judges_token_goes_to_the_judge_and_not_where_it_is_sent_on_to(monkeyp
         assert list(Url(f"http://127.0.0.1:{server.server_port}/ask", "eval.judge.url", 10.0).ask([{"id": 0}])) == [{}]
         server.shutdown()
     assert seen == [("/ask", f"Bearer {SECRET}"), ("/elsewhere", None)]
+
+
+# --------------------------------------------------------------------------------------------------------- run folders
+
+OTHERS_GROUP, NOBODY = 54321, 65534
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that everybody may enter, as pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(prefix="dpo-dist-public-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def may_read(file: Path, user: int, group: int) -> bool:
+    """Whether a person of that id and group can read the file."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(group)
+            os.setuid(user)
+            file.read_bytes()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may be somebody else")
+@pytest.mark.parametrize("readable_by, group_reads, others_read", [
+    ("owner", False, False), ("group", True, False), ("all", True, True)])
+def test_a_run_folder_is_readable_by_others_only_where_that_is_asked(readable_by: str, group_reads: bool,
+                                                                     others_read: bool, public: Path):
+    run_dir = RunDir(public / "runs" / "mine")
+    run_dir.make(compose(["model.path=m", f"run.readable_by={readable_by}"]).run.readable_by)
+    file = run_dir.logs / "rank-0.log"
+    file.write_text("what the model answered")
+    file.chmod(0o644)
+    os.chown(run_dir.path, 0, OTHERS_GROUP)
+    assert may_read(file, NOBODY, OTHERS_GROUP) is group_reads
+    assert may_read(file, NOBODY, NOBODY) is others_read
+
+
+def test_the_mode_of_a_folder_that_is_there_is_never_changed_and_the_umask_decides_nothing(tmp_path: Path):
+    (tmp_path / "old").mkdir(0o775)
+    (tmp_path / "old").chmod(0o775)
+    RunDir(tmp_path / "old").make()
+    before = os.umask(0o077)
+    try:
+        RunDir(tmp_path / "new").make("all")
+    finally:
+        os.umask(before)
+    assert [oct((tmp_path / name).stat().st_mode & 0o777) for name in ("old", "new")] == ["0o775", "0o755"]

@@ -33,6 +33,7 @@ from dpo_dist.launcher.sweep.groups import (
     sweep_folder,
 )
 from dpo_dist.launcher.sweep.results import Result, best, command_of, read_result, table, write_results
+from dpo_dist.runtime.run_dir import make_for
 
 
 def multirun(words: Sequence[str], dry_run: bool = False) -> int:
@@ -116,7 +117,7 @@ class Sweep:
             raise _Shown(launcher.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
         print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} "
               "to run", flush=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_for(self._folder, jobs[0].config.run.readable_by)
         why_not: dict[Path, str] = {}
         try:
             if missing:
