@@ -22,6 +22,7 @@ from dpo_dist.config.decode import decode
 from dpo_dist.config.errors import UserError, nearest
 from dpo_dist.config.loss_options import MIXTURE
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.secrets import refuse_secret_words
 
 
 def shipped(name: str) -> Path:
@@ -43,6 +44,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
     """The same before it is decoded, when keys may still contradict each other. Raises UserError for unknown ones."""
+    refuse_secret_words(overrides)
     try:
         return _to_plain(_compose(overrides))
     except (HydraException, OmegaConfBaseException) as error:

@@ -49,6 +49,7 @@ def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if busy:
         raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
                         "with scancel")
+    RunDir(run_dir).make(config.run.readable_by)
     ids = submit_jobs(jobs)
     record(run_dir, ids)
     for stage, job in ids.items():
@@ -85,7 +86,7 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
             ids[job.name] = _sbatch(sbatch_command(job, ids))
         except UserError:
             if ids:
-                subprocess.run(["scancel", *ids.values()])
+                subprocess.run(["scancel", *ids.values()], stdin=subprocess.DEVNULL)
             raise
     return ids
 
@@ -106,7 +107,7 @@ def describe(jobs: Sequence[BatchJob]) -> str:
 
 def _sbatch(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError("cluster=slurm, but there is no sbatch on this machine; run it on a login node, or set "
                         "cluster=local") from error
@@ -198,7 +199,8 @@ def job_states(job: str) -> list[str]:
     """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here.
     UserError where Slurm does not answer, which says nothing of the job."""
     try:
-        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         return []
     if done.returncode == 0:
@@ -223,5 +225,4 @@ def recorded_jobs(run_dir: Path) -> dict[str, str]:
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:
     """Keeps {stage: Slurm's id} where `dpo-dist status` looks."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(RunDir(run_dir).slurm_jobs, dict(ids))

@@ -31,7 +31,7 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
     try:
         config = compose(overrides)
         run_dir = RunDir(config.run_dir)
-        run_dir.make()
+        run_dir.make(config.run.readable_by)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

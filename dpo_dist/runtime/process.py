@@ -47,7 +47,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
     try:
         config = compose(overrides)
         run_dir = RunDir(config.run_dir)
-        lock = _prepare(run_dir, owns_run)                       # held until the process ends
+        lock = _prepare(run_dir, config.run.readable_by, owns_run)        # held until the process ends
     except UserError as error:
         if own_rank() == 0:                                      # every rank would say the same, and has no log yet
             print(f"error: {error}", file=sys.stderr)
@@ -71,10 +71,10 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
         del lock
 
 
-def _prepare(run_dir: RunDir, owns_run: bool) -> TextIO | None:
+def _prepare(run_dir: RunDir, readable_by: str, owns_run: bool) -> TextIO | None:
     """Makes the run's folder and removes the markers of an earlier start. The folder's lock, if this process takes it;
     None on the other ranks, and for work that does not own the run."""
-    run_dir.make()
+    run_dir.make(readable_by)
     try:
         lock = hold_lock(run_dir.path) if owns_run and own_rank() == 0 else None
     except (OSError, UserError) as error:

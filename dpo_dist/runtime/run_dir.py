@@ -12,6 +12,7 @@ from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_obj
 from dpo_dist.runtime.json_lines import json_lines
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
+MODES = {"owner": 0o700, "group": 0o750, "all": 0o755}           # {run.readable_by: of the run's folder}
 COMPLETE = "COMPLETE"                  # in a checkpoint's folder, written last
 WRITTEN_ANEW = "the command that trained the run writes it anew"
 
@@ -25,6 +26,18 @@ class Failure:
     rank: int = 0
     node: int = 0
     lost_peer: bool = False              # another rank is gone, or does not answer: what it died of is not known here
+
+
+def make_for(folder: Path, readable_by: str) -> None:
+    """Makes the folder, and those above it. Who may look into it (run.readable_by) is decided here for all that will be
+    in it; a folder that is there keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(MODES[readable_by])
+    except FileExistsError:
+        folder.mkdir(exist_ok=True)                    # raises where it is a file
+    else:
+        folder.chmod(MODES[readable_by])               # whatever the umask
 
 
 class RunDir:
@@ -66,10 +79,11 @@ class RunDir:
         self.slurm = path / "slurm"                    # batch scripts and their output
         self.slurm_jobs = path / "slurm.json"          # {stage: Slurm's id}
 
-    def make(self) -> None:
-        """Makes the folder, with that of its logs. UserError where that cannot be."""
+    def make(self, readable_by: str = "owner") -> None:
+        """Makes the folder, with that of its logs. UserError where that cannot be. readable_by: as run.readable_by."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            make_for(self.path, readable_by)
+            self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
                             "written") from error
