@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.words import quoted
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,6 @@ def _stage(name: str, config: RunConfig, names: Sequence[str], overrides: Sequen
         return Stage(name, kind.module, 1, 1, (*overrides, *own), after)
     return Stage(name, kind.module, config.cluster.nodes, config.cluster.procs_per_node or devices, tuple(overrides),
                  after, server_nodes=_server_nodes(name, config))
-
-
-def quoted(text: str) -> str:
-    """The text as the value of an override, whatever characters it has."""
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _server_nodes(name: str, config: RunConfig) -> int:
