@@ -34,7 +34,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The validated RunConfig of `key=value` overrides. Raises UserError, of one line, for anything a person can mend."""
+    """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend, on one line."""
     raw: dict[str, Any] = {}
     try:
         raw = composed(overrides)
@@ -163,7 +163,8 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(key, text) of each text in a plain config."""
     if isinstance(value, str):
         yield key, value
-    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    held = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for name, inner in held.items():
         yield from _leaves(inner, f"{key}.{name}".lstrip("."))
 
 

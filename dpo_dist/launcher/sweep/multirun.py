@@ -17,8 +17,8 @@ from hydra.core.override_parser.types import Override
 from dpo_dist.config.compose import choices, compose, conf_dir, parsed_for_sweep, with_groups
 from dpo_dist.config.errors import UserError, nearest, one_line
 from dpo_dist.config.objectives import OBJECTIVES
-from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.config.words import quoted
+from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.launcher.sweep.groups import (
     Job,
     check_comparable,
