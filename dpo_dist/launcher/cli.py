@@ -111,12 +111,10 @@ def _main(words: list[str]) -> int:
         return 0
     if verb == "show":
         os.execv(sys.executable, [sys.executable, "-m", "dpo_dist.show", *options, *rest])   # becomes the entry point
-    launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
-        from dpo_dist.sizing.report import sizing_lines
-
-        print("\n".join([_plan_text(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)]))
+        print(plan_text(rest, config))
         return 0
+    launch = plan_stages(verb, config, rest, device_count(config.cluster))
     return launcher_of(config).start(launch, config, dry_run)
 
 
@@ -159,7 +157,15 @@ def _run_dir(rest: list[str]) -> Path:
     return Path(rest[0].removeprefix("run.dir="))
 
 
-def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
+def plan_text(words: Sequence[str], config: RunConfig) -> str:
+    """What `dpo-dist plan` with these words says."""
+    from dpo_dist.sizing.report import sizing_lines
+
+    launch = plan_stages("run", config, words, device_count(config.cluster))
+    return "\n".join([_stages(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)])
+
+
+def _stages(launch: LaunchPlan, config: RunConfig) -> str:
     device = {"cpu": "CPU", "cuda": "GPU", "auto": "GPU, or CPU where there is none"}[config.cluster.device]
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
     commands = launcher_of(config).commands(launch, config)

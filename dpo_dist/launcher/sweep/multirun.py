@@ -50,7 +50,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     given = {o.get_key_element(): o.value() for o in overrides if not o.is_sweep_override()}
     folder = Path(str(given.get("run.dir")
                       or sweep_folder(words, [*swept, *([str(given["+sweep"])] if "+sweep" in given else [])])))
-    _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
+    compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
     # Hydra knows a user's own experiment file by another name
     as_written = dict(zip(with_groups(words), words, strict=True))
     sweep = Sweep(folder, tuple(given), dry_run, as_written)
@@ -175,7 +175,7 @@ def _sweep_choice(word: str) -> str:
     return f"+{word}"
 
 
-def _compose_each(overrides: Sequence[Override]) -> None:
+def compose_each(overrides: Sequence[Override]) -> None:
     """UserError for the first job of a grid that is wrong."""
     ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
