@@ -1,6 +1,7 @@
 """The command `dpo-dist VERB [key=value ...]`. Help is instant: no torch, and a verb imports only what it needs."""
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -58,11 +59,18 @@ rated responses gives several.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 on success, 2 for a user's mistake, else what the failed stage gave."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):         # whatever the locale and the names of files, it is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _main(words)
         sys.stdout.flush()
         return code
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
