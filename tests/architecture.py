@@ -36,8 +36,8 @@ ONLY_IN = {
     "bitsandbytes": {"policy.optimizers.adamw_8bit", "models.quantized"},
     "wandb": {"run.tracking.wandb"},
     "mlflow": {"run.tracking.mlflow"},
-    "hydra": {"config.compose", "launcher.sweep.multirun"},
-    "omegaconf": {"config.compose", "launcher.cli", "launcher.sweep.multirun"},
+    "hydra": {"config.compose", "config.overrides", "launcher.sweep.multirun"},
+    "omegaconf": {"config.compose", "config.overrides", "launcher.cli"},
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.

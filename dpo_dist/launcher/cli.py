@@ -1,6 +1,7 @@
 """The command `dpo-dist VERB [key=value ...]`. Help is instant: no torch, and a verb imports only what it needs."""
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -59,11 +60,18 @@ rated responses gives several.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 on success, 2 for a user's mistake, else what the failed stage gave."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):         # whatever the locale and the names of files, it is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _main(words)
         sys.stdout.flush()
         return code
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
@@ -117,12 +125,10 @@ def _main(words: list[str]) -> int:
         return 0
     if verb == "show":
         os.execv(sys.executable, [sys.executable, "-m", "dpo_dist.show", *options, *rest])   # becomes the entry point
-    launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
-        from dpo_dist.sizing.report import sizing_lines
-
-        print("\n".join([_plan_text(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)]))
+        print(plan_text(rest, config))
         return 0
+    launch = plan_stages(verb, config, rest, device_count(config.cluster))
     return launcher_of(config).start(launch, config, dry_run)
 
 
@@ -165,7 +171,15 @@ def _run_dir(rest: list[str]) -> Path:
     return Path(rest[0].removeprefix("run.dir="))
 
 
-def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
+def plan_text(words: Sequence[str], config: RunConfig) -> str:
+    """What `dpo-dist plan` with these words says."""
+    from dpo_dist.sizing.report import sizing_lines
+
+    launch = plan_stages("run", config, words, device_count(config.cluster))
+    return "\n".join([_stages(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)])
+
+
+def _stages(launch: LaunchPlan, config: RunConfig) -> str:
     device = {"cpu": "CPU", "cuda": "GPU", "auto": "GPU, or CPU where there is none"}[config.cluster.device]
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
     commands = launcher_of(config).commands(launch, config)
