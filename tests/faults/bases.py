@@ -72,7 +72,8 @@ def make_base(name: str, inputs: Path, folder: Path, work: Path) -> Base:
 
 def _in_the_middle(name: str, work: Path) -> bool:
     """Kills a run once its second checkpoint is whole; whether it was in time."""
-    process, marker = commands.start(words(name), work, {}), work / "run/checkpoints" / f"step-{MIDWAY_STEP:06d}/COMPLETE"
+    process = commands.start(words(name), work, {})
+    marker = work / "run/checkpoints" / f"step-{MIDWAY_STEP:06d}/COMPLETE"
     while not marker.exists() and process.poll() is None:
         time.sleep(0.002)
     commands.end(process, work)

@@ -6,12 +6,11 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from .bases import CONFIGURATIONS, Base, make_base, write_inputs
 from .kinds import KINDS
@@ -39,12 +38,13 @@ def drawn(trials: int, kinds: Sequence[str]) -> list[tuple[str, int]]:
     return order
 
 
-def run(trials: Sequence[tuple[str, int]], seed: int, lanes: int,
-        show: Callable[[Ended], None]) -> list[Ended]:
-    """Runs the trials, `lanes` at a time, and shows each as it ends. The folders are removed at the end."""
+def run(trials: Sequence[tuple[str, int]], seed: int, lanes: int, show: Callable[[Ended], None],
+        among: Sequence[str] = tuple(CONFIGURATIONS)) -> list[Ended]:
+    """Runs the trials, `lanes` at a time, each with one of these configurations, and shows each as it ends. The folders
+    are removed at the end."""
     root = Path(tempfile.mkdtemp(prefix="dpo-dist-faults-"))
     try:
-        names = sorted({configuration(kind, seed, number) for kind, number in trials})
+        names = sorted({configuration(kind, number, seed, among) for kind, number in trials})
         write_inputs(root / "inputs")
         with ThreadPoolExecutor(lanes) as pool:
             made = pool.map(lambda name: make_base(name, root / "inputs", root / "bases" / name, root / f"work-{name}"),
@@ -57,7 +57,7 @@ def run(trials: Sequence[tuple[str, int]], seed: int, lanes: int,
             def one(which: tuple[str, int]) -> Ended:
                 work = free.get()
                 try:
-                    ended = run_trial(*which, seed, bases, work)
+                    ended = run_trial(*which, seed, bases[configuration(*which, seed, among)], work)
                 finally:
                     free.put(work)
                 show(ended)
@@ -67,21 +67,20 @@ def run(trials: Sequence[tuple[str, int]], seed: int, lanes: int,
         shutil.rmtree(root, ignore_errors=True)
 
 
-def run_trial(kind: str, number: int, seed: int, bases: dict[str, Base], work: Path) -> Ended:
+def run_trial(kind: str, number: int, seed: int, base: Base, work: Path) -> Ended:
     began = time.monotonic()
-    trial = Trial(kind, seed, number, bases[configuration(kind, seed, number)], work,
-                  random.Random(f"{seed} {kind} {number}"))
+    trial = Trial(kind, seed, number, base, work, random.Random(f"{seed} {kind} {number}"))
     try:
         verdict = KINDS[kind].strike(trial)
     except Exception:
         verdict = Verdict(LOST, f"the campaign itself failed: {traceback.format_exc()[-1500:]}")
     finally:
-        trial.mend()
+        trial.end()
         shutil.rmtree(work, ignore_errors=True)
     return Ended(kind, number, verdict, trial.told, time.monotonic() - began)
 
 
-def configuration(kind: str, seed: int, number: int) -> str:
-    names = [name for name in CONFIGURATIONS if name in (KINDS[kind].bases or CONFIGURATIONS)]
+def configuration(kind: str, number: int, seed: int, among: Sequence[str]) -> str:
+    names = [name for name in among if name in (KINDS[kind].bases or CONFIGURATIONS)]
     draw = random.Random(f"{seed} {kind} {number} configuration")
     return draw.choices(names, [CONFIGURATIONS[name][1] for name in names])[0]

@@ -16,7 +16,8 @@ from conftest import REPO, forked_processes, kill, template
 
 LIMIT_SECONDS = 90.0             # an undisturbed run takes 4 on two quiet cores, and up to 20 beside others
 SECONDS_TO_LEAVE = 40.0          # for ranks whose launcher is gone: they save and end
-A_LIBRARYS = re.compile(r"^error: (\w+: )?[\w.]*(Error|Exception)\b: ")
+# a library's message, or none at all
+UNEXPLAINED = re.compile(r"^error: ((\w+: )?[\w.]*(Error|Exception)\b: |the \w+ stage ended with code 1; its logs)")
 RANK = b"dpo_dist.runtime.rank"
 one_at_a_time = Lock()
 
@@ -49,12 +50,12 @@ class Attempt:
 
     @property
     def stopped_cleanly(self) -> bool:
-        """It says why in one line of its own, which is not a library's message; or a signal ended it in good order."""
+        """It says why in one line of its own, which is no library's message; or a signal ended it in good order."""
         if self.traceback or self.hung:
             return False
         if self.code is not None and self.code > 128:
             return bool(self.terminal.strip())
-        return self.code in (1, 2) and len(self.errors) == 1 and not A_LIBRARYS.search(self.errors[0])
+        return self.code in (1, 2) and len(self.errors) == 1 and not UNEXPLAINED.search(self.errors[0])
 
     def said(self, *words: str) -> bool:
         return any(word in self.terminal for word in words)
@@ -92,19 +93,31 @@ def ranks_in(work: Path, rank: int | None = None) -> list[int]:
 
 def finish(process: Any, work: Path, began: float, limit: float = LIMIT_SECONDS) -> Attempt:
     """Once the command and all its ranks have ended, or were killed when their time was over."""
+    attempt = finish_beside(process, work, began, limit)
+    wait_until_gone(attempt, work)
+    return attempt
+
+
+def finish_beside(process: Any, work: Path, began: float, limit: float = LIMIT_SECONDS) -> Attempt:
+    """As `finish`, without a look at other processes there."""
     try:
-        out, err = process.communicate(max(0.1, began + limit - time.monotonic()))
-        code = process.returncode
+        out, err = process.communicate(timeout=max(0.1, began + limit - time.monotonic()))
+        return Attempt(process.returncode, out, err or "", time.monotonic() - began)
     except subprocess.TimeoutExpired:
         end(process, work)
-        out, err = process.communicate(10)
-        return Attempt(None, out, err, time.monotonic() - began)
+        out, err = process.communicate(timeout=10)
+        return Attempt(None, out, err or "", time.monotonic() - began)
+
+
+def wait_until_gone(attempt: Attempt, work: Path) -> None:
+    """Notes who has not gone in time, and kills them."""
     left, until = processes_in(work), time.monotonic() + SECONDS_TO_LEAVE
     while left and time.monotonic() < until:
         time.sleep(0.1)
         left = processes_in(work)
     kill(left)
-    return Attempt(code, out, err, time.monotonic() - began, left)
+    attempt.left = left
+    attempt.seconds += max(0.0, time.monotonic() - until + SECONDS_TO_LEAVE)
 
 
 def end(process: Any, work: Path) -> None:

@@ -51,7 +51,8 @@ class Results:
         missing, further = sorted(self.rows.keys() - other.rows.keys()), sorted(other.rows.keys() - self.rows.keys())
         found += [f"metrics without {missing}"] if missing else []
         found += [f"metrics with {further}"] if further else []
-        wrong = [key for key in self.rows if key in other.rows and _differ(self.rows[key], other.rows[key], to_rounding)]
+        wrong = [key for key, row in self.rows.items()
+                 if key in other.rows and _differ(row, other.rows[key], to_rounding)]
         return found + ([f"metrics differ at {wrong[:3]}"] if wrong else [])
 
 

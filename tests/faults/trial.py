@@ -26,6 +26,8 @@ class Trial:
     attempts: list[Attempt] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)      # takes the fault away, newest first
+    afterwards: list[Callable[[], None]] = field(default_factory=list)        # when it is judged
+    more: list[str] = field(default_factory=list)            # words in place of those of the same keys, or beside them
     to_rounding: bool = False                                # another number of ranks adds in another order
 
     @property
@@ -34,7 +36,13 @@ class Trial:
 
     @property
     def words(self) -> list[str]:
-        return bases.words(self.base.name)
+        return self.with_words()
+
+    def with_words(self, *more: str) -> list[str]:
+        """The command, with these words in place of those of the same keys."""
+        more = (*self.more, *more)
+        keys = {word.partition("=")[0] for word in more if "=" in word}
+        return [*(word for word in bases.words(self.base.name) if word.partition("=")[0] not in keys), *more]
 
     def tell(self, what: str) -> None:
         self.told.append(what)
@@ -47,7 +55,7 @@ class Trial:
         return state
 
     def start(self, *more: str) -> Any:
-        return commands.start([*self.words, *more], self.work, self.environment)
+        return commands.start(self.with_words(*more), self.work, self.environment)
 
     def again(self, *more: str, limit: float = commands.LIMIT_SECONDS) -> Attempt:
         """The command once more, to its end."""
@@ -57,6 +65,11 @@ class Trial:
     def note(self, attempt: Attempt) -> Attempt:
         self.attempts.append(attempt)
         return attempt
+
+    def end(self) -> None:
+        self.mend()
+        while self.afterwards:
+            self.afterwards.pop()()
 
     def mend(self) -> None:
         while self.undo:
