@@ -139,7 +139,7 @@ def _eval_command(config: RunConfig, world: World, terminal: Terminal) -> None:
     world.on_main(lambda: check_judge(config.eval.judge))
     if config.reference.mode == "ahead":                  # a mode of training: nothing else scores now
         config = replace(config, reference=replace(config.reference, mode="cached"))
-    config = without_auto(config, inputs, world, terminal)
+    config = without_auto(config, inputs, None, world, terminal)
     policy, reference = open_models(config, inputs, [inputs.eval], world, terminal)
     found = evaluate(config, inputs, policy, reference, world)
     means = found.means

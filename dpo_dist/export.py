@@ -21,7 +21,7 @@ from dpo_dist.models.quantized import is_scale
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.models.weights import write_shards
 from dpo_dist.policy import Policy
-from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.checkpoint import check_fits, load_checkpoint, resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.model_card import base_of, model_card
 from dpo_dist.run.open_models import open_policy, without_auto
@@ -166,16 +166,17 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     run_dir = RunDir(config.run_dir)
     world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
-    config = without_auto(config, inputs, world, terminal)
     world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
-    resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
+    resumed = resume_point(run_dir, world, terminal)
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
                         "overrides")
+    config = without_auto(config, inputs, resumed[1], world, terminal)
+    check_fits(resumed, config, world.size)
     newest = resumed[1].step
     step, held_out = world.on_main(lambda: exported_step(run_dir, config.train.keep_best, newest))
     policy = open_policy(config, inputs, world)
-    policy.load(run_dir.checkpoint(step))
+    load_checkpoint([policy], run_dir.checkpoint(step), world)
     models = export(run_dir, policy, inputs, config, held_out, world, terminal)
     terminal.say(f"model: {' and '.join(map(str, models))} (from {run_dir.checkpoint(step).name})")
     world.on_main(lambda: push_model(config, run_dir, terminal))

@@ -40,7 +40,7 @@ def score(config: RunConfig, world: World, terminal: Terminal) -> None:
         _score_ahead(config, world, terminal)
     else:
         inputs = read_inputs(config, world, terminal)
-        config = without_auto(config, inputs, world, terminal)           # adapter_off scores with the policy
+        config = without_auto(config, inputs, None, world, terminal)           # adapter_off scores with the policy
         _, counts = fill_cache(config, inputs, [inputs.train, inputs.eval], world, terminal)
         terminal.say(counts)
 

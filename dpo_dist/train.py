@@ -8,7 +8,7 @@ from functools import partial
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
-from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.run.checkpoint import check_fits, resume_point
 from dpo_dist.run.command import write_command
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
 from dpo_dist.run.guard_log import check_not_stopped
@@ -41,15 +41,16 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
-    config = without_auto(config, inputs, world, terminal)
-    tell_faster(config, inputs, world, terminal)
     run_dir = RunDir(config.run_dir)
     sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
     world.on_main(lambda: check_same_run(run_dir, config, lineage))
-    resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
+    resumed = resume_point(run_dir, world, terminal)
     done = resumed[1].step if resumed else 0
+    config = without_auto(config, inputs, resumed[1] if resumed else None, world, terminal)
+    check_fits(resumed, config, world.size)
+    tell_faster(config, inputs, world, terminal)
     exports = run_dir.exports(config.export.merged, config.export.adapter)
     if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
@@ -66,7 +67,8 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
-    with terminal.progress(total, done, "training") as bar, prefetched(run.batches, done + 1, total) as steps:
+    with (run.saver, terminal.progress(total, done, "training") as bar,
+          prefetched(run.batches, done + 1, total) as steps):
         log = StepLog(tracker, bar, world)
         for step, batches in steps:
             wait_for_reference(run, step, done, batches, sums, log)
@@ -84,7 +86,8 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
 
             row = None
             if run.is_due(config.train.log_every_steps, step):
-                row, sums = (sums, clock.interval()), MetricSums(config.loss, world.device)
+                row = sums, clock.interval(run.saver.told())
+                sums = MetricSums(config.loss, world.device)
             log.add(StepResults.of(step, lr, not_finite, grad_norm, row))
             asked = world.max(max(preemption.received(), timer.asks(), guard.asks() if guard else 0.0))
             signal = int(asked)                          # 0 where only the timer asks, or the guard
@@ -96,7 +99,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
                 run.save(step, sums)
             if signal:
                 tracker.finish({})
-                raise preemption.Stopped(signal, f"step {step} of {total} is saved")
+                raise preemption.Stopped(signal, run.kept(step))
             if evaluates:
                 run.save_if_best(step, run.evaluate(step), sums)
             if evaluates or asked == GUARD_ASKS:

@@ -10,6 +10,7 @@ from dpo_dist.evaluation.results import read_summaries
 from dpo_dist.evaluation.show import summary_lines
 from dpo_dist.export import export
 from dpo_dist.report.write import write_report
+from dpo_dist.run.checkpoint import load_checkpoint
 from dpo_dist.run.generations import show_generations, write_generations
 from dpo_dist.run.judging import judge_run
 from dpo_dist.run.push import push_model
@@ -43,7 +44,7 @@ def load_best(run: Run, terminal: Terminal) -> tuple[int, dict[str, float]]:
     metric = run.config.train.keep_best
     step, means = run.world.on_main(lambda: exported_step(run.run_dir, metric, run.total))
     if step != run.total:
-        run.policy.load(run.run_dir.checkpoint(step))
+        load_checkpoint([run.policy], run.run_dir.checkpoint(step), run.world)
     if metric:
         terminal.say(f"exported: step {step} of {run.total}, the best by held-out {metric}: {means[metric]:.4f}")
     return step, means

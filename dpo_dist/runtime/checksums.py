@@ -31,7 +31,12 @@ def checksum(file: Path) -> Checksum:
         while block := stream.read(BLOCK):
             digest.update(block)
             size += len(block)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
+    return as_checksum(size, digest.hexdigest())
+
+
+def as_checksum(size: int, xxh3: str) -> Checksum:
+    """Of a file of so many bytes, whose XXH3-128 digest is known."""
+    return {"bytes": size, "xxh3": xxh3}
 
 
 def checksums(folder: Path, files: Iterable[str] | None = None) -> Checksums:
@@ -46,15 +51,17 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, checksums(folder, (name for name in _files_below(folder) if name != CHECKSUMS)))
 
 
-def damage(folder: Path, marker: str = CHECKSUMS) -> list[str]:
+def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a folder whose file `marker` holds the checksums of the others, a phrase for each file that is
-    not as it was written; empty for a whole one. Further files are of no interest."""
+    not as it was written; empty for a whole one. Further files are of no interest. part: of `parts` processes that
+    share the reading, this one."""
     try:
         expected = _read(folder / marker)
     except (OSError, ValueError) as error:
         return [f"{marker} cannot be read ({error})"]
+    mine = list(expected.items())[part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _damage(folder / item[0], *item), expected.items())
+        found = pool.map(lambda item: _damage(folder / item[0], *item), mine)
         return [fault for fault in found if fault]
 
 

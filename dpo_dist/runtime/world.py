@@ -40,6 +40,8 @@ class Team:
 
     def gather(self, value: T) -> list[T]:
         """Every member's value, in order of rank, on every member."""
+        if self.size == 1:
+            return [value]
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, value, group=self.group)
         return out
@@ -179,6 +181,13 @@ class World:
         """This rank's team where the world is cut into teams of `size` consecutive ranks; `size` divides the world."""
         group, _ = dist.new_subgroups(size)
         return Team(self.rank % size, size, group)
+
+    def beside(self) -> Team:
+        """All ranks as a team whose collectives, over gloo, may go on in a thread beside those of the world. They wait
+        as long as a rank takes, and end with an error where one is gone. All ranks call it."""
+        if self.size == 1:
+            return Team(0, 1, None)
+        return Team(self.rank, self.size, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
