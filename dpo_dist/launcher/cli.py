@@ -69,18 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if (told := disk_fault(error, Path.cwd())) is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {disk_fault(error, Path.cwd()) or error}", file=sys.stderr)
         return 2
 
 
