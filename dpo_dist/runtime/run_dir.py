@@ -164,7 +164,7 @@ class RunDir:
     def failure(self) -> Failure | None:
         """What failed; None where nothing has, or where the marker is being written at this moment."""
         found = found_object(self.path / FAILED) or {}
-        kinds = {"message": str, "exit_code": int, "rank": int, "node": int}
+        kinds = {"message": str, "exit_code": int, "rank": int, "node": int, "lost_peer": bool}
         fits = found.keys() == kinds.keys() and all(isinstance(found[key], kind) for key, kind in kinds.items())
         return Failure(**found) if fits else None
 
