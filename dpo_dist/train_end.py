@@ -29,7 +29,7 @@ def finish(run: Run, terminal: Terminal) -> None:
     it would need the models loaded again. Killed in its midst, it has left the last checkpoint and no folder.
     """
     config, inputs, run_dir, world = run.config, run.inputs, run.run_dir, run.world
-    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train) or {}).get("counts"))
+    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train, terminal.say) or {}).get("counts"))
     exported, after = load_best(run, terminal)
     models = export(run_dir, run.policy, inputs, config, after, world, terminal)
     run.tracker.finish(after)
@@ -68,8 +68,9 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
             terminal.say("\n".join(summary_lines(summary)))
     if run.samples.prompts:
         show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
-        if run.world.is_main:
-            show_generations(terminal, write_generations(run.run_dir, exported))
+        found = write_generations(run.run_dir, exported) if run.world.is_main else None
+        if found is not None:
+            show_generations(terminal, found)
     for event in run.guard.events if run.guard else []:
         terminal.say(f"guard.on_{event['guard']} at step {event['step']}: see {run.run_dir.guard}")
     terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")

@@ -129,12 +129,11 @@ class Run:
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
 
     def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
-        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
-        of an earlier version left no such files."""
-        paths = [self.run_dir.evaluation(at) for at in (0, step)]
-        if not all(path.exists() for path in paths):
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where such
+        files are missing or damaged."""
+        before, now = (EvaluatedPairs.read(self.run_dir.evaluation(at)) for at in (0, step))
+        if before is None or now is None or len(before) != len(now):
             return []
-        before, now = map(EvaluatedPairs.read, paths)
         fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
         return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
                 if fall[i] < 0]
