@@ -76,7 +76,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
     with (run.saver, terminal.progress(total, done, "training") as bar,
-          prefetched(run.batches, done + 1, total) as steps):
+          prefetched(run.batches, done + 1, total) as steps, run.keeps_what_is_not_finite()):
         log = StepLog(tracker, bar, world)
         for step, batches in steps:
             wait_for_reference(run, step, done, batches, sums, log)

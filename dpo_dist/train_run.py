@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,11 +26,13 @@ from dpo_dist.run.generations import write_generations
 from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on, make_guard
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.not_finite import write_not_finite
 from dpo_dist.run.open_models import open_models, scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.saver import Saver
+from dpo_dist.run.step_results import NotFinite
 from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import Trackers, open_tracker
 from dpo_dist.runtime import preemption
@@ -157,6 +161,19 @@ class Run:
             self.tracker.finish({})
             raise preemption.Stopped(stopped.signal, f"{self.kept(step)}, and {stopped.kept}") from stopped
         self.save_if_best(step, means, sums)
+
+    @contextmanager
+    def keeps_what_is_not_finite(self) -> Iterator[None]:
+        """Inside, a step that is not finite leaves what reproduces it. All ranks are inside alike."""
+        try:
+            yield
+        except NotFinite as error:
+            self.saver.wait()
+            train = self.config.train
+            pair_ids = self.sampler.pairs_of_step(error.step, train.epochs, train.max_steps)
+            shown = write_not_finite(error, self.run_dir, self.config, self.inputs.train, pair_ids, self.visits,
+                                     self.world)
+            raise FloatingPointError(f"{error}: {shown}") from error
 
     def kept(self, step: int) -> str:
         """What there is of this step, whose checkpoint was begun, once it is written. All ranks call it."""

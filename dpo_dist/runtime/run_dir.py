@@ -99,6 +99,10 @@ class RunDir:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
 
+    def not_finite(self, step: int) -> Path:
+        """What reproduces a step whose loss or gradient was not finite."""
+        return self.path / "not-finite" / f"step-{step:06d}"
+
     def evaluation(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
 

@@ -85,16 +85,16 @@ class Silent:
 def server(tmp_path: Path, words: list[str]) -> Iterator[LogProbServer]:
     with LogProbServer(tmp_path / "m") as running:
         words += ["reference=vllm", "reference.mode=live", f"reference.urls=[{running.url}]",
-                  "reference.audit.pairs=4", "reference.requests.wait_seconds=50", "train.eval_every_steps=3",
-                  "train.max_steps=6", "zero=zero2", "train.log_every_steps=1"]
+                  "reference.audit.pairs=4", "reference.requests.wait_seconds=50", "train.eval_every_steps=5",
+                  "train.max_steps=7", "zero=zero2", "train.log_every_steps=1"]
         yield running
 
 
 def test_a_live_reference_that_is_silent_never_keeps_a_run_from_ending(tmp_path: Path, words: list[str],
                                                                        server: LogProbServer):
     run = tmp_path / "run"
-    # with the audit, before anything is computed; in a step; in the evaluation after step 3
-    for logged in (0, 1, 3):
+    # with the audit, before anything is computed; in a step; in the evaluation after step 5
+    for logged in (0, 1, 5):
         silent = Silent(server, lambda logged=logged: steps_logged(run) >= logged)
         process = start("train", *words, f"run.dir={run}")
         wait_until(silent.asked.is_set, process)
@@ -105,11 +105,11 @@ def test_a_live_reference_that_is_silent_never_keeps_a_run_from_ending(tmp_path:
         assert ("training was waiting for the reference" if logged else "no work that was under way is lost") in said
         assert [folder.name for folder in run.glob("checkpoints/*")] == (
             [f"step-{steps_logged(run):06d}"] if logged else []), said
-    assert "step 3 of 6 is saved" in said
+    assert "step 5 of 7 is saved" in said
     dpo_dist("train", *words, f"run.dir={run}")
     dpo_dist("train", *words, f"run.dir={tmp_path / 'straight'}")
     assert model_digest(run) == model_digest(tmp_path / "straight")
-    assert [row["step"] for row in metrics(run, "eval")] == [0, 3, 6]
+    assert [row["step"] for row in metrics(run, "eval")] == [0, 5, 7]
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
