@@ -127,7 +127,12 @@ def _ended_in(work: Work, received: Sequence[int]) -> int:
     if work.place.nodes == 1:
         return ended_early(received, f"in the {work.name} stage", work.run_dir)
     when = "at once" if _at_once(received) else f"before the ranks of node {work.place.node} had begun to work"
-    return ended_early(received, when, work.run_dir)
+    number = signal.Signals(received[0])
+    if number != signal.SIGTERM:
+        return ended_early(received, when, work.run_dir)
+    # perhaps only because another node failed: srun ends the rest so
+    print(f"ended by {number.name} {when}", file=sys.stderr, flush=True)
+    return 128 + number
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
@@ -150,9 +155,12 @@ def fault_of(ranks: Ranks) -> Fault:
     lines = tuple(ranks.stderr().splitlines())
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:                           # printed before there was a folder for a marker
-        return Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE)
-    message = f"the {ranks.work.name} stage ended with code {ranks.code}; its logs are in {run_dir.logs}"
-    return Fault(message, ranks.code, last_lines=lines[-TAIL_LINES:])
+        fault = Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE)
+    else:
+        message = f"the {ranks.work.name} stage ended with code {ranks.code}; its logs are in {run_dir.logs}"
+        fault = Fault(message, ranks.code, last_lines=lines[-TAIL_LINES:])
+    run_dir.mark_failed(Failure(fault.message, fault.code, ranks.failed_rank, place.node), first_only=True)
+    return fault
 
 
 def _tail(log: Path) -> tuple[str, ...]:
