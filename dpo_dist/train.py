@@ -27,7 +27,7 @@ from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.prefetch import prefetched
-from dpo_dist.runtime.process import run_entry
+from dpo_dist.runtime.process import run_entry, stop_now
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -38,7 +38,7 @@ from dpo_dist.train_run import Run, open_run
 
 def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[str] = ()) -> None:
     """Trains, evaluates and exports; goes on from the newest checkpoint. words: the overrides that were typed."""
-    preemption.listen()
+    preemption.listen(partial(stop_now, config, terminal))
     world.on_main(lambda: check_services(config))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
@@ -76,7 +76,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
     with (run.saver, terminal.progress(total, done, "training") as bar,
-          prefetched(run.batches, done + 1, total) as steps):
+          prefetched(run.batches, done + 1, total) as steps, run.keeps_what_is_not_finite()):
         log = StepLog(tracker, bar, world)
         for step, batches in steps:
             wait_for_reference(run, step, done, batches, sums, log)
@@ -109,7 +109,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
                 tracker.finish({})
                 raise preemption.Stopped(signal, run.kept(step))
             if evaluates:
-                run.save_if_best(step, run.evaluate(step), sums)
+                run.evaluate_after_step(step, sums)
             if evaluates or asked == GUARD_ASKS:
                 run.heed_guard(step, sums, terminal)
             clock.mark(None)                             # evaluation and saving are not training time

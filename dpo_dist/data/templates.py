@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, TemplateError
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.chat import RENDER_ERRORS, ChatTemplate
@@ -109,6 +111,9 @@ def chat_templates(tokenizer: Any, setting: str | None, variables: Mapping[str, 
 
 def _checked(template: ChatTemplate) -> ChatTemplate:
     """The template with what one question and its answer show of it."""
+    if _has_powers(template.text):                       # nothing ends 10 ** 10 ** 10 once it is begun
+        raise UserError(f"data.chat_template ({template.name}) computes a power (**), which no conversation needs; "
+                        "take it out")
     question = {"role": "user", "content": QUESTION}
     answers = [{"role": "assistant", "content": ANSWER}]
     # some templates suit no others: their generation prompts open <think>
@@ -141,6 +146,15 @@ def _checked(template: ChatTemplate) -> ChatTemplate:
     return replace(template, arguments_in_text=in_text, end_of_turn=end_of_turn, blank_tail=tail[len(tail.rstrip()):],
                    stops=("", "") if end_of_turn else _stops(template, (question, answers[0]), special),
                    frame=frame_of(template.tokenizer, prompt, whole, within, with_system, special))
+
+
+def _has_powers(text: str) -> bool:
+    """Whether ** stands between two values; after a bracket or a comma it unpacks arguments."""
+    try:
+        signs = [sign for _, kind, sign in Environment().lex(text) if kind != "whitespace"]
+    except TemplateError:                                # said when it is rendered
+        return False
+    return any(sign == "**" and before not in ("(", ",") for before, sign in pairwise(signs))
 
 
 def _has_boundary(prompt: str, whole: str) -> bool:

@@ -60,6 +60,10 @@ def _as_written(folder: Path) -> Any:
                             "family that transformers has, or take a newer transformers") from error
         raise UserError(f"{folder}/config.json is not a model that transformers knows: "
                         f"{next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    for part in {id(c): c for c in (config, text_config(config))}.values():
+        if "/" in str(name := getattr(part, "_attn_implementation", None)):
+            raise UserError(f"{folder}/config.json asks for attention code of the hub (attn_implementation={name}), "
+                            "which is never run; take that entry out")
     if config.is_encoder_decoder:
         raise UserError(f"{folder} is an encoder-decoder ({config.model_type}); preferences are trained on causal "
                         "language models here: give one of those")
@@ -113,11 +117,17 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.is_file():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        if others := [file.name for file in files if file.suffix != ".safetensors"]:
+            raise UserError(f"{index} names {others[0]}, which is no safetensors file; convert the weights "
+                            "(save_pretrained writes safetensors)")
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} files that "
                             f"{index.name} names); copy the model again")
         return files
-    raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
+    pickled = next((file.name for file in folder.glob("*.bin")), None)
+    raise UserError(f"{folder} holds no *.safetensors"
+                    + (f", and {pickled} is a pickle, which may run code and is never read" if pickled else "")
+                    + "; convert the weights (save_pretrained writes safetensors)")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -26,11 +26,15 @@ def tokenizer_folder(path: str, key: str, offline: bool) -> Path:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's folder, or None where there is none (token_ids data needs none). UserError where its
-    files are none that transformers can read."""
+    files are none that transformers can read, or come with code of their own."""
     if not has_tokenizer(folder):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:                           # the tokenizers' library raises nothing more special
+        if "trust_remote_code" in str(error):
+            raise UserError(f"the tokenizer in {folder} has code of its own (auto_map in tokenizer_config.json or "
+                            "config.json), which is never run; save it as one that transformers has (tokenizer.json), "
+                            "or take a newer transformers") from error
         what = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"the tokenizer in {folder} cannot be read ({what}); copy its files again") from error

@@ -73,7 +73,8 @@ def audit(config: RunConfig, key: ReferenceKey, dtype: torch.dtype, engines: Seq
           open_oracle: Callable[[], ReferenceEngine], data_sets: Sequence[PairStore], world: World,
           terminal: Terminal) -> None:
     """Compares each engine with the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be
-    sharded, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's values."""
+    sharded, and rank 0 asks the engines. The figures go to <run.dir>/parity.json, and beside the values of a cache.
+    """
     settings = _settings(config)
     sample = sample_pairs(data_sets, settings.pairs)
     oracle = open_oracle()
@@ -175,7 +176,8 @@ def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.d
                         f"{parity.oracle} ({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must "
                         f"hold the weights of reference.path={config.reference_path} in {key.dtype}, without prefix "
                         "caching and quantization; or raise the bound")
-    write_json(_beside_values(config, key), sealed(asdict(parity)))
+    if config.reference.mode != "live":                  # whose values no cache keeps
+        write_json(_beside_values(config, key), sealed(asdict(parity)))
 
 
 def _shown(bounds: dict[str, float], kind: str) -> str:

@@ -108,7 +108,8 @@ def _make(config: DataConfig, model: Path, job: Job, world: World, terminal: Ter
     temporary, own, began = job.temporary, job.of_ranks[world.rank], time.monotonic()
     assert temporary is not None
     with closing(_progress(config, job, terminal, world.is_main)) as bar:
-        signals = world.together(lambda: _run(own, temporary, lambda: next(bar, None)))
+        with preemption.noted():
+            signals = world.together(lambda: _run(own, temporary, lambda: next(bar, None)))
         next(bar, None)                                            # shows the rows of ranks that ended later
     if any(signals):
         raise Stopped(max(signals), "the pairs were not tokenized yet")

@@ -58,7 +58,7 @@ def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1,
     share the reading, this one. files: whether a file of this name is looked at. of: what knows a file's checksum."""
     try:
         expected = _read(folder / marker)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{marker} cannot be read ({error})"]
     mine = [name for name in expected if files(name)][part::parts]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -12,6 +12,7 @@ from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_obj
 from dpo_dist.runtime.json_lines import json_lines
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
+MODES = {"owner": 0o700, "group": 0o750, "all": 0o755}           # {run.readable_by: of the run's folder}
 COMPLETE = "COMPLETE"                  # in a checkpoint's folder, written last
 WRITTEN_ANEW = "the command that trained the run writes it anew"
 
@@ -24,6 +25,19 @@ class Failure:
     exit_code: int = 1
     rank: int = 0
     node: int = 0
+    lost_peer: bool = False              # another rank is gone, or does not answer: what it died of is not known here
+
+
+def make_for(folder: Path, readable_by: str) -> None:
+    """Makes the folder, and those above it. Who may look into it (run.readable_by) is decided here for all that will be
+    in it; a folder that is there keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(MODES[readable_by])
+    except FileExistsError:
+        folder.mkdir(exist_ok=True)                    # raises where it is a file
+    else:
+        folder.chmod(MODES[readable_by])               # whatever the umask
 
 
 class RunDir:
@@ -65,10 +79,11 @@ class RunDir:
         self.slurm = path / "slurm"                    # batch scripts and their output
         self.slurm_jobs = path / "slurm.json"          # {stage: Slurm's id}
 
-    def make(self) -> None:
-        """Makes the folder, with that of its logs. UserError where that cannot be."""
+    def make(self, readable_by: str = "owner") -> None:
+        """Makes the folder, with that of its logs. UserError where that cannot be. readable_by: as run.readable_by."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            make_for(self.path, readable_by)
+            self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
                             "written") from error
@@ -83,6 +98,10 @@ class RunDir:
     def checkpoints(self) -> list[Path]:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
+
+    def not_finite(self, step: int) -> Path:
+        """What reproduces a step whose loss or gradient was not finite."""
+        return self.path / "not-finite" / f"step-{step:06d}"
 
     def evaluation(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
@@ -149,17 +168,20 @@ class RunDir:
     def failure(self) -> Failure | None:
         """What failed; None where nothing has, or where the marker is being written at this moment."""
         found = found_object(self.path / FAILED) or {}
-        kinds = {"message": str, "exit_code": int, "rank": int, "node": int}
+        kinds = {"message": str, "exit_code": int, "rank": int, "node": int, "lost_peer": bool}
         fits = "message" in found and all(isinstance(value, kinds.get(key, ())) for key, value in found.items())
         return Failure(**found) if fits else None
 
     def mark_failed(self, failure: Failure, first_only: bool = False) -> bool:
-        """Writes the marker; whether it is this failure's now. With `first_only` another rank's marker stays."""
+        """Writes the marker, where the disk takes it; whether it is this failure's now. With `first_only` another
+        rank's marker stays."""
         try:
             with (self.path / FAILED).open("x" if first_only else "w") as file:
                 json.dump(vars(failure), file)
         except FileExistsError:
             return False
+        except OSError:                                  # a full disk, which may be the very failure
+            pass
         return True
 
     def state(self) -> str:

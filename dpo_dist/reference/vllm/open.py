@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.engines.vllm import VllmConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.secrets import refuse_secrets
 from dpo_dist.models.folder import read_config, tied_embeddings
 from dpo_dist.models.text import text_config
 from dpo_dist.reference.cache.store import ReferenceKey, described_keys
@@ -91,7 +92,7 @@ def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
     turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]
     at_once = max(1, requests.at_once * copies * len(urls) // sharing)
     return VllmReference(turned, name, min((n for n in longest if n is not None), default=None), requests, at_once,
-                         on_close=server.stop if server else lambda: None)
+                         world, on_close=server.stop if server else lambda: None)
 
 
 def served(config: RunConfig) -> VllmConfig:
@@ -131,6 +132,7 @@ def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
                             "one URL a line, or a list")
         given = file.read_text(errors="replace").split()
     urls = [url.rstrip("/").removesuffix("/v1") for url in given]
+    refuse_secrets("reference.urls", urls)               # those of a file, too
     for url in urls:
         if not re.match(r"https?://[^/]+", url):
             raise UserError(f"reference.urls holds '{url}', which is no URL; write it as http://host:8000")
