@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.types import PackedBatch
 
 if TYPE_CHECKING:                            # who only reads the cache does not wait for torch
     from torch import Tensor
+
+    from dpo_dist.runtime.tensor_file import TensorFile
 
 
 class ReferenceEngine(ABC):
