@@ -74,7 +74,7 @@ def files(random: Random, folder: Path) -> str:
 def _read(data: bytes, suffix: str, named: str, random: Random, folder: Path) -> str:
     path = folder / f"rows{suffix}"
     path.write_bytes(data)
-    dataset = DatasetConfig(str(path), random.choice([named, named, "auto", "auto", *ROWS]),
+    dataset = DatasetConfig(str(path), random.choice([named] * 4 + ["auto"] * 4 + [random.choice(list(ROWS))]),
                             columns=random.choice([None] * 8 + [{"prompt": "a"}, {"chosen": None}, {"weight": "tags"}]),
                             rows=random.choice([None] * 8 + [1, 2]), pairs_per_prompt=random.choice([None] * 8 + [1]))
     on_bad_row, ties = random.choice(["skip"] * 4 + ["error"]), random.choice(["drop", "keep"])
