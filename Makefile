@@ -45,9 +45,10 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(STAMP)  ## the whole test suite, JOBS files at a time
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
+check: $(STAMP)  ## ruff, mypy, advisories and licences, and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/advisories.py
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not distributed and not slurm"
 
 bench: $(STAMP)  ## a training step and tokenizing beside TRL's, memory, balance; results in benchmarks/results, tables in README.md

@@ -43,8 +43,8 @@ ONLY_IN = {
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
               "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.ending", "runtime.files",
-              "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
-              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders",
+              "runtime.hub_commits", "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch",
+              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders",
               "runtime.terminal", "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 # neither asks nor reads code: peft's own configuration, transformers' table of ways to quantize

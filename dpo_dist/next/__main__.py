@@ -20,6 +20,7 @@ from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.config.words import words_of
 from dpo_dist.next.options import HELP, MOST_DROPPED, Options
 from dpo_dist.runtime.files import write_atomic
+from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def run_of(run: RunDir) -> tuple[RunConfig, dict[str, Any]]:
     if not run.run_json.is_file():
         raise UserError(f"{run.path} holds no run: there is no {run.run_json.name}; give the run.dir of one, as in: "
                         "dpo-dist next runs/my-run")
+    pin(run.hub_commits())
     content = json.loads(run.run_json.read_text())
     return decode(content["config"]), content["passport"]
 

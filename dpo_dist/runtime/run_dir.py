@@ -98,6 +98,12 @@ class RunDir:
     def evaluation(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
 
+    def hub_commits(self) -> dict[str, str]:
+        """{hub name: commit} that the run began with; empty where it has none, or has not begun."""
+        found = _read(self.run_json) or {}
+        kept = found.get("passport", {}).get("hub", {})
+        return {str(name): str(commit) for name, commit in kept.items()}
+
     def holds(self, identity: dict[str, Any]) -> bool:
         """Whether the folder is of a run that trains just this (RunConfig.identity_dict)."""
         found = _read(self.run_json)
