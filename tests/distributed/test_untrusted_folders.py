@@ -34,8 +34,8 @@ def test_nothing_runs_code_beside_a_model_and_no_secret_of_the_environment_is_wr
     write_untrusted(tmp_path / "m", canary, "llama", ("config.json", "generation_config.json"))
     write_rows(tmp_path / "rows.jsonl", 8)
     words = [f"model.path={tmp_path / 'm'}", train_on(tmp_path / "rows.jsonl"), *base, "zero=none",
-             "data.eval_fraction=0.3", "train.max_steps=2", "train.save_every_steps=1", "train.pairs_per_step=2", "eval.samples=2",
-             "eval.max_new_tokens=4", "tracking=wandb", "tracking.mode=offline", f"run.dir={run_dir}"]
+             "data.eval_fraction=0.3", "train.max_steps=2", "train.save_every_steps=1", "train.pairs_per_step=2",
+             "eval.samples=2", "eval.max_new_tokens=4", "tracking=wandb", "tracking.mode=offline", f"run.dir={run_dir}"]
     process = forked("dpo_dist.launcher.cli", "run", *words, **SECRETS)
     out, err = process.communicate(180)
     assert process.wait() == 0, out + err
