@@ -51,9 +51,10 @@ faults: $(STAMP)  ## TRIALS faults of over 15 kinds done to real runs, drawn by 
 	$(BIN)/python -m tests.faults --trials $(TRIALS) --seed $(SEED) --out benchmarks/results/faults.json
 	$(BIN)/python benchmarks/tables.py
 
-check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
+check: $(STAMP)  ## ruff, mypy, advisories and licences, and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/advisories.py
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not distributed and not slurm"
 
 bench: $(STAMP)  ## a training step and tokenizing beside TRL's, memory, balance; results in benchmarks/results, tables in README.md

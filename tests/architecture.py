@@ -43,9 +43,9 @@ ONLY_IN = {
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
               "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.disk_faults",
-              "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.json_files",
-              "runtime.json_lines", "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch",
-              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
+              "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.hub_commits",
+              "runtime.json_files", "runtime.json_lines", "runtime.lock", "runtime.ports", "runtime.preemption",
+              "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
               "runtime.shared_folders", "runtime.tables", "runtime.terminal", "runtime.watchdog",
               "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")

@@ -20,6 +20,7 @@ from dpo_dist.config.words import words_of
 from dpo_dist.next.options import HELP, MOST_DROPPED, Options
 from dpo_dist.runtime.checksums import checksum
 from dpo_dist.runtime.files import write_atomic
+from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.json_files import found_sealed
 from dpo_dist.runtime.json_lines import whole_and_broken
 from dpo_dist.runtime.run_dir import RunDir
@@ -48,6 +49,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
 
 def run_of(run: RunDir) -> tuple[RunConfig, dict[str, Any]]:
     """(the run's config, its passport). UserError where the folder holds no run."""
+    pin(run.hub_commits())
     content = run.written("next")
     return decode(content["config"]), content["passport"]
 

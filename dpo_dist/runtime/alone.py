@@ -16,6 +16,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.disk_faults import disk_fault
+from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.run_dir import FAILED, PREEMPTED, Failure, RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -36,6 +37,7 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run_dir.clear(PREEMPTED, FAILED)
+    pin(run_dir.hub_commits())
     # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
     huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline

@@ -20,6 +20,7 @@ from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.disk_faults import disk_fault
 from dpo_dist.runtime.ending import exit_with
+from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.lock import hold_lock
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
@@ -52,6 +53,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
         if own_rank() == 0:                                      # every rank would say the same, and has no log yet
             print(f"error: {error}", file=sys.stderr)
         return 2
+    pin(run_dir.hub_commits())
     # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
     huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline

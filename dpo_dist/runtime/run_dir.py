@@ -106,6 +106,13 @@ class RunDir:
     def evaluation(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
 
+    def hub_commits(self) -> dict[str, str]:
+        """{hub name: commit} that the run began with; empty where it has none, or has not begun."""
+        found = found_object(self.run_json) or {}
+        passport = found.get("passport")
+        kept = passport.get("hub") if isinstance(passport, dict) else None
+        return {str(name): str(commit) for name, commit in kept.items()} if isinstance(kept, dict) else {}
+
     def holds(self, identity: dict[str, Any]) -> bool:
         """Whether the folder is of a run that trains just this (RunConfig.identity_dict)."""
         found = found_object(self.run_json)

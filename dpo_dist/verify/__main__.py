@@ -12,6 +12,7 @@ from typing import TextIO
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.prepare import digests_folder
 from dpo_dist.run.provenance.kept import Kept
+from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.run_dir import WRITTEN_ANEW, RunDir
 from dpo_dist.verify.configuration import check_config, check_kept, config_of, read_run
 from dpo_dist.verify.finding import Finding, lines
@@ -45,7 +46,9 @@ def main(words: Sequence[str], out: TextIO) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"                   # read when Hugging Face's libraries are imported
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found = verify(RunDir(options.run.removeprefix("run.dir=")), options.pairs, options.quick)
+            run_dir = RunDir(options.run.removeprefix("run.dir="))
+            pin(run_dir.hub_commits())
+            found = verify(run_dir, options.pairs, options.quick)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from dpo_dist.run.provenance.kept import Kept, rows_of
 from dpo_dist.run.provenance.made_by import GIB, Machine, code, code_files, hardware, this_machine, versions
 from dpo_dist.run.provenance.parent import parent_of
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.hub_commits import commits
 from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_object, parsed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World, own_node
@@ -113,7 +114,17 @@ def _identity_of_checkpoints(run_dir: RunDir) -> str | None:
 def write_provenance(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str, Any], world: World) -> None:
     """Writes run.json, and beside it what names a change. All ranks call it; rank 0 reads and writes."""
     machines = world.gather(_machine(world))
+    _check_one_commit(world)
     world.on_main(lambda: _write(run_dir, config, inputs, lineage, machines))
+
+
+def _check_one_commit(world: World) -> None:
+    """UserError where ranks took another commit under one name: a branch of the hub moved between them."""
+    of_all = world.gather(commits())
+    for name, commit in ((name, commit) for own in of_all for name, commit in own.items()):
+        if any(own.get(name, commit) != commit for own in of_all):
+            raise UserError(f"'{name}' moved on the hub while this run began, and its ranks have different commits of "
+                            "it; start it again")
 
 
 def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str, Any],
@@ -135,6 +146,7 @@ def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str
         "hardware": hardware(machines),
         "cache": {"tokens": inputs.train.path.parent.name, "reference": lineage["reference_key"]},
         "parent": parent_of(config.model.path),
+        "hub": commits(),
     }
     passport["earlier"] = earlier_starts(run_dir, passport)
     kept.write(run_dir)
