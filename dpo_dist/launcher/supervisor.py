@@ -33,12 +33,12 @@ def run(work: Work, received: Sequence[int], companions: Sequence[Work] = (), ma
             return 0
         if received and _ended_by(received, ranks):
             return _ended_in(work, received)
-        fault = lost or fault_of(ranks)
-        again = None if received else restarts.next(fault)
+        fault = fault_of(ranks)
+        again = None if received else restarts.next(lost or fault)
         if again is None:
             print("\n".join([*fault.last_lines, f"error: {fault.message}"]), file=sys.stderr, flush=True)
             return fault.code
-        print(f"{fault.message}; {again}", file=sys.stderr, flush=True)
+        print(f"{(lost or fault).message}; {again}", file=sys.stderr, flush=True)
 
 
 def _run_once(work: Work, received: Sequence[int], companions: Sequence[Work]) -> tuple[Ranks, Fault | None]:
@@ -95,11 +95,12 @@ def _mark_ended(companion: Ranks) -> Fault | None:
     run_dir = companion.work.run_dir
     if run_dir.is_done:
         return None
-    if run_dir.failure() is None:
-        run_dir.mark_failed(Failure(f"the {companion.work.name} stage ended with code {companion.code}; its logs are "
-                                    f"in {run_dir.logs}", 1))
-    fault = fault_of(companion)
-    return None if fault.code == USERS_MISTAKE else fault
+    failure = run_dir.failure()
+    if failure is None:
+        failure = Failure(f"the {companion.work.name} stage ended with code {companion.code}; its logs are in "
+                          f"{run_dir.logs}", 1, lost_peer=companion.code < 0)
+        run_dir.mark_failed(failure)
+    return None if failure.exit_code == USERS_MISTAKE else Fault(failure.message, 1, not failure.lost_peer)
 
 
 def _ended_by(received: Sequence[int], ranks: Ranks) -> bool:
