@@ -215,6 +215,10 @@ class Template:
             assert self._process.poll() is None, "the template did not start"
             select.select([], [], [], 0.05)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def start(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path) -> Started:
         """A module, a file (*.py) or `-c CODE` with its arguments, as a process that leads a session of its own."""
         self._count += 1

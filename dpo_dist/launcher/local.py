@@ -42,6 +42,7 @@ def _visible_devices() -> list[str]:
 def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if dry_run:
         raise UserError(NOTHING_SUBMITTED)
+    RunDir(launch.run_dir).make(config.run.readable_by)
     return run_stages(launch, config.cluster.max_restarts)
 
 

@@ -37,6 +37,7 @@ def main(overrides: Sequence[str]) -> int:
         config = compose(overrides)
         place = place_of(os.environ, config.cluster.procs_per_node or device_count(config.cluster))
         run_dir = RunDir(os.environ.get("RUN_DIR") or config.run_dir)
+        run_dir.make(config.run.readable_by)
         max_restarts = read(os.environ, "MAX_RESTARTS", default=config.cluster.max_restarts, least=0)
         with receiving(*TO_END) as received:
             return _run(place, run_dir, overrides, received, max_restarts if place.nodes == 1 else 0)
@@ -46,7 +47,6 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int], max_restarts: int) -> int:
-    run_dir.make()
     module = os.environ.get("MODULE") or "dpo_dist.train"
     log, pid = run_dir.node_log(place.node), run_dir.node_pid(place.node)
     pid.write_text(f"{os.getpid()}\n")
@@ -92,7 +92,8 @@ def _first_of_slurm(environment: Mapping[str, str]) -> str:
     if not (nodelist := environment.get("SLURM_JOB_NODELIST")):
         raise UserError(f"MASTER_ADDR is not set; {remedy}")
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist],
+                               stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         raise UserError(f"MASTER_ADDR is not set, and scontrol cannot read SLURM_JOB_NODELIST={nodelist} ({reason}); "

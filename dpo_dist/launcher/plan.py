@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.words import quoted
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,6 @@ def _stage(name: str, config: RunConfig, names: Sequence[str], overrides: Sequen
 def _one_node(config: RunConfig) -> list[str]:
     """The overrides of a stage that takes one, whatever the run takes."""
     return ["cluster.nodes=1", *(["cluster.min_nodes=null"] if config.cluster.submits else [])]
-
-
-def quoted(text: str) -> str:
-    """The text as the value of an override, whatever characters it has."""
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _server_nodes(name: str, config: RunConfig) -> int:

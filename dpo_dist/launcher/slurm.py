@@ -1,7 +1,6 @@
 """cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch."""
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
@@ -49,6 +49,7 @@ def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if busy:
         raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
                         "with scancel")
+    RunDir(run_dir).make(config.run.readable_by)
     ids = submit_jobs(jobs)
     record(run_dir, ids)
     for stage, job in ids.items():
@@ -85,7 +86,7 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
             ids[job.name] = _sbatch(sbatch_command(job, ids))
         except UserError:
             if ids:
-                subprocess.run(["scancel", *ids.values()])
+                subprocess.run(["scancel", *ids.values()], stdin=subprocess.DEVNULL)
             raise
     return ids
 
@@ -106,7 +107,7 @@ def describe(jobs: Sequence[BatchJob]) -> str:
 
 def _sbatch(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError("cluster=slurm, but there is no sbatch on this machine; run it on a login node, or set "
                         "cluster=local") from error
@@ -198,7 +199,8 @@ def job_states(job: str) -> list[str]:
     """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here.
     UserError where Slurm does not answer, which says nothing of the job."""
     try:
-        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         return []
     if done.returncode == 0:
@@ -217,11 +219,10 @@ def is_alive(job: str) -> bool:
 
 def recorded_jobs(run_dir: Path) -> dict[str, str]:
     """{stage: Slurm's id} as last submitted for this run."""
-    path = RunDir(run_dir).slurm_jobs
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = found_object(RunDir(run_dir).slurm_jobs) or {}
+    return {stage: job for stage, job in found.items() if isinstance(job, str)}
 
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:
     """Keeps {stage: Slurm's id} where `dpo-dist status` looks."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(RunDir(run_dir).slurm_jobs, dict(ids))

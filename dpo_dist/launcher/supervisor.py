@@ -15,6 +15,9 @@ from dpo_dist.launcher.restarts import USERS_MISTAKE, Fault, Restarts
 from dpo_dist.runtime.run_dir import FAILED, Failure, RunDir
 
 TAIL_LINES = 20
+# of signals that end a rank
+WHY = {signal.SIGKILL: " (by the system, where memory ran out)",
+       signal.SIGABRT: " (as NCCL does it where a collective waits longer than cluster.timeout_seconds)"}
 
 
 def run(work: Work, received: Sequence[int], companions: Sequence[Work] = (), max_restarts: int = 0) -> int:
@@ -142,7 +145,7 @@ def fault_of(ranks: Ranks) -> Fault:
     rank_log = run_dir.rank_log(ranks.failed_rank)
     if ranks.code < 0:                   # a signal ended it, so others can only report a lost peer
         number = signal.Signals(-ranks.code)
-        why = " (by the system, where memory ran out)" if number == signal.SIGKILL else ""
+        why = WHY.get(number, "")
         message = f"rank {ranks.failed_rank} was ended by {number.name}{why}"
         run_dir.mark_failed(Failure(message, 1, ranks.failed_rank, place.node))
         return Fault(f"{message}; its log is {rank_log}", 1, last_lines=_tail(rank_log))
