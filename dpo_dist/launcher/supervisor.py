@@ -149,18 +149,19 @@ def fault_of(ranks: Ranks) -> Fault:
         message = f"rank {ranks.failed_rank} was ended by {number.name}{why}"
         run_dir.mark_failed(Failure(message, 1, ranks.failed_rank, place.node))
         return Fault(f"{message}; its log is {rank_log}", 1, last_lines=_tail(rank_log))
-    failure = run_dir.failure()
-    if failure is not None and failure.node == place.node:
-        lines = _tail(run_dir.rank_log(failure.rank)) if failure.exit_code == 1 else ()
-        return Fault(failure.message, failure.exit_code, not failure.lost_peer, lines)
+    found = run_dir.failure()
+    if found is not None and found.node == place.node:
+        lines = _tail(run_dir.rank_log(found.rank)) if found.exit_code == 1 else ()
+        return Fault(found.message, found.exit_code, not found.lost_peer, lines)
     lines = tuple(ranks.stderr().splitlines())
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:                           # printed before there was a folder for a marker
-        fault = Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE)
+        fault = Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE, own=True)
     else:
         message = f"the {ranks.work.name} stage ended with code {ranks.code}; its logs are in {run_dir.logs}"
         fault = Fault(message, ranks.code, last_lines=lines[-TAIL_LINES:])
-    run_dir.mark_failed(Failure(fault.message, fault.code, ranks.failed_rank, place.node), first_only=True)
+    failure = Failure(fault.message, fault.code, ranks.failed_rank, place.node, lost_peer=not fault.own)
+    run_dir.mark_failed(failure, first_only=True)
     return fault
 
 
