@@ -42,8 +42,7 @@ def margins(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
     if not any(Path(config.reference.cache_dir).glob("*/*.safetensors")):
         return [], NOT_SCORED
     done = subprocess.run([sys.executable, "-m", "dpo_dist.audit.margins", str(store)],
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          input=json.dumps(to_dict(config)))
+                          capture_output=True, text=True, input=json.dumps(to_dict(config)))
     if done.returncode:
         raise RuntimeError(f"the process that reads the reference's values ended with code {done.returncode}: "
                            f"{done.stderr[-2000:]}")

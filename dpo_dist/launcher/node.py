@@ -39,7 +39,7 @@ def main(overrides: Sequence[str]) -> int:
         run_dir = RunDir(os.environ.get("RUN_DIR") or config.run_dir)
         run_dir.make(config.run.readable_by)
         max_restarts = read(os.environ, "MAX_RESTARTS", default=config.cluster.max_restarts, least=0)
-        with receiving(*TO_END) as received:
+        with receiving(*TO_END, for_good=True) as received:
             return _run(place, run_dir, overrides, received, max_restarts if place.nodes == 1 else 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -36,12 +36,12 @@ def run(work: Work, received: Sequence[int], companions: Sequence[Work] = (), ma
             return 0
         if received and _ended_by(received, ranks):
             return _ended_in(work, received)
-        fault = lost or fault_of(ranks)
-        again = None if received else restarts.next(fault)
+        fault = fault_of(ranks)
+        again = None if received else restarts.next(lost or fault)
         if again is None:
             print("\n".join([*fault.last_lines, f"error: {fault.message}"]), file=sys.stderr, flush=True)
             return fault.code
-        print(f"{fault.message}; {again}", file=sys.stderr, flush=True)
+        print(f"{(lost or fault).message}; {again}", file=sys.stderr, flush=True)
 
 
 def _run_once(work: Work, received: Sequence[int], companions: Sequence[Work]) -> tuple[Ranks, Fault | None]:
@@ -98,11 +98,12 @@ def _mark_ended(companion: Ranks) -> Fault | None:
     run_dir = companion.work.run_dir
     if run_dir.is_done:
         return None
-    if run_dir.failure() is None:
-        run_dir.mark_failed(Failure(f"the {companion.work.name} stage ended with code {companion.code}; its logs are "
-                                    f"in {run_dir.logs}", 1))
-    fault = fault_of(companion)
-    return None if fault.code == USERS_MISTAKE else fault
+    failure = run_dir.failure()
+    if failure is None:
+        failure = Failure(f"the {companion.work.name} stage ended with code {companion.code}; its logs are in "
+                          f"{run_dir.logs}", 1, lost_peer=companion.code < 0)
+        run_dir.mark_failed(failure)
+    return None if failure.exit_code == USERS_MISTAKE else Fault(failure.message, 1, not failure.lost_peer)
 
 
 def _ended_by(received: Sequence[int], ranks: Ranks) -> bool:
@@ -148,18 +149,19 @@ def fault_of(ranks: Ranks) -> Fault:
         message = f"rank {ranks.failed_rank} was ended by {number.name}{why}"
         run_dir.mark_failed(Failure(message, 1, ranks.failed_rank, place.node))
         return Fault(f"{message}; its log is {rank_log}", 1, last_lines=_tail(rank_log))
-    failure = run_dir.failure()
-    if failure is not None and failure.node == place.node:
-        lines = _tail(run_dir.rank_log(failure.rank)) if failure.exit_code == 1 else ()
-        return Fault(failure.message, failure.exit_code, not failure.lost_peer, lines)
+    found = run_dir.failure()
+    if found is not None and found.node == place.node:
+        lines = _tail(run_dir.rank_log(found.rank)) if found.exit_code == 1 else ()
+        return Fault(found.message, found.exit_code, not found.lost_peer, lines)
     lines = tuple(ranks.stderr().splitlines())
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:                           # printed before there was a folder for a marker
-        fault = Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE)
+        fault = Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE, own=True)
     else:
         message = f"the {ranks.work.name} stage ended with code {ranks.code}; its logs are in {run_dir.logs}"
         fault = Fault(message, ranks.code, last_lines=lines[-TAIL_LINES:])
-    run_dir.mark_failed(Failure(fault.message, fault.code, ranks.failed_rank, place.node), first_only=True)
+    failure = Failure(fault.message, fault.code, ranks.failed_rank, place.node, lost_peer=not fault.own)
+    run_dir.mark_failed(failure, first_only=True)
     return fault
 
 

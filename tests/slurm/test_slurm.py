@@ -134,7 +134,7 @@ def test_usr1_in_the_first_seconds_requeues_the_job_whatever_it_is_at(slurm: Slu
     run_dir = folder / "early"
     job = slurm.submit("train", [*words, "train.max_steps=2", f"run.dir={run_dir}"])["train"]
     slurm.until("its output", lambda: list((run_dir / "slurm").glob("*.out")), seconds=30)
-    for restarts, seconds in enumerate((0, 1, 2.5)):     # of a start: bash, Python and torch begin
+    for restarts, seconds in enumerate((0, 3)):           # of a start: bash, then torch begin
         slurm.until_state(job, "RUNNING", start_now=True)
         time.sleep(seconds)
         slurm.call("scancel", "--batch", "--signal=USR1", job)

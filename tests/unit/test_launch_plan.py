@@ -69,8 +69,8 @@ def test_every_option_of_a_job_reaches_its_script():
              "cluster.slurm.extra=['--mem=0']", "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
     audit, score, train = jobs_of(*planned(words))
     assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8", "--signal=B:USR1@600", "--partition=gpu",
-            "--account=lab", "--qos=high", "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue",
-            "--ntasks-per-node=1"} <= set(directives(train.script))
+            "--account=lab", "--qos=high", "--time=8:00:00", "--exclude=node9", "--mem=0",
+            "--requeue"} <= set(directives(train.script))
     assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8",
                                        "RUN_DIR": "/runs/my run", "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
     assert "    module load cuda\n    . venv/bin/activate\n" in score.script
