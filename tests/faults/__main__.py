@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--lanes", type=int, default=2, help="trials at a time")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))       # and so removes its folders
     kinds = asked.kinds.split(",")
     if unknown := set(kinds) - KINDS.keys():
         parser.error(f"unknown kinds {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
@@ -34,13 +36,19 @@ def main() -> int:
         trials = campaign.drawn(asked.trials, [kind for kind in kinds if kind not in skipped])
         if asked.only:
             trials = [(kind, int(number)) for kind, _, number in (one.partition(":") for one in asked.only)]
-        began = time.monotonic()
-        ended = campaign.run(trials, asked.seed, asked.lanes, lambda one: print(report.line(one), flush=True),
-                             asked.configurations.split(","))
-    found = report.results(ended, asked.seed, time.monotonic() - began, skipped)
-    print(report.table(found))
-    if asked.out:
-        asked.out.write_text(json.dumps(found, indent=2) + "\n")
+        began, ended = time.monotonic(), list[campaign.Ended]()
+
+        def show(one: campaign.Ended) -> None:
+            ended.append(one)
+            print(report.line(one), flush=True)
+
+        try:
+            campaign.run(trials, asked.seed, asked.lanes, show, asked.configurations.split(","))
+        finally:                                             # of one that is ended early, too
+            found = report.results(ended, asked.seed, time.monotonic() - began, skipped)
+            print(report.table(found))
+            if asked.out:
+                asked.out.write_text(json.dumps(found, indent=2) + "\n")
     return int(any(not one.verdict.fine for one in ended))
 
 

@@ -49,7 +49,7 @@ def _side_by_side(trial: Trial, commands_words: list[list[str]], killed: bool) -
         time.sleep(trial.random.choice((0, trial.random.uniform(0, 1.5))))
     trial.tell(f"{len(processes)} jobs at once")
     if killed:
-        seconds = trial.random.uniform(0, 2 * trial.base.seconds)
+        seconds = trial.random.uniform(0, trial.base.seconds)
         trial.tell(f"the first killed {seconds:.2f} s later")
         time.sleep(seconds)
         if processes[0].poll() is None:

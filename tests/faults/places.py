@@ -20,7 +20,7 @@ from .verdict import LOST, RECOVERED, STOPPED, Verdict, given_once, hung
 PLACES = (("cluster.procs_per_node=1",), ("cluster.procs_per_node=3",), ("zero=zero1",), ("zero=zero2",),
           ("zero=zero3",), ("zero=none", "cluster.procs_per_node=1"), ("zero=zero2", "cluster.procs_per_node=1"),
           ("zero=zero3", "cluster.procs_per_node=1"), ("zero=zero3", "cluster.procs_per_node=4"))
-LINK_TIMEOUT = "cluster.timeout_seconds=12"
+ONE_A_NODE = ("cluster.procs_per_node=1", "cluster.timeout_seconds=12")
 one_network = Lock()
 
 
@@ -46,7 +46,7 @@ def cut_link(trial: Trial) -> Verdict:
     seconds, which = trial.random.choice((0.5, 3.0, None)), trial.random.randrange(2)
     trial.tell(f"node {which}'s cable pulled {moment}, " + (f"for {seconds} s" if seconds else "for good"))
     with one_network, two_nodes() as nodes:
-        processes = _start_on(nodes, trial, LINK_TIMEOUT)
+        processes = _start_on(nodes, trial, *ONE_A_NODE)
         began = time.monotonic()
         if moment.wait(trial.work, processes[0]):
             nodes[which].cut_off()
@@ -60,7 +60,7 @@ def cut_link(trial: Trial) -> Verdict:
             found = trial.differences()
             return Verdict(LOST, "; ".join(found)) if found else Verdict(RECOVERED)
         nodes[which].connect()
-        last = _ended(_start_on(nodes, trial, LINK_TIMEOUT), trial, time.monotonic())
+        last = _ended(_start_on(nodes, trial, *ONE_A_NODE), trial, time.monotonic())
     if any(attempt.hung for attempt in last):
         return hung(trial)
     if found := [f"exit {one.code}: {one.terminal[-300:]}" for one in last if one.code] or trial.differences():
