@@ -8,6 +8,8 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FAULTS = (*FULL, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+# whose words nothing else would say
+IN_WORDS = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 GIB = 2**30
 
 
@@ -34,4 +36,4 @@ def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno in FAULTS:
         return error.errno
     words = str(error)
-    return next((number for number in (*FULL, errno.EROFS) if os.strerror(number) in words), None)
+    return next((number for number in IN_WORDS if os.strerror(number) in words), None)

@@ -225,7 +225,7 @@ class _Outcome(Generic[T]):
         are."""
         if self.error is None or isinstance(self.error, UserError | preemption.Stopped):
             return self
-        return _Outcome(error=RuntimeError(f"rank {rank} failed: {self.error!r}"))
+        return _Outcome(error=RuntimeError(f"rank {rank} failed: {type(self.error).__name__}: {self.error}"))
 
     def value(self) -> T:
         if self.error is not None:
