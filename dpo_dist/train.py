@@ -8,7 +8,8 @@ from functools import partial
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
-from dpo_dist.run.checkpoint import resume_point
+from dpo_dist.export import are_whole
+from dpo_dist.run.checkpoint import check_fits, resume_point
 from dpo_dist.run.command import write_command
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
 from dpo_dist.run.guard_log import check_not_stopped
@@ -22,10 +23,11 @@ from dpo_dist.run.push import push_model
 from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.services import check_services
 from dpo_dist.run.step_results import StepLog, StepResults
+from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.prefetch import prefetched
-from dpo_dist.runtime.process import run_entry
+from dpo_dist.runtime.process import run_entry, stop_now
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -36,22 +38,28 @@ from dpo_dist.train_run import Run, open_run
 
 def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[str] = ()) -> None:
     """Trains, evaluates and exports; goes on from the newest checkpoint. words: the overrides that were typed."""
-    preemption.listen()
+    preemption.listen(partial(stop_now, config, terminal))
     world.on_main(lambda: check_services(config))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
         raise UserError("data.train leaves no pairs to train on; see the counts above")
-    config = without_auto(config, inputs, world, terminal)
-    tell_faster(config, inputs, world, terminal)
     run_dir = RunDir(config.run_dir)
     sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
-    world.on_main(lambda: check_same_run(run_dir, config, lineage))
-    resumed = world.on_main(lambda: resume_point(run_dir, config, world.size))
+    if damaged := world.on_main(lambda: check_same_run(run_dir, config, lineage)):
+        terminal.say(f"{damaged}; it is written anew")
+    resumed = resume_point(run_dir, world, terminal)
     done = resumed[1].step if resumed else 0
+    if resumed:
+        world.on_main(partial(restore_run, run_dir, resumed[0], terminal.say))
+    config = without_auto(config, inputs, resumed[1] if resumed else None, world, terminal)
+    check_fits(resumed, config, world.size)
+    if damaged:
+        write_provenance(run_dir, config, inputs, lineage, world)        # also where there is nothing else to do
+    tell_faster(config, inputs, world, terminal)
     exports = run_dir.exports(config.export.merged, config.export.adapter)
-    if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):
+    if done == total and world.on_main(lambda: are_whole(exports, terminal.say)):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         world.on_main(lambda: push_model(config, run_dir, terminal))
         world.on_main(lambda: judge_run(config, run_dir, inputs, total, terminal))
@@ -59,14 +67,16 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     world.on_main(lambda: check_not_stopped(run_dir, config.guard, done))
     write_provenance(run_dir, config, inputs, lineage, world)
     world.on_main(lambda: write_command(run_dir, words))
-    world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))            # of an earlier end of this run
+    if done < total:
+        world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))        # of an earlier end of this run
 
     run = open_run(config, run_dir, inputs, sampler, total, resumed, world, terminal)
     policy, reference, tracker, timer, guard = run.policy, run.reference, run.tracker, run.timer, run.guard
     clock = Clock(world, config.cluster.peak_tflops or known_peak_tflops(world.device, inputs.dtype))
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
-    with terminal.progress(total, done, "training") as bar, prefetched(run.batches, done + 1, total) as steps:
+    with (run.saver, terminal.progress(total, done, "training") as bar,
+          prefetched(run.batches, done + 1, total) as steps, run.keeps_what_is_not_finite()):
         log = StepLog(tracker, bar, world)
         for step, batches in steps:
             wait_for_reference(run, step, done, batches, sums, log)
@@ -84,7 +94,8 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
 
             row = None
             if run.is_due(config.train.log_every_steps, step):
-                row, sums = (sums, clock.interval()), MetricSums(config.loss, world.device)
+                row = sums, clock.interval(run.saver.told())
+                sums = MetricSums(config.loss, world.device)
             log.add(StepResults.of(step, lr, not_finite, grad_norm, row))
             asked = world.max(max(preemption.received(), timer.asks(), guard.asks() if guard else 0.0))
             signal = int(asked)                          # 0 where only the timer asks, or the guard
@@ -96,9 +107,9 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
                 run.save(step, sums)
             if signal:
                 tracker.finish({})
-                raise preemption.Stopped(signal, f"step {step} of {total} is saved")
+                raise preemption.Stopped(signal, run.kept(step))
             if evaluates:
-                run.save_if_best(step, run.evaluate(step), sums)
+                run.evaluate_after_step(step, sums)
             if evaluates or asked == GUARD_ASKS:
                 run.heed_guard(step, sums, terminal)
             clock.mark(None)                             # evaluation and saving are not training time

@@ -1,6 +1,9 @@
 """A training run once everything is open: its steps' packs, its evaluations, its checkpoints."""
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,17 +21,21 @@ from dpo_dist.evaluation.summary import Summary
 from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.audit import believe_earlier_audit
-from dpo_dist.run.checkpoint import Checkpointed, Keep, TrainState, save_checkpoint
+from dpo_dist.run.checkpoint import Checkpointed, Keep, TrainState
 from dpo_dist.run.generations import write_generations
 from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on, make_guard
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.not_finite import write_not_finite
 from dpo_dist.run.open_models import open_models, scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
+from dpo_dist.run.saver import Saver
+from dpo_dist.run.step_results import NotFinite
 from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import Trackers, open_tracker
+from dpo_dist.runtime import preemption
 from dpo_dist.runtime.best import is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -50,6 +57,7 @@ class Run:
     reference: ReferenceEngine | None
     tracker: Tracker
     samples: Samples
+    saver: Saver
     timer: SaveTimer
     visits: VisitLog
     guard: Guard | None                  # on rank 0
@@ -95,17 +103,18 @@ class Run:
             return
         trained_on = self._most_fallen()
 
-        def tell() -> str | None:
+        def tell() -> tuple[str, str] | None:
             assert guard is not None
             messages, stops = guard.tell(lambda found: self._most_fallen_held_out(found.step) if found.held_out
                                          else trained_on)
             for message in messages:
                 terminal.say(message)
-            return f"{' '.join(messages)}. Step {step} is saved. {how_to_go_on(stops)}" if stops else None
+            return (" ".join(messages), how_to_go_on(stops)) if stops else None
 
         if stopped := self.world.on_main(tell):
             self.save(step, sums)
-            raise UserError(stopped)
+            kept = self.kept(step)
+            raise UserError(f"{stopped[0]}. {kept[0].upper()}{kept[1:]}. {stopped[1]}")
 
     def _most_fallen(self) -> list[tuple[str, float]]:
         """(where, nats a token) of the newest step's pairs whose chosen answer fell most; none without a reference. All
@@ -120,12 +129,11 @@ class Run:
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
 
     def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
-        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
-        of an earlier version left no such files."""
-        paths = [self.run_dir.evaluation(at) for at in (0, step)]
-        if not all(path.exists() for path in paths):
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where such
+        files are missing or damaged."""
+        before, now = (EvaluatedPairs.read(self.run_dir.evaluation(at)) for at in (0, step))
+        if before is None or now is None or len(before) != len(now):
             return []
-        before, now = map(EvaluatedPairs.read, paths)
         fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
         return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
                 if fall[i] < 0]
@@ -136,18 +144,51 @@ class Run:
             keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves, kl)
 
     def save(self, step: int, sums: MetricSums) -> None:
-        """A checkpoint after this step. All ranks call it."""
+        """Begins a checkpoint after this step. All ranks call it."""
         self.visits.write(step)                          # each rank's, before the checkpoint is whole
-        train = self.config.train
-        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world), self.before)
-        save_checkpoint(self.run_dir, checkpointed(self.policy, self.reference), state,
-                        Keep(train.keep_checkpoints, train.keep_best), self.world)
+        state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world),
+                           self.config.identity(), self.before, time.time())
+        self.saver.save(checkpointed(self.policy, self.reference), state)
         self.timer.restart()
+
+    def evaluate_after_step(self, step: int, sums: MetricSums) -> None:
+        """Evaluates, and saves this step where it is the best so far; also where a signal ends the evaluation, which is
+        then made again. All ranks call it."""
+        try:
+            means = self.evaluate(step)
+        except preemption.Stopped as stopped:
+            self.save(step, sums)
+            self.tracker.finish({})
+            raise preemption.Stopped(stopped.signal, f"{self.kept(step)}, and {stopped.kept}") from stopped
+        self.save_if_best(step, means, sums)
+
+    @contextmanager
+    def keeps_what_is_not_finite(self) -> Iterator[None]:
+        """Inside, a step that is not finite leaves what reproduces it. All ranks are inside alike."""
+        try:
+            yield
+        except NotFinite as error:
+            self.saver.wait()
+            train = self.config.train
+            pair_ids = self.sampler.pairs_of_step(error.step, train.epochs, train.max_steps)
+            shown = write_not_finite(error, self.run_dir, self.config, self.inputs.train, pair_ids, self.visits,
+                                     self.world)
+            raise FloatingPointError(f"{error}: {shown}") from error
+
+    def kept(self, step: int) -> str:
+        """What there is of this step, whose checkpoint was begun, once it is written. All ranks call it."""
+        self.saver.wait()
+        last = self.world.on_main(lambda: max(self.run_dir.checkpoints(), default=None))
+        if last == self.run_dir.checkpoint(step):
+            return f"step {step} of {self.total} is saved"
+        return f"step {step} of {self.total} could not be saved, " + (
+            f"{last.name} is the last checkpoint" if last else "there is no checkpoint yet")
 
     def save_if_best(self, step: int, means: dict[str, float], sums: MetricSums) -> None:
         """A checkpoint after this step where train.keep_best asks for one: its held-out means are the best so far. All
         ranks call it."""
         metric = self.config.train.keep_best
+        self.saver.wait()                                # the best so far may be what is being written
         if metric and self.world.on_main(lambda: is_best_yet(self.run_dir, metric, step, means[metric])):
             self.save(step, sums)
 
@@ -162,15 +203,21 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
         for part in checkpointed(policy, reference):
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
+    preemption.only_note()
     samples = Samples.of(config, inputs)
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
     guard = make_guard(config, run_dir, inputs, samples, done) if world.is_main else None
-    timer = SaveTimer(config.train.save_every_minutes if world.is_main else None)
+    train = config.train
+    saver = Saver(run_dir, Keep(train.keep_checkpoints, train.keep_best, train.keep_every_hours),
+                  train.save_in_background, world, terminal.say)
+    timer = SaveTimer(train.save_every_minutes if world.is_main else None)
     world.on_main(lambda: keep_until(run_dir.visits, done))              # those after it are seen again
     visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
     run = Run(config, run_dir, inputs, sampler, total, policy, reference,
-              Trackers(tracker, guard) if guard else tracker, samples, timer, visits, guard, world)
-    return replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
+              Trackers(tracker, guard) if guard else tracker, samples, saver, timer, visits, guard, world)
+    run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
+    world.heed_signals("its next step had not begun")
+    return run
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:
@@ -198,13 +245,4 @@ def evaluate_before(run: Run, resumed: TrainState | None, terminal: Terminal) ->
     if run.evaluates_after(done) and not world.on_main(
             lambda: any(row["step"] == done for row in run.run_dir.rows("eval"))):
         run.evaluate(done)                               # the last start ended between saving and evaluating
-    return means_before(run, resumed)
-
-
-def means_before(run: Run, resumed: TrainState) -> dict[str, float]:
-    """The held-out means before training of a run that goes on: from its checkpoint, else from its metrics; empty where
-    neither has them. All ranks call it."""
-    if resumed.before is not None:
-        return resumed.before
-    rows = run.world.on_main(lambda: [row for row in run.run_dir.rows("eval") if row["step"] == 0])
-    return {name: float(value) for name, value in (rows[-1] if rows else {}).items() if name not in ("step", "split")}
+    return resumed.before

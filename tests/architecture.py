@@ -13,8 +13,8 @@ from pathlib import Path
 # From the ground up. A room may import rooms of lower floors, and its own; a room is a folder or a file of dpo_dist/.
 FLOORS = [
     ["config"],
-    ["types", "sizing", "runtime", "stats"],
-    ["losses", "logps", "judge"],
+    ["types", "runtime", "stats"],
+    ["sizing", "losses", "logps", "judge"],
     ["data", "models"],
     ["policy", "reference"],
     ["run", "dynamics"],
@@ -36,16 +36,18 @@ ONLY_IN = {
     "bitsandbytes": {"policy.optimizers.adamw_8bit", "models.quantized"},
     "wandb": {"run.tracking.wandb"},
     "mlflow": {"run.tracking.mlflow"},
-    "hydra": {"config.compose", "launcher.sweep.multirun"},
-    "omegaconf": {"config.compose", "launcher.cli", "launcher.sweep.multirun"},
+    "hydra": {"config.compose", "config.overrides", "launcher.sweep.multirun"},
+    "omegaconf": {"config.compose", "config.overrides", "launcher.cli"},
     "torch.distributed": {"runtime.world"},
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
-              "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.ending", "runtime.files",
-              "runtime.hub_commits", "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch",
-              "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders",
-              "runtime.terminal", "runtime.without_torch")
+              "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.disk_faults",
+              "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.hub_commits",
+              "runtime.json_files", "runtime.json_lines", "runtime.lock", "runtime.ports", "runtime.preemption",
+              "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
+              "runtime.shared_folders", "runtime.tables", "runtime.terminal", "runtime.watchdog",
+              "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 # neither asks nor reads code: peft's own configuration, transformers' table of ways to quantize
 UNASKED = ("peft.LoraConfig.from_pretrained", "AutoHfQuantizer.from_config")

@@ -12,15 +12,12 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.config.decode import decode
-from dpo_dist.config.errors import UserError, nearest
-from dpo_dist.config.loss_options import MIXTURE
+from dpo_dist.config.errors import UserError, nearest, one_line
+from dpo_dist.config.overrides import blamed, experiment_file, parsed
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.secrets import refuse_secret_words
 
@@ -38,22 +35,48 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend."""
-    return decode(composed(overrides))
+    """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend, on one line."""
+    raw: dict[str, Any] = {}
+    try:
+        raw = composed(overrides)
+        return decode(raw)
+    except OSError as error:                 # of a path that a rule looks at: too long, or not to be looked at
+        key = next((key for key, value in _leaves(raw) if value and str(error.filename).startswith(value)), "")
+        raise UserError(f"{key}={one_line(str(error.filename))} cannot be looked at: {error.strerror}; give another "
+                        "path") from error
+    except UserError as error:
+        if (told := one_line(str(error))) == str(error):
+            raise
+        raise UserError(told) from error
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
     """The same before it is decoded, when keys may still contradict each other. Raises UserError for unknown ones."""
     refuse_secret_words(overrides)
+    words = with_groups(overrides)
+    understood = parsed(words, _groups())
     try:
-        return _to_plain(_compose(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(overrides, error)) from error
+        return _to_plain(_compose(words))
+    # Hydra, OmegaConf and ANTLR raise much besides their own: TypeError, AssertionError, RecursionError, ...
+    except Exception as error:
+        raise UserError(_explain(overrides, understood, error)) from error
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def _compose(words: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return hydra_compose(config_name="config", overrides=with_groups(overrides))
+        return hydra_compose(config_name="config", overrides=list(words))
+
+
+def parsed_for_sweep(words: Sequence[str]) -> list[Override]:
+    """The words of `run -m` as Hydra understands them, in which a key may have several values. Raises UserError."""
+    return parsed(with_groups(words), _groups(), sweeps=True)
+
+
+def _groups() -> dict[str, list[str]]:
+    """{group: its choices}; of experiments also a user's own file, once it is known to Hydra."""
+    groups = {folder.name: choices(folder.name) for folder in conf_dir().iterdir() if folder.is_dir()}
+    groups["experiment"] += _own_experiments
+    return groups
 
 
 def with_groups(overrides: Sequence[str]) -> list[str]:
@@ -81,8 +104,12 @@ def _own_experiment(word: str) -> str:
         raise UserError(f"{word}: there is no such file (looked in {Path.cwd()}); give a YAML file, or one of: "
                         f"{', '.join(choices('experiment'))}")
     name = f"file_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
-    ConfigStore.instance().store(name, OmegaConf.load(path), group="experiment", package="_global_")
+    ConfigStore.instance().store(name, experiment_file(path, word), group="experiment", package="_global_")
+    _own_experiments.add(name)
     return f"experiment={name}"
+
+
+_own_experiments: set[str] = set()           # what Hydra's store, of this process, has of them
 
 
 def choices(group: str) -> list[str]:
@@ -106,33 +133,23 @@ def _to_plain(config: DictConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ what went wrong
 
 
-def explain(overrides: Sequence[str], error: Exception) -> str:
+def _explain(words: Sequence[str], overrides: Sequence[Override], error: Exception) -> str:
     """The message for what Hydra refused: which override is wrong, and the nearest valid name."""
-    groups = {folder.name: choices(folder.name) for folder in conf_dir().iterdir() if folder.is_dir()}
-    parsed: list[Override] = []
-    for text in with_groups(overrides):
-        try:
-            parsed += OverridesParser.create().parse_overrides([text])
-        except HydraException:
-            return (f"cannot read the override '{text}': write key=value, and quote values with special characters, "
-                    "as in 'data.train=[{path: rows.jsonl, format: preference}]'")
-    for override in parsed:
-        if override.key_or_group in groups and isinstance(override.value(), str):
-            choice = str(override.value())
-            if override.key_or_group == "loss" and choice == MIXTURE:
-                return (f"loss={MIXTURE} is not a choice: loss=rpo and loss=mpo are mixtures; for one of your own set "
-                        f"loss.name={MIXTURE} and loss.terms={{sigmoid: 1.0, sft: 0.5}}")
-            if choice not in groups[override.key_or_group]:
-                return (f"{override.key_or_group}={choice} is not a choice: "
-                        f"{nearest(choice, groups[override.key_or_group])}")
-    chosen = [o.input_line for o in parsed if o.key_or_group in groups and o.input_line]
-    valid = set(_flat_keys(_to_plain(_compose(chosen))))
-    for override in parsed:
+    def composes(some: Sequence[str]) -> None:
+        _to_plain(_compose(with_groups(some)))
+
+    groups = _groups()
+    chosen = [o.input_line for o in overrides if o.key_or_group in groups and o.input_line]
+    try:
+        valid = set(_flat_keys(_to_plain(_compose(chosen))))
+    except Exception:                        # as in composed: a group that is taken away, an experiment's file
+        return blamed(words, composes, error)
+    for override in overrides:
         if override.key_or_group not in groups and override.key_or_group not in valid:
             other = _choice_with(override.key_or_group)
             remedy = f"it goes with {other}" if other else nearest(override.key_or_group, valid)
             return f"unknown key '{override.key_or_group}': {remedy}"
-    return str(error).splitlines()[0]
+    return blamed(words, composes, error)
 
 
 def _choice_with(key: str) -> str | None:
@@ -142,6 +159,15 @@ def _choice_with(key: str) -> str | None:
     found = [f"{group}={file.stem}" for file in files
              if any(dotted == name or dotted.startswith(f"{name}.") for dotted, _, _ in yaml_comments(file))]
     return " or ".join(found) or None
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of each text in a plain config."""
+    if isinstance(value, str):
+        yield key, value
+    held = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for name, inner in held.items():
+        yield from _leaves(inner, f"{key}.{name}".lstrip("."))
 
 
 def _flat_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -21,22 +23,47 @@ from dpo_dist.config.tracking import TRACKERS, TrackingConfig
 VARIANTS: dict[Any, tuple[str, Mapping[str, Any]]] = {
     ReferenceConfig: ("engine", ENGINES), ClusterConfig: ("name", CLUSTERS), TrackingConfig: ("name", TRACKERS),
     OptimConfig: ("name", OPTIMIZERS)}
+DEEPEST = 30                               # values inside values
 ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def decode(raw: Mapping[str, Any]) -> RunConfig:
     """The RunConfig that a plain nested mapping describes. Raises UserError naming key, value and remedy."""
     refuse_secrets("", raw)                              # first: what is wrong with a value may show it
+    _check_values(raw, "")
     config = _decode(RunConfig, raw, "")
     config = dataclasses.replace(config, loss=resolve_loss(config.loss))
     validate(config)
     return config
 
 
+def _check_values(value: Any, key: str, depth: int = 0) -> None:
+    """UserError for what no key takes, wherever it stands: what files and libraries cannot hold."""
+    if depth > DEEPEST:
+        raise UserError(f"{key} is nested more than {DEEPEST} deep; nothing here is")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_values(str(name), key)
+            _check_values(inner, f"{key}.{name}".lstrip("."), depth + 1)
+    elif isinstance(value, list | tuple):
+        for at, inner in enumerate(value):
+            _check_values(inner, f"{key}[{at}]", depth + 1)
+    elif isinstance(value, str):
+        if found := re.search(r"[\0\ud800-\udfff]", value):
+            raise UserError(f"{key}={value!r} holds {found[0]!r}, which no text may; remove it")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} must be a finite number; give one, or null where a key takes it")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{key}={'-' * (value < 0)}10^{value.bit_length() * math.log10(2):.0f} has more than the 64 "
+                        "bits of a whole number; give a smaller one")
+    elif not isinstance(value, int | float | None):
+        raise UserError(f"{key} is {type(value).__name__}, which no key takes; give a text, a number, true or false")
+
+
 def _decode(kind: Any, value: Any, key: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return value
+        return {str(k): _decode(Any, v, key) for k, v in value.items()} if isinstance(value, Mapping) else value
     if kind in VARIANTS:
         return _decode_variant(kind, value, key)
     if dataclasses.is_dataclass(kind):
@@ -129,6 +156,8 @@ def _decode_dataclass(kind: Any, value: Any, key: str) -> Any:
     for name, spec in known.items():
         if name in value:
             out[name] = _in_range(spec, _decode(hints[name], value[name], prefix + name), prefix + name)
+            if out[name] == "":
+                raise UserError(f"{prefix}{name} is empty; give a text, or leave it out")
         elif spec.default is dataclasses.MISSING:
             raise UserError(f"{prefix}{name} is missing; set {prefix}{name}=...")
     return kind(**out)
@@ -151,10 +180,14 @@ def _decode_scalar(kind: type, value: Any, key: str) -> Any:
     # YAML reads 5e-7 as a string
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             pass
+        else:
+            _check_values(value, key)                    # text may say nan
+            return value
     if kind is int and isinstance(value, float) and value.is_integer():
+        _check_values(int(value), key)
         return int(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)                                # a path such as 2024

@@ -66,7 +66,6 @@ class MuonConfig(OptimConfig):
     adamw_lr_ratio: float = option(RUN, above=0)
 
     title = "Muon for the layers' matrices, AdamW for the rest"
-    may_reshard = False                    # DeepSpeed's universal format gives all groups the values of one
 
     def state_bytes(self, matrices: float, embeddings: float, head: float, vectors: float) -> float:
         return 4.0 * matrices + ADAMW_BYTES * (embeddings + head + vectors)

@@ -175,7 +175,9 @@ class TrainConfig:
     eval_every_steps: int | None = option(above=0)
     save_every_steps: int | None = option(above=0)
     save_every_minutes: float | None = option(above=0)
+    save_in_background: bool = option()
     keep_checkpoints: int = option(above=0)
+    keep_every_hours: float | None = option(above=0)
     keep_best: str | None = option(RUN, unnamed=None)            # decides which weights are the run's
 
 

@@ -74,8 +74,13 @@ def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_written, value)) + "]"
     if isinstance(value, str) and not (PLAIN.fullmatch(value) and value.lower() not in NOT_PLAIN):
-        quote = "'" if "'" not in value else '"'
-        # a backslash is one, but before a quote
-        return quote + re.sub(r'(\\*)(' + quote + r'|$)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2],
-                              value) + quote
+        return quoted(value)
     return str(value)
+
+
+def quoted(text: str) -> str:
+    """The text as the value of an override, whatever characters it has."""
+    quote = "'" if "'" not in text else '"'
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)                # no interpolation
+    # a backslash is one, but before a quote
+    return quote + re.sub(r'(\\*)(' + quote + r'|$)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2], text) + quote

@@ -72,9 +72,13 @@ def number_or_none(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    return float(value)
+    try:
+        value = float(value)
+    except OverflowError:                    # a whole number of hundreds of digits
+        return None
+    return value if math.isfinite(value) else None
 
 
 def yes_or_no(value: Any) -> bool | None:

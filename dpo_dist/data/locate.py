@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.errors import UserError
+from dpo_dist.config.errors import UserError, printable
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.runtime.files import sha256
 from dpo_dist.runtime.hub_commits import commit_of, note
@@ -64,6 +64,8 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
                    and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not found:
         raise UserError(f"data path '{folder}' is a folder without data files; known: {', '.join(SUFFIXES)}")
+    if odd := [p for p in found if printable(str(p)) != str(p)]:
+        raise UserError(f"the name of '{odd[0]}' is not UTF-8; rename the file")
     # If files are named after splits (train-00000.parquet, test/…), only those of the requested split are read.
     splits = {p: SPLITS.findall(str(p.relative_to(folder)).lower()) for p in found}
     if not any(splits.values()):

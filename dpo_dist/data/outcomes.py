@@ -9,7 +9,7 @@ from dpo_dist.data.fields import IDENTICAL, Unfit
 from dpo_dist.data.formats import DataRow, Format, NoPair, Tie
 from dpo_dist.data.formats.free import free_columns, joined
 from dpo_dist.data.formats.ties import tie_of
-from dpo_dist.data.records import BadRow, Record
+from dpo_dist.data.records import BadRow, Record, json_ready
 from dpo_dist.types import PreferenceRow, TieKind, TokenizedPair
 
 Ties = Literal["drop", "keep"]               # data.ties
@@ -42,8 +42,8 @@ def outcomes(record: Record, form: Format, source: str, ties: Ties) -> Iterator[
 
 def _kept(row: DataRow, tie: TieKind | None, columns: dict[str, Any]) -> DataRow:
     """The row, checked, with its record's free columns; of a tie with a strength of 0. Raises Unfit."""
-    if columns["columns"]:
-        row = replace(row, record=joined(columns, row.record))
+    if columns["columns"] or row.record:     # names and texts of it may be such that no file takes them
+        row = replace(row, record=json_ready(joined(columns, row.record)))
     return checked(row if tie is None else replace(row, tie=tie, strength=0.0))
 
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_dist.config.errors import printable
+
 
 @dataclass(frozen=True)
 class Record:
@@ -22,15 +24,17 @@ class BadRow:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return printable(f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
 
 
 def json_ready(value: Any) -> Any:
-    """The value with what JSON has no word for (dates, bytes, NaN) as text."""
-    if value is None or isinstance(value, str | int):
+    """The value with what JSON has no word for (dates, bytes, NaN) as text, and with text that every file takes."""
+    if value is None or isinstance(value, int):
         return value
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, dict):
-        return {str(key): json_ready(inner) for key, inner in value.items()}
+        return {printable(str(key)): json_ready(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [json_ready(inner) for inner in value]
     return value if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -2,7 +2,6 @@
 `data.chat_template`."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,6 +15,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.data.chat import RENDER_ERRORS, ChatTemplate
 from dpo_dist.data.fields import Turns, n_shared
 from dpo_dist.data.frame import ANSWER, QUESTION, frame_of
+from dpo_dist.runtime.json_files import needed_object
 from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
@@ -195,12 +195,20 @@ def _stops(template: ChatTemplate, turns: Turns, special: set[str]) -> tuple[str
 
 def stop_tokens(tokenizer: Any) -> set[str]:
     """The tokens at which generation stops, from the generation_config.json beside the tokenizer."""
-    file = Path(tokenizer.name_or_path) / "generation_config.json"
+    ids = eos_ids(Path(tokenizer.name_or_path) / "generation_config.json")
+    return set(tokenizer.convert_ids_to_tokens(sorted(ids))) - {None}
+
+
+def eos_ids(file: Path) -> set[int]:
+    """What a config.json or generation_config.json says of eos_token_id; none where it is not there. UserError where it
+    is damaged."""
     if not file.is_file():
         return set()
-    ids = json.loads(file.read_text()).get("eos_token_id")
-    ids = [ids] if isinstance(ids, int) else ids or []
-    return set(tokenizer.convert_ids_to_tokens(ids)) - {None}
+    ids = needed_object(file, "copy the model again").get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in listed):
+        raise UserError(f"{file}: eos_token_id={ids} is no token id; copy the model again")
+    return set(listed)
 
 
 def _rendered_or_empty(template: ChatTemplate, turns: Turns) -> str:

@@ -1,6 +1,7 @@
 """The command `dpo-dist VERB [key=value ...]`. Help is instant: no torch, and a verb imports only what it needs."""
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from dpo_dist.launcher.clusters import launcher_of
 from dpo_dist.launcher.local import device_count
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
+from dpo_dist.runtime.disk_faults import disk_fault
 
 VERBS = {
     "run": "the whole way: audit the data, score the reference, train, evaluate on held-out pairs, export",
@@ -58,6 +60,8 @@ rated responses gives several.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 on success, 2 for a user's mistake, else what the failed stage gave."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):         # whatever the locale and the names of files, it is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _main(words)
         sys.stdout.flush()
@@ -68,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: {disk_fault(error, Path.cwd()) or error}", file=sys.stderr)
+        return 2
 
 
 def _main(words: list[str]) -> int:
@@ -111,12 +118,10 @@ def _main(words: list[str]) -> int:
         return 0
     if verb == "show":
         os.execv(sys.executable, [sys.executable, "-m", "dpo_dist.show", *options, *rest])   # becomes the entry point
-    launch = plan_stages("run" if verb == "plan" else verb, config, rest, device_count(config.cluster))
     if verb == "plan":
-        from dpo_dist.sizing.report import sizing_lines
-
-        print("\n".join([_plan_text(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)]))
+        print(plan_text(rest, config))
         return 0
+    launch = plan_stages(verb, config, rest, device_count(config.cluster))
     return launcher_of(config).start(launch, config, dry_run)
 
 
@@ -159,7 +164,15 @@ def _run_dir(rest: list[str]) -> Path:
     return Path(rest[0].removeprefix("run.dir="))
 
 
-def _plan_text(launch: LaunchPlan, config: RunConfig) -> str:
+def plan_text(words: Sequence[str], config: RunConfig) -> str:
+    """What `dpo-dist plan` with these words says."""
+    from dpo_dist.sizing.report import sizing_lines
+
+    launch = plan_stages("run", config, words, device_count(config.cluster))
+    return "\n".join([_stages(launch, config), "", *sizing_lines(config, launch.stages[-1].procs_per_node)])
+
+
+def _stages(launch: LaunchPlan, config: RunConfig) -> str:
     device = {"cpu": "CPU", "cuda": "GPU", "auto": "GPU, or CPU where there is none"}[config.cluster.device]
     lines = [f"run.dir   {launch.run_dir}", f"cluster   {config.cluster.name}"]
     commands = launcher_of(config).commands(launch, config)

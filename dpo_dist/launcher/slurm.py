@@ -1,7 +1,6 @@
 """cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch."""
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -12,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config.cluster import SlurmClusterConfig, SlurmConfig
+from dpo_dist.config.cluster import SlurmClusterConfig
 from dpo_dist.config.compose import shipped
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
@@ -129,15 +129,22 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
     _, _, after = rest.partition(END)
     options = [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
                f"--signal=B:USR1@{slurm.signal_seconds}",
-               *_machines(stage.nodes, stage.procs_per_node if stage.computes else 0, config.cluster)]
+               *_machines(_nodes(stage, config.cluster), stage.procs_per_node if stage.computes else 0, config.cluster)]
     if stage.server_nodes:                # the second part of a heterogeneous job: nodes for the reference's servers
         options += ["hetjob", "--ntasks-per-node=1", "--requeue",
-                    *_machines(stage.server_nodes, config.reference.server_gpus, config.cluster), *slurm.server_extra]
+                    *_machines(str(stage.server_nodes), config.reference.server_gpus, config.cluster),
+                    *slurm.server_extra]
     return "\n".join([before + BEGIN + "\n".join(f"#SBATCH {option}" for option in options),
-                      *_variables(stage, slurm, run_dir, tasks), END + after])
+                      *_variables(stage, config.cluster, run_dir, tasks), END + after])
 
 
-def _machines(nodes: int, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
+def _nodes(stage: Stage, cluster: SlurmClusterConfig) -> str:
+    """How many nodes Slurm may give the stage, as sbatch takes it."""
+    least = min(cluster.min_nodes or stage.nodes, stage.nodes)
+    return str(stage.nodes) if least == stage.nodes else f"{least}-{stage.nodes}"
+
+
+def _machines(nodes: str, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
     """The options of sbatch that ask for nodes, each with so many GPUs."""
     slurm = cluster.slurm
     optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit,
@@ -146,8 +153,9 @@ def _machines(nodes: int, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
             *(f"--{key}={value}" for key, value in optional.items() if value is not None), *slurm.extra]
 
 
-def _variables(stage: Stage, slurm: SlurmConfig, run_dir: str, tasks: Path | None) -> list[str]:
+def _variables(stage: Stage, cluster: SlurmClusterConfig, run_dir: str, tasks: Path | None) -> list[str]:
     """The lines of bash that set what the rest of train.sbatch reads."""
+    slurm = cluster.slurm
     own_python = bool(slurm.setup) or slurm.container_image is not None
     container = []
     if slurm.container_image is not None:
@@ -159,7 +167,7 @@ def _variables(stage: Stage, slurm: SlurmConfig, run_dir: str, tasks: Path | Non
     values = {"PYTHON": "python" if own_python else sys.executable, "LAUNCH": str(shipped("launch")),
               "MODULE": stage.module, "PROCS_PER_NODE": str(stage.procs_per_node), "RUN_DIR": run_dir,
               "TASKS": str(tasks or ""), "PREFLIGHT": "yes" if slurm.preflight and stage.computes else "no",
-              "MAX_REQUEUES": str(slurm.max_requeues)}
+              "MAX_REQUEUES": str(slurm.max_requeues), "MAX_RESTARTS": str(cluster.max_restarts)}
     return [*(f"{key}={shlex.quote(value)}" for key, value in values.items()), f"CONTAINER=({shlex.join(container)})",
             "setup() {", *(f"    {line}" for line in slurm.setup or (":",)), "}"]
 
@@ -211,8 +219,8 @@ def is_alive(job: str) -> bool:
 
 def recorded_jobs(run_dir: Path) -> dict[str, str]:
     """{stage: Slurm's id} as last submitted for this run."""
-    path = RunDir(run_dir).slurm_jobs
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = found_object(RunDir(run_dir).slurm_jobs) or {}
+    return {stage: job for stage, job in found.items() if isinstance(job, str)}
 
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpo_dist.models.load import ScoredModel, token_logps
 from dpo_dist.models.lora import REFERENCE, TRAINED
 from dpo_dist.models.weights import adapter_weights
+from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.types import PackedBatch, TokenLogps
 
 
@@ -64,12 +65,12 @@ class Policy(ABC):
         return nullcontext()
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Weights and optimizer state, each rank its part."""
+    def files(self) -> dict[str, TensorFile]:
+        """What this rank writes of the trained weights and the optimizer's state, as views."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """The state that `save` wrote; at another number of ranks too."""
+        """Takes the state whose `files` are in the folder, written by any number of ranks under any ZeRO stage."""
 
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

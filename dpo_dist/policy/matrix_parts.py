@@ -13,17 +13,8 @@ from torch import Tensor
 
 from dpo_dist.policy.optimizers.muon import Orthogonalized, Parts
 from dpo_dist.policy.optimizers.weights import TrainedWeights
+from dpo_dist.policy.parts import Part, flat_tensors, part_of
 from dpo_dist.runtime.world import World
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a rank holds of a matrix, whose elements are counted row by row."""
-
-    tensor: int                            # of the rank's flat tensors
-    start: int                             # where it lies there
-    first: int                             # its first element
-    length: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class Matrix:
 def parts_of(optimizer: Any, weights: TrainedWeights, world: World) -> dict[Tensor, Parts]:
     """{this rank's flat tensor: what makes the parts of matrices in it orthogonal}, of DeepSpeed's optimizer. All ranks
     call it."""
-    own = [_own_part(optimizer, p, world) for p in weights.matrices]
+    own = [part_of(optimizer, p, world) for p in weights.matrices]
     everyones = world.gather(own)
     by_tensor: dict[int, list[Matrix]] = {}
     loads = [0.0] * world.size
@@ -46,7 +37,7 @@ def parts_of(optimizer: Any, weights: TrainedWeights, world: World) -> dict[Tens
         owner = _owner(held, loads)
         loads[owner] += shape.numel() * min(shape[-2:])
         by_tensor.setdefault(next(iter(held.values())).tensor, []).append(Matrix(shape, held, owner))
-    flat = _flat_tensors(optimizer)
+    flat = flat_tensors(optimizer)
     return {flat[i]: _exchanged(matrices, world) for i, matrices in by_tensor.items()}
 
 
@@ -54,26 +45,6 @@ def _owner(parts: dict[int, Part], loads: list[float]) -> int:
     """Of the ranks that hold most of a matrix, the one with the least to do."""
     most = max(part.length for part in parts.values())
     return min((rank for rank, part in parts.items() if 2 * part.length > most), key=lambda rank: loads[rank])
-
-
-def _flat_tensors(optimizer: Any) -> list[Tensor]:
-    """Of DeepSpeed's optimizer: for stage 3, stages 1 and 2, and stage 1 in bf16."""
-    names = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"
-    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
-
-
-def _own_part(optimizer: Any, p: Any, world: World) -> Part | None:
-    """What this rank holds of a parameter; None = nothing."""
-    if hasattr(p, "ds_tensor"):                          # stage 3: every rank has an equal part of every parameter
-        tensor, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
-        first = world.rank * size
-        length = min(size, p.ds_numel - first)
-        return Part(tensor, start, first, length) if length > 0 else None
-    held = p._hp_mapping
-    if held is None:
-        return None
-    return Part(held.param_group_index, held.hp_fragment_address.start, held.lp_fragment_address.start,
-                held.hp_fragment_address.numel)
 
 
 def _exchanged(matrices: list[Matrix], world: World) -> Parts:

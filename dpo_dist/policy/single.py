@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -16,6 +15,8 @@ from dpo_dist.policy.master_weights import MasterWeights
 from dpo_dist.policy.optimizers.make import optimizer_module
 from dpo_dist.policy.optimizers.weights import trained_weights
 from dpo_dist.policy.skip import prepare_update
+from dpo_dist.policy.trained_state import TrainedState
+from dpo_dist.runtime.tensor_file import TensorFile
 
 
 class SinglePolicy(Policy):
@@ -38,18 +39,15 @@ class SinglePolicy(Policy):
         self._masters.publish()
         return norm
 
-    def save(self, folder: Path) -> None:
-        weights = {name: p.detach().contiguous() for name, p in self._weights.items()}
-        safetensors.torch.save_file(weights, folder / "weights.safetensors")
-        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+    def files(self) -> dict[str, TensorFile]:
+        return self._trained_state().files(rank=0)
 
     def load(self, folder: Path) -> None:
-        weights = safetensors.torch.load_file(folder / "weights.safetensors")
-        with torch.no_grad():
-            for name, parameter in self._weights.items():
-                parameter.copy_(weights[name])
+        self._trained_state().restore(folder, rank=0)
         self._masters.publish()
-        self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+    def _trained_state(self) -> TrainedState:
+        return TrainedState.whole(self._weights, self._optimizer.state)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         return merged_weights(self.model)

@@ -1,9 +1,6 @@
 """The policy under DeepSpeed ZeRO, stages 0 to 3, on any number of ranks."""
 from __future__ import annotations
 
-import json
-import shutil
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,11 +21,12 @@ from dpo_dist.policy.matrix_parts import parts_of
 from dpo_dist.policy.optimizers.make import optimizer_module
 from dpo_dist.policy.optimizers.muon import MuonAndAdamW
 from dpo_dist.policy.optimizers.weights import trained_weights
+from dpo_dist.policy.parts import flat_tensors, part_of
 from dpo_dist.policy.skip import prepare_update
+from dpo_dist.policy.trained_state import TrainedState
 from dpo_dist.policy.zero_config import deepspeed_config
+from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.runtime.world import World, prepare_deepspeed
-
-STATE = "state"                     # the tag under which DeepSpeed keeps its files in a checkpoint's folder
 
 
 class ZeroPolicy(Policy):
@@ -71,35 +69,28 @@ class ZeroPolicy(Policy):
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm() if own is None else own)
 
-    def save(self, folder: Path) -> None:
-        frozen = any(not p.requires_grad for p in self.model.parameters())
-        self._engine.save_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=frozen)
-        if self._world.is_main:
-            (folder / "world.json").write_text(json.dumps({"ranks": self._world.size, "zero_stage": self._stage}))
+    def files(self) -> dict[str, TensorFile]:
+        return self._trained_state().files(self._world.rank)
 
     def load(self, folder: Path) -> None:
-        saved = json.loads((folder / "world.json").read_text())
-        if saved == {"ranks": self._world.size, "zero_stage": self._stage}:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
-        else:
-            loaded = self._load_universal(folder)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            optimizer.checkpoint_event_prologue()        # small weights, which are whole on every rank, are parts again
+        self._trained_state().restore(folder, self._world.rank)
+        if self._stage == 3:
+            for i in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            optimizer.checkpoint_event_epilogue()        # and whole again
+        elif self._stage:
+            optimizer.update_lp_params()
 
-    def _load_universal(self, folder: Path) -> Any:
-        """A checkpoint of another number of ranks, through DeepSpeed's universal format."""
-        universal = folder / "universal"
-        self._world.on_main(lambda: _convert(folder / STATE, universal))
-        self._engine._config.load_universal_checkpoint = True
-        try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=universal.name, load_module_strict=False)
-        finally:
-            self._engine._config.load_universal_checkpoint = False
-        for state in self._engine.optimizer.optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                # DeepSpeed shares one tensor among all of them, and each would increment it
-                state["step"] = state["step"].clone()
-        return loaded
+    def _trained_state(self) -> TrainedState:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self._stage == 0:
+            return TrainedState.whole(trained, self._optimizer.state, self._world.rank, self._world.size)
+        own = {name: part_of(self._engine.optimizer, p, self._world) for name, p in trained.items()}
+        return TrainedState(flat_tensors(self._engine.optimizer), {name: part for name, part in own.items() if part},
+                            self._optimizer.state)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         return merged_weights(self.model, self.gathered, keep=self._world.is_main)
@@ -107,15 +98,3 @@ class ZeroPolicy(Policy):
     def gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
 
-
-def _convert(saved: Path, universal: Path) -> None:
-    """Writes the universal form beside the checkpoint, whole or not at all."""
-    if universal.exists():
-        return
-    from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
-
-    partial = universal.with_name("universal.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    ds_to_universal(Namespace(input_folder=str(saved), output_folder=str(partial), num_extract_workers=1,
-                              num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
-    partial.rename(universal)

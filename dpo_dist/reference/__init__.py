@@ -15,6 +15,8 @@ from dpo_dist.types import PackedBatch
 if TYPE_CHECKING:                            # who only reads the cache does not wait for torch
     from torch import Tensor
 
+    from dpo_dist.runtime.tensor_file import TensorFile
+
 
 class ReferenceEngine(ABC):
     """A model that scores packs. Every engine must match `hf` to 1e-5 a token in fp32 (the law: one log-prob).
@@ -32,7 +34,7 @@ class ReferenceEngine(ABC):
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
-        waited for; else None. Called by the thread that packs the next step."""
+        waited for; else None. Called by the thread that packs the next step: what others compute may begin here."""
         return None
 
     def at_temperature(self, temperature: float) -> AbstractContextManager[None] | None:
@@ -50,11 +52,12 @@ class ReferenceEngine(ABC):
     def after_step(self, step: int) -> None:
         """The policy has made its optimizer step 1, 2, ...: a reference that follows it moves."""
 
-    def save(self, folder: Path) -> None:
-        """Writes what a resumed run needs of it, each rank its part."""
+    def files(self) -> dict[str, TensorFile]:
+        """{name: what this rank writes} of what a resumed run needs of it; nothing of a frozen model."""
+        return {}
 
     def load(self, folder: Path) -> None:
-        """The state that `save` wrote; at another number of ranks too."""
+        """Takes the state whose `files` are in the folder; at another number of ranks too."""
 
 
 @runtime_checkable

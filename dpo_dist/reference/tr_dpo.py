@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.reference import SyncConfig
 from dpo_dist.models.head import tempered
 from dpo_dist.reference import ReferenceEngine
+from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch
 
@@ -91,11 +91,12 @@ class TrDpoReference(ReferenceEngine):
 
     # ---------------------------------------------------------------------------------------------------------- on disk
 
-    def save(self, folder: Path) -> None:
+    def files(self) -> dict[str, TensorFile]:
         """reference-RANK.safetensors: each rank's parts, flat. If every rank holds all of it, only rank 0 writes."""
-        if self._world.is_main or any(_is_sharded(weight) for weight in self._weights.values()):
-            parts = {name: self._own_part(weight)[0].cpu().contiguous() for name, weight in self._weights.items()}
-            safetensors.torch.save_file(parts, folder / f"reference-{self._world.rank:05d}.safetensors")
+        if not self._world.is_main and not any(_is_sharded(weight) for weight in self._weights.values()):
+            return {}
+        parts = {name: self._own_part(weight)[0] for name, weight in self._weights.items()}
+        return {f"reference-{self._world.rank:05d}.safetensors": TensorFile(parts)}
 
     def load(self, folder: Path) -> None:
         files = [safetensors.safe_open(path, framework="pt") for path in sorted(folder.glob("reference-*.safetensors"))]

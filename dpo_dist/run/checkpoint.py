@@ -1,19 +1,33 @@
-"""Checkpoints: whole only with their COMPLETE marker, which is written last; the newest few are kept."""
+"""Checkpoints on disk: what one says of a run, which are whole, which stay. saver.py writes them.
+
+    checkpoints/step-NNNNNN/
+        weights-RANK.safetensors, optim_states-RANK.safetensors      each rank's part (policy/trained_state.py)
+        reference-RANK.safetensors                                   of a reference that moves
+        metrics.jsonl, samples.jsonl, guard.jsonl                    the run's, as they were
+        state.json                                                   where the run was
+        COMPLETE                                                     written last: the checksums of all the others
+"""
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.best import best_evaluation
-from dpo_dist.runtime.files import sync_folder, sync_tree, write_atomic
+from dpo_dist.runtime.checksums import damage
 from dpo_dist.runtime.run_dir import COMPLETE, RunDir
+from dpo_dist.runtime.tensor_file import TensorFile
+from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
+
+DAMAGED = "DAMAGED"                        # what COMPLETE is called in a folder that is not as it was written
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -21,94 +35,121 @@ class TrainState:
     """Where a run is. The order of pairs, the learning rate and the packs follow from the step."""
 
     step: int                    # optimizer steps done
-    zero_stage: int | None       # the layout of the policy's own files
+    zero_stage: int | None       # under which the policy was
     ranks: int
     sums: list[float]            # of metrics.MetricSums since the last logged step, over all ranks
-    # held-out means before training; None: not known (a checkpoint of an earlier version)
-    before: dict[str, float] | None = None
+    identity: str                # RunConfig.identity: which run this is
+    before: dict[str, float]     # held-out means before training
+    saved_at: float              # seconds since the epoch
 
 
 class Checkpointed(Protocol):
     """A part of a run that goes on from where it was: the policy, and a reference that moves."""
 
-    def save(self, folder: Path) -> None: ...
+    def files(self) -> dict[str, TensorFile]: ...
 
     def load(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the newest few, and the best by a held-out metric."""
+    """Which checkpoints stay: the newest few, the best by a held-out metric, and one every so many hours."""
 
     newest: int
     best_by: str | None = None
+    every_hours: float | None = None
+
+    def superfluous(self, run_dir: RunDir, more: int = 0) -> list[Path]:
+        """Those that need not stay, oldest first, once `more` further ones are written. The newest is never among
+        them."""
+        whole = run_dir.checkpoints()
+        newest = whole[-max(1, self.newest - more):]
+        best = best_evaluation(run_dir, self.best_by) if self.best_by else None
+        stay = {*newest, *self._hourly(whole), *([run_dir.checkpoint(best["step"])] if best else [])}
+        return [folder for folder in whole if folder not in stay]
+
+    def _hourly(self, whole: list[Path]) -> list[Path]:
+        """The first of each stretch of so many hours. A clock that was set back begins a new stretch."""
+        if self.every_hours is None:
+            return []
+        kept, since = [], float("-inf")
+        for folder in whole:
+            try:
+                saved_at = read_state(folder).saved_at
+            except (OSError, ValueError, TypeError):     # damaged: whoever takes it finds out
+                continue
+            if not 0 <= saved_at - since < 3600 * self.every_hours:
+                kept.append(folder)
+                since = saved_at
+        return kept
 
 
-def save_checkpoint(run_dir: RunDir, parts: Sequence[Checkpointed], state: TrainState, keep: Keep,
-                    world: World) -> Path:
-    """Writes checkpoints/step-NNNNNN, unless it is there, and removes those that `keep` does not name. All ranks call
-    it."""
-    folder = run_dir.checkpoint(state.step)
-    if world.on_main(lambda: _is_there(folder)):
-        world.on_main(lambda: _remove_old(run_dir, keep))
-        return folder
-    for part in parts:
-        part.save(folder)
-    world.barrier()                                        # every rank's part is written
-    if world.local_rank == 0:
-        sync_tree(folder)                                  # and on disk before the marker is
-    world.barrier()
-    world.on_main(lambda: _complete(run_dir, folder, state, keep))
-    return folder
+def remove_checkpoint(folder: Path) -> None:
+    """Removes it; at no moment it looks whole and is not."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def latest_checkpoint(run_dir: RunDir) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    return max(run_dir.checkpoints(), default=None)
+def remove_leftovers(run_dir: RunDir) -> None:
+    """Removes folders older than the newest whole checkpoint that are not whole: of saves that were cut off, and
+    damaged ones."""
+    whole = run_dir.checkpoints()
+    for folder in (run_dir.path / "checkpoints").glob("step-*"):
+        if whole and folder < whole[-1] and folder not in whole:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_state(folder: Path) -> TrainState:
-    """Where the run was when it wrote this checkpoint."""
-    return TrainState(**json.loads((folder / "state.json").read_text()))
+    """Where the run was when it wrote this checkpoint, which is whole."""
+    return TrainState(**json.loads((folder / STATE).read_text()))
 
 
-def resume_point(run_dir: RunDir, config: RunConfig, ranks: int) -> tuple[Path, TrainState] | None:
-    """The newest whole checkpoint and where it stands, or None. UserError where this run cannot go on from it."""
-    folder = latest_checkpoint(run_dir)
-    if folder is None:
-        return None
-    state, zero_stage = read_state(folder), config.zero.chosen_stage
-    if state.zero_stage != zero_stage:
-        raise UserError(f"{folder.name} was written with zero.stage={state.zero_stage}, not {zero_stage}; go on with "
-                        "the same zero.stage, or start a new run from the exported model")
-    if zero_stage == 0 and state.ranks != ranks:
-        raise UserError(f"{folder.name} was written by {state.ranks} ranks under ZeRO-0, which cannot go on with "
-                        f"{ranks}; start as many, or train with zero=zero1 or higher")
-    if state.ranks != ranks and not config.optim.may_reshard:
-        raise UserError(f"{folder.name} was written by {state.ranks} ranks with optim.name={config.optim.name}, whose "
-                        f"state cannot be cut anew for {ranks}; start as many, or a new run from the exported model")
-    return folder, state
+def resume_point(run_dir: RunDir, world: World, terminal: Terminal) -> tuple[Path, TrainState] | None:
+    """The newest checkpoint that is as it was written, and where it stands; None where the run has none. A damaged one
+    is set aside, and a person is told. UserError where all are damaged. All ranks call it, and share the reading."""
+    for folder in world.on_main(lambda: run_dir.checkpoints()[::-1]):
+        faults = checkpoint_damage(folder, world)
+        if not faults:
+            return folder, world.on_main(partial(read_state, folder))
+        world.on_main(partial(_set_aside, folder))
+        terminal.say(f"{folder.name} is damaged: {faults[0]}; the checkpoint before is taken")
+    checkpoints = run_dir.path / "checkpoints"
+    if damaged := world.on_main(lambda: sorted(marker.parent.name for marker in checkpoints.glob(f"*/{DAMAGED}"))):
+        raise UserError(f"run.dir={run_dir.path} has no checkpoint that is whole ({', '.join(damaged)}: damaged); to "
+                        f"train from the beginning, move {checkpoints} away")
+    return None
 
 
-def _is_there(folder: Path) -> bool:
-    """Whether this step is saved; where it is not, the folder is empty afterwards."""
-    if (folder / COMPLETE).exists():
-        return True
-    shutil.rmtree(folder, ignore_errors=True)              # what a killed save left
-    folder.mkdir(parents=True)
-    return False
+def checkpoint_damage(folder: Path, world: World) -> list[str]:
+    """What is wrong with a checkpoint that is marked as whole, a phrase for each damaged file. All ranks call it, and
+    share the reading."""
+    parts = world.together(lambda: damage(folder, COMPLETE, world.rank, world.size))
+    return [fault for part in parts for fault in part]
 
 
-def _complete(run_dir: RunDir, folder: Path, state: TrainState, keep: Keep) -> None:
-    write_atomic(folder / "state.json", json.dumps(asdict(state)))
-    (folder / COMPLETE).touch()
-    sync_folder(folder)
-    _remove_old(run_dir, keep)
+def load_checkpoint(parts: Sequence[Checkpointed], folder: Path, world: World) -> None:
+    """Loads a checkpoint that is not the one that `resume_point` found. UserError where it is damaged. All ranks call
+    it."""
+    if faults := checkpoint_damage(folder, world):
+        raise UserError(f"{folder} is damaged ({faults[0]}), and its weights are what is to be exported; to do without "
+                        "it, remove it, and to train again, move all checkpoints away")
+    for part in parts:
+        part.load(folder)
 
 
-def _remove_old(run_dir: RunDir, keep: Keep) -> None:
-    best = best_evaluation(run_dir, keep.best_by) if keep.best_by else None
-    for old in run_dir.checkpoints()[:-keep.newest]:
-        if best is None or old != run_dir.checkpoint(best["step"]):
-            (old / COMPLETE).unlink()                      # first invalid, then removed
-            shutil.rmtree(old)
+def _set_aside(folder: Path) -> None:
+    """The folder is no checkpoint any more. It stays until there is a newer one."""
+    (folder / COMPLETE).rename(folder / DAMAGED)
+
+
+def check_fits(resumed: tuple[Path, TrainState] | None, config: RunConfig, ranks: int) -> None:
+    """UserError where this run cannot go on from this checkpoint with so many ranks under its stage."""
+    if resumed is None or config.optim.may_reshard:
+        return
+    folder, state = resumed
+    layout = config.zero.chosen_stage, ranks
+    if (state.zero_stage, state.ranks) != layout:
+        raise UserError(f"{folder.name} was written by {state.ranks} ranks with zero.stage={state.zero_stage} and "
+                        f"optim.name={config.optim.name}, whose state cannot be cut anew for {ranks} with "
+                        f"zero.stage={layout[0]}; start as many with the same stage, or a new run from the exported "
+                        "model")

@@ -23,9 +23,8 @@ from dpo_dist.reference.cache.store import LogpCache
 from dpo_dist.reference.cached import CachedReference
 from dpo_dist.reference.make import make_reference
 from dpo_dist.reference.tr_dpo import HasWeights, TrDpoReference
-from dpo_dist.run.checkpoint import latest_checkpoint, read_state
+from dpo_dist.run.checkpoint import TrainState
 from dpo_dist.run.inputs import Inputs
-from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.automatic import choose, is_automatic, without_sizes
@@ -40,15 +39,15 @@ USABLE = 0.9
 SECONDS_BEFORE_SHARED = 30.0
 
 
-def without_auto(config: RunConfig, inputs: Inputs, world: World, terminal: Terminal) -> RunConfig:
+def without_auto(config: RunConfig, inputs: Inputs, saved: TrainState | None, world: World,
+                 terminal: Terminal) -> RunConfig:
     """The config with zero.stage and model.gradient_checkpointing chosen where they are `auto`, the same on every rank.
-    A run that goes on keeps the stage of its checkpoint. All ranks call it."""
+    A run that goes on with as many ranks keeps its stage. All ranks call it."""
     if not is_automatic(config):
         return config
     on_gpu, stage_is_auto = world.device.type == "cuda", config.zero.stage == "auto"
-    saved = world.on_main(lambda: latest_checkpoint(RunDir(config.run_dir)))
-    if stage_is_auto and saved is not None:
-        config = with_keys(config, {"zero.stage": read_state(saved).zero_stage})
+    if stage_is_auto and saved is not None and saved.ranks == world.size:
+        config = with_keys(config, {"zero.stage": saved.zero_stage})
     device = CPU
     if on_gpu:
         memory = -world.max(-float(torch.cuda.get_device_properties(world.device).total_memory))

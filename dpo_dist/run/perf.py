@@ -39,6 +39,7 @@ class Interval:
     steps: int
     work: StepWork
     peak_tflops: float | None
+    saves: Mapping[str, float]                               # what there is to tell of checkpoints, as in a row
 
     def rates(self, world: World) -> dict[str, float]:
         """Rates over all ranks, and seconds a step. All ranks call it; waits for the interval's end."""
@@ -54,6 +55,7 @@ class Interval:
                **{f"perf/{part}_seconds": value / self.steps for part, value in zip(PARTS, means, strict=True)}}
         if mean:
             row["perf/busiest_rank"] = busiest / mean
+        row |= self.saves
         if self.peak_tflops:
             row["perf/peak_tflops"] = self.peak_tflops
             row["perf/mfu"] = self.work.flops / (seconds * world.size * self.peak_tflops * 1e12)
@@ -99,9 +101,9 @@ class Clock:
         self._steps += 1
         self._work += work
 
-    def interval(self) -> Interval:
-        """What was marked and counted since the last call."""
-        done = Interval(dict(self._seconds), tuple(self._events), self._steps, self._work, self._peak_tflops)
+    def interval(self, saves: Mapping[str, float]) -> Interval:
+        """What was marked and counted since the last call. saves: what there is to tell of checkpoints (Saver.told)."""
+        done = Interval(dict(self._seconds), tuple(self._events), self._steps, self._work, self._peak_tflops, saves)
         self._seconds.clear()
         self._events = self._events[-1:]
         self._steps, self._work = 0, StepWork()

@@ -15,6 +15,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.disk_faults import disk_fault
 from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.run_dir import FAILED, PREEMPTED, Failure, RunDir
@@ -56,6 +57,8 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
         return _fail(run_dir, terminal, "interrupted; the same command begins again", INTERRUPTED)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
+        if told := disk_fault(error, run_dir.path):
+            return _fail(run_dir, terminal, told, 2)
         return _fail(run_dir, terminal, f"{type(error).__name__}: {error} (see {run_dir.rank_log(0)})", 1)
     finally:
         terminal.stop()

@@ -5,7 +5,6 @@ models/cost.py, and against the tensors that autograd really saves.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.adapter import Adapter
-from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.errors import UserError, nearest, one_line
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.config.schema import LoraConfig
+from dpo_dist.runtime.json_files import needed_object
 from dpo_dist.sizing.flops import Flops
 
 
@@ -57,6 +57,9 @@ FAMILIES = {
 # of which config.json must hold one name each
 NEEDED = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
           ("vocab_size",))
+# what is a whole number above 0, where config.json has it
+COUNTS = (*(name for names in NEEDED for name in names), "head_dim", "num_key_value_heads", "intermediate_size", "n_inner",
+          "num_local_experts", "num_experts", "num_experts_per_tok", "n_positions", "sliding_window", "max_window_layers")
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,10 @@ def read_shape(folder: Path, adapter: Adapter | None = None) -> ModelShape:
     config.json."""
     if adapter is not None:
         return replace(read_shape(folder), adapter=adapter.elements, adapter_saves=adapter.modules_to_save)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
+    if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
-                        "has one") from error
+                        "has one")
+    config = needed_object(folder / "config.json", "copy the model again")
     shape = model_shape(config)
     more = stored_elements(folder) - shape.parameters
     if "text_config" in config:
@@ -215,6 +217,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     architecture whose sizes are not known here."""
     tied = config.get("tie_word_embeddings")
     config = config.get("text_config") or config
+    if not isinstance(config, Mapping):
+        raise UserError(f"config.json has text_config={config!r}, which is no object; copy the model again")
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type={kind}, whose sizes cannot be predicted: "
@@ -222,6 +226,13 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     if missing := [key for key in NEEDED if not any(config.get(name) for name in key)]:
         raise UserError(f"config.json does not say {missing[0][0]}, without which sizes cannot be predicted")
     family = FAMILIES[kind]
+
+    for name in COUNTS:
+        value = config.get(name)
+        most = 10_000 if "layer" in name else 2**31
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise UserError(f"config.json has {name}={one_line(repr(value))}, which must be a whole number from 1 to "
+                            f"{most:,}; copy the model again")
 
     def get(*names: str, default: Any = None) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), default)
@@ -269,7 +280,7 @@ def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> list[in
     """The attention window of each layer, None where it has none."""
     window = config.get("sliding_window")
     kinds = config.get("layer_types")
-    if kinds:
+    if isinstance(kinds, list) and kinds:
         return [window if kind == "sliding_attention" else None for kind in kinds]
     unused = family.sliding == "where used" and not config.get("use_sliding_window")
     if window is None or family.sliding == "where named" or unused:

@@ -13,7 +13,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.data.prepare import digests_folder
 from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.runtime.hub_commits import pin
-from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.run_dir import WRITTEN_ANEW, RunDir
 from dpo_dist.verify.configuration import check_config, check_kept, config_of, read_run
 from dpo_dist.verify.finding import Finding, lines
 from dpo_dist.verify.made_by import check_made_by
@@ -51,6 +51,10 @@ def main(words: Sequence[str], out: TextIO) -> int:
             found = verify(run_dir, options.pairs, options.quick)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (LookupError, TypeError, AttributeError) as error:
+        print(f"error: a file of {options.run}, most likely run.json, is not as dpo-dist writes it "
+              f"({type(error).__name__}: {error}); {WRITTEN_ANEW}", file=sys.stderr)
         return 2
     same = not any(finding.fails for finding in found)
     if options.json:

@@ -82,7 +82,8 @@ def test_stop_saves_and_ends_all_ranks_and_the_same_command_with_warn_goes_on_wi
     saved = int(checkpoint.removeprefix("step-"))
     assert event["step"] <= saved <= event["step"] + 2 and saved < STEPS / 3
     failure = json.loads((run / "FAILED").read_text())
-    assert failure["exit_code"] == 2 and f"Step {saved} is saved. Go on from the last checkpoint" in failure["message"]
+    assert failure["exit_code"] == 2
+    assert f"Step {saved} of {STEPS} is saved. Go on from the last checkpoint" in failure["message"]
     assert stopped.stderr.count("error: ") == 1 and str(event["message"]) in stopped.stderr
     assert "Traceback" not in stopped.stderr and not (run / "model").exists() and not (run / "DONE").exists()
 

@@ -5,11 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from dpo_dist.run.checkpoint import Keep, TrainState, save_checkpoint
+from dpo_dist.run.checkpoint import Keep, TrainState
 from dpo_dist.run.save_timer import SaveTimer
+from dpo_dist.run.saver import Saver
 from dpo_dist.runtime.best import best_evaluation, exported_step, is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.runtime.world import World
 
 
@@ -45,8 +48,8 @@ def test_what_is_not_whole_and_weights_from_before_training_are_not_the_best(tmp
 
 
 class Part:
-    def save(self, folder: Path) -> None:
-        (folder / "weights").write_text("1")
+    def files(self) -> dict[str, TensorFile]:
+        return {"weights.safetensors": TensorFile({"w": torch.ones(1)})}
 
     def load(self, folder: Path) -> None:
         raise AssertionError("nothing is loaded here")
@@ -55,11 +58,13 @@ class Part:
 def test_an_older_checkpoint_goes_once_it_is_neither_new_nor_best(tmp_path: Path, world: World):
     losses = {2: 0.5, 4: 0.6, 6: 0.4, 8: 0.4, 10: 0.9}
     found, seen = RunDir(tmp_path), []
+    saver = Saver(found, Keep(1, "loss"), True, world, print)
     for step, loss in losses.items():
         with found.metrics.open("a") as file:
             file.write(json.dumps({"step": step, "split": "eval", "loss": loss}) + "\n")
         for _ in range(2):                                   # a second time where it is there, as after an evaluation
-            save_checkpoint(found, [Part()], TrainState(step, None, 1, []), Keep(1, "loss"), world)
+            saver.save([Part()], TrainState(step, None, 1, [], "", {}, 0.0))
+            saver.wait()
         seen.append([int(folder.name[-6:]) for folder in found.checkpoints()])
     assert seen == [[2], [2, 4], [6], [6, 8], [6, 10]]
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from dpo_dist.config.errors import printable
 from dpo_dist.data.fields import Fields
 from dpo_dist.data.formats.judgment import RECORDED, RESERVED, known, recorded
 from dpo_dist.data.records import json_ready
@@ -48,7 +49,7 @@ def small(fields: Fields) -> dict[str, Any]:
         ready = json_ready(value)
         if len(kept) < MOST_COLUMNS and len(name) <= LONGEST_TEXT and (
                 not isinstance(ready, str) or 0 < len(ready) <= LONGEST_TEXT):
-            kept[name] = ready
+            kept[printable(name)] = ready
     return kept
 
 

@@ -18,7 +18,7 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, VALUES, deciding, to_dict
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.launcher.plan import quoted
+from dpo_dist.config.words import quoted
 from dpo_dist.runtime.run_dir import RunDir
 
 Value = str | float | int | bool | None

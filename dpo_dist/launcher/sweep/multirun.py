@@ -12,17 +12,14 @@ from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config.compose import choices, compose, conf_dir, explain, with_groups
-from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.compose import choices, compose, conf_dir, parsed_for_sweep, with_groups
+from dpo_dist.config.errors import UserError, nearest, one_line
 from dpo_dist.config.objectives import OBJECTIVES
 from dpo_dist.config.secrets import refuse_secret_words
+from dpo_dist.config.words import quoted
 from dpo_dist.launcher.clusters import sweep_launcher_of
-from dpo_dist.launcher.plan import quoted
 from dpo_dist.launcher.sweep.groups import (
     Job,
     check_comparable,
@@ -35,6 +32,8 @@ from dpo_dist.launcher.sweep.groups import (
 from dpo_dist.launcher.sweep.results import Result, best, command_of, read_result, table, write_results
 from dpo_dist.runtime.run_dir import make_for
 
+MOST_JOBS = 2_000                            # each is composed twice before the first is run
+
 
 def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     """Exit code: 0 where every job is done, 1 where one is not. UserError for a bad value, before anything is started.
@@ -43,7 +42,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     """
     refuse_secret_words(words)
     words = [_sweep_choice(word) if key_of(word) == "sweep" else word for word in words]
-    overrides = _parse(words)
+    overrides = parsed_for_sweep(words)
     swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
     for key in swept:
         if key.startswith(("run.", "cluster", "hydra")):
@@ -54,7 +53,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
     given = {o.get_key_element(): o.value() for o in overrides if not o.is_sweep_override()}
     folder = Path(str(given.get("run.dir")
                       or sweep_folder(words, [*swept, *([str(given["+sweep"])] if "+sweep" in given else [])])))
-    _compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
+    compose_each(overrides)                             # Hydra composes every job twice before it hands over the first
     # Hydra knows a user's own experiment file by another name
     as_written = dict(zip(with_groups(words), words, strict=True))
     sweep = Sweep(folder, tuple(given), dry_run, as_written)
@@ -67,10 +66,8 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         run_jobs: Any = sweep.run_jobs
         hydra.multirun("config", run_jobs, ["hydra/launcher=dpo_dist", f"hydra.sweep.dir={quoted(str(folder))}",
                                             *with_groups(words)], with_log_configuration=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        if any("optuna" in word for word in words) and not find_spec("hydra_plugins.hydra_optuna_sweeper"):
-            raise UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'") from error
-        raise UserError(str(error).splitlines()[0]) from error
+    except UserError:
+        raise
     except _Shown as shown:
         print(shown)
         return 0
@@ -78,11 +75,19 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         print("sweep: interrupted; the same command goes on with what is missing")
         return 130
     except Exception as error:
-        if isinstance(error, UserError) or not sweep.ended_badly:
-            raise
+        if not sweep.ended_badly:
+            raise _not_begun(words, error) if not sweep.began else error from error
         # Optuna's own, after its limit of failures; the table is still shown
         print(f"sweep: the sweeper gave up: {error}")
     return sweep.report()
+
+
+def _not_begun(words: Sequence[str], error: Exception) -> UserError:
+    """What is said where the sweeper proposed no job: Hydra and its sweepers raise much for values of their keys."""
+    if any("optuna" in word for word in words) and not find_spec("hydra_plugins.hydra_optuna_sweeper"):
+        return UserError("the Optuna sweeper is not installed; run: pip install 'dpo-dist[sweep]'")
+    why = one_line(next(iter(str(error).splitlines()), "")) or type(error).__name__
+    return UserError(f"the sweep cannot be started: {why}; look at its keys of hydra")
 
 
 class _Shown(Exception):
@@ -96,6 +101,7 @@ class Sweep:
         self._folder, self._fixed, self._dry_run, self._as_written = folder, fixed, dry_run, as_written
         self._results: dict[Path, Result] = {}
         self._objective = ""
+        self.began = False                   # the sweeper proposed jobs
 
     @property
     def ended_badly(self) -> bool:
@@ -103,6 +109,7 @@ class Sweep:
 
     def run_jobs(self, job_overrides: Sequence[Sequence[str]], objective: str, sweeper: Any) -> list[float | Exception]:
         """The objective of each job, in turn; the exception that says why where there is none."""
+        self.began = True
         _check_objective(objective, sweeper)
         self._objective = objective
         jobs = [make_job([self._as_written.get(word, word) for word in overrides], self._fixed, self._folder)
@@ -171,14 +178,7 @@ def _sweep_choice(word: str) -> str:
     return f"+{word}"
 
 
-def _parse(words: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(words))
-    except HydraException as error:
-        raise UserError(explain(words, error)) from error
-
-
-def _compose_each(overrides: Sequence[Override]) -> None:
+def compose_each(overrides: Sequence[Override]) -> None:
     """UserError for the first job of a grid that is wrong."""
     ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
