@@ -18,6 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants
 constants.ENDPOINT, constants.HF_HUB_CACHE = os.environ["HF_ENDPOINT"], os.environ["HF_HUB_CACHE"]
 constants.HF_HUB_DISABLE_XET = True
+constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
 import datasets
 datasets.config.HF_ENDPOINT = constants.ENDPOINT
 datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_HUB_CACHE"]) / "sets"
