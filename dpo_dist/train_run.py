@@ -171,8 +171,8 @@ class Run:
             self.saver.wait()
             train = self.config.train
             pair_ids = self.sampler.pairs_of_step(error.step, train.epochs, train.max_steps)
-            shown = write_not_finite(error, self.run_dir, self.config, self.inputs.train, pair_ids, self.visits,
-                                     self.world)
+            shown = write_not_finite(error, self.run_dir, self.config, self.inputs.train, pair_ids,
+                                     self.visits.of_step(error.step), self.world)
             raise FloatingPointError(f"{error}: {shown}") from error
 
     def kept(self, step: int) -> str:

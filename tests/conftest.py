@@ -38,7 +38,7 @@ GOLDEN = REPO / "tests" / "golden"
 BITSANDBYTES = Path(sys.prefix) / "bnb"                # where `make` puts it, beside the environment (packages_of)
 REAL_MODEL = Path(os.environ.get("DPO_DIST_REAL_MODEL", REPO / "runs" / "real" / "dpo" / "model"))      # of `make real`
 LONGEST_FIRST = ("test_slurm.py", "test_resume.py", "test_two_nodes.py", "test_gpu_benchmark.py",
-                 "test_demo_and_data.py", "test_samples.py", "test_keep_best.py", "test_stop.py",
+                 "test_demo_and_data.py", "test_samples.py", "test_keep_best.py", "test_stop.py", "test_bad_moments.py",
                  "test_served_reference.py", "test_ahead.py", "test_policy.py", "test_adapters.py",
                  "test_recipe_runs.py",
                  "test_reference_engines.py", "test_walks.py", "test_launch_scripts.py", "test_sweep_command.py",

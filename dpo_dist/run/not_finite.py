@@ -15,7 +15,6 @@ import numpy as np
 from dpo_dist.config.options import to_dict
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.store import PairStore
-from dpo_dist.dynamics.record import VisitLog
 from dpo_dist.run.provenance.made_by import versions
 from dpo_dist.run.step_results import NotFinite
 from dpo_dist.runtime.files import jsonable, write_atomic, write_json
@@ -26,9 +25,10 @@ SHOWN_PAIRS = 3
 
 
 def write_not_finite(error: NotFinite, run_dir: RunDir, config: RunConfig, pairs: PairStore, pair_ids: np.ndarray,
-                     visits: VisitLog, world: World) -> str:
-    """Writes the folder; what it shows, for a person. pair_ids: of the step. All ranks call it."""
-    ids, rewards = visits.of_step(error.step)
+                     visits: tuple[np.ndarray, np.ndarray], world: World) -> str:
+    """Writes the folder; what it shows, for a person. pair_ids: of the step. visits: this rank's pairs of it and their
+    (2, B) rewards. All ranks call it."""
+    ids, rewards = visits
     seen = {i: (*values, rank) for rank, (some, of) in enumerate(world.gather((ids.tolist(), rewards.T.tolist())))
             for i, values in zip(some, of, strict=True)}
     return world.on_main(lambda: _write(error, run_dir, config, pairs, pair_ids.tolist(), seen, world.size))

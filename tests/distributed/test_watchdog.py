@@ -81,7 +81,7 @@ def test_a_rank_that_is_stopped_in_training_ends_the_job_and_every_log_says_wher
 def test_a_rank_that_hangs_outside_of_collectives_is_told_by_its_stack(tmp_path: Path):
     (waiting, its_log), (hanging, other_log) = in_two_ranks(tmp_path, f"""
     if world.rank == 1:
-        time.sleep({2 * TIMEOUT_SECONDS})
+        time.sleep({1.5 * TIMEOUT_SECONDS})
     world.barrier()
 """)
     assert waiting == 3 and "in barrier" in its_log
