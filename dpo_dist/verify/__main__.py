@@ -46,7 +46,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             found = verify(RunDir(options.run.removeprefix("run.dir=")), options.pairs, options.quick)
-    except UserError as error:
+    except (UserError, OSError) as error:    # OSError: of a folder that may not be looked at, or a disk that is full
         print(f"error: {error}", file=sys.stderr)
         return 2
     same = not any(finding.fails for finding in found)
