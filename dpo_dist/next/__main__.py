@@ -42,7 +42,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
             lines = next_round(run, config, passport, options)
         print("\n".join(lines), file=out)
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:    # OSError: of a folder that may not be looked at, or a disk that is full
         print(f"error: {error}", file=sys.stderr)
         return 2
 

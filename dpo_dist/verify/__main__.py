@@ -49,7 +49,7 @@ def main(words: Sequence[str], out: TextIO) -> int:
             run_dir = RunDir(options.run.removeprefix("run.dir="))
             pin(run_dir.hub_commits())
             found = verify(run_dir, options.pairs, options.quick)
-    except UserError as error:
+    except (UserError, OSError) as error:    # OSError: of a folder that may not be looked at, or a disk that is full
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (LookupError, TypeError, AttributeError) as error:

@@ -75,8 +75,10 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
         print("sweep: interrupted; the same command goes on with what is missing")
         return 130
     except Exception as error:
+        if not sweep.began:
+            raise _not_begun(words, error) from error
         if not sweep.ended_badly:
-            raise _not_begun(words, error) if not sweep.began else error from error
+            raise
         # Optuna's own, after its limit of failures; the table is still shown
         print(f"sweep: the sweeper gave up: {error}")
     return sweep.report()
@@ -179,11 +181,25 @@ def _sweep_choice(word: str) -> str:
 
 
 def compose_each(overrides: Sequence[Override]) -> None:
-    """UserError for the first job of a grid that is wrong."""
+    """UserError for the first job of a grid that is wrong, and for a grid of too many."""
     ours = [o for o in overrides if not o.get_key_element().lstrip("+~").startswith(("hydra", "sweep"))]
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
-        values = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] if o.is_sweep_override()
-                  else [str(o.input_line)]
-                for o in ours]
+        values = [_values(o) if o.is_sweep_override() else [str(o.input_line)] for o in ours]
+        if (jobs := math.prod(map(len, values))) > MOST_JOBS:
+            raise UserError(f"-m with these values is a sweep of {jobs:,} runs or more, and {MOST_JOBS:,} are the most; "
+                            "give fewer values, or let sweep=optuna choose among them")
         for job in itertools.product(*values):
             compose(job)
+
+
+def _values(swept: Override) -> list[str]:
+    """The override with each of its values, as far as so many may be run."""
+    named = one_line(str(swept.input_line))
+    try:
+        texts = list(itertools.islice(swept.sweep_string_iterator(), MOST_JOBS + 1))
+    except Exception as error:               # Hydra's and Python's, of a step of 0 and the like
+        raise UserError(f"'{named}' cannot be swept: {one_line(str(error))}; write the values one by one, as in 0.1,0.3"
+                        ) from error
+    if not texts:
+        raise UserError(f"'{named}' has no value; write the values one by one, as in 0.1,0.3")
+    return [f"{swept.get_key_element()}={text}" for text in texts]
