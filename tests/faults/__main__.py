@@ -25,7 +25,13 @@ def main() -> int:
     parser.add_argument("--lanes", type=int, default=2, help="trials at a time")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))       # and so removes its folders
+    ending: list[int] = []                                   # what runs then is ended with it, and no trial
+
+    def end(number: int, frame: object) -> None:
+        ending.append(number)
+        sys.exit("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
     kinds = asked.kinds.split(",")
     if unknown := set(kinds) - KINDS.keys():
         parser.error(f"unknown kinds {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
@@ -39,8 +45,9 @@ def main() -> int:
         began, ended = time.monotonic(), list[campaign.Ended]()
 
         def show(one: campaign.Ended) -> None:
-            ended.append(one)
-            print(report.line(one), flush=True)
+            if not ending:
+                ended.append(one)
+                print(report.line(one), flush=True)
 
         try:
             campaign.run(trials, asked.seed, asked.lanes, show, asked.configurations.split(","))
