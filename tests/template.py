@@ -134,7 +134,7 @@ def _answer(connection: socket.socket) -> None:
     request = json.loads(connection.makefile().readline())
     os.chdir(request["cwd"])
     with open(request["stdout"], "wb") as stdout, open(request["stderr"], "wb") as stderr:
-        process = ForkedProcess(request["words"], request["environment"], None, stdout, stderr, new_session=True)
+        process = ForkedProcess(request["words"], request["environment"], stdout, stderr, new_session=True)
     connection.sendall(f"{process.pid}\n".encode())
     connection.sendall(f"{process.wait()}\n".encode())
 
