@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_dist.launcher.ranks import SECONDS_BETWEEN_LOOKS, Ranks, Work
 from dpo_dist.launcher.restarts import USERS_MISTAKE, Fault, Restarts
-from dpo_dist.runtime.run_dir import FAILED, Failure, RunDir
+from dpo_dist.runtime.run_dir import FAILED, PREEMPTED, Failure, RunDir
 
 TAIL_LINES = 20
 # of signals that end a rank
@@ -30,10 +30,12 @@ def run(work: Work, received: Sequence[int], companions: Sequence[Work] = (), ma
     restarts = Restarts(work.run_dir, max_restarts)
     while True:
         ranks, lost = _run_once(work, received, companions)
-        if (stopped_by := work.run_dir.preempted_by()) is not None:
+        stopped_by = work.run_dir.preempted_by()
+        if stopped_by is not None and (received or not ranks.code):
             return 128 + stopped_by
         if not ranks.code:
             return 0
+        work.run_dir.clear(PREEMPTED)                            # of ranks that were ended because this one failed
         if received and _ended_by(received, ranks):
             return _ended_in(work, received)
         fault = fault_of(ranks)

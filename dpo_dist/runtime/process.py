@@ -109,8 +109,10 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
 def stop_now(config: RunConfig, terminal: Terminal, number: signal.Signals) -> NoReturn:
     """Ends this process, which was sent this signal before anything was done that could be lost. Peers that wait for it
     find the marker."""
-    stopped = Stopped(number, "no work that was under way is lost")
-    RunDir(config.run_dir).mark_preempted(str(stopped), stopped.signal)
+    stopped, run_dir = Stopped(number, "no work that was under way is lost"), RunDir(config.run_dir)
+    if run_dir.failure() is not None:                            # who started the ranks ends them, as one has failed
+        exit_with(1)
+    run_dir.mark_preempted(str(stopped), stopped.signal)
     terminal.say(str(stopped))
     exit_with(stopped.exit_code)
 

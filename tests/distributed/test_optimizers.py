@@ -47,9 +47,11 @@ def test_a_run_tells_its_optimizer_and_one_whose_state_cannot_be_cut_anew_keeps_
         tmp_path: Path, model: Path, base: list[str]):
     write_rows(tmp_path / "rows.jsonl", 12)
     words = ["train", f"model.path={model}", *base, train_on(tmp_path / "rows.jsonl"), "train.pairs_per_step=6",
-             "train.max_steps=1", "optim.name=muon", f"run.dir={tmp_path / 'run'}", "zero=zero2"]
-    dpo_dist(*words, "cluster.procs_per_node=2")
-    assert "Muon for the layers' matrices" in (tmp_path / "run" / "model" / "README.md").read_text()
-    shutil.rmtree(tmp_path / "run" / "model")
-    shown = dpo_dist(*words, code=2).stderr
-    assert "was written by 2 ranks with optim.name=muon" in shown and "start as many" in shown
+             "train.max_steps=1", "optim=adamw_8bit", f"run.dir={tmp_path / 'run'}", "zero=zero2"]
+    with packages_of(BITSANDBYTES):
+        dpo_dist(*words, "cluster.procs_per_node=2")
+        assert "8-bit AdamW" in (tmp_path / "run" / "model" / "README.md").read_text()
+        shutil.rmtree(tmp_path / "run" / "model")
+        shown = dpo_dist(*words, code=2).stderr
+    assert "was written by 2 ranks with zero.stage=2 and optim.name=adamw_8bit" in shown
+    assert "start as many with the same stage" in shown
