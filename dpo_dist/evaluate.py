@@ -28,7 +28,6 @@ from dpo_dist.run.judging import check_judge, judge_samples
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.open_models import open_models, open_scorer, scores_at_hand, without_auto
 from dpo_dist.run.samples import Samples, show_samples
-from dpo_dist.runtime import preemption
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_atomic, write_json
 from dpo_dist.runtime.process import run_entry
@@ -39,6 +38,7 @@ from dpo_dist.step import forward_pairs, gather_pairs, step_batches
 from dpo_dist.types import PairLogps
 
 PAIRS_AT_ONCE = 1024                     # planned together; the result does not depend on it
+PACKS_BETWEEN_AGREEMENTS = 4             # to stop: a few seconds of a large model
 MEASURED = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "reward_chosen",
             "reward_rejected", "logit", "loss")
 
@@ -63,13 +63,13 @@ def evaluate(config: RunConfig, inputs: Inputs, policy: Policy, reference: Refer
     found, positions = [], []
     with policy.evaluating():
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            if signal := world.max(preemption.received()):
-                raise preemption.Stopped(signal, "the evaluation is made again")
             ids = np.arange(start, min(start + PAIRS_AT_ONCE, len(pairs)))
             part = step_batches(pairs, ids, loss, world, config.train.tokens_per_microbatch, inputs.flops, reference)
             if reference is not None:
                 reference.wait_for(part.batches)
-            for batch, at in zip(part.batches, part.positions, strict=True):
+            for i, (batch, at) in enumerate(zip(part.batches, part.positions, strict=True)):
+                if i % PACKS_BETWEEN_AGREEMENTS == 0:    # all ranks have as many packs
+                    world.heed_signals("the evaluation is made again")
                 logps, weight = forward_pairs(policy, reference, batch, loss, mean_chosen_tokens, world.device)
                 here = [start + i for i in at]
                 if loss.needs_whole_step:

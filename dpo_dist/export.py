@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -28,17 +30,20 @@ from dpo_dist.run.open_models import open_policy, without_auto
 from dpo_dist.run.provenance import check_same_run, provenance
 from dpo_dist.run.provenance.kept import keep_export
 from dpo_dist.run.push import check_push, push_model
+from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime.best import exported_step
+from dpo_dist.runtime.checksums import CHECKSUMS, damage, write_checksums
 from dpo_dist.runtime.ending import exit_with
+from dpo_dist.runtime.files import sync_tree
 from dpo_dist.runtime.process import run_entry
-from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.run_dir import WRITTEN_ANEW, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
 # What is copied of the model's folder: files of tokenizers (of whatever name), chat templates, processors of images ...
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # ... and what is not: written anew, or of another training
-NOT_COPIED = ("config.json", "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
+NOT_COPIED = ("config.json", CHECKSUMS, "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
               "quantize_config.json", "requirements*.txt", "LICENSE*", "README*")
 SETTINGS, OF_TOKENIZER = "*config.json", "tokenizer_config.json"       # of the model, but for the tokenizer's
 MODEL_CARD = "README.md"
@@ -149,15 +154,28 @@ def _shapes_of_embeddings(tensors: dict[str, Stored]) -> set[tuple[int, ...]]:
 
 def _finish(partial: Path, folder: Path, run_dir: RunDir, inputs: Inputs, config: RunConfig,
             held_out: dict[str, float]) -> None:
-    """Writes the model card, keeps what the folder holds, and moves it to its place."""
+    """Writes the model card and checksums, keeps what the folder holds, and moves it to its place."""
     content = exported(partial)
-    card = model_card(inputs, config, held_out, json.loads(run_dir.run_json.read_text()), content,
+    card = model_card(inputs, config, held_out, run_dir.written("export"), content,
                       adapter_alone=folder == run_dir.adapter)
     (partial / MODEL_CARD).write_text(card)
+    write_checksums(partial)
+    sync_tree(partial)
     keep_export(run_dir, folder.name, content)           # before it is moved: what lies there is never told wrongly
     run_dir.pushed_json.unlink(missing_ok=True)          # it tells of the export that goes
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def are_whole(exports: Iterable[Path], say: Callable[[str], None]) -> bool:
+    """Whether these folders are there, as they were exported; `say` tells which file is not."""
+    for folder in exports:
+        if not folder.exists():
+            return False
+        if wrong := damage(folder):
+            say(f"{folder} is damaged: {'; '.join(wrong[:3])}; it is exported again")
+            return False
+    return True
 
 
 def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None:
@@ -166,13 +184,15 @@ def _export_command(config: RunConfig, world: World, terminal: Terminal) -> None
     run_dir = RunDir(config.run_dir)
     world.on_main(lambda: check_push(config))
     inputs = read_inputs(config, world, terminal)
-    world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world)))
+    if damaged := world.on_main(lambda: check_same_run(run_dir, config, provenance(config, inputs, world))):
+        raise UserError(f"{damaged}; {WRITTEN_ANEW}, and exports again where the export is damaged")
     resumed = resume_point(run_dir, world, terminal)
     if resumed is None:
         raise UserError(f"run.dir={run_dir.path} holds no whole checkpoint to export; train first, with the same "
                         "overrides")
     config = without_auto(config, inputs, resumed[1], world, terminal)
     check_fits(resumed, config, world.size)
+    world.on_main(partial(restore_run, run_dir, resumed[0], terminal.say))
     newest = resumed[1].step
     step, held_out = world.on_main(lambda: exported_step(run_dir, config.train.keep_best, newest))
     policy = open_policy(config, inputs, world)

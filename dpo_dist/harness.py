@@ -6,7 +6,6 @@ another environment: eval.harness.python.
 """
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prepare import digests_folder
 from dpo_dist.models.digest import model_digest
+from dpo_dist.models.whole import check_whole
 from dpo_dist.run.lm_eval import check_harness, run_harness
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.process import run_entry
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -32,14 +33,15 @@ def harness(config: RunConfig, world: World, terminal: Terminal) -> None:
     if not (run_dir.model / "config.json").exists():
         raise UserError(f"run.dir={run_dir.path} holds no model/ to evaluate; train it, or run dpo-dist export")
     check_harness(wanted)
+    check_whole(run_dir.model, "model", digests_folder(config.data))
     of = {"weights": model_digest(run_dir.model, digests_folder(config.data)), "tasks": list(wanted.tasks),
           "files": _texts(wanted.path), "arguments": list(wanted.arguments)}
-    if run_dir.harness_json.exists() and json.loads(run_dir.harness_json.read_text())["of"] == of:
+    if (found_sealed(run_dir.harness_json) or {}).get("of") == of:
         terminal.say(f"nothing to do: {run_dir.harness_json} is of this model and these tasks")
         return
     terminal.say(f"lm-evaluation-harness: {', '.join(wanted.tasks)}")
     found = run_harness(config, run_dir, world)
-    write_json(run_dir.harness_json, {"of": of, **found})
+    write_json(run_dir.harness_json, sealed({"of": of, **found}))
     rows = [[task, name, f"{value:.4f}", _error(values, name)] for task, values in found["results"].items()
             for name, value in values.items() if isinstance(value, float) and "_stderr" not in name]
     terminal.table("lm-evaluation-harness", ["task", "metric, filter", "value", "±"], rows)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from dpo_dist.config.errors import UserError
@@ -22,7 +23,7 @@ from dpo_dist.run.open_models import fill_cache, without_auto
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.lock import hold_lock, is_held
-from dpo_dist.runtime.process import run_entry
+from dpo_dist.runtime.process import run_entry, stop_now
 from dpo_dist.runtime.run_dir import DONE, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -31,7 +32,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def score(config: RunConfig, world: World, terminal: Terminal) -> None:
-    preemption.listen()
+    preemption.listen(partial(stop_now, config, terminal))
     if not config.loss.needs_reference:
         raise UserError(f"loss.name={config.loss.name} uses no reference, so there is nothing to score; choose another "
                         "loss")

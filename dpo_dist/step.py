@@ -21,6 +21,7 @@ from dpo_dist.policy import Policy
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.run.metrics import MetricSums
 from dpo_dist.run.perf import Clock
+from dpo_dist.runtime.watchdog import sign
 from dpo_dist.runtime.world import World
 from dpo_dist.sizing.flops import Flops, StepWork
 from dpo_dist.types import PackedBatch, PairLogps, TokenizedPair
@@ -73,6 +74,7 @@ def _computed(pair: TokenizedPair, loss: LossConfig) -> TokenizedPair:
 def forward_pairs(policy: Policy, reference: ReferenceEngine | None, batch: PackedBatch, loss: LossConfig,
                   mean_chosen_tokens: float, device: torch.device) -> tuple[PairLogps, Tensor]:
     """(PairLogps, the pairs' weights) of one pack. It is copied to the device once, before the forward."""
+    sign()
     on_device = batch.to(device)
     tokens = policy.token_logps(on_device, collision=bool(loss.wpo))
     values = on_device.reference

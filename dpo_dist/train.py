@@ -8,6 +8,7 @@ from functools import partial
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
+from dpo_dist.export import are_whole
 from dpo_dist.run.checkpoint import check_fits, resume_point
 from dpo_dist.run.command import write_command
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
@@ -22,10 +23,11 @@ from dpo_dist.run.push import push_model
 from dpo_dist.run.schedule import learning_rate
 from dpo_dist.run.services import check_services
 from dpo_dist.run.step_results import StepLog, StepResults
+from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.prefetch import prefetched
-from dpo_dist.runtime.process import run_entry
+from dpo_dist.runtime.process import run_entry, stop_now
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -36,7 +38,7 @@ from dpo_dist.train_run import Run, open_run
 
 def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[str] = ()) -> None:
     """Trains, evaluates and exports; goes on from the newest checkpoint. words: the overrides that were typed."""
-    preemption.listen()
+    preemption.listen(partial(stop_now, config, terminal))
     world.on_main(lambda: check_services(config))
     inputs = read_inputs(config, world, terminal)
     if not len(inputs.train):
@@ -45,14 +47,19 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     sampler = make_sampler(inputs.train, config.train, config.data.group_by_prompt)
     total = sampler.total_steps(config.train.epochs, config.train.max_steps)
     lineage = provenance(config, inputs, world)
-    world.on_main(lambda: check_same_run(run_dir, config, lineage))
+    if damaged := world.on_main(lambda: check_same_run(run_dir, config, lineage)):
+        terminal.say(f"{damaged}; it is written anew")
     resumed = resume_point(run_dir, world, terminal)
     done = resumed[1].step if resumed else 0
+    if resumed:
+        world.on_main(partial(restore_run, run_dir, resumed[0], terminal.say))
     config = without_auto(config, inputs, resumed[1] if resumed else None, world, terminal)
     check_fits(resumed, config, world.size)
+    if damaged:
+        write_provenance(run_dir, config, inputs, lineage, world)        # also where there is nothing else to do
     tell_faster(config, inputs, world, terminal)
     exports = run_dir.exports(config.export.merged, config.export.adapter)
-    if done == total and world.on_main(lambda: all(folder.exists() for folder in exports)):
+    if done == total and world.on_main(lambda: are_whole(exports, terminal.say)):
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         world.on_main(lambda: push_model(config, run_dir, terminal))
         world.on_main(lambda: judge_run(config, run_dir, inputs, total, terminal))
@@ -60,7 +67,8 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     world.on_main(lambda: check_not_stopped(run_dir, config.guard, done))
     write_provenance(run_dir, config, inputs, lineage, world)
     world.on_main(lambda: write_command(run_dir, words))
-    world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))            # of an earlier end of this run
+    if done < total:
+        world.on_main(lambda: run_dir.judge_json.unlink(missing_ok=True))        # of an earlier end of this run
 
     run = open_run(config, run_dir, inputs, sampler, total, resumed, world, terminal)
     policy, reference, tracker, timer, guard = run.policy, run.reference, run.tracker, run.timer, run.guard
@@ -68,7 +76,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     sums = MetricSums(config.loss, world.device, resumed[1].sums if resumed and world.is_main else None)
 
     with (run.saver, terminal.progress(total, done, "training") as bar,
-          prefetched(run.batches, done + 1, total) as steps):
+          prefetched(run.batches, done + 1, total) as steps, run.keeps_what_is_not_finite()):
         log = StepLog(tracker, bar, world)
         for step, batches in steps:
             wait_for_reference(run, step, done, batches, sums, log)
@@ -101,7 +109,7 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
                 tracker.finish({})
                 raise preemption.Stopped(signal, run.kept(step))
             if evaluates:
-                run.save_if_best(step, run.evaluate(step), sums)
+                run.evaluate_after_step(step, sums)
             if evaluates or asked == GUARD_ASKS:
                 run.heed_guard(step, sums, terminal)
             clock.mark(None)                             # evaluation and saving are not training time

@@ -15,6 +15,7 @@ from dpo_dist.run.generations import show_generations, write_generations
 from dpo_dist.run.judging import judge_run
 from dpo_dist.run.push import push_model
 from dpo_dist.run.samples import show_samples
+from dpo_dist.runtime import preemption
 from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -22,9 +23,13 @@ from dpo_dist.train_run import Run
 
 
 def finish(run: Run, terminal: Terminal) -> None:
-    """Exports, and tells what came out. All ranks call it, after the last step."""
+    """Exports, and tells what came out. All ranks call it, after the last step.
+
+    A signal does not end the export: it takes minutes at most, which is what a scheduler's grace is for, and begun anew
+    it would need the models loaded again. Killed in its midst, it has left the last checkpoint and no folder.
+    """
     config, inputs, run_dir, world = run.config, run.inputs, run.run_dir, run.world
-    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train) or {}).get("counts"))
+    taught = world.on_main(lambda: (write_dynamics(run_dir, inputs.train, terminal.say) or {}).get("counts"))
     exported, after = load_best(run, terminal)
     models = export(run_dir, run.policy, inputs, config, after, world, terminal)
     run.tracker.finish(after)
@@ -34,6 +39,8 @@ def finish(run: Run, terminal: Terminal) -> None:
     if taught:
         terminal.say(f"labels that look flipped: {taught['suspects']:,} of {len(inputs.train):,}, ranked in "
                      f"{run_dir.suspects}; dpo-dist next {run_dir.path} writes rows without them")
+    if config.export.push_to_hub or config.eval.judge.is_asked:
+        preemption.end_at_once()                         # the same command does what is left
     world.on_main(lambda: push_model(config, run_dir, terminal))
     world.on_main(lambda: judge_run(config, run_dir, inputs, run.total, terminal))
 
@@ -61,8 +68,9 @@ def tell_results(terminal: Terminal, run: Run, exported: int, after: dict[str, f
             terminal.say("\n".join(summary_lines(summary)))
     if run.samples.prompts:
         show_samples(terminal, run.run_dir, {"before": 0, "after": exported})
-        if run.world.is_main:
-            show_generations(terminal, write_generations(run.run_dir, exported))
+        found = write_generations(run.run_dir, exported) if run.world.is_main else None
+        if found is not None:
+            show_generations(terminal, found)
     for event in run.guard.events if run.guard else []:
         terminal.say(f"guard.on_{event['guard']} at step {event['step']}: see {run.run_dir.guard}")
     terminal.say(f"model: {' and '.join(map(str, models))}\nmetrics: {run.run_dir.metrics}\nlogs: {run.run_dir.logs}")

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,13 +26,16 @@ from dpo_dist.run.generations import write_generations
 from dpo_dist.run.guard_log import SHOWN_PAIRS, Guard, how_to_go_on, make_guard
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.metrics import MetricSums
+from dpo_dist.run.not_finite import write_not_finite
 from dpo_dist.run.open_models import open_models, scores_at_hand
 from dpo_dist.run.provenance import add_parity
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.save_timer import SaveTimer
 from dpo_dist.run.saver import Saver
+from dpo_dist.run.step_results import NotFinite
 from dpo_dist.run.tracking import Tracker
 from dpo_dist.run.tracking.make import Trackers, open_tracker
+from dpo_dist.runtime import preemption
 from dpo_dist.runtime.best import is_best_yet
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -124,12 +129,11 @@ class Run:
         return sorted((one for part in parts for one in part), key=lambda one: one[1])[:SHOWN_PAIRS]
 
     def _most_fallen_held_out(self, step: int) -> list[tuple[str, float]]:
-        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where a run
-        of an earlier version left no such files."""
-        paths = [self.run_dir.evaluation(at) for at in (0, step)]
-        if not all(path.exists() for path in paths):
+        """The same of the held-out pairs as this step's evaluation has them, compared with the first; none where such
+        files are missing or damaged."""
+        before, now = (EvaluatedPairs.read(self.run_dir.evaluation(at)) for at in (0, step))
+        if before is None or now is None or len(before) != len(now):
             return []
-        before, now = map(EvaluatedPairs.read, paths)
         fall = (now.policy_chosen - before.policy_chosen) / now.chosen_tokens
         return [(self.inputs.eval[int(now.pair[i])].where, float(fall[i])) for i in fall.argsort()[:SHOWN_PAIRS]
                 if fall[i] < 0]
@@ -146,6 +150,30 @@ class Run:
                            self.config.identity(), self.before, time.time())
         self.saver.save(checkpointed(self.policy, self.reference), state)
         self.timer.restart()
+
+    def evaluate_after_step(self, step: int, sums: MetricSums) -> None:
+        """Evaluates, and saves this step where it is the best so far; also where a signal ends the evaluation, which is
+        then made again. All ranks call it."""
+        try:
+            means = self.evaluate(step)
+        except preemption.Stopped as stopped:
+            self.save(step, sums)
+            self.tracker.finish({})
+            raise preemption.Stopped(stopped.signal, f"{self.kept(step)}, and {stopped.kept}") from stopped
+        self.save_if_best(step, means, sums)
+
+    @contextmanager
+    def keeps_what_is_not_finite(self) -> Iterator[None]:
+        """Inside, a step that is not finite leaves what reproduces it. All ranks are inside alike."""
+        try:
+            yield
+        except NotFinite as error:
+            self.saver.wait()
+            train = self.config.train
+            pair_ids = self.sampler.pairs_of_step(error.step, train.epochs, train.max_steps)
+            shown = write_not_finite(error, self.run_dir, self.config, self.inputs.train, pair_ids, self.visits,
+                                     self.world)
+            raise FloatingPointError(f"{error}: {shown}") from error
 
     def kept(self, step: int) -> str:
         """What there is of this step, whose checkpoint was begun, once it is written. All ranks call it."""
@@ -175,6 +203,7 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
         for part in checkpointed(policy, reference):
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
+    preemption.only_note()
     samples = Samples.of(config, inputs)
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
     guard = make_guard(config, run_dir, inputs, samples, done) if world.is_main else None
@@ -186,7 +215,9 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
     visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
     run = Run(config, run_dir, inputs, sampler, total, policy, reference,
               Trackers(tracker, guard) if guard else tracker, samples, saver, timer, visits, guard, world)
-    return replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
+    run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
+    world.heed_signals("its next step had not begun")
+    return run
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:

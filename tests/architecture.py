@@ -13,8 +13,8 @@ from pathlib import Path
 # From the ground up. A room may import rooms of lower floors, and its own; a room is a folder or a file of dpo_dist/.
 FLOORS = [
     ["config"],
-    ["types", "sizing", "runtime", "stats"],
-    ["losses", "logps", "judge"],
+    ["types", "runtime", "stats"],
+    ["sizing", "losses", "logps", "judge"],
     ["data", "models"],
     ["policy", "reference"],
     ["run", "dynamics"],
@@ -42,11 +42,15 @@ ONLY_IN = {
 }
 # Help, plans and error messages come from these alone, so they must not wait for torch.
 TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runtime.alone", "runtime.best",
-              "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.ending", "runtime.files",
-              "runtime.lock", "runtime.ports", "runtime.preemption", "runtime.prefetch", "runtime.progress",
-              "runtime.rank", "runtime.remember", "runtime.run_dir", "runtime.shared_folders",
-              "runtime.terminal", "runtime.without_torch")
+              "runtime.checksums", "runtime.child_process", "runtime.cores", "runtime.disk_faults",
+              "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.hub_commits",
+              "runtime.json_files", "runtime.json_lines", "runtime.lock", "runtime.ports", "runtime.preemption",
+              "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
+              "runtime.shared_folders", "runtime.tables", "runtime.terminal", "runtime.watchdog",
+              "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
+# neither asks nor reads code: peft's own configuration, transformers' table of ways to quantize
+UNASKED = ("peft.LoraConfig.from_pretrained", "AutoHfQuantizer.from_config")
 VAGUE = ("utils", "helpers", "common", "misc")
 
 
@@ -126,7 +130,25 @@ def _of_module(module: Module, known: frozenset[str]) -> list[str]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             found.append(f"{module.name}:{node.lineno} has a bare except")
+        if isinstance(node, ast.Call):
+            found += [f"{module.name}:{node.lineno} {why}" for why in _unsafe(node)]
     return found
+
+
+def _unsafe(call: ast.Call) -> Iterator[str]:
+    """What may run code that comes with data, or ask the person behind a terminal whether to."""
+    name = ast.unparse(call.func)
+    said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    asks = name.rpartition(".")[2] in ("from_pretrained", "from_config") and name not in UNASKED
+    if asks and said.get("trust_remote_code") != "False":
+        yield f"{name} does not say trust_remote_code=False"
+    if (name == "torch.load" and said.get("weights_only") != "True") or said.get("allow_pickle", "False") != "False":
+        yield f"{name} may read a pickle"
+    if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib") or name in ("yaml.load", "eval", "exec"):
+        yield f"{name} may run what it reads"
+    starts = name in ("subprocess.run", "subprocess.Popen", "subprocess.check_output")
+    if starts and not {"stdin", "input"} & said.keys():
+        yield f"{name} does not say what the process's standard input is"
 
 
 def _breaches(module: Module, imported: str) -> Iterator[str]:

@@ -223,12 +223,17 @@ def world() -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
+def small_run(folder: Path) -> list[str]:
+    """Overrides that keep a run small, in fp32, on the CPU, its caches inside the folder, and failed once it has
+    failed."""
+    return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={folder / 'tokens'}",
+            f"reference.cache_dir={folder / 'reference'}", "cluster.procs_per_node=1", "cluster.timeout_seconds=60",
+            "cluster.max_restarts=0", "data.max_length=256"]
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> list[str]:
-    """Overrides that keep a run small, in fp32, on the CPU, and inside tmp_path."""
-    return ["cluster.device=cpu", "model.dtype=fp32", f"data.cache_dir={tmp_path / 'tokens'}",
-            f"reference.cache_dir={tmp_path / 'reference'}", "cluster.procs_per_node=1", "cluster.timeout_seconds=60",
-            "data.max_length=256"]
+    return small_run(tmp_path)
 
 
 def train_on(path: Path) -> str:

@@ -41,13 +41,13 @@ class ForkedProcess:
     """As subprocess.Popen of `python -m MODULE words`, as far as the launcher uses it."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any,
-                 new_session: bool):
+                 new_session: bool, stdin: int | None = None):
         self.args, self.returncode = words, None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(words, environment, stdout, stderr, new_session)
+            _become(words, environment, stdout, stderr, new_session, stdin)
 
     def poll(self) -> int | None:
         return self._reap(os.WNOHANG)
@@ -74,13 +74,15 @@ class ForkedProcess:
 def popen(command: Sequence[str], **how: Any) -> Any:
     """subprocess.Popen, but for the commands that are forked."""
     words = [os.fspath(word) for word in command] if not isinstance(command, str) else []
-    if words[:2] == [sys.executable, "-m"] and words[2] in FORKED and not {"cwd", "stdin", "preexec_fn"} & how.keys():
+    if words[:2] == [sys.executable, "-m"] and words[2] in FORKED and how.get("stdin") in (None, subprocess.DEVNULL) \
+            and not {"cwd", "preexec_fn"} & how.keys():
         return ForkedProcess(words[2:], how.get("env") or os.environ, how.get("stdout"), how.get("stderr"),
-                             how.get("start_new_session", False))
+                             how.get("start_new_session", False), how.get("stdin"))
     return start_process(command, **how)
 
 
-def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any, new_session: bool) -> None:
+def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, stderr: Any, new_session: bool,
+            stdin: int | None) -> None:
     """This forked process is `python -m` with these words from here on; it never returns."""
     code = 1
     try:
@@ -88,6 +90,8 @@ def _become(words: Sequence[str], environment: Mapping[str, str], stdout: Any, s
             os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if stdin == subprocess.DEVNULL:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         out = None if stdout is None else stdout.fileno()
         err = out if stderr == subprocess.STDOUT else None if stderr is None else stderr.fileno()
         for target, source in ((1, out), (2, err)):
@@ -130,7 +134,7 @@ def _answer(connection: socket.socket) -> None:
     request = json.loads(connection.makefile().readline())
     os.chdir(request["cwd"])
     with open(request["stdout"], "wb") as stdout, open(request["stderr"], "wb") as stderr:
-        process = ForkedProcess(request["words"], request["environment"], stdout, stderr, new_session=True)
+        process = ForkedProcess(request["words"], request["environment"], None, stdout, stderr, new_session=True)
     connection.sendall(f"{process.pid}\n".encode())
     connection.sendall(f"{process.wait()}\n".encode())
 
@@ -210,6 +214,10 @@ class Template:
         while not Path(self._socket).exists():
             assert self._process.poll() is None, "the template did not start"
             select.select([], [], [], 0.05)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], cwd: Path) -> Started:
         """A module, a file (*.py) or `-c CODE` with its arguments, as a process that leads a session of its own."""

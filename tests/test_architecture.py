@@ -69,6 +69,12 @@ def planted(line: str, path: Path) -> Iterator[None]:
     ("train.py", "import wandb"),
     ("launcher/slurm.py", "from hydra import compose"),
     ("step.py", "try:\n    pass\nexcept:\n    pass"),
+    ("models/load.py", "AutoTokenizer.from_pretrained(folder)"),
+    ("models/load.py", "AutoModelForCausalLM.from_config(config, trust_remote_code=True)"),
+    ("data/files.py", "import pickle; pickle.load(file)"),
+    ("policy/single.py", "torch.load(file)"),
+    ("data/store.py", "np.load(file, allow_pickle=True)"),
+    ("launcher/slurm.py", "subprocess.run(['sinfo'])"),
     ("data/helpers.py", ""),
     ("attic.py", ""),
 ])

@@ -15,6 +15,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.alone import run_alone
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.without_torch import torch_hidden
@@ -39,7 +40,7 @@ def audit(config: RunConfig, terminal: Terminal) -> None:
         terminal.say(f"audit: these data were audited before, {_summary(found)}; see {file}")
     else:
         found = audited(config, tokenizer, folder, terminal)
-        write_json(file, {**found, "inputs": inputs})
+        write_json(file, sealed({**found, "inputs": inputs}))
         show(found, terminal)
         terminal.say(f"audit: {found['pairs']:,} pairs in {found['seconds']:.1f} s, {_summary(found)}; written to "
                      f"{file}")
@@ -86,11 +87,8 @@ def inputs_digest(config: RunConfig, tokenizer: Any | None, folder: Path) -> str
 
 def _earlier(file: Path, inputs: str) -> dict[str, Any] | None:
     """What an audit of the same inputs has written."""
-    try:
-        found = dict(json.loads(file.read_text()))
-    except (OSError, ValueError):
-        return None
-    return found if found.get("inputs") == inputs else None
+    found = found_sealed(file)
+    return found if found is not None and found.get("inputs") == inputs else None
 
 
 def _added(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -23,7 +23,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prepare import digests_folder, open_stores
 from dpo_dist.data.store import PairStore
 from dpo_dist.models.resolve import ModelFolder, resolve
-from dpo_dist.reference.cache.store import LogpCache, ReferenceKey
+from dpo_dist.reference.cache.store import LogpCache, described_keys
+from dpo_dist.runtime.checksums import damage
 
 LEAST_NATS = 1.0                             # a token, by which a pair must stand apart from the median ...
 SPREADS = 6.0                                # ... and how many spreads of all pairs (1.48 MAD, a normal sigma)
@@ -40,8 +41,8 @@ def margins(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
         return [], "not looked at: the pairs are not tokenized yet"
     if not any(Path(config.reference.cache_dir).glob("*/*.safetensors")):
         return [], NOT_SCORED
-    done = subprocess.run([sys.executable, "-m", "dpo_dist.audit.margins", str(store)], capture_output=True, text=True,
-                          input=json.dumps(to_dict(config)))
+    done = subprocess.run([sys.executable, "-m", "dpo_dist.audit.margins", str(store)],
+                          capture_output=True, text=True, input=json.dumps(to_dict(config)))
     if done.returncode:
         raise RuntimeError(f"the process that reads the reference's values ended with code {done.returncode}: "
                            f"{done.stderr[-2000:]}")
@@ -50,6 +51,8 @@ def margins(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
 
 
 def _found(config: RunConfig, store: Path) -> tuple[list[Finding], str]:
+    if wrong := damage(store):
+        return [], f"not looked at: the pairs' tokens are damaged ({wrong[0]}); the next run tokenizes again"
     train = open_stores(store)[0]
     known = [_nats_a_token(train, cache) for cache in _caches(config)]
     best = max(known, key=lambda nats: np.isfinite(nats).sum(), default=np.full(len(train), np.nan))
@@ -64,12 +67,10 @@ def _caches(config: RunConfig) -> Iterator[LogpCache]:
     """The caches of this reference's weights, of whatever dtype and recipe."""
     from dpo_dist.models.digest import folder_digest  # here: it imports torch, and examine.py imports this file
 
-    keys = [ReferenceKey(**json.loads(file.read_text()))
-            for file in Path(config.reference.cache_dir).glob("*/key.json")]
     folder = resolve(config.reference_path, "reference.path", config.run.offline)
     digest = folder_digest(ModelFolder(folder.base) if config.reference.bare_base else folder,
                            digests_folder(config.data))
-    for key in keys:
+    for key in described_keys(config.reference.cache_dir):
         if key.weights == digest:
             cache = LogpCache(config.reference.cache_dir, key)
             cache.open_shards(cache.verified_shards()[0])

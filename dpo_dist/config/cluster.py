@@ -17,6 +17,7 @@ class ClusterConfig:
     procs_per_node: int | None = option(above=0)
     device: Literal["auto", "cpu", "cuda"] = option()
     timeout_seconds: int = option(above=0)
+    max_restarts: int = option()
     peak_tflops: float | None = option(above=0)
     environment: dict[str, str] | None = option()
     jobs_at_once: int | None = option(above=0)
@@ -26,6 +27,8 @@ class ClusterConfig:
 
     def check(self, server_nodes: int) -> None:
         """UserError for what contradicts itself. server_nodes: of the reference (ReferenceConfig.server_nodes)."""
+        if self.max_restarts < 0:
+            raise UserError(f"cluster.max_restarts={self.max_restarts} must be 0 (never) or greater")
         for name in self.environment or {}:
             if not name.startswith(NETWORK_VARIABLES):
                 raise UserError(f"cluster.environment.{name} is not a setting of the network between ranks (those "
@@ -69,6 +72,7 @@ class SlurmClusterConfig(ClusterConfig):
     """Stages as Slurm jobs."""
 
     name: Literal["slurm"] = option()
+    min_nodes: int | None = option(above=0)
     slurm: SlurmConfig = option()
 
     submits = True
@@ -76,6 +80,9 @@ class SlurmClusterConfig(ClusterConfig):
     def check(self, server_nodes: int) -> None:
         super().check(server_nodes)
         slurm = self.slurm
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise UserError(f"cluster.min_nodes={self.min_nodes} is more than cluster.nodes={self.nodes}; lower it, or "
+                            "set it to null")
         if self.procs_per_node is None:
             raise UserError("cluster.procs_per_node=null: from here the nodes' devices cannot be counted; set "
                             "cluster.procs_per_node=8, one a GPU")

@@ -19,6 +19,7 @@ from dpo_dist.config.decode import decode
 from dpo_dist.config.errors import UserError, nearest, one_line
 from dpo_dist.config.overrides import blamed, experiment_file, parsed
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.secrets import refuse_secret_words
 
 
 def shipped(name: str) -> Path:
@@ -34,7 +35,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend, on one line."""
+    """The validated RunConfig of `key=value` overrides. Raises UserError, on one line, for what a person can mend."""
     raw: dict[str, Any] = {}
     try:
         raw = composed(overrides)
@@ -51,6 +52,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
     """The same before it is decoded, when keys may still contradict each other. Raises UserError for unknown ones."""
+    refuse_secret_words(overrides)
     words = with_groups(overrides)
     understood = parsed(words, _groups())
     try:

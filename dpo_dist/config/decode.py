@@ -16,6 +16,7 @@ from dpo_dist.config.optimizers import OPTIMIZERS
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.rules import resolve_loss, validate
 from dpo_dist.config.schema import DatasetConfig, OptimConfig, RunConfig
+from dpo_dist.config.secrets import refuse_secrets
 from dpo_dist.config.tracking import TRACKERS, TrackingConfig
 
 # Sections with variants, each with keys of its own: (the key that names the variant, {name: variant}).
@@ -28,6 +29,7 @@ ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
 
 def decode(raw: Mapping[str, Any]) -> RunConfig:
     """The RunConfig that a plain nested mapping describes. Raises UserError naming key, value and remedy."""
+    refuse_secrets("", raw)                              # first: what is wrong with a value may show it
     _check_values(raw, "")
     config = _decode(RunConfig, raw, "")
     config = dataclasses.replace(config, loss=resolve_loss(config.loss))

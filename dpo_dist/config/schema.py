@@ -264,6 +264,7 @@ class ExportConfig:
 class RunSection:
     dir: str | None = option()
     offline: bool = option()
+    readable_by: Literal["owner", "group", "all"] = option(default="owner")
 
 
 @dataclass(frozen=True)

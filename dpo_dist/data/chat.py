@@ -19,10 +19,14 @@ from jinja2 import TemplateError
 
 from dpo_dist.data.fields import Turns, n_shared
 from dpo_dist.data.frame import ANSWER, Frame, as_turns, closing_token, from_last, without_closing
+from dpo_dist.data.in_time import in_time
 from dpo_dist.types import Message, PreferenceRow
 
 NEXT = "\ue000"                              # begins a placeholder for what follows an answer: no text begins with it
-RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# what a template's own faults raise; one that asks for more memory than there is among them
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+                 MemoryError)
+RENDER_SECONDS = 10.0                        # for a conversation; a template that takes longer goes round for ever
 
 
 class TemplateMisfit(Exception):
@@ -87,9 +91,10 @@ class ChatTemplate:
         if self.arguments_in_text:
             turns = tuple({**turn, "tool_calls": list(map(_with_text, turn["tool_calls"]))} if "tool_calls" in turn
                           else turn for turn in turns)
-        return str(self.tokenizer.apply_chat_template(
-            list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation,
-            tokenize=False, **{**self.variables, **own}))
+        with in_time(RENDER_SECONDS, f"data.chat_template ({self.name})"):
+            return str(self.tokenizer.apply_chat_template(
+                list(turns), tools=list(tools) or None, chat_template=self.text, add_generation_prompt=generation,
+                tokenize=False, **{**self.variables, **own}))
 
     def split(self, row: PreferenceRow, own: bool = False) -> RowTexts:
         """The row's texts; completions end with the end-of-turn token, where the template has one. `own`: with the

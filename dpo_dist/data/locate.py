@@ -10,6 +10,7 @@ from typing import Any
 from dpo_dist.config.errors import UserError, printable
 from dpo_dist.config.schema import DatasetConfig
 from dpo_dist.runtime.files import sha256
+from dpo_dist.runtime.hub_commits import commit_of, note
 from dpo_dist.runtime.remember import remembered
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
@@ -85,10 +86,23 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
 
 
 def load_from_hub(dataset: DatasetConfig) -> Any:
+    """The data set of a hub name. Asked again, it is the same commit of it. UserError where it cannot be had."""
     import datasets
 
+    name = f"datasets/{dataset.path}" + (f"@{dataset.revision}" if dataset.revision else "")
+    known = commit_of(name)
     try:
-        return datasets.load_dataset(dataset.path, dataset.subset, split=dataset.split, revision=dataset.revision)
+        table = datasets.load_dataset(dataset.path, dataset.subset, split=dataset.split,
+                                      revision=known or dataset.revision)
+        commit = Path(table.cache_files[0]["filename"]).parent.name            # of the cache's folder
+        if known not in (None, commit):                  # without a network, `datasets` takes the newest that it has
+            raise UserError(f"data path '{dataset.path}' was commit {known} when this run began, and the local hub "
+                            f"cache has {commit}; set run.offline=false to load that commit, or begin anew in another "
+                            "run.dir")
+        note(name, commit)
+        return table
+    except UserError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:    # offline and not found are OSErrors
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         if offline:

@@ -1,15 +1,17 @@
 """Rows → tokens: the pipeline that fills a store, found in data.cache_dir by the content of all that it was made from,
-or built there under a temporary name and renamed once complete. parts.py is the same by several processes."""
+or built there under a temporary name and renamed once complete. Each start holds it against its checksums, once, before
+it is mapped: a damaged one is removed and built again. parts.py is the same by several processes."""
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +28,26 @@ from dpo_dist.data.store import PairStore
 from dpo_dist.data.templates import stop_tokens, template_texts
 from dpo_dist.data.tokenize import Dropped, PairTokenizer, TruncationReport, truncate
 from dpo_dist.data.writer import PairWriter, Source, hash64
+from dpo_dist.runtime.checksums import damage, write_checksums
 from dpo_dist.runtime.files import write_json
 
-FORMAT_VERSION = 4                           # raise it when the same rows would give other tokens or files
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 5                           # raise it when the same rows would give other tokens or files
 # the file with the settings that decide the tokens: by it `plan` finds a store without reading the data
 SETTINGS = "asked.json"
 DIGESTS = "digests"
 
 
-def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> tuple[PairStore, PairStore]:
+def prepare(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None,
+            say: Callable[[str], None] = log.warning) -> tuple[PairStore, PairStore]:
     """(training pairs, held-out pairs); the second is empty where none are asked for.
 
     Any number of processes may call this at once: the first to finish gives the folder its name, the others take that
     one. Raises UserError for what a person can mend.
     """
     folder = store_folder(config, tokenizer, tokenizer_digest)
-    if not folder.is_dir():
+    if not is_whole(folder, say):
         build(config, PairTokenizer.of(tokenizer, config), folder)
     return open_stores(folder)
 
@@ -56,6 +62,42 @@ def build(config: DataConfig, encoder: PairTokenizer, folder: Path) -> None:
 def store_folder(config: DataConfig, tokenizer: Any | None, tokenizer_digest: str | None) -> Path:
     """Where these pairs are, or will be, on disk."""
     return Path(config.cache_dir) / fingerprint(config, tokenizer, tokenizer_digest)[:32]
+
+
+def is_whole(folder: Path, say: Callable[[str], None]) -> bool:
+    """Whether the stores are there, each byte as it was written. Damaged ones are removed, which `say` tells.
+
+    Any number of processes may ask at once; one that maps the damaged files keeps them. UserError where they cannot be
+    removed.
+    """
+    try:
+        asked = _identity(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    wrong = damage(folder)
+    if not wrong:
+        return True
+    aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
+    try:
+        folder.rename(aside)
+        if _identity(aside) != asked:                # another process has built it anew meanwhile
+            aside.rename(folder)
+            return is_whole(folder, say)
+    except FileNotFoundError:                            # another process was faster
+        return is_whole(folder, say)
+    except OSError as error:
+        raise UserError(f"the token cache {folder} is damaged ({wrong[0]}) and cannot be removed: {error}; remove it, "
+                        "or set data.cache_dir to another folder") from error
+    shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    say(f"the token cache {folder} was damaged ({wrong[0]}{more}); it is tokenized again")
+    return False
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Another for a folder that is built anew under the same name; the same under another name."""
+    found = folder.lstat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def open_stores(folder: Path) -> tuple[PairStore, PairStore]:
@@ -82,7 +124,8 @@ def digests_folder(config: DataConfig) -> Path:
 
 @contextmanager
 def built(folder: Path) -> Iterator[Path]:
-    """A temporary folder, which takes the folder's name once the block ends, and is removed where it fails."""
+    """A temporary folder, which gets its checksums and the folder's name once the block ends, and is removed where that
+    fails."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
@@ -90,6 +133,7 @@ def built(folder: Path) -> Iterator[Path]:
         raise UserError(f"data.cache_dir={folder.parent} cannot be made: {error}; set another folder") from error
     try:
         yield temporary
+        write_checksums(temporary)
         try:
             temporary.rename(folder)
         except OSError:                      # another process was first, with the same content

@@ -41,6 +41,8 @@ class PairStore:
 
     @staticmethod
     def open(path: str | Path) -> PairStore:
+        """Mapped as it is: prepare.is_whole holds its files against their checksums first, and so the digest that
+        meta.json tells of them."""
         path = Path(path)
         meta = json.loads((path / "meta.json").read_text())
         # Plain array views: slicing numpy's memmap class takes ten times as long.

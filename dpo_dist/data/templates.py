@@ -2,18 +2,20 @@
 `data.chat_template`."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, TemplateError
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.chat import RENDER_ERRORS, ChatTemplate
 from dpo_dist.data.fields import Turns, n_shared
 from dpo_dist.data.frame import ANSWER, QUESTION, frame_of
+from dpo_dist.runtime.json_files import needed_object
 from dpo_dist.types import PreferenceRow
 
 PLAIN = "none"                               # data.chat_template=none: plain text, whatever template the tokenizer has
@@ -109,6 +111,9 @@ def chat_templates(tokenizer: Any, setting: str | None, variables: Mapping[str, 
 
 def _checked(template: ChatTemplate) -> ChatTemplate:
     """The template with what one question and its answer show of it."""
+    if _has_powers(template.text):                       # nothing ends 10 ** 10 ** 10 once it is begun
+        raise UserError(f"data.chat_template ({template.name}) computes a power (**), which no conversation needs; "
+                        "take it out")
     question = {"role": "user", "content": QUESTION}
     answers = [{"role": "assistant", "content": ANSWER}]
     # some templates suit no others: their generation prompts open <think>
@@ -141,6 +146,15 @@ def _checked(template: ChatTemplate) -> ChatTemplate:
     return replace(template, arguments_in_text=in_text, end_of_turn=end_of_turn, blank_tail=tail[len(tail.rstrip()):],
                    stops=("", "") if end_of_turn else _stops(template, (question, answers[0]), special),
                    frame=frame_of(template.tokenizer, prompt, whole, within, with_system, special))
+
+
+def _has_powers(text: str) -> bool:
+    """Whether ** stands between two values; after a bracket or a comma it unpacks arguments."""
+    try:
+        signs = [sign for _, kind, sign in Environment().lex(text) if kind != "whitespace"]
+    except TemplateError:                                # said when it is rendered
+        return False
+    return any(sign == "**" and before not in ("(", ",") for before, sign in pairwise(signs))
 
 
 def _has_boundary(prompt: str, whole: str) -> bool:
@@ -181,12 +195,20 @@ def _stops(template: ChatTemplate, turns: Turns, special: set[str]) -> tuple[str
 
 def stop_tokens(tokenizer: Any) -> set[str]:
     """The tokens at which generation stops, from the generation_config.json beside the tokenizer."""
-    file = Path(tokenizer.name_or_path) / "generation_config.json"
+    ids = eos_ids(Path(tokenizer.name_or_path) / "generation_config.json")
+    return set(tokenizer.convert_ids_to_tokens(sorted(ids))) - {None}
+
+
+def eos_ids(file: Path) -> set[int]:
+    """What a config.json or generation_config.json says of eos_token_id; none where it is not there. UserError where it
+    is damaged."""
     if not file.is_file():
         return set()
-    ids = json.loads(file.read_text()).get("eos_token_id")
-    ids = [ids] if isinstance(ids, int) else ids or []
-    return set(tokenizer.convert_ids_to_tokens(ids)) - {None}
+    ids = needed_object(file, "copy the model again").get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in listed):
+        raise UserError(f"{file}: eos_token_id={ids} is no token id; copy the model again")
+    return set(listed)
 
 
 def _rendered_or_empty(template: ChatTemplate, turns: Turns) -> str:

@@ -41,6 +41,12 @@ class VisitLog:
             ids = np.array([i for pair_ids, _ in packs for i in pair_ids], np.int32)
             self._waiting = step, ids, Later(torch.cat([values for _, values in packs], 1))
 
+    def of_step(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """(pairs, their (2, B) rewards) of a step that is not written yet; none where the loss has no rewards."""
+        self._catch_up()
+        none = np.empty(0, np.int32), np.empty((2, 0), np.float32)
+        return next(((ids, values) for number, ids, values in self._known if number == step), none)
+
     def write(self, step: int) -> None:
         """Writes what is known up to this step; after it, a checkpoint of the step has all visits before it."""
         self._catch_up()

@@ -4,15 +4,21 @@ A part never reaches over a checkpoint, so a run that goes on from one removes w
 """
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.runtime.files import replacing
+from dpo_dist.runtime.tables import read_columns, write_columns
 
+log = logging.getLogger(__name__)
+
+COLUMNS = {"step": np.int32, "pair": np.int32, "reward_chosen": np.float32, "reward_rejected": np.float32}
 PART = re.compile(r"steps-(\d+)-(\d+)-rank-(\d+)\.parquet")
 
 
@@ -39,8 +45,7 @@ class Visits:
         return Visits(self.step[these], self.pair[these], self.chosen[these], self.rejected[these])
 
     @staticmethod
-    def of(columns: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]]
-           ) -> Visits:
+    def of(columns: Sequence[tuple[NDArray[Any], ...]]) -> Visits:
         """(step, pair, chosen, rejected) of several parts as one, in order."""
         if not columns:
             return Visits(*(np.empty(0, np.int32),) * 2, *(np.empty(0, np.float32),) * 2)
@@ -52,27 +57,17 @@ class Visits:
 
 def write_part(folder: Path, first: int, last: int, rank: int, visits: Visits) -> None:
     """Writes what this rank saw in steps `first` to `last`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"step": visits.step, "pair": visits.pair, "reward_chosen": visits.chosen,
-                      "reward_rejected": visits.rejected})
-    with replacing(folder / f"steps-{first:06d}-{last:06d}-rank-{rank}.parquet") as file:
-        pq.write_table(table, file, use_dictionary=["step"], column_encoding={"pair": "DELTA_BINARY_PACKED"},
-                       compression="zstd", write_statistics=False, store_schema=False)
+    columns = zip(COLUMNS, (visits.step, visits.pair, visits.chosen, visits.rejected), strict=True)
+    write_columns(folder / f"steps-{first:06d}-{last:06d}-rank-{rank}.parquet", dict(columns), use_dictionary=["step"],
+                  column_encoding={"pair": "DELTA_BINARY_PACKED"}, compression="zstd", write_statistics=False,
+                  store_schema=False)
 
 
-def read_visits(folder: Path) -> Visits:
-    """All visits that are on disk; none where there is no part, or no folder."""
-    import pyarrow.parquet as pq
-
-    columns = []
-    for _, _, path in _parts(folder):
-        table = pq.ParquetFile(path).read()
-        step, pair, chosen, rejected = (column.to_numpy() for column in table.columns)
-        columns.append((step, pair, chosen, rejected))
-    return Visits.of(columns)
+def read_visits(folder: Path, say: Callable[[str], None] = log.warning) -> Visits:
+    """All visits that are on disk; none where there is no part, or no folder. Those of a damaged part are missing,
+    which `say` tells."""
+    parts = [read_columns(path, COLUMNS, say) for _, _, path in _parts(folder)]
+    return Visits.of([tuple(part[name] for name in COLUMNS) for part in parts if part is not None])
 
 
 def keep_until(folder: Path, step: int) -> None:

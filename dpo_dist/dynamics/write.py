@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,25 @@ from dpo_dist.dynamics.datamap import DataMap, data_map
 from dpo_dist.dynamics.suspects import Suspicion, suspicion
 from dpo_dist.dynamics.visits import read_visits
 from dpo_dist.dynamics.words import word_evidence
+from dpo_dist.runtime.checksums import checksum
 from dpo_dist.runtime.files import replacing, write_json
+from dpo_dist.runtime.json_files import sealed
 from dpo_dist.runtime.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 LISTED = 100                                 # entries of each list in datamap.json
 POINTS = 2_000                               # of the map
 DIGITS = 5                                   # significant ones
 
 
-def write_dynamics(run_dir: RunDir, pairs: PairStore) -> dict[str, Any] | None:
+def write_dynamics(run_dir: RunDir, pairs: PairStore, say: Callable[[str], None] = log.warning
+                   ) -> dict[str, Any] | None:
     """What datamap.json holds now, written with suspects.jsonl from the visits so far; None, and no file, where no pair
-    had a reward. Also of a run under way. Ties have no label that could be flipped, and are in neither file."""
+    had a reward. Also of a run under way. Ties have no label that could be flipped, and are in neither file. say: tells
+    that visits are missing, as their file is damaged."""
     decided = np.asarray(pairs.tie) == 0
-    visits = read_visits(run_dir.visits).of_pairs(decided)
+    visits = read_visits(run_dir.visits, say).of_pairs(decided)
     if not len(visits):
         return None
     map_ = data_map(visits, len(pairs))
@@ -36,12 +43,12 @@ def write_dynamics(run_dir: RunDir, pairs: PairStore) -> dict[str, Any] | None:
         for line in _ranked(pairs, map_, suspects, ranking):
             file.write(line)
     never, lost = map_.never_learned(), map_.forgotten()
-    whole = {"pairs": len(pairs), "visits": len(visits), "last_step": int(visits.step[-1]),
+    whole = sealed({"pairs": len(pairs), "visits": len(visits), "last_step": int(visits.step[-1]),
              "counts": {"never_learned": len(never), "forgotten": len(lost), "suspects": suspects.flipped},
              "never_learned": _entries(pairs, map_, suspects, never[:LISTED]),
              "forgotten": _entries(pairs, map_, suspects, lost[:LISTED]),
              "suspects": _entries(pairs, map_, suspects, ranking[:LISTED]),
-             "map": _points(pairs, map_)}
+             "map": _points(pairs, map_), "suspects_jsonl": checksum(run_dir.suspects)})
     write_json(run_dir.datamap_json, whole)
     return whole
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.runtime.files import replacing
+from dpo_dist.runtime.tables import read_columns, write_columns
 
 Floats = NDArray[np.float64]
 INTEGERS = ("pair", "chosen_tokens", "rejected_tokens")
@@ -48,20 +48,14 @@ class EvaluatedPairs:
 
     def write(self, path: Path) -> None:
         """Writes the file, in place of an earlier one."""
-        import pyarrow as pa  # only rank 0 writes, and only now: the library takes 60 MB
-        import pyarrow.parquet as pq
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            pq.write_table(pa.table({field.name: getattr(self, field.name) for field in fields(self)}), file)
+        write_columns(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @staticmethod
-    def read(path: Path) -> EvaluatedPairs:
-        """What `write` wrote."""
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(path)
-        return EvaluatedPairs(**{name: table[name].to_numpy() for name in table.column_names})
+    def read(path: Path) -> EvaluatedPairs | None:
+        """What `write` wrote; None where it is not there, or damaged, which the log tells."""
+        kinds = {field.name: np.int32 if field.name in INTEGERS else np.float64 for field in fields(EvaluatedPairs)}
+        found = read_columns(path, kinds)
+        return None if found is None else EvaluatedPairs(**found)
 
 
 def hits(margin: Floats) -> Floats:

@@ -1,14 +1,12 @@
 """What evaluations leave in a run's folder: evaluations/step-NNNNNN.parquet and evaluation.json."""
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from dpo_dist.config.schema import LossConfig
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
 from dpo_dist.evaluation.summary import Summary, summarize
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 
 
@@ -20,16 +18,17 @@ def keep_evaluation(run_dir: RunDir, step: int, pairs: EvaluatedPairs, facts: Fa
         if path > run_dir.evaluation(step):
             path.unlink()
     pairs.write(run_dir.evaluation(step))
-    first = run_dir.evaluation(0)
-    needs_start = (moves or not loss.needs_reference) and step > 0 and first.exists()
-    start = EvaluatedPairs.read(first) if needs_start else None
+    needs_start = (moves or not loss.needs_reference) and step > 0
+    start = EvaluatedPairs.read(run_dir.evaluation(0)) if needs_start else None
     summary = summarize(step, pairs, facts, loss, start, kl)
     earlier = [one for one in read_summaries(run_dir) if one["step"] < step]
-    write_json(run_dir.evaluation_json, {"evaluations": [*earlier, summary]})
+    write_json(run_dir.evaluation_json, sealed({"evaluations": [*earlier, summary]}))
     return summary
 
 
 def read_summaries(run_dir: RunDir) -> list[Summary]:
-    """The summaries of a run's evaluations, by step; none before the first."""
-    path: Path = run_dir.evaluation_json
-    return list(json.loads(path.read_text())["evaluations"]) if path.exists() else []
+    """The summaries of a run's evaluations, by step; none before the first, or where
+    the file is damaged."""
+    found = (found_sealed(run_dir.evaluation_json) or {}).get("evaluations")
+    return [one for one in found if isinstance(one, dict) and isinstance(one.get("step"), int)] if isinstance(
+        found, list) else []

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from dpo_dist.config.errors import UserError
 
 ROWS_A_REQUEST = 32
+TOKEN = "DPO_DIST_JUDGE_TOKEN"                          # of the environment: what the judge wants to see, if anything
 TRY_AGAIN = (429, 500, 502, 503, 504)                    # statuses of a server that is busy or starting
 PAUSES_SECONDS = (1.0, 4.0)                              # before the second and the third try
 
@@ -44,6 +46,8 @@ class Url:
         """The answer's body; a busy server, or one that cannot be reached, is asked again."""
         for pause in (*self.pauses_seconds, None):
             request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+            if token := os.environ.get(TOKEN):           # a redirection, which may lead to another server, is without
+                request.add_unredirected_header("Authorization", f"Bearer {token}")
             try:
                 with _opener(self.url).open(request, timeout=self.timeout_seconds) as response:
                     return bytes(response.read())

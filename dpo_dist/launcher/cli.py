@@ -20,6 +20,7 @@ from dpo_dist.launcher.clusters import launcher_of
 from dpo_dist.launcher.local import device_count
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
+from dpo_dist.runtime.disk_faults import disk_fault
 
 VERBS = {
     "run": "the whole way: audit the data, score the reference, train, evaluate on held-out pairs, export",
@@ -68,14 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: {disk_fault(error, Path.cwd()) or error}", file=sys.stderr)
+        return 2
 
 
 def _main(words: list[str]) -> int:

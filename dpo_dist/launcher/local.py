@@ -42,17 +42,18 @@ def _visible_devices() -> list[str]:
 def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if dry_run:
         raise UserError(NOTHING_SUBMITTED)
-    return run_stages(launch)
+    RunDir(launch.run_dir).make(config.run.readable_by)
+    return run_stages(launch, config.cluster.max_restarts)
 
 
 def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
     return {stage.name: by_hand(stage) for stage in launch.stages}
 
 
-def run_stages(plan: LaunchPlan) -> int:
+def run_stages(plan: LaunchPlan, max_restarts: int = 0) -> int:
     """Runs the stages in turn until one fails or is stopped. The exit code is the last stage's: 0 only when it is done.
 
-    A signal to end starts no further stage.
+    A signal to end starts no further stage, nor one again.
     """
     names = [stage.name for stage in plan.stages]
     with receiving(*TO_END) as received:
@@ -60,11 +61,12 @@ def run_stages(plan: LaunchPlan) -> int:
             if stage.beside in names:
                 continue
             if received:
-                return ended_early(received, f"before the {stage.name} stage")
+                return ended_early(received, f"before the {stage.name} stage", RunDir(plan.run_dir))
             companions = [other for other in plan.stages if other.beside == stage.name]
             total = stage.procs_per_node + sum(companion.procs_per_node for companion in companions)
             work = _work(stage, plan.run_dir, total, quiet=False)
-            code = run(work, received, [_work(companion, plan.run_dir, total, quiet=True) for companion in companions])
+            code = run(work, received, [_work(companion, plan.run_dir, total, quiet=True) for companion in companions],
+                       max_restarts)
             if code:
                 return code
     return 0

@@ -6,6 +6,8 @@ every node.
     PROCS_PER_NODE                   processes on a node, the same on all (cluster.procs_per_node; else one a GPU)
     MODULE                           what runs: dpo_dist.train, dpo_dist.score, ... (dpo_dist.train)
     RUN_DIR                          where logs go (what the overrides say)
+    MAX_RESTARTS                     of a node that is alone (cluster.max_restarts); several are started again together,
+                                     by what started them: launch/hosts.sh, slurm/train.sbatch
 
 Inside a Slurm job the first four are Slurm's where they are not set. launch/node.sh starts this; so do launch/hosts.sh,
 a Slurm job and the container.
@@ -35,21 +37,22 @@ def main(overrides: Sequence[str]) -> int:
         config = compose(overrides)
         place = place_of(os.environ, config.cluster.procs_per_node or device_count(config.cluster))
         run_dir = RunDir(os.environ.get("RUN_DIR") or config.run_dir)
-        with receiving(*TO_END) as received:
-            return _run(place, run_dir, overrides, received)
+        run_dir.make(config.run.readable_by)
+        max_restarts = read(os.environ, "MAX_RESTARTS", default=config.cluster.max_restarts, least=0)
+        with receiving(*TO_END, for_good=True) as received:
+            return _run(place, run_dir, overrides, received, max_restarts if place.nodes == 1 else 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int]) -> int:
-    run_dir.make()
+def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int], max_restarts: int) -> int:
     module = os.environ.get("MODULE") or "dpo_dist.train"
     log, pid = run_dir.node_log(place.node), run_dir.node_pid(place.node)
     pid.write_text(f"{os.getpid()}\n")
     try:
         code = run(Work(module.rpartition(".")[2], module, tuple(overrides), run_dir, log, place,
-                        rank_environment(place.procs)), received)
+                        rank_environment(place.procs)), received, max_restarts=max_restarts)
     finally:
         pid.unlink(missing_ok=True)
     stopped_by = run_dir.preempted_by()
@@ -64,22 +67,24 @@ def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequ
 def place_of(environment: Mapping[str, str], procs: int) -> Place:
     """Where this node stands, with so many processes unless the environment says otherwise. UserError where it cannot
     know."""
-    def read(*names: str, default: int, least: int = 1) -> int:
-        name = next((name for name in names if environment.get(name)), None)
-        if name is None:
-            return default
-        if not environment[name].isdecimal() or int(environment[name]) < least:
-            raise UserError(f"{name}={environment[name]} is not a whole number of at least {least}; set it to one")
-        return int(environment[name])
-
-    nodes = read("NNODES", "SLURM_JOB_NUM_NODES", default=1)
-    node = read("NODE_RANK", "SLURM_NODEID", default=0, least=0)
+    nodes = read(environment, "NNODES", "SLURM_JOB_NUM_NODES", default=1)
+    node = read(environment, "NODE_RANK", "SLURM_NODEID", default=0, least=0)
     if node >= nodes:
         raise UserError(f"NODE_RANK={node} is not one of NNODES={nodes} nodes; set it to 0 on the first, to 1 on the "
                         "next, and so on")
     master = environment.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_of_slurm(environment))
-    port = read("MASTER_PORT", default=20000 + read("SLURM_JOB_ID", default=9500) % 10000)
-    return Place(read("PROCS_PER_NODE", default=procs), node, nodes, master, port)
+    port = read(environment, "MASTER_PORT", default=20000 + read(environment, "SLURM_JOB_ID", default=9500) % 10000)
+    return Place(read(environment, "PROCS_PER_NODE", default=procs), node, nodes, master, port)
+
+
+def read(environment: Mapping[str, str], *names: str, default: int, least: int = 1) -> int:
+    """The number that the first of these variables which is set holds. UserError where it holds none."""
+    name = next((name for name in names if environment.get(name)), None)
+    if name is None:
+        return default
+    if not environment[name].isdecimal() or int(environment[name]) < least:
+        raise UserError(f"{name}={environment[name]} is not a whole number of at least {least}; set it to one")
+    return int(environment[name])
 
 
 def _first_of_slurm(environment: Mapping[str, str]) -> str:
@@ -87,7 +92,8 @@ def _first_of_slurm(environment: Mapping[str, str]) -> str:
     if not (nodelist := environment.get("SLURM_JOB_NODELIST")):
         raise UserError(f"MASTER_ADDR is not set; {remedy}")
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist],
+                               stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         raise UserError(f"MASTER_ADDR is not set, and scontrol cannot read SLURM_JOB_NODELIST={nodelist} ({reason}); "

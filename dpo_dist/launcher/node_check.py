@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.runtime.run_dir import make_for
 
 FREE_GIB = 1.0
 NEEDED = ("torch", "deepspeed", "transformers")
@@ -28,7 +29,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"{found} GPUs answer, {wanted} are needed"
     run_dir = Path(config.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_for(run_dir, config.run.readable_by)
         with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".probe-") as probe:
             probe.write(b"written")
     except OSError as error:
@@ -42,7 +43,8 @@ def problems(config: RunConfig) -> Iterator[str]:
 def gpu_count() -> int:
     """GPUs that the driver can talk to."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        listed = subprocess.run(["nvidia-smi", "-L"],
+                                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return listed.stdout.count("GPU ") if listed.returncode == 0 else 0

@@ -85,10 +85,15 @@ def _stage(name: str, config: RunConfig, names: Sequence[str], overrides: Sequen
     if not kind.computes:
         return Stage(name, kind.module, 1, 1, tuple(overrides), after, computes=False)
     if kind.alone:
-        own = ("cluster.nodes=1", "cluster.procs_per_node=1")
+        own = (*_one_node(config), "cluster.procs_per_node=1")
         return Stage(name, kind.module, 1, 1, (*overrides, *own), after)
     return Stage(name, kind.module, config.cluster.nodes, config.cluster.procs_per_node or devices, tuple(overrides),
                  after, server_nodes=_server_nodes(name, config))
+
+
+def _one_node(config: RunConfig) -> list[str]:
+    """The overrides of a stage that takes one, whatever the run takes."""
+    return ["cluster.nodes=1", *(["cluster.min_nodes=null"] if config.cluster.submits else [])]
 
 
 def _server_nodes(name: str, config: RunConfig) -> int:
@@ -107,7 +112,7 @@ def _side_by_side(config: RunConfig, overrides: tuple[str, ...], devices: int) -
         raise UserError(f"cluster.procs_per_node={trainers} and reference.procs={scorers} are more than this machine's "
                         f"{devices} devices; set cluster.procs_per_node={max(1, devices - scorers)}")
     folder = config.scorer_dir if re.fullmatch(r"[\w./+-]+", config.scorer_dir) else quoted(config.scorer_dir)
-    own = [f"run.dir={folder}", "cluster.nodes=1", f"cluster.procs_per_node={scorers}"]
+    own = [f"run.dir={folder}", *_one_node(config), f"cluster.procs_per_node={scorers}"]
     if config.zero.stage is None:
         own.append("zero.stage=0")                        # plain torch is for one process; scoring does not look at it
     scoring = Stage("score", STAGES["score"].module, 1, scorers, (*overrides, *own), beside="train",

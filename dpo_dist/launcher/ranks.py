@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from dpo_dist.launcher.restarts import USERS_MISTAKE
 from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, RunDir
 
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_FOR_STACKS = 0.5               # for them to write where they are, before they are asked to end
 SECONDS_FOR_SURVIVORS = 10.0           # for the other ranks to end after one failed, before they are killed
 # Signals that end ranks after another rank failed: the launcher's own TERM, and NCCL's ABRT for a lost rank.
 CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)
@@ -73,30 +75,41 @@ class Ranks:
                 self.kill()                                      # the others would wait for it
                 raise
         self._first: tuple[int, int] | None = None               # (local rank, exit code) of the first one to fail
-        self._survivors_until = float("inf")
+        self._ended_at = self._killed_at = float("inf")          # when those are that remain
 
     def _start(self, local_rank: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         work, captured = self.work, os.environ.get("DPO_DIST_CAPTURE") != "0"
         return subprocess.Popen([sys.executable, "-m", "dpo_dist.runtime.rank", work.module, *work.overrides],
-                                start_new_session=True, stdout=log if work.quiet else None,
-                                stderr=log if captured else None,
-                                env={**work.environment, **work.place.environment(local_rank)})
+                                start_new_session=True, stdin=subprocess.DEVNULL,
+                                stdout=log if work.quiet else None, stderr=log if captured else None,
+                                env={**work.environment, **work.place.environment(local_rank),
+                                     "DPO_DIST_LAUNCHER": str(os.getpid())})
 
     @property
     def running(self) -> list[subprocess.Popen[bytes]]:
         return [process for process in self._processes if process.poll() is None]
 
     def look(self) -> bool:
-        """Whether all ranks have ended. The others are ended once one has failed."""
-        running = self.running
+        """Whether all ranks have ended. The others are ended once one has failed; their logs say where they were."""
+        running, now = self.running, time.monotonic()
         if self._first is None:
             self._first = _first_failure([process.returncode for process in self._processes])
             if self._first is not None:
-                self.signal(signal.SIGTERM)
-                self._survivors_until = time.monotonic() + SECONDS_FOR_SURVIVORS
-        if running and time.monotonic() > self._survivors_until:
+                self._ended_at = now
+                if self.code != USERS_MISTAKE:                   # all find it, and one has told it
+                    self.signal(signal.SIGCONT)
+                    self.signal(signal.SIGUSR2)
+                    self._ended_at += SECONDS_FOR_STACKS
+        if now >= self._ended_at:
+            self.signal(signal.SIGTERM)
+            self._ended_at, self._killed_at = float("inf"), now + SECONDS_FOR_SURVIVORS
+        if running and now > self._killed_at:
             self.kill()
         return not running
+
+    def ended_by(self, numbers: Set[int]) -> bool:
+        """Whether one of these signals ended a rank."""
+        return any(-(process.returncode or 0) in numbers for process in self._processes)
 
     def signal(self, number: int) -> None:
         for process in self.running:

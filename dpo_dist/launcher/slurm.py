@@ -1,7 +1,6 @@
 """cluster=slurm: stages as batch jobs that depend on each other, made from slurm/train.sbatch."""
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -12,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config.cluster import SlurmClusterConfig, SlurmConfig
+from dpo_dist.config.cluster import SlurmClusterConfig
 from dpo_dist.config.compose import shipped
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.launcher.plan import LaunchPlan, Stage
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
@@ -49,6 +49,7 @@ def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if busy:
         raise UserError(f"run.dir={launch.run_dir} has jobs under way ({', '.join(busy)}); wait for them, or end them "
                         "with scancel")
+    RunDir(run_dir).make(config.run.readable_by)
     ids = submit_jobs(jobs)
     record(run_dir, ids)
     for stage, job in ids.items():
@@ -85,7 +86,7 @@ def submit_jobs(jobs: Sequence[BatchJob]) -> dict[str, str]:
             ids[job.name] = _sbatch(sbatch_command(job, ids))
         except UserError:
             if ids:
-                subprocess.run(["scancel", *ids.values()])
+                subprocess.run(["scancel", *ids.values()], stdin=subprocess.DEVNULL)
             raise
     return ids
 
@@ -106,7 +107,7 @@ def describe(jobs: Sequence[BatchJob]) -> str:
 
 def _sbatch(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError("cluster=slurm, but there is no sbatch on this machine; run it on a login node, or set "
                         "cluster=local") from error
@@ -128,15 +129,22 @@ def render(stage: Stage, config: RunConfig, name: str, output: Path, run_dir: st
     _, _, after = rest.partition(END)
     options = [f"--job-name={name}", f'--output="{output}"', *([f"--array={array}"] if array else []),
                f"--signal=B:USR1@{slurm.signal_seconds}",
-               *_machines(stage.nodes, stage.procs_per_node if stage.computes else 0, config.cluster)]
+               *_machines(_nodes(stage, config.cluster), stage.procs_per_node if stage.computes else 0, config.cluster)]
     if stage.server_nodes:                # the second part of a heterogeneous job: nodes for the reference's servers
         options += ["hetjob", "--ntasks-per-node=1", "--requeue",
-                    *_machines(stage.server_nodes, config.reference.server_gpus, config.cluster), *slurm.server_extra]
+                    *_machines(str(stage.server_nodes), config.reference.server_gpus, config.cluster),
+                    *slurm.server_extra]
     return "\n".join([before + BEGIN + "\n".join(f"#SBATCH {option}" for option in options),
-                      *_variables(stage, slurm, run_dir, tasks), END + after])
+                      *_variables(stage, config.cluster, run_dir, tasks), END + after])
 
 
-def _machines(nodes: int, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
+def _nodes(stage: Stage, cluster: SlurmClusterConfig) -> str:
+    """How many nodes Slurm may give the stage, as sbatch takes it."""
+    least = min(cluster.min_nodes or stage.nodes, stage.nodes)
+    return str(stage.nodes) if least == stage.nodes else f"{least}-{stage.nodes}"
+
+
+def _machines(nodes: str, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
     """The options of sbatch that ask for nodes, each with so many GPUs."""
     slurm = cluster.slurm
     optional = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time_limit,
@@ -145,8 +153,9 @@ def _machines(nodes: int, gpus: int, cluster: SlurmClusterConfig) -> list[str]:
             *(f"--{key}={value}" for key, value in optional.items() if value is not None), *slurm.extra]
 
 
-def _variables(stage: Stage, slurm: SlurmConfig, run_dir: str, tasks: Path | None) -> list[str]:
+def _variables(stage: Stage, cluster: SlurmClusterConfig, run_dir: str, tasks: Path | None) -> list[str]:
     """The lines of bash that set what the rest of train.sbatch reads."""
+    slurm = cluster.slurm
     own_python = bool(slurm.setup) or slurm.container_image is not None
     container = []
     if slurm.container_image is not None:
@@ -158,7 +167,7 @@ def _variables(stage: Stage, slurm: SlurmConfig, run_dir: str, tasks: Path | Non
     values = {"PYTHON": "python" if own_python else sys.executable, "LAUNCH": str(shipped("launch")),
               "MODULE": stage.module, "PROCS_PER_NODE": str(stage.procs_per_node), "RUN_DIR": run_dir,
               "TASKS": str(tasks or ""), "PREFLIGHT": "yes" if slurm.preflight and stage.computes else "no",
-              "MAX_REQUEUES": str(slurm.max_requeues)}
+              "MAX_REQUEUES": str(slurm.max_requeues), "MAX_RESTARTS": str(cluster.max_restarts)}
     return [*(f"{key}={shlex.quote(value)}" for key, value in values.items()), f"CONTAINER=({shlex.join(container)})",
             "setup() {", *(f"    {line}" for line in slurm.setup or (":",)), "}"]
 
@@ -190,7 +199,8 @@ def job_states(job: str) -> list[str]:
     """What Slurm says of a job, of an array of each of its tasks; empty where Slurm has forgotten it, or is not here.
     UserError where Slurm does not answer, which says nothing of the job."""
     try:
-        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         return []
     if done.returncode == 0:
@@ -209,11 +219,10 @@ def is_alive(job: str) -> bool:
 
 def recorded_jobs(run_dir: Path) -> dict[str, str]:
     """{stage: Slurm's id} as last submitted for this run."""
-    path = RunDir(run_dir).slurm_jobs
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = found_object(RunDir(run_dir).slurm_jobs) or {}
+    return {stage: job for stage, job in found.items() if isinstance(job, str)}
 
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:
     """Keeps {stage: Slurm's id} where `dpo-dist status` looks."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(RunDir(run_dir).slurm_jobs, dict(ids))

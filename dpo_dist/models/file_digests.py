@@ -12,7 +12,9 @@ from typing import Any
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.models.resolve import ModelFolder
+from dpo_dist.runtime.checksums import CHECKSUMS
 from dpo_dist.runtime.files import sha256
+from dpo_dist.runtime.json_files import needed_object
 from dpo_dist.runtime.remember import remembered
 
 Tensors = list[tuple[str, str, str]]         # (name, "dtype shape", digest of the bytes)
@@ -69,7 +71,7 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """config.json as it is written, without the keys that do not change what the weights compute."""
-    written = json.loads((folder / "config.json").read_text())
+    written = needed_object(folder / "config.json", "copy the model again")
     return {key: value for key, value in written.items() if key not in VOLATILE}
 
 
@@ -85,8 +87,9 @@ def described(folder: ModelFolder, memory: Path | None) -> dict[str, Any]:
 
 
 def exported(folder: Path, memory: Path | None = None) -> dict[str, Any]:
-    """JSON-ready: the digest of every tensor of an exported folder, and of every other file."""
-    others = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".safetensors")
+    """JSON-ready: the digest of every tensor of an exported folder, and of every other file but CHECKSUMS.json."""
+    others = sorted(file for file in folder.rglob("*")
+                    if file.is_file() and file.suffix != ".safetensors" and file.name != CHECKSUMS)
     return {"tensors": _by_name(tensors_of(sorted(folder.glob("*.safetensors")), memory)),
             "files": {str(file.relative_to(folder)): sha256(file) for file in others}}
 

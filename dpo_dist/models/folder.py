@@ -1,7 +1,6 @@
 """A model's folder: what its config.json says, and what its weight files hold. Where it is: resolve.py."""
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from transformers import AutoConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.models.text import empty_lm, output_head, setting, text_config
+from dpo_dist.runtime.json_files import needed_object
 
 _BLOCK_BYTES = 1 << 24
 
@@ -36,7 +36,7 @@ def read_config(folder: Path) -> Any:
 
 def truthful_json(folder: Path) -> dict[str, Any]:
     """config.json as it is, but for a flag of tied embeddings that the weight files contradict."""
-    written = json.loads((folder / "config.json").read_text())
+    written = settings_json(folder)
     tied = tied_embeddings(folder)
     if tied.flag != tied.in_files:
         for part in (written, *(p for p in written.values() if isinstance(p, dict) and "tie_word_embeddings" in p)):
@@ -44,17 +44,26 @@ def truthful_json(folder: Path) -> dict[str, Any]:
     return written
 
 
+def settings_json(folder: Path) -> dict[str, Any]:
+    """config.json as it is. UserError where it is no JSON object."""
+    return needed_object(folder / "config.json", "copy the model again")
+
+
 def _as_written(folder: Path) -> Any:
+    written = settings_json(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        written = json.loads((folder / "config.json").read_text())
+    except Exception as error:                           # of whatever kind: a damaged value may be of any type
         if "auto_map" in written:
             raise UserError(f"{folder}/config.json is a model with code of its own (auto_map), which is never run; "
                             f"transformers itself knows no model_type={written.get('model_type')}. Convert it to a "
                             "family that transformers has, or take a newer transformers") from error
         raise UserError(f"{folder}/config.json is not a model that transformers knows: "
-                        f"{str(error).splitlines()[0]}") from error
+                        f"{next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    for part in {id(c): c for c in (config, text_config(config))}.values():
+        if "/" in str(name := getattr(part, "_attn_implementation", None)):
+            raise UserError(f"{folder}/config.json asks for attention code of the hub (attn_implementation={name}), "
+                            "which is never run; take that entry out")
     if config.is_encoder_decoder:
         raise UserError(f"{folder} is an encoder-decoder ({config.model_type}); preferences are trained on causal "
                         "language models here: give one of those")
@@ -107,12 +116,25 @@ def weight_files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        if others := [file.name for file in files if file.suffix != ".safetensors"]:
+            raise UserError(f"{index} names {others[0]}, which is no safetensors file; convert the weights "
+                            "(save_pretrained writes safetensors)")
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} files that "
                             f"{index.name} names); copy the model again")
         return files
-    raise UserError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes safetensors)")
+    pickled = next((file.name for file in folder.glob("*.bin")), None)
+    raise UserError(f"{folder} holds no *.safetensors"
+                    + (f", and {pickled} is a pickle, which may run code and is never read" if pickled else "")
+                    + "; convert the weights (save_pretrained writes safetensors)")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = needed_object(index, "copy the model again").get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index} has no weight_map; copy the model again")
+    return found
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

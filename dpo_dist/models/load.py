@@ -123,6 +123,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, attention: str, fused: bool
         try:
             model, found = lm_class(config).from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False,
                 attn_implementation=implementation if part is None else {part: implementation},
                 output_loading_info=True, **bits)
         except RuntimeError as error:

@@ -11,6 +11,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.models.hub import hub_folder
 
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
+READ = ("*.safetensors", *SMALL)           # what is read of a model's folder
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -33,7 +34,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def resolve(path: str, key: str, offline: bool, wanted: Sequence[str] = ("*.safetensors", *SMALL)) -> ModelFolder:
+def resolve(path: str, key: str, offline: bool, wanted: Sequence[str] = READ) -> ModelFolder:
     """Where a model is that is given as a folder or a hub name. UserError naming `key`. wanted: patterns of the files
     that are downloaded."""
     folder = _folder(path, key, offline, (ADAPTER_WEIGHTS, *wanted))

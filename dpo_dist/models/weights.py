@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dpo_dist.models import quantized
 from dpo_dist.models.load import ScoredModel
 from dpo_dist.models.lora import TRAINED, as_in_file, is_of
+from dpo_dist.runtime.tensor_file import TensorFile
 
 SHARD_BYTES = 5_000_000_000
 
@@ -136,5 +136,5 @@ def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], write: boo
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Path:
     path = folder / f"part-{number}.safetensors"
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    TensorFile(tensors, {"format": "pt"}).write(path)
     return path

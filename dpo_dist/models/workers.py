@@ -81,7 +81,7 @@ def tokenizer_of(folder: Path) -> Any:
     """The folder's tokenizer, which pads on the left, where prompts are padded."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
 
 
 @lru_cache(maxsize=2)                       # a policy and its reference
@@ -90,5 +90,6 @@ def model_of(folder: Path, dtype: str = "float32") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True,
+                                                 trust_remote_code=False)
     return model.to(torch.get_default_device()).eval()

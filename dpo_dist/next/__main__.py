@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,7 +18,11 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DatasetConfig, RunConfig
 from dpo_dist.config.words import words_of
 from dpo_dist.next.options import HELP, MOST_DROPPED, Options
+from dpo_dist.runtime.checksums import checksum
 from dpo_dist.runtime.files import write_atomic
+from dpo_dist.runtime.hub_commits import pin
+from dpo_dist.runtime.json_files import found_sealed
+from dpo_dist.runtime.json_lines import whole_and_broken
 from dpo_dist.runtime.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -46,10 +49,8 @@ def main(words: Sequence[str], out: TextIO) -> int:
 
 def run_of(run: RunDir) -> tuple[RunConfig, dict[str, Any]]:
     """(the run's config, its passport). UserError where the folder holds no run."""
-    if not run.run_json.is_file():
-        raise UserError(f"{run.path} holds no run: there is no {run.run_json.name}; give the run.dir of one, as in: "
-                        "dpo-dist next runs/my-run")
-    content = json.loads(run.run_json.read_text())
+    pin(run.hub_commits())
+    content = run.written("next")
     return decode(content["config"]), content["passport"]
 
 
@@ -62,7 +63,7 @@ def next_round(run: RunDir, config: RunConfig, passport: dict[str, Any], options
 
     folder = tokenizer_folder(config.model.path, "model.path", config.run.offline)
     tokenizer = load_tokenizer(folder)
-    pairs, held_out = prepare(config.data, tokenizer, tokenizer_digest(folder))
+    pairs, held_out = prepare(config.data, tokenizer, tokenizer_digest(folder), print)
     if pairs.digest != passport["train_pairs"]["digest"]:
         trained_on = passport["train_pairs"]["count"]
         raise UserError(f"data.train no longer gives the {trained_on:,} pairs that {run.path} was trained on; put its "
@@ -123,13 +124,14 @@ def _suspects(run: RunDir, pairs: int, share: float | None) -> list[dict[str, An
     if not run.suspects.is_file():
         raise UserError(f"{run.path} has no {run.suspects.name}: it is written at the end of training, of losses that "
                         "compare two answers; set next.drop_suspects=0 to keep all rows")
-    if share is None:
-        found = int(json.loads(run.datamap_json.read_text())["counts"]["suspects"])
-        number = min(found, int(MOST_DROPPED * pairs))
-    else:
-        number = round(share * pairs)
-    with run.suspects.open() as file:
-        return [json.loads(line) for line in islice(file, number)]
+    known = found_sealed(run.datamap_json)
+    rows, broken = whole_and_broken(run.suspects, {"rank": (int,), "pair": (int,)})
+    if known is None or broken or known["suspects_jsonl"] != checksum(run.suspects):
+        raise UserError(f"{run.suspects} or {run.datamap_json.name} is damaged; remove {run.model} and give the "
+                        "command that trained the run again, which trains no step and writes them anew; or set "
+                        "next.drop_suspects=0 to keep all rows")
+    number = min(known["counts"]["suspects"], int(MOST_DROPPED * pairs)) if share is None else round(share * pairs)
+    return rows[:number]
 
 
 def _command(run: RunDir, config: RunConfig, rows: NextRows) -> list[str]:

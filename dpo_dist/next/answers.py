@@ -13,6 +13,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.rows import read_rows
 from dpo_dist.data.store import PairStore
 from dpo_dist.judge import Judge
+from dpo_dist.models.whole import check_whole
 from dpo_dist.models.workers import workers
 from dpo_dist.policy.answers import Asking, Ids, sampled
 from dpo_dist.runtime.files import write_atomic
@@ -33,7 +34,8 @@ class AnswerReport:
 def write_answers(file: Path, model: Path, data: DataConfig, pairs: PairStore, tokenizer: Any, asking: Asking,
                   judge: Judge, gpus: int, terminal: Terminal) -> AnswerReport:
     """Writes rows of the format `ratings`: each training prompt once, with its answers and the judge's scores. Answers
-    that were cut are left out: their end would be taken for one."""
+    that were cut are left out: their end would be taken for one. UserError where the model is damaged."""
+    check_whole(model, "model")
     first = np.unique(np.asarray(pairs.content)[:, 0], return_index=True)[1]
     rows = _rows_of(data, pairs, sorted(first.tolist()))
     prompts: list[Ids] = [tuple(pairs.parts(i)[0].tolist()) for i in rows]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dpo_dist.config.errors import UserError, nearest
+from dpo_dist.config.secrets import refuse_secret_words
 
 MOST_DROPPED = 0.1                           # share of the pairs that drop_suspects=auto leaves out, at most
 HELP = f"""dpo-dist next RUN [next.KEY=VALUE ...]: writes the next round's rows and prints its command
@@ -60,6 +61,7 @@ class Options:
     @staticmethod
     def of(words: Sequence[str]) -> Options:
         """UserError naming key, value and remedy."""
+        refuse_secret_words(words)
         values: dict[str, Any] = {}
         known = {f"next.{f.name}": f.name for f in fields(Options)}
         for word in words:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dpo_dist.models.digest import model_digest
 from dpo_dist.models.workers import fill, model_of
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_sealed, parsed, sealed
 from dpo_dist.runtime.terminal import Terminal
 
 Ids = tuple[int, ...]
@@ -43,10 +44,13 @@ def sampled(model: Path, prompts: Sequence[Ids], asking: Asking, kept: Path, poo
     files = [kept / f"{name}.json" for name in names]
     tasks = {file: (model, [prompts[i] for i in block], asking, name, file)
              for block, name, file in zip(blocks, names, files, strict=True)}
+    for file in files:
+        if found_sealed(file) is None:                   # not there yet, or damaged
+            file.unlink(missing_ok=True)
     fill(tasks, sample_block, pool, terminal, "blocks of prompts")
     found: list[list[Ids]] = [[] for _ in prompts]
     for block, file in zip(blocks, files, strict=True):
-        for i, answers in zip(block, json.loads(file.read_text()), strict=True):
+        for i, answers in zip(block, parsed(file)["answers"], strict=True):
             found[i] = [tuple(ids) for ids in answers]
     return found
 
@@ -76,7 +80,7 @@ def sample_block(model: Path, prompts: list[Ids], asking: Asking, name: str, fil
                           max_new_tokens=asking.max_new_tokens, eos_token_id=list(asking.stop) or None,
                           pad_token_id=asking.stop[0] if asking.stop else 0)
     said = [_until_stop(row, asking.stop) for row in out[:, ids.shape[1]:].tolist()]
-    write_json(file, [said[at:at + asking.answers] for at in range(0, len(said), asking.answers)])
+    write_json(file, sealed({"answers": [said[at:at + asking.answers] for at in range(0, len(said), asking.answers)]}))
 
 
 def _until_stop(ids: list[int], stop: Ids) -> list[int]:

@@ -2,9 +2,10 @@
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from dpo_dist.models.load import ScoredModel
 from dpo_dist.models.text import backbone, setting, text_config
 from dpo_dist.policy import Policy
+from dpo_dist.runtime import preemption
+from dpo_dist.runtime.watchdog import sign
 from dpo_dist.runtime.world import World
 
 Ids = tuple[int, ...]
+FORWARDS_BETWEEN_AGREEMENTS = 4          # to stop: a sharded model's may take seconds each
+KEPT = "the evaluation is made again"
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,18 @@ def generate(policy: Policy, prompts: Sequence[Ids], how: Sampling, world: World
     if policy.is_sharded:                # equal forwards: all ranks gather every weight at every token
         mine += [[]] * (-(-len(batches) // world.size) - len(mine))
 
+    forwards = count()
+
+    def look(*_: Any) -> None:
+        """Before each forward: whether to stop. Sharded, all ranks make the same forwards."""
+        sign()
+        if not policy.is_sharded:
+            preemption.heed(KEPT)
+        elif next(forwards) % FORWARDS_BETWEEN_AGREEMENTS == 0:
+            world.heed_signals(KEPT)
+
     def work() -> dict[int, Ids]:
-        with policy.evaluating(), _generating(policy.model), torch.random.fork_rng():
+        with policy.evaluating(), _generating(policy.model, look), torch.random.fork_rng():
             torch.manual_seed(how.seed * world.size + world.rank)
             return {i: ids for batch in mine for i, ids in _generate(policy, prompts, batch, how).items()}
 
@@ -90,18 +105,20 @@ def _until_stop(ids: list[int], stop: Ids) -> Ids:
 
 
 @contextmanager
-def _generating(model: ScoredModel) -> Iterator[None]:
+def _generating(model: ScoredModel, before_forward: Callable[..., None]) -> Iterator[None]:
     """Inside: attention of padded rows and of single tokens after cached ones, which branch attention is not for; the
     model's own settings of generation are put back afterwards."""
     causal = model.causal
     configs = {id(m.config): m.config for m in causal.modules() if isinstance(m, PreTrainedModel)}
     branch = [config for config in configs.values() if config._attn_implementation == "branch"]
     own = causal.generation_config
+    looking = causal.register_forward_pre_hook(before_forward)
     try:
         for config in branch:            # the architecture's own choice, as from_pretrained makes it
             config._attn_implementation = "sdpa" if backbone(causal)._supports_sdpa else "eager"
         yield
     finally:
+        looking.remove()
         causal.generation_config = own
         for config in branch:
             config._attn_implementation = "branch"

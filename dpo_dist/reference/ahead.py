@@ -10,7 +10,6 @@ from torch import Tensor
 from dpo_dist.config.errors import UserError
 from dpo_dist.reference.cache.store import LogpCache, sequence_key
 from dpo_dist.reference.cached import CachedReference
-from dpo_dist.runtime import preemption
 from dpo_dist.runtime.lock import is_held
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World
@@ -65,8 +64,7 @@ class AheadReference(CachedReference):
             if not waiting:
                 before_waiting()
             waiting = True
-            if signal := self._world.max(preemption.received()):
-                raise preemption.Stopped(signal, "training was waiting for the reference")
+            self._world.heed_signals("training was waiting for the reference")
             # checked before looking for shards, so that the last ones are not missed
             alive = self._world.on_main(self._scorer.is_alive)
             if self._cache.add_new_shards(self._world):

@@ -6,7 +6,6 @@ request, or on earlier requests, differ in one of them.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -24,6 +23,7 @@ from dpo_dist.data.store import PairStore, PairStores
 from dpo_dist.reference import ReferenceEngine
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import SEAL, found_sealed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -73,7 +73,8 @@ def audit(config: RunConfig, key: ReferenceKey, dtype: torch.dtype, engines: Seq
           open_oracle: Callable[[], ReferenceEngine], data_sets: Sequence[PairStore], world: World,
           terminal: Terminal) -> None:
     """Compares each engine with the oracle; UserError over a bound. All ranks call it: all run the oracle, which may be
-    sharded, and rank 0 asks the engines. The figures go to <run.dir>/parity.json and beside the cache's values."""
+    sharded, and rank 0 asks the engines. The figures go to <run.dir>/parity.json, and beside the values of a cache.
+    """
     settings = _settings(config)
     sample = sample_pairs(data_sets, settings.pairs)
     oracle = open_oracle()
@@ -96,9 +97,12 @@ def believe_earlier_audit(config: RunConfig, key: ReferenceKey, dtype: torch.dty
         raise UserError(f"reference.cache_dir={config.reference.cache_dir} holds values of '{key.recipe}' without the "
                         f"audit that preceded them ({kept} is missing); remove {kept.parent}, and they are scored "
                         "again")
-    raw = json.loads(kept.read_text())
-    _report(Parity(**{**raw, "worst": tuple(PairError(**entry) for entry in raw["worst"])}), config, key, dtype,
-            terminal)
+    raw = found_sealed(kept)
+    if raw is None:
+        raise UserError(f"{kept} is damaged, and with it the audit of the values beside it; remove {kept.parent}, and "
+                        "they are scored again")
+    raw = {**raw, "worst": tuple(PairError(**entry) for entry in raw["worst"])}
+    _report(Parity(**{name: value for name, value in raw.items() if name != SEAL}), config, key, dtype, terminal)
 
 
 def sample_pairs(data_sets: Sequence[PairStore], n: int) -> list[TokenizedPair]:
@@ -172,7 +176,8 @@ def _report(parity: Parity, config: RunConfig, key: ReferenceKey, dtype: torch.d
                         f"{parity.oracle} ({'; '.join(over)}). Worst pairs, in nats: {worst}. Remedy: the servers must "
                         f"hold the weights of reference.path={config.reference_path} in {key.dtype}, without prefix "
                         "caching and quantization; or raise the bound")
-    write_json(_beside_values(config, key), asdict(parity))
+    if config.reference.mode != "live":                  # whose values no cache keeps
+        write_json(_beside_values(config, key), sealed(asdict(parity)))
 
 
 def _shown(bounds: dict[str, float], kind: str) -> str:

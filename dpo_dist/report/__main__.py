@@ -28,6 +28,10 @@ def main(words: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: the report cannot be written: {error}; give a file that can, with --to FILE", file=sys.stderr)
         return 2
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        print(f"error: a file in {' or '.join(options.folders)} is not as dpo-dist writes it, so there is nothing to "
+              f"report ({type(error).__name__}: {error}); dpo-dist verify looks at them one by one", file=sys.stderr)
+        return 2
     return 0
 
 

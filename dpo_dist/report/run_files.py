@@ -1,7 +1,6 @@
 """What a run's folder holds, read when it is asked for. Every file may be missing: the run may be old, or under way."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime.json_files import SEAL, is_whole, needed_object
+from dpo_dist.runtime.json_lines import whole_and_broken
 from dpo_dist.runtime.run_dir import RunDir
 
 Row = dict[str, Any]
@@ -61,8 +62,10 @@ class RunFiles:
     @cached_property
     def evaluations(self) -> list[Row]:
         """Summaries of evaluation.json by step."""
-        found = (self._json(self.folder.evaluation_json) or {}).get("evaluations") or []
-        return sorted(found, key=lambda summary: summary["step"])
+        found = (self._json(self.folder.evaluation_json) or {}).get("evaluations")
+        whole = [one for one in found if isinstance(one, dict) and isinstance(one.get("step"), int)] if isinstance(
+            found, list) else []
+        return sorted(whole, key=lambda summary: summary["step"])
 
     @cached_property
     def audit(self) -> Row | None:
@@ -115,28 +118,17 @@ class RunFiles:
         """UserError for a file that is no JSON object: these are written whole or not at all."""
         if not path.is_file():
             return None
-        try:
-            found = json.loads(path.read_text(errors="replace"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}; remove it, or make it again") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{path} holds no JSON object; remove it, or make it again")
+        found = needed_object(path, "remove it, or make it again")
+        if SEAL in found and not is_whole(found):
+            raise UserError(f"{path} is damaged: its digest is another; remove it, or make it again")
         return found
 
     def _lines(self, path: Path) -> list[Row]:
         """The objects of a file of lines. A last line may be half written: it is left out, as is any that a kill
         cut."""
-        rows: list[Row] = []
-        lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-        for line in filter(str.strip, lines):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                self.unread[path.name] = self.unread.get(path.name, 0) + 1
+        rows, broken = whole_and_broken(path)
+        if broken:
+            self.unread[path.name] = broken
         return rows
 
 

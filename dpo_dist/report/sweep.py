@@ -1,7 +1,6 @@
 """What sweep.json says: a table of runs, the best one with its command, and plots over what was swept."""
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from dpo_dist.report.markup import NOTHING, Markup, badge, joined, markup, parag
 from dpo_dist.report.page import Section
 from dpo_dist.report.run_files import Row, RunFiles, number
 from dpo_dist.report.shown import counted, plain
+from dpo_dist.runtime.json_files import needed_object
 
 COLUMNS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "reference/kl_per_token": "KL estimate",
            "reference/chosen_drift_per_token": "chosen drift", "loss": "loss"}
@@ -46,7 +46,7 @@ class Sweep:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.content: Row = json.loads((folder / "sweep.json").read_text())
+        self.content: Row = needed_object(folder / "sweep.json", "the same sweep again writes it anew")
 
     @cached_property
     def jobs(self) -> list[Job]:

@@ -107,17 +107,16 @@ def read_state(folder: Path) -> TrainState:
 def resume_point(run_dir: RunDir, world: World, terminal: Terminal) -> tuple[Path, TrainState] | None:
     """The newest checkpoint that is as it was written, and where it stands; None where the run has none. A damaged one
     is set aside, and a person is told. UserError where all are damaged. All ranks call it, and share the reading."""
-    found = []
     for folder in world.on_main(lambda: run_dir.checkpoints()[::-1]):
         faults = checkpoint_damage(folder, world)
         if not faults:
             return folder, world.on_main(partial(read_state, folder))
-        found.append(f"{folder.name} is damaged: {faults[0]}")
         world.on_main(partial(_set_aside, folder))
-        terminal.say(f"{found[-1]}; the checkpoint before is taken")
-    if found:
-        raise UserError(f"run.dir={run_dir.path} has no checkpoint that is whole ({'; '.join(found)}); to train from "
-                        f"the beginning, move {run_dir.path / 'checkpoints'} away")
+        terminal.say(f"{folder.name} is damaged: {faults[0]}; the checkpoint before is taken")
+    checkpoints = run_dir.path / "checkpoints"
+    if damaged := world.on_main(lambda: sorted(marker.parent.name for marker in checkpoints.glob(f"*/{DAMAGED}"))):
+        raise UserError(f"run.dir={run_dir.path} has no checkpoint that is whole ({', '.join(damaged)}: damaged); to "
+                        f"train from the beginning, move {checkpoints} away")
     return None
 
 

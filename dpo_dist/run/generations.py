@@ -1,7 +1,6 @@
 """<run.dir>/generations.json: how the answers to held-out prompts were before training, and are now."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,20 @@ import numpy as np
 
 from dpo_dist.run.guard import paired_interval, repetition
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import sealed
+from dpo_dist.runtime.json_lines import json_lines
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 
 SampleRow = Mapping[str, Any]
+FIELDS = {"step": (int,), "prompt": (str, list), "completion": (str, list), "tokens": (int,), "ended": (bool,)}
 
 
 def samples_by_step(path: Path) -> dict[int, list[SampleRow]]:
     """The rows of samples.jsonl, by the step of their evaluation, in order; none where there is no file."""
     found: dict[int, list[SampleRow]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        found.setdefault(int(row["step"]), []).append(row)
+    for row in json_lines(path, FIELDS):
+        found.setdefault(row["step"], []).append(row)
     return dict(sorted(found.items()))
 
 
@@ -37,12 +38,14 @@ def figures(rows: Sequence[SampleRow]) -> dict[str, Any]:
             "repetition": float(np.mean([repetition(row["completion"]) for row in rows]))}
 
 
-def write_generations(run_dir: RunDir, after: int | None = None) -> dict[str, Any]:
+def write_generations(run_dir: RunDir, after: int | None = None) -> dict[str, Any] | None:
     """Writes generations.json from samples.jsonl, and returns what it holds: figures before training, and at the step
-    `after`, or at the last evaluation."""
+    `after`, or at the last evaluation. None, and no file, where samples.jsonl no longer has them."""
     steps = samples_by_step(run_dir.samples)
-    last = max(steps) if after is None else after
-    found = {"before": figures(steps[min(steps)]), "after": figures(steps[last])}
+    last = max(steps, default=0) if after is None else after
+    if last not in steps:
+        return None
+    found = sealed({"before": figures(steps[min(steps)]), "after": figures(steps[last])})
     write_json(run_dir.generations_json, found)
     return found
 

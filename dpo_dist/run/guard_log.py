@@ -33,6 +33,7 @@ from dpo_dist.run.guard import (
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.samples import Samples
 from dpo_dist.run.tracking.metrics_file import keep_rows_until
+from dpo_dist.runtime.json_lines import json_lines
 from dpo_dist.runtime.run_dir import RunDir
 
 ASKS = 0.25                              # less than the save timer's 0.5: one collective carries both
@@ -110,7 +111,9 @@ class Guard:
         step, margin, held_out = int(row["step"]), float(row["rewards/margins"]), row["split"] == "eval"
         if DRIFT in row and (not held_out or self._config.reference.sync.mode == "none"):
             return Level(step, float(row[DRIFT]), margin)
-        return Level(step, float(row["logps/chosen"]) / self._facts.held_out_tokens, margin) if held_out else None
+        if not held_out or "logps/chosen" not in row:
+            return None
+        return Level(step, float(row["logps/chosen"]) / self._facts.held_out_tokens, margin)
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Looks at the answers of one evaluation."""
@@ -173,8 +176,8 @@ class Guard:
 
 def read_events(run_dir: RunDir) -> list[dict[str, Any]]:
     """The rows of guard.jsonl; none where there is no file."""
-    return [json.loads(line) for line in (run_dir.guard.read_text().splitlines() if run_dir.guard.exists() else [])
-            if line.endswith("}")]
+    return [row for row in json_lines(run_dir.guard, {"step": (int,), "guard": (str,), "message": (str,)})
+            if row["guard"] in get_args(Name)]
 
 
 def action(guard: GuardConfig, name: str) -> str:

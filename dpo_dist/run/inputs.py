@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dpo_dist.models.load import torch_dtype
 from dpo_dist.models.quantized import check_library, describe, recipe, trainable
 from dpo_dist.models.resolve import ModelFolder, resolve
 from dpo_dist.models.text import text_config
+from dpo_dist.models.whole import check_whole
 from dpo_dist.reference.cache.store import ReferenceKey
 from dpo_dist.reference.make import Setup, reference_key
 from dpo_dist.run.tokenizing import tokenized_pairs
@@ -71,7 +73,7 @@ class Inputs:
 def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
     """All inputs, checked."""
     check_shared(config, world)
-    policy, reference = _model_folders(config, terminal)
+    policy, reference = _model_folders(config, world, terminal)
     model, reference_model = read_config(policy.base), read_config(reference.base)
     _check_quantization(config, model, reference_model)
     if config.model.quantization != "none":
@@ -109,9 +111,10 @@ def read_inputs(config: RunConfig, world: World, terminal: Terminal) -> Inputs:
                   replace(forward_flops(model), padded=padded), train, held_out)
 
 
-def _model_folders(config: RunConfig, terminal: Terminal) -> tuple[ModelFolder, ModelFolder]:
-    """(the policy's, the reference's). UserError where an adapter does not go with other keys."""
-    policy = resolve(config.model.path, "model.path", config.run.offline)
+def _model_folders(config: RunConfig, world: World, terminal: Terminal) -> tuple[ModelFolder, ModelFolder]:
+    """(the policy's, the reference's). UserError where an adapter does not go with other keys, or where an export is
+    damaged. All ranks call it."""
+    policy = _whole("model.path", config.model.path, config, world)
     if policy.adapter is not None:
         check_starting_adapter(config, policy.adapter)                   # a hub's adapter is known only now
         if policy.adapter.dropout:
@@ -121,13 +124,23 @@ def _model_folders(config: RunConfig, terminal: Terminal) -> tuple[ModelFolder, 
         return policy, policy
     if config.reference.bare_base:
         return policy, ModelFolder(policy.base)
-    reference = resolve(config.reference_path, "reference.path", config.run.offline)
+    reference = _whole("reference.path", config.reference_path, config, world)
     if reference.adapter is not None:
         check_reference_adapter(config)
     elif config.reference.adapter_beside:
         raise UserError(f"reference.path={config.reference_path} is no adapter, which reference.engine="
                         f"{config.reference.engine} needs; set reference=hf or reference=zero")
     return policy, reference
+
+
+def _whole(key: str, path: str, config: RunConfig, world: World) -> ModelFolder:
+    """Where this model is. Rank 0 reads its files where they have checksums, before anything is taken from them."""
+    memory = digests_folder(config.data)
+    world.on_main(lambda: check_whole(Path(path), key, memory))
+    folder = resolve(path, key, config.run.offline)
+    for part in {folder.base, *([folder.adapter.folder] if folder.adapter else [])} - {Path(path)}:
+        world.on_main(partial(check_whole, part, key, memory))                       # a base, or from the hub
+    return folder
 
 
 def _check_same_base(config: RunConfig, policy: ModelFolder, reference: ModelFolder, memory: Path,
@@ -189,7 +202,7 @@ def _read_pairs(config: RunConfig, folder: Path, world: World, terminal: Termina
 def _show(train: PairStore, held_out: PairStore, file: Path, terminal: Terminal) -> None:
     """Shows what became of the rows, and keeps it in the run's folder. A later stage only says where it is."""
     summary = "\n".join(summary_lines(train, "train") + summary_lines(held_out, "held out"))
-    if file.exists() and file.read_text() == summary:
+    if file.exists() and file.read_bytes() == summary.encode():
         terminal.say(f"data: {len(train):,} pairs to train on, {len(held_out):,} held out, as told in {file}")
     else:
         file.write_text(summary)

@@ -1,7 +1,6 @@
 """<run.dir>/judge.json: what eval.judge makes of the samples, against those before training or the data's answers."""
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.samples import Samples
 from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 
@@ -40,6 +40,9 @@ def judge_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, total: int, te
     if _is_judged(run_dir, judge, step):
         return
     steps = samples_by_step(run_dir.samples)
+    if not {step, *([] if judge.against == "chosen" else [0])} <= steps.keys():
+        raise UserError(f"{run_dir.samples} is damaged: it lacks the answers that the judge is to compare; leave "
+                        "eval.judge out, or train again in another run.dir")
     theirs = (Samples.of(config, inputs).chosen(inputs.eval) if judge.against == "chosen"
               else [(row["completion"], int(row["tokens"])) for row in steps[0]])
     try:
@@ -55,7 +58,8 @@ def judge_samples(config: RunConfig, run_dir: RunDir, ours: Sequence[SampleRow],
     judge = config.eval.judge
     terminal.say(f"asking the judge about {len(ours)} answers, each in both orders: {_name(judge)}")
     found = judge_answers(judge, ours, theirs, config.train.seed)
-    write_json(run_dir.judge_json, {"judge": _name(judge), "against": judge.against, "step": ours[0]["step"], **found})
+    write_json(run_dir.judge_json, sealed({"judge": _name(judge), "against": judge.against, "step": ours[0]["step"],
+                                           **found}))
     show_judgment(terminal, found, judge.against)
     terminal.say(f"judgment: {run_dir.judge_json}")
 
@@ -66,10 +70,8 @@ def _name(judge: JudgeConfig) -> str:
 
 def _is_judged(run_dir: RunDir, judge: JudgeConfig, step: int) -> bool:
     """Whether judge.json is of this judge, these answers and this step."""
-    if not run_dir.judge_json.exists():
-        return False
-    found = json.loads(run_dir.judge_json.read_text())
-    return bool((found["judge"], found["against"], found["step"]) == (_name(judge), judge.against, step))
+    found = found_sealed(run_dir.judge_json) or {}
+    return bool((found.get("judge"), found.get("against"), found.get("step")) == (_name(judge), judge.against, step))
 
 
 def judge_answers(judge: JudgeConfig, ours: Sequence[SampleRow], theirs: Sequence[Answer], seed: int) -> dict[str, Any]:

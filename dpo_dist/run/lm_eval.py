@@ -29,7 +29,8 @@ def check_harness(wanted: HarnessConfig) -> None:
         raise UserError(f"eval.harness.path={wanted.path} is no folder; give the folder of your tasks' YAML files")
     python = wanted.python or sys.executable
     try:
-        missing = subprocess.run([python, "-c", FINDS_IT], capture_output=True).returncode != 0
+        missing = subprocess.run([python, "-c", FINDS_IT],
+                                 stdin=subprocess.DEVNULL, capture_output=True).returncode != 0
     except OSError as error:
         raise UserError(f"eval.harness.python={wanted.python} cannot be started ({error}); give the python of an "
                         "environment that holds lm_eval") from error
@@ -41,9 +42,9 @@ def check_harness(wanted: HarnessConfig) -> None:
 def command(config: RunConfig, run_dir: RunDir, world: World) -> list[str]:
     """What is started: lm_eval on the exported model, with the run's dtype and device."""
     wanted, dtype = config.eval.harness, str(torch_dtype(config.model, world.device)).removeprefix("torch.")
-    return [wanted.python or sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
-            f"pretrained={run_dir.model.absolute()},dtype={dtype}", "--tasks", ",".join(wanted.tasks),
-            "--device", str(world.device), "--output_path", str(run_dir.harness),
+    model = f"pretrained={run_dir.model.absolute()},dtype={dtype},trust_remote_code=False"
+    return [wanted.python or sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model,
+            "--tasks", ",".join(wanted.tasks), "--device", str(world.device), "--output_path", str(run_dir.harness),
             *([] if wanted.path is None else ["--include_path", wanted.path]), *wanted.arguments]
 
 

@@ -2,11 +2,10 @@
 HF_TOKEN, and is written nowhere."""
 from __future__ import annotations
 
-import json
-
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 
@@ -46,14 +45,13 @@ def push_model(config: RunConfig, run_dir: RunDir, terminal: Terminal) -> None:
     except Exception as error:
         raise UserError(f"export.push_to_hub={name}: the upload failed ({_line(error)}); nothing is lost: the model is "
                         f"in {folder}, and the same command, or dpo-dist export, uploads it again") from error
-    write_json(run_dir.pushed_json, {"repository": name, "commit": str(commit.commit_url)})
+    write_json(run_dir.pushed_json, sealed({"repository": name, "commit": str(commit.commit_url)}))
     terminal.say(f"on the hub: {commit.commit_url}")
 
 
 def _is_pushed(run_dir: RunDir, name: str) -> bool:
     """Whether the model that is exported now was uploaded there; export.py removes the note with the model."""
-    file = run_dir.pushed_json
-    return file.exists() and json.loads(file.read_text())["repository"] == name
+    return (found_sealed(run_dir.pushed_json) or {}).get("repository") == name
 
 
 def _line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 does."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.store import PairStore
-from dpo_dist.data.templates import chat_templates
+from dpo_dist.data.templates import chat_templates, eos_ids
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.policy import Policy
 from dpo_dist.policy.generate import Ids, Sampling, generate
+from dpo_dist.run.generations import samples_by_step
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -83,10 +83,7 @@ def _first_of_each(pairs: PairStore) -> list[int]:
 def stop_ids(folder: Path, tokenizer: Any | None, config: RunConfig) -> Ids:
     """The tokens at which completions end: those at which the model's own generation stops, and what ends a completion
     of the data: the chat template's end of turn, or the tokenizer's eos."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        ids = json.loads((folder / name).read_text()).get("eos_token_id") if (folder / name).is_file() else None
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    found = eos_ids(folder / "generation_config.json") | eos_ids(folder / "config.json")
     if tokenizer is not None:
         found.add(tokenizer.eos_token_id)
         templates = chat_templates(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
@@ -97,8 +94,8 @@ def stop_ids(folder: Path, tokenizer: Any | None, config: RunConfig) -> Ids:
 
 def show_samples(terminal: Terminal, run_dir: RunDir, columns: Mapping[str, int]) -> None:
     """A table of a few answers, with a column for each of these steps, and where all of them are."""
-    rows = [json.loads(line) for line in run_dir.samples.read_text().splitlines()]
-    at = [[row for row in rows if row["step"] == step][:SHOWN] for step in columns.values()]
+    rows = samples_by_step(run_dir.samples)
+    at = [rows.get(step, [])[:SHOWN] for step in columns.values()]
     cells = [[_end(answers[0]["prompt"]), *(_start(answer["completion"]) for answer in answers)]
              for answers in zip(*at, strict=False)]
     terminal.table("answers to held-out prompts", ["prompt", *columns], cells)

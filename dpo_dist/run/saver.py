@@ -11,23 +11,26 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from dpo_dist.config.errors import UserError
 from dpo_dist.run.checkpoint import STATE, Checkpointed, Keep, TrainState, remove_checkpoint, remove_leftovers
 from dpo_dist.runtime.checksums import Checksums, checksum
 from dpo_dist.runtime.files import sync_file, sync_folder, write_json
 from dpo_dist.runtime.host_memory import available_bytes
+from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.run_dir import COMPLETE, RunDir
 from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.runtime.world import World
 
 GIB = 2**30
 MEMORY_SHARE = 0.8                         # of what this machine's memory has left that copies may take
+SECONDS_AFTER_AN_ERROR = 30.0
 SMALL_FILES = 1 << 20                      # bytes of a checkpoint besides the tensors and the run's rows
 
 
@@ -95,12 +98,14 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        """What is being written is finished, whatever ends the run; not after a second Ctrl-C."""
-        if error is None:
+        """What is being written is finished, whatever ends the run; not after a second Ctrl-C, and not where it takes
+        long after an error: a rank may hang."""
+        if error is None or isinstance(error, Stopped | UserError | FloatingPointError):     # on all ranks alike
             self.wait()
         elif isinstance(error, Exception):
             try:
-                self.wait()
+                if self._pending is None or self._pending in wait([self._pending], SECONDS_AFTER_AN_ERROR).done:
+                    self.wait()
             except Exception:
                 logging.getLogger(__name__).exception("the last checkpoint was not finished")
 

@@ -15,6 +15,14 @@ from dpo_dist.runtime.progress import Progress
 from dpo_dist.runtime.world import World
 
 
+class NotFinite(FloatingPointError):
+    """A step whose loss or gradient was not finite."""
+
+    def __init__(self, what: str, results: StepResults, grad_norm: float, then: str):
+        self.what, self.step, self.lr, self.grad_norm, self.then = what, results.step, results.lr, grad_norm, then
+        super().__init__(f"the {what} of step {self.step} is not finite; {then}")
+
+
 @dataclass(frozen=True)
 class Logged:
     """What a logged row is made of: of the steps since the row before."""
@@ -42,14 +50,12 @@ class StepResults:
             step, lr, soundness, None if logged is None else Logged(logged[0], Later(logged[0].tensor), logged[1]))
 
     def check(self) -> float:
-        """The gradients' norm. FloatingPointError, on all ranks alike, where the step was not sound."""
+        """The gradients' norm. NotFinite, on all ranks alike, where the step was not sound."""
         bad_loss, grad_norm = self.soundness.values.tolist()
         if bad_loss:
-            raise FloatingPointError(f"the loss of step {self.step} is not finite; no weight was changed. Lower "
-                                     "optim.lr, or look at the data")
+            raise NotFinite("loss", self, grad_norm, "no weight was changed. Lower optim.lr, or look at the data")
         if not math.isfinite(grad_norm) or grad_norm < 0:          # DeepSpeed gives -1 for a norm that is not finite
-            raise FloatingPointError(f"the gradient of step {self.step} is not finite; the last checkpoint is from "
-                                     "before. Lower optim.lr")
+            raise NotFinite("gradient", self, grad_norm, "the last checkpoint is from before. Lower optim.lr")
         return grad_norm
 
     def row(self, world: World) -> MetricsRow | None:

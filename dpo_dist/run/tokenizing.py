@@ -19,7 +19,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.files import read_records
 from dpo_dist.data.locate import data_bytes, data_files
 from dpo_dist.data.parts import begin_parts, join_parts, part_folder, records_done
-from dpo_dist.data.prepare import build, built, data_sets, open_stores, store_folder
+from dpo_dist.data.prepare import build, built, data_sets, is_whole, open_stores, store_folder
 from dpo_dist.data.store import PairStore
 from dpo_dist.data.tokenize import PairTokenizer
 from dpo_dist.models.file_digests import tokenizer_digest
@@ -58,17 +58,18 @@ def tokenized_pairs(config: DataConfig, model: Path, world: World,
     """(training pairs, held-out pairs), tokenized as the model in that folder asks for. All ranks call this."""
     machines = world.gather((own_node()[0], usable_cores()))
     with ExitStack() as building:                                  # on rank 0: ends with the folder's own name
-        job = world.on_main(lambda: _begin(config, model, machines, building))
+        job = world.on_main(lambda: _begin(config, model, machines, building, terminal))
         if job.temporary is not None:
             _make(config, model, job, world, terminal)
     world.barrier()                                                # the folder has its name
     return open_stores(job.folder)
 
 
-def _begin(config: DataConfig, model: Path, machines: Sequence[tuple[int, frozenset[int]]], building: ExitStack) -> Job:
+def _begin(config: DataConfig, model: Path, machines: Sequence[tuple[int, frozenset[int]]], building: ExitStack,
+           terminal: Terminal) -> Job:
     tokenizer = load_tokenizer(model)
     folder = store_folder(config, tokenizer, tokenizer_digest(model))
-    if folder.is_dir():
+    if is_whole(folder, terminal.say):
         return Job(folder)
     encoder = PairTokenizer.of(tokenizer, config)                  # what is wrong with the template is said at once
     sources = [data_set.config for data_set in data_sets(config)]
@@ -107,7 +108,8 @@ def _make(config: DataConfig, model: Path, job: Job, world: World, terminal: Ter
     temporary, own, began = job.temporary, job.of_ranks[world.rank], time.monotonic()
     assert temporary is not None
     with closing(_progress(config, job, terminal, world.is_main)) as bar:
-        signals = world.together(lambda: _run(own, temporary, lambda: next(bar, None)))
+        with preemption.noted():
+            signals = world.together(lambda: _run(own, temporary, lambda: next(bar, None)))
         next(bar, None)                                            # shows the rows of ranks that ended later
     if any(signals):
         raise Stopped(max(signals), "the pairs were not tokenized yet")

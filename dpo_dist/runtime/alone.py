@@ -15,6 +15,8 @@ from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime import preemption
+from dpo_dist.runtime.disk_faults import disk_fault
+from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.run_dir import FAILED, PREEMPTED, Failure, RunDir
 from dpo_dist.runtime.terminal import Terminal
@@ -30,11 +32,12 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
     try:
         config = compose(overrides)
         run_dir = RunDir(config.run_dir)
-        run_dir.make()
+        run_dir.make(config.run.readable_by)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run_dir.clear(PREEMPTED, FAILED)
+    pin(run_dir.hub_commits())
     # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
     huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline
@@ -54,6 +57,8 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
         return _fail(run_dir, terminal, "interrupted; the same command begins again", INTERRUPTED)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
+        if told := disk_fault(error, run_dir.path):
+            return _fail(run_dir, terminal, told, 2)
         return _fail(run_dir, terminal, f"{type(error).__name__}: {error} (see {run_dir.rank_log(0)})", 1)
     finally:
         terminal.stop()

@@ -11,7 +11,7 @@ def best_evaluation(run_dir: RunDir, metric: str) -> dict[str, Any] | None:
     """The row of metrics.jsonl that is best by the metric, of those whose checkpoint is whole; of equals the earlier.
     None where there is none: weights from before training have no checkpoint."""
     whole = set(run_dir.checkpoints())
-    rows = [row for row in run_dir.rows("eval") if run_dir.checkpoint(row["step"]) in whole]
+    rows = [row for row in run_dir.rows("eval") if metric in row and run_dir.checkpoint(row["step"]) in whole]
     return min(rows, key=lambda row: badness(metric, float(row[metric])), default=None)
 
 

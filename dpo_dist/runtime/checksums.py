@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,37 +51,41 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, checksums(folder, (name for name in _files_below(folder) if name != CHECKSUMS)))
 
 
-def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1) -> list[str]:
+def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1,
+           files: Callable[[str], bool] = lambda name: True, of: Callable[[Path], Checksum] = checksum) -> list[str]:
     """What is wrong with a folder whose file `marker` holds the checksums of the others, a phrase for each file that is
     not as it was written; empty for a whole one. Further files are of no interest. part: of `parts` processes that
-    share the reading, this one."""
+    share the reading, this one. files: whether a file of this name is looked at. of: what knows a file's checksum."""
     try:
         expected = _read(folder / marker)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{marker} cannot be read ({error})"]
-    mine = list(expected.items())[part::parts]
+    mine = [name for name in expected if files(name)][part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _damage(folder / item[0], *item), mine)
+        found = pool.map(lambda name: _damage(folder / name, name, expected[name], of), mine)
         return [fault for fault in found if fault]
 
 
 def _read(marker: Path) -> Checksums:
     """ValueError where it is not what write_checksums writes."""
-    content = json.loads(marker.read_bytes())
+    try:
+        content = json.loads(marker.read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     if not isinstance(content, dict) or not content:
         raise ValueError("it names no file")
     for value in content.values():
-        if not isinstance(value, dict) or value.keys() != {"bytes", "xxh3"}:
+        if not (isinstance(value, dict) and value.keys() == {"bytes", "xxh3"} and isinstance(value["bytes"], int)):
             raise ValueError("a file's checksum is not whole")
     return content
 
 
-def _damage(file: Path, name: str, expected: Checksum) -> str:
+def _damage(file: Path, name: str, expected: Checksum, of: Callable[[Path], Checksum]) -> str:
     try:
         size = file.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size:,} bytes, not {expected['bytes']:,}"
-        return "" if checksum(file) == expected else f"{name} is not as it was written (its checksum differs)"
+        return "" if of(file) == expected else f"{name} is not as it was written (its checksum differs)"
     except FileNotFoundError:
         return f"{name} is missing"
     except (OSError, ValueError) as error:

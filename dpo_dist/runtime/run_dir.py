@@ -8,9 +8,13 @@ from typing import Any
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_object
+from dpo_dist.runtime.json_lines import json_lines
 
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
+MODES = {"owner": 0o700, "group": 0o750, "all": 0o755}           # {run.readable_by: of the run's folder}
 COMPLETE = "COMPLETE"                  # in a checkpoint's folder, written last
+WRITTEN_ANEW = "the command that trained the run writes it anew"
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,19 @@ class Failure:
     exit_code: int = 1
     rank: int = 0
     node: int = 0
+    lost_peer: bool = False              # another rank is gone, or does not answer: what it died of is not known here
+
+
+def make_for(folder: Path, readable_by: str) -> None:
+    """Makes the folder, and those above it. Who may look into it (run.readable_by) is decided here for all that will be
+    in it; a folder that is there keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(MODES[readable_by])
+    except FileExistsError:
+        folder.mkdir(exist_ok=True)                    # raises where it is a file
+    else:
+        folder.chmod(MODES[readable_by])               # whatever the umask
 
 
 class RunDir:
@@ -62,10 +79,11 @@ class RunDir:
         self.slurm = path / "slurm"                    # batch scripts and their output
         self.slurm_jobs = path / "slurm.json"          # {stage: Slurm's id}
 
-    def make(self) -> None:
-        """Makes the folder, with that of its logs. UserError where that cannot be."""
+    def make(self, readable_by: str = "owner") -> None:
+        """Makes the folder, with that of its logs. UserError where that cannot be. readable_by: as run.readable_by."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            make_for(self.path, readable_by)
+            self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be made: {error}; set run.dir to a folder that can be "
                             "written") from error
@@ -81,13 +99,38 @@ class RunDir:
         """The folders of whole checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
 
+    def not_finite(self, step: int) -> Path:
+        """What reproduces a step whose loss or gradient was not finite."""
+        return self.path / "not-finite" / f"step-{step:06d}"
+
     def evaluation(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
 
+    def hub_commits(self) -> dict[str, str]:
+        """{hub name: commit} that the run began with; empty where it has none, or has not begun."""
+        found = found_object(self.run_json) or {}
+        passport = found.get("passport")
+        kept = passport.get("hub") if isinstance(passport, dict) else None
+        return {str(name): str(commit) for name, commit in kept.items()} if isinstance(kept, dict) else {}
+
     def holds(self, identity: dict[str, Any]) -> bool:
         """Whether the folder is of a run that trains just this (RunConfig.identity_dict)."""
-        found = _read(self.run_json)
+        found = found_object(self.run_json)
         return found is not None and found.get("identity_of") == identity
+
+    def written(self, verb: str, edited: bool = False) -> dict[str, Any]:
+        """The content of run.json: config, passport and identity_of. UserError, for a command of this verb, where there
+        is none, or none that can be read. edited: it may say something else than the run wrote."""
+        if not self.run_json.is_file():
+            raise UserError(f"{self.path} holds no run: there is no {self.run_json.name}; give the run.dir of one, as "
+                            f"in: dpo-dist {verb} runs/my-run")
+        found = needed_object(self.run_json, WRITTEN_ANEW)
+        for part in ("config", "passport", "identity_of"):
+            if not isinstance(found.get(part), dict):
+                raise UserError(f"{self.run_json} is damaged: it has no {part}; {WRITTEN_ANEW}")
+        if SEAL in found and not edited and not is_whole(found):
+            raise UserError(f"{self.run_json} is damaged: it does not say what the run wrote; {WRITTEN_ANEW}")
+        return found
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
@@ -103,10 +146,10 @@ class RunDir:
         return self.logs / f"reference-server-{name}.log"
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl of one split, oldest first. A last line that is only half written is left out."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        return [row for row in rows if row["split"] == split]
+        """The rows of metrics.jsonl of one split, oldest first: step, split and numbers. Lines that are not whole are
+        left out."""
+        return [row for row in json_lines(self.metrics, {"step": (int,), "split": (str,)})
+                if row["split"] == split and all(_is_number(value) for key, value in row.items() if key != "split")]
 
     # ---------------------------------------------------------------------------------------------------------- markers
 
@@ -123,24 +166,29 @@ class RunDir:
 
     def preempted_by(self) -> int | None:
         """The number of the signal that stopped the run in good order; None where it was not stopped so."""
-        found = _read(self.path / PREEMPTED)
-        return None if found is None else int(found["signal"])
+        found = found_object(self.path / PREEMPTED) or {}
+        return found["signal"] if isinstance(found.get("signal"), int) else None
 
     def mark_preempted(self, message: str, signal: int) -> None:
         write_json(self.path / PREEMPTED, {"message": message, "signal": signal})
 
     def failure(self) -> Failure | None:
         """What failed; None where nothing has, or where the marker is being written at this moment."""
-        found = _read(self.path / FAILED)
-        return None if found is None else Failure(**found)
+        found = found_object(self.path / FAILED) or {}
+        kinds = {"message": str, "exit_code": int, "rank": int, "node": int, "lost_peer": bool}
+        fits = "message" in found and all(isinstance(value, kinds.get(key, ())) for key, value in found.items())
+        return Failure(**found) if fits else None
 
     def mark_failed(self, failure: Failure, first_only: bool = False) -> bool:
-        """Writes the marker; whether it is this failure's now. With `first_only` another rank's marker stays."""
+        """Writes the marker, where the disk takes it; whether it is this failure's now. With `first_only` another
+        rank's marker stays."""
         try:
             with (self.path / FAILED).open("x" if first_only else "w") as file:
                 json.dump(vars(failure), file)
         except FileExistsError:
             return False
+        except OSError:                                  # a full disk, which may be the very failure
+            pass
         return True
 
     def state(self) -> str:
@@ -148,13 +196,11 @@ class RunDir:
         if self.is_done:
             return f"done; the model is in {self.model if self.model.exists() else self.adapter}"
         for marker, means in ((FAILED, "failed"), (PREEMPTED, "stopped early")):
-            if (found := _read(self.path / marker)) is not None:
-                return f"{means}: {found['message']}"
+            if (self.path / marker).exists():
+                return f"{means}: {(found_object(self.path / marker) or {}).get('message', 'why cannot be read')}"
         return "under way, or ended without a word (then the same command goes on from the last checkpoint)"
 
 
-def _read(marker: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(marker.read_text())
-    except (OSError, ValueError):
-        return None
+def _is_number(value: Any) -> bool:
+    """As a row of metrics has it: what JSON has no number for is text."""
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")

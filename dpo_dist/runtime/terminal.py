@@ -31,6 +31,7 @@ class Terminal:
         self._stdout, self._stderr = _Output(1), _Output(2)
         self._out, self._err = _console(self._stdout), _console(self._stderr)
         self._capture, self._bars = capture, Bars(self._out)
+        logging.raiseExceptions = False                  # a full disk must not cost the run because of its log
         self._log_handler = logging.FileHandler(log_path, encoding="utf-8")
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._former_handlers, self._former_level = logging.root.handlers[:], logging.root.level

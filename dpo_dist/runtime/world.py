@@ -12,14 +12,19 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime import preemption
 from dpo_dist.runtime.ports import free_port
 from dpo_dist.runtime.process_defaults import keep_freed_memory
+from dpo_dist.runtime.watchdog import watched
 
 T = TypeVar("T")
 
+all_reduce, all_gather_object = watched(dist.all_reduce), watched(dist.all_gather_object)
+broadcast_object_list, all_to_all_single = watched(dist.broadcast_object_list), watched(dist.all_to_all_single)
 SECONDS_BETWEEN_SIGNS = 1.0                # of life, from a rank at work to those that wait for it
 NO_ANSWER = ("Timed out waiting", "Application timeout",     # gloo: of this collective, or another with that rank
              "Watchdog caught collective operation timeout",                              # NCCL
@@ -43,7 +48,7 @@ class Team:
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value, group=self.group)
+        all_gather_object(out, value, group=self.group)
         return out
 
 
@@ -76,6 +81,8 @@ class World:
                               LOCAL_RANK="0")
         if not dist.is_initialized():
             timeout = timedelta(seconds=cluster.timeout_seconds)
+            # of groups that DeepSpeed makes: torch would give those half an hour, or 10 minutes under nccl
+            distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
             if device.type == "cuda":
                 torch.cuda.set_device(device)
                 dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
@@ -90,32 +97,37 @@ class World:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise sum over all ranks, float64, on the CPU."""
         total = values.detach().to("cpu", torch.float64, copy=True)
-        dist.all_reduce(total)
+        all_reduce(total)
         return total
 
     def on_device_sum(self, value: float) -> float:
         """The sum over all ranks, by the way that gradients take: nccl on GPUs, else gloo."""
         total = torch.tensor(value, dtype=torch.float32, device=self.device)
-        dist.all_reduce(total)
+        all_reduce(total)
         return total.item()
 
     def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
         """1 where the flag, a bool scalar on the device, is true on any rank, else 0: a float32 scalar there. On GPUs
         no process waits for it."""
         highest = flag.float()
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        all_reduce(highest, op=dist.ReduceOp.MAX)
         return highest
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
         largest = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
+
+    def heed_signals(self, kept: str) -> None:
+        """Raises Stopped, on all ranks alike, where any of them was sent a signal. kept: what is not lost by it."""
+        if signal := self.max(preemption.received()):
+            raise preemption.Stopped(signal, kept)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order of rank, on every rank."""
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value)
+        all_gather_object(out, value)
         return out
 
     def exchange(self, outgoing: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
@@ -124,7 +136,7 @@ class World:
         sent, dtype = torch.cat(outgoing), outgoing[0].dtype
         received = sent.new_empty(sum(lengths))
         width = dtype.itemsize                                       # gloo moves bytes, not bf16
-        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), [width * n for n in lengths],
+        all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), [width * n for n in lengths],
                                [width * len(part) for part in outgoing])
         return list(received.split(lengths))
 
@@ -168,13 +180,13 @@ class World:
     def _from_main(self, message: _Outcome[T] | None) -> _Outcome[T] | None:
         """Rank 0's message, on every rank."""
         messages = [message]
-        dist.broadcast_object_list(messages, src=0)
+        broadcast_object_list(messages, src=0)
         return messages[0]
 
     def _all_are_done(self, done: bool) -> bool:
         """Whether every rank says so."""
         least = torch.tensor(done, dtype=torch.int64)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        all_reduce(least, op=dist.ReduceOp.MIN)
         return bool(least)
 
     def team(self, size: int) -> Team:
@@ -191,7 +203,7 @@ class World:
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
-        dist.all_reduce(torch.zeros(1))
+        all_reduce(torch.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -209,10 +221,11 @@ class _Outcome(Generic[T]):
             return _Outcome(error=error)
 
     def for_others(self, rank: int) -> _Outcome[T]:
-        """The same as other ranks are told it: of exceptions, only a user's mistake can be sent as it is."""
-        if self.error is None or isinstance(self.error, UserError):
+        """The same as other ranks are told it: of exceptions, only a user's mistake and a stop can be sent as they
+        are."""
+        if self.error is None or isinstance(self.error, UserError | preemption.Stopped):
             return self
-        return _Outcome(error=RuntimeError(f"rank {rank} failed: {self.error!r}"))
+        return _Outcome(error=RuntimeError(f"rank {rank} failed: {type(self.error).__name__}: {self.error}"))
 
     def value(self) -> T:
         if self.error is not None:
@@ -254,7 +267,7 @@ def lost_peer(error: Exception, cluster: ClusterConfig) -> str | None:
     words = str(error)
     if any(part in words for part in NO_ANSWER):
         return (f"no answer from another rank for {cluster.timeout_seconds} s (cluster.timeout_seconds): a node, its "
-                "network or a process on it is gone or hangs")
+                "network or a process on it is gone or hangs; where each rank stood is in its log")
     if any(part in words for part in PEER_GONE):
         return "another rank closed its connection: its process ended"
     if "NCCL communicator was aborted" in words:         # by NCCL's watchdog, which has told why in the log

@@ -15,6 +15,7 @@ from dpo_dist.config.adapter import local_folders
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.options import TOKENS, deciding, override
 from dpo_dist.config.schema import RunConfig, with_keys
+from dpo_dist.runtime.checksums import damage
 from dpo_dist.sizing.automatic import choose
 from dpo_dist.sizing.estimate import GIB, Memory, cache_bytes, memory, scoring_memory
 from dpo_dist.sizing.hardware import CPU, GPU_80GB, Hardware
@@ -155,6 +156,8 @@ def token_lengths(config: RunConfig) -> Lengths:
     """Means over the pairs last tokenized with these keys, if data.cache_dir has any; else the worst case."""
     stores = [file for file in Path(config.data.cache_dir).glob("*/asked.json") if ".tmp-" not in file.parent.name]
     for file in sorted(stores, key=lambda file: file.stat().st_mtime, reverse=True):
+        if damage(file.parent, files=(file.name, "train/spans.npy").__contains__):
+            continue                                     # the next run tokenizes again
         spans = np.load(file.parent / "train" / "spans.npy", mmap_mode="r")
         if len(spans) and json.loads(file.read_text()) == deciding(config.data, TOKENS):
             prompt, chosen, rejected = np.diff(spans, axis=1).mean(0).tolist()

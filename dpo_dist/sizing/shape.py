@@ -5,7 +5,6 @@ models/cost.py, and against the tensors that autograd really saves.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from dpo_dist.config.adapter import Adapter
 from dpo_dist.config.errors import UserError, nearest, one_line
 from dpo_dist.config.safetensors_header import read_header
 from dpo_dist.config.schema import LoraConfig
+from dpo_dist.runtime.json_files import needed_object
 from dpo_dist.sizing.flops import Flops
 
 
@@ -58,8 +58,9 @@ FAMILIES = {
 NEEDED = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
           ("vocab_size",))
 # what is a whole number above 0, where config.json has it
-COUNTS = (*(name for names in NEEDED for name in names), "head_dim", "num_key_value_heads", "intermediate_size", "n_inner",
-          "num_local_experts", "num_experts", "num_experts_per_tok", "n_positions", "sliding_window", "max_window_layers")
+COUNTS = (*(name for names in NEEDED for name in names), "head_dim", "num_key_value_heads", "intermediate_size",
+          "n_inner", "num_local_experts", "num_experts", "num_experts_per_tok", "n_positions", "sliding_window",
+          "max_window_layers")
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,10 @@ def read_shape(folder: Path, adapter: Adapter | None = None) -> ModelShape:
     config.json."""
     if adapter is not None:
         return replace(read_shape(folder), adapter=adapter.elements, adapter_saves=adapter.modules_to_save)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
+    if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder} has no config.json, from which sizes are predicted; give a folder that "
-                        "has one") from error
+                        "has one")
+    config = needed_object(folder / "config.json", "copy the model again")
     shape = model_shape(config)
     more = stored_elements(folder) - shape.parameters
     if "text_config" in config:

@@ -12,7 +12,8 @@ from typing import TextIO
 from dpo_dist.config.errors import UserError
 from dpo_dist.data.prepare import digests_folder
 from dpo_dist.run.provenance.kept import Kept
-from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.hub_commits import pin
+from dpo_dist.runtime.run_dir import WRITTEN_ANEW, RunDir
 from dpo_dist.verify.configuration import check_config, check_kept, config_of, read_run
 from dpo_dist.verify.finding import Finding, lines
 from dpo_dist.verify.made_by import check_made_by
@@ -45,9 +46,15 @@ def main(words: Sequence[str], out: TextIO) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"                   # read when Hugging Face's libraries are imported
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found = verify(RunDir(options.run.removeprefix("run.dir=")), options.pairs, options.quick)
+            run_dir = RunDir(options.run.removeprefix("run.dir="))
+            pin(run_dir.hub_commits())
+            found = verify(run_dir, options.pairs, options.quick)
     except (UserError, OSError) as error:    # OSError: of a folder that may not be looked at, or a disk that is full
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (LookupError, TypeError, AttributeError) as error:
+        print(f"error: a file of {options.run}, most likely run.json, is not as dpo-dist writes it "
+              f"({type(error).__name__}: {error}); {WRITTEN_ANEW}", file=sys.stderr)
         return 2
     same = not any(finding.fails for finding in found)
     if options.json:

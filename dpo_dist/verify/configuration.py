@@ -25,17 +25,7 @@ OTHER_RUN = "it no longer says what was trained: the same command with these val
 
 def read_run(run_dir: RunDir) -> dict[str, Any]:
     """The content of run.json. UserError where there is none, or none that can be read."""
-    if not run_dir.run_json.is_file():
-        raise UserError(f"{run_dir.path} holds no run: there is no {run_dir.run_json.name}; give the run.dir of one, "
-                        "as in: dpo-dist verify runs/my-run")
-    try:
-        run = dict(json.loads(run_dir.run_json.read_text()))
-        if not all(isinstance(run[part], dict) for part in ("config", "passport", "identity_of")):
-            raise ValueError("one of them is no object")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir.run_json} is damaged: it is no JSON with config, passport and identity_of "
-                        f"({error}); restore it") from error
-    return run
+    return run_dir.written("verify", edited=True)
 
 
 def config_of(run: Mapping[str, Any]) -> tuple[RunConfig, str | None]:

@@ -1,7 +1,6 @@
 """Whether the weights are those of the run: the policy's start, the reference, and what was exported."""
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from dpo_dist.models.file_digests import described, exported
 from dpo_dist.models.resolve import ModelFolder, resolve
 from dpo_dist.run.provenance.kept import Kept
 from dpo_dist.run.provenance.parent import parent_run, run_digest
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.verify.finding import Finding, examples, value_changes
 
@@ -141,9 +141,10 @@ def check_parent(run: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
         yield Finding("told", "parent run", f"{says}: its run.json is gone",
                       "the weights are compared above; where they came from can no longer be told")
         return
-    same = run_digest(json.loads(parent.run_json.read_text())) == wanted["digest"]
-    if same:
+    content = found_object(parent.run_json)
+    if content is not None and run_digest(content) == wanted["digest"]:
         yield Finding("same", "parent run", f"{says}; dpo-dist verify {parent.path} goes on from there")
     else:
-        yield Finding("told", "parent run", f"{says}: its run.json is another now",
+        how = "damaged" if content is None else "another now"
+        yield Finding("told", "parent run", f"{says}: its run.json is {how}",
                       "the weights are compared above; that run was made again or edited since")

@@ -34,6 +34,10 @@ class Node:
         """Pulls the cable: nobody is told, packets just no longer arrive."""
         ip("-n", self.namespace, "link", "set", "eth0", "down")
 
+    def connect(self) -> None:
+        """Puts the cable back."""
+        ip("-n", self.namespace, "link", "set", "eth0", "up")
+
     def end(self) -> None:
         """Kills what still runs here, and removes the machine."""
         for pid in ip("netns", "pids", self.namespace).split():

@@ -74,9 +74,10 @@ def test_it_runs_on_the_exported_model_and_again_only_where_something_changed(tm
     assert kept["results"]["tone"]["acc,none"] == 0.75 and kept["of"]["tasks"] == ["tone"]
     assert "acc,none" in told and "0.7500" in told and "0.1000" in told
     written = json.loads((tmp_path / "run" / "harness" / "model" / "results_2030-01-01.json").read_text())["words"]
-    assert written[1:] == ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'run' / 'model'},dtype=float32",
-                           "--tasks", "tone", "--device", "cpu", "--output_path", str(tmp_path / "run" / "harness"),
-                           "--include_path", str(tmp_path / "tasks"), "--num_fewshot", "3"]
+    model = f"pretrained={tmp_path / 'run' / 'model'},dtype=float32,trust_remote_code=False"
+    assert written[1:] == ["--model", "hf", "--model_args", model, "--tasks", "tone", "--device", "cpu",
+                           "--output_path", str(tmp_path / "run" / "harness"), "--include_path",
+                           str(tmp_path / "tasks"), "--num_fewshot", "3"]
     assert "nothing to do" in dpo_dist("harness", *given).stdout
     (tmp_path / "tasks" / "tone.yaml").write_text("task: tone\n")
     assert "nothing to do" not in dpo_dist("harness", *given).stdout

@@ -2,6 +2,7 @@
 local one."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, processes_on, steps_logged, train_on, wait_until, write_rows, write_tiny_llama
+from conftest import REPO, metrics, processes_on, steps_logged, train_on, wait_until, write_rows, write_tiny_llama
 
 from dpo_dist.runtime.ports import free_port
 
@@ -66,6 +67,32 @@ def test_hosts_sh_starts_a_node_on_every_host_and_ctrl_c_saves_on_all(tmp_path: 
     assert list((tmp_path / "a run" / "checkpoints").glob("*/COMPLETE"))
 
 
+def test_hosts_sh_goes_on_with_the_hosts_that_still_answer_when_one_is_gone(tmp_path: Path, words: list[str]):
+    run_dir = tmp_path / "a run"
+    (tmp_path / "hosts").write_text("first\nsecond\n")
+    remote = tmp_path / "remote"                         # a host that is gone kills what it runs, and takes no call
+    remote.write_text(f"""#!/bin/bash
+[ -e {tmp_path}/gone-$1 ] && exit 255
+setsid bash -c "$2" & wait $! || code=$?
+[ -e {tmp_path}/gone-$1 ] && exit 255
+exit ${{code:-0}}
+""")
+    remote.chmod(0o755)
+    process = start("hosts.sh", str(tmp_path / "hosts"), *words, "cluster.max_restarts=1", "train.max_steps=30",
+                    "train.save_every_steps=1", PROCS_PER_NODE="1", MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(free_port()), REMOTE=str(remote), MIN_NODES="1")
+    wait_until(lambda: steps_logged(run_dir) >= 3, process)
+    (tmp_path / "gone-second").touch()
+    for pid in processes_on(run_dir):
+        if {b"RANK=1", b"NODE_RANK=1"} & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+            os.kill(pid, signal.SIGKILL)
+    shown = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and (run_dir / "DONE").exists(), shown
+    assert "restart 1 of 1, from step-0000" in shown and ", on first\n" in shown, shown
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, 31))
+    assert json.loads((run_dir / "run.json").read_text())["passport"]["ranks"] == 1
+
+
 def test_a_node_that_knows_no_master_says_so(words: list[str]):
     process = start("node.sh", *words, NNODES="2", NODE_RANK="0")
     assert "error: MASTER_ADDR is not set" in process.communicate(timeout=30)[0] and process.returncode == 2
@@ -79,7 +106,7 @@ def test_a_node_that_is_told_to_end_while_its_ranks_begin_leaves_none(tmp_path: 
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RUN_DIR=str(tmp_path / "run"),
                     PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     shown = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and "node 0: ended by TERM before its ranks had begun" in shown
+    assert process.returncode != 0 and "ended by SIGTERM before the ranks of node 0 had begun" in shown
     assert not processes_on(tmp_path / "run")
 
 
@@ -105,7 +132,7 @@ time.sleep(600)
                     MASTER_ADDR="127.0.0.1", MODULE="heedless", RUN_DIR=str(tmp_path / "run"),
                     PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
     shown = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT and "node 0: ended by INT at once" in shown
+    assert process.returncode == 128 + signal.SIGINT and "ended by SIGINT at once" in shown
     assert not processes_on(tmp_path / "run")
 
 
@@ -125,5 +152,6 @@ def test_hosts_sh_fails_when_a_host_does_whatever_its_code(code: int, tmp_path: 
     remote = tmp_path / "remote"
     remote.write_text(f"#!/bin/bash\n[ $1 != second ] || exit {code}\n")
     remote.chmod(0o755)
-    process = start("hosts.sh", str(tmp_path / "hosts"), RUN_DIR=str(tmp_path), REMOTE=str(remote))
+    process = start("hosts.sh", str(tmp_path / "hosts"), RUN_DIR=str(tmp_path), REMOTE=str(remote),
+                    MAX_RESTARTS="0")
     assert process.communicate(timeout=60)[0] == "" and process.returncode == code

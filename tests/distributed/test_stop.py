@@ -132,17 +132,32 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are
     assert not processes_on(tmp_path / "run")
 
 
+def test_a_run_whose_ranks_are_killed_goes_on_by_itself_to_the_very_bits(tmp_path: Path, words: list[str]):
+    words = [*words, "cluster.max_restarts=1", "train.save_every_steps=1"]
+    process = start("run", *words, f"run.dir={tmp_path / 'run'}")
+    for rank, done in ((1, 2), (0, 20)):
+        wait_until(lambda done=done: steps_logged(tmp_path / "run") >= done, process)
+        os.kill(process_of_rank(rank, tmp_path / "run"), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and (tmp_path / "run" / "DONE").exists(), err
+    for rank in (1, 0):                                   # each time a newer checkpoint: the count begins anew
+        assert re.search(rf"rank {rank} was ended by SIGKILL .*; restart 1 of 1, from step-0", err), err
+    assert out.count("resumed from step-") == 2 and not (tmp_path / "run" / "FAILED").exists()
+    dpo_dist("run", *words, f"run.dir={tmp_path / 'straight'}")
+    assert model_digest(tmp_path / "run") == model_digest(tmp_path / "straight")
+
+
 # ----------------------------------------------------------------------- signals at awkward moments, of stages in short
 
 
-def run_stages(folder: Path, *stages: Stage) -> subprocess.CompletedProcess[str]:
+def run_stages(folder: Path, *stages: Stage, max_restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """`run_stages` of these in a process of its own. Their modules, and a sitecustomize for all processes, are looked
     for in `folder`."""
     script = f"""import sys
 from dpo_dist.launcher.local import run_stages
 from dpo_dist.launcher.plan import LaunchPlan, Stage
-sys.exit(run_stages(LaunchPlan({str(folder / 'run')!r}, {stages!r})))"""
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+sys.exit(run_stages(LaunchPlan({str(folder / 'run')!r}, {stages!r}), {max_restarts}))"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, input="y\n",
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPO)])})
 
 
@@ -178,6 +193,41 @@ def test_a_signal_while_ranks_begin_ends_them(tmp_path: Path):
     done = run_stages(tmp_path, Stage("train", "forever", 1, 2, (f"run.dir={tmp_path / 'run'}",)))
     assert done.returncode == 128 + signal.SIGTERM and "ended by SIGTERM in the train stage" in done.stderr, done.stderr
     assert not processes_on(tmp_path / "run") and not (tmp_path / "run" / "FAILED").exists()
+    assert json.loads((tmp_path / "run" / "PREEMPTED").read_text())["signal"] == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("fault", "starts", "code"), [
+    ("raise SystemExit(1)", 3, 1),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 3, 1),
+    ("raise SystemExit(2)", 1, 2),                                                       # a user's mistake
+    ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.5); raise SystemExit(1)", 1, 128 + signal.SIGTERM),
+])
+def test_a_fault_that_comes_back_at_once_ends_the_run_when_its_restarts_are_used_up(
+        fault: str, starts: int, code: int, tmp_path: Path):
+    (tmp_path / "broken.py").write_text("import os, signal, time\n"
+                                        f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n"
+                                        f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{fault}\n")
+    done = run_stages(tmp_path, Stage("train", "broken", 1, 1, ()), max_restarts=2)
+    assert done.returncode == code, done.stderr
+    assert len((tmp_path / "starts").read_text()) == starts
+    assert ("restart 2 of 2, from the start" in done.stderr) == (starts == 3)
+
+
+def test_when_a_rank_fails_the_others_say_where_they_are_before_they_are_ended(tmp_path: Path):
+    (tmp_path / "uneven.py").write_text("""import os, time
+def where_it_waits(): time.sleep(600)
+if os.environ["RANK"] == "0":
+    where_it_waits()
+time.sleep(1)
+os._exit(1)
+""")
+    assert run_stages(tmp_path, Stage("train", "uneven", 1, 2, ())).returncode == 1
+    assert "uneven.py\", line 2 in where_it_waits" in (tmp_path / "run" / "logs" / "launcher.log").read_text()
+
+
+def test_ranks_have_no_standard_input(tmp_path: Path):
+    (tmp_path / "asks.py").write_text("import sys\nsys.exit(len(sys.stdin.read()))\n")
+    assert run_stages(tmp_path, Stage("train", "asks", 1, 1, ())).returncode == 0
 
 
 def test_ranks_are_ended_where_one_more_cannot_be_started(tmp_path: Path):

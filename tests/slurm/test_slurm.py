@@ -7,7 +7,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from conftest import (
     eval_on,
     metrics,
     model_digest,
+    processes_on,
     steps_logged,
     train_on,
     write_rows,
@@ -125,6 +128,51 @@ def test_usr1_saves_and_requeues_and_the_run_goes_on_to_the_same_bits(
     assert "SIGUSR1" in (folder / "usr1" / "PREEMPTED").read_text()
     assert_went_on_to_the_same_bits(slurm, job, folder / "usr1", straight)
     assert not (folder / "usr1" / "PREEMPTED").exists()
+
+
+def test_usr1_in_the_first_seconds_requeues_the_job_whatever_it_is_at(slurm: Slurm, folder: Path, words: list[str]):
+    run_dir = folder / "early"
+    job = slurm.submit("train", [*words, "train.max_steps=2", f"run.dir={run_dir}"])["train"]
+    slurm.until("its output", lambda: list((run_dir / "slurm").glob("*.out")), seconds=30)
+    for restarts, seconds in enumerate((0, 3)):           # of a start: bash, then torch begin
+        slurm.until_state(job, "RUNNING", start_now=True)
+        time.sleep(seconds)
+        slurm.call("scancel", "--batch", "--signal=USR1", job)
+        slurm.until("the requeue", lambda wanted=str(restarts + 1): slurm.show(job, "Restarts") == wanted, seconds=60)
+        assert "SIGUSR1" in (run_dir / "PREEMPTED").read_text()
+    slurm.until_state(job, "COMPLETED", "FAILED", "CANCELLED", start_now=True)
+    assert slurm.show(job, "JobState") == "COMPLETED" and len(metrics(run_dir)) == 2, output(run_dir)
+
+
+def test_a_rank_that_dies_on_one_node_restarts_all_within_the_allocation(
+        slurm: Slurm, folder: Path, words: list[str], straight: Path):
+    run_dir = folder / "a rank dies"
+    job = under_way(slurm, words, run_dir)
+    slurm.until("a checkpoint", lambda: any((run_dir / "checkpoints").glob("*/COMPLETE")))
+    for pid in processes_on(run_dir):
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGKILL)
+    slurm.until_state(job, "COMPLETED", "FAILED", "CANCELLED")
+    shown = output(run_dir)
+    assert slurm.show(job, "JobState") == "COMPLETED" and slurm.show(job, "Restarts") == "0", shown
+    assert "error: rank 1 was ended by SIGKILL" in shown and "restart 1 of 3, from step-0000" in shown
+    assert model_digest(run_dir) == model_digest(straight)
+
+
+def test_a_run_whose_node_is_gone_for_good_goes_on_with_those_that_are_left(
+        slurm: Slurm, folder: Path, words: list[str], straight: Path):
+    run_dir = folder / "fewer"
+    job = under_way(slurm, [*words, "cluster.min_nodes=1", "cluster.slurm.exclude=node3"], run_dir)
+    slurm.until("a checkpoint", lambda: any((run_dir / "checkpoints").glob("*/COMPLETE")))
+    slurm.testbed("kill", 2)
+    slurm.until("the requeue", lambda: slurm.show(job, "Restarts") == "1", seconds=300)
+    slurm.until_state(job, "COMPLETED", "FAILED", "CANCELLED", start_now=True)
+    assert slurm.show(job, "JobState") == "COMPLETED" and "start 2, on node1: dpo_dist.train" in output(run_dir)
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
+    for row, same in zip(metrics(run_dir), metrics(straight), strict=True):
+        assert row["loss"] == pytest.approx(same["loss"], abs=1e-5)
+    slurm.testbed("boot", 2)
+    slurm.until("node2", lambda: slurm.call("sinfo", "-h", "-n", "node2", "-p", "main", "-o", "%T").strip() == "idle")
 
 
 def test_a_job_preempted_by_a_higher_partition_goes_on_to_the_same_bits(

@@ -155,6 +155,8 @@ MISTAKES = {
     "data.eval_fraction=0.1 and data.eval are both set": ["data.eval=[{path: a}]", "data.eval_fraction=0.1"],
     "data.eval[0].weight=2.0 would do nothing": ["data.eval=[{path: a, weight: 2}]"],
     "unknown key 'cluster.slurm.partition': it goes with cluster=slurm": ["cluster.slurm.partition=gpu"],
+    "cluster.max_restarts=-1 must be 0 (never) or greater": ["cluster.max_restarts=-1"],
+    "cluster.min_nodes=3 is more than cluster.nodes=2": ["cluster=slurm", "cluster.nodes=2", "cluster.min_nodes=3"],
     "cluster.nodes=2 with cluster=local: one machine cannot start others": ["cluster.nodes=2"],
     "cluster.environment.OMP_NUM_THREADS is not a setting of the network": ["cluster.environment={OMP_NUM_THREADS: 4}"],
     "cluster.procs_per_node=null: from here the nodes' devices cannot be counted": ["cluster=slurm",

@@ -54,6 +54,14 @@ def test_a_run_is_audited_scored_and_trained_unless_there_is_nothing_to_score():
     assert [s.name for s in planned(["model.path=m"], "eval")[0].stages] == ["eval"]
 
 
+def test_a_job_is_content_with_fewer_nodes_where_it_takes_several():
+    words = [*SLURM, "cluster.nodes=4", "cluster.min_nodes=2", "cluster.max_restarts=7"]
+    audit, score, train = jobs_of(*planned(words))
+    assert "--nodes=2-4" in directives(train.script) and "--nodes=2-4" in directives(score.script)
+    assert "--nodes=1" in directives(audit.script)
+    assert "\nMAX_RESTARTS=7\n" in train.script
+
+
 def test_every_option_of_a_job_reaches_its_script():
     slurm = {"partition": "gpu", "account": "lab", "qos": "high", "time_limit": "8:00:00", "signal_seconds": 600,
              "exclude": "node9", "preflight": "false"}
@@ -61,8 +69,8 @@ def test_every_option_of_a_job_reaches_its_script():
              "cluster.slurm.extra=['--mem=0']", "cluster.slurm.setup=['module load cuda','. venv/bin/activate']"]
     audit, score, train = jobs_of(*planned(words))
     assert {"--job-name=my-run-train", "--nodes=2", "--gpus-per-node=8", "--signal=B:USR1@600", "--partition=gpu",
-            "--account=lab", "--qos=high", "--time=8:00:00", "--exclude=node9", "--mem=0", "--requeue",
-            "--ntasks-per-node=1"} <= set(directives(train.script))
+            "--account=lab", "--qos=high", "--time=8:00:00", "--exclude=node9", "--mem=0",
+            "--requeue"} <= set(directives(train.script))
     assert variables(train.script) == {"PYTHON": "python", "MODULE": "dpo_dist.train", "PROCS_PER_NODE": "8",
                                        "RUN_DIR": "/runs/my run", "TASKS": "", "PREFLIGHT": "no", "CONTAINER": ""}
     assert "    module load cuda\n    . venv/bin/activate\n" in score.script

@@ -19,6 +19,7 @@ from dpo_dist.data.parts import begin_parts, join_parts, records_done, write_par
 from dpo_dist.data.prepare import open_stores, prepare
 from dpo_dist.data.rows import Share
 from dpo_dist.data.tokenize import PairTokenizer
+from dpo_dist.runtime.checksums import CHECKSUMS
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|end|>' }}{% endfor %}" \
            "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -41,7 +42,8 @@ def in_parts(settings: DataConfig, folder: Path, parts: int, tokenizer: object =
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*")
+            if file.is_file() and file.name != CHECKSUMS}          # which a folder has once it has its name
 
 
 def assert_same(settings: DataConfig, tmp_path: Path, tokenizer: object = None) -> None:

@@ -184,7 +184,7 @@ def test_the_code_is_told_by_its_files_and_in_a_checkout_by_its_commit(tmp_path:
 def test_a_run_that_goes_on_with_something_else_keeps_what_made_its_first_steps(tmp_path: Path):
     run_dir, first = RunDir(tmp_path), {"ranks": 2, "versions": {"torch": "1"}, "train_pairs": {}}
     assert earlier_starts(run_dir, first) == []
-    (tmp_path / "run.json").write_text(json.dumps({"passport": first}))
+    (tmp_path / "run.json").write_text(json.dumps({"identity_of": {}, "passport": first}))
     assert earlier_starts(run_dir, {**first, "ranks": 1}) == [], "nothing of the first start was saved"
     (run_dir.checkpoint(4)).mkdir(parents=True)
     (run_dir.checkpoint(4) / COMPLETE).touch()
@@ -192,7 +192,7 @@ def test_a_run_that_goes_on_with_something_else_keeps_what_made_its_first_steps(
     second = {**first, "ranks": 1, "code": {"commit": None}}
     second["earlier"] = earlier_starts(run_dir, second)
     assert second["earlier"] == [{"until_step": 4, "ranks": 2, "versions": {"torch": "1"}}]
-    (tmp_path / "run.json").write_text(json.dumps({"passport": second}))
+    (tmp_path / "run.json").write_text(json.dumps({"identity_of": {}, "passport": second}))
     assert earlier_starts(run_dir, second) == second["earlier"], "the third start is as the second"
 
 
@@ -215,12 +215,13 @@ def test_what_is_kept_is_read_as_it_was_written_and_damage_is_as_nothing(tmp_pat
     rows = digests(ROWS)
     Kept({"data.train[0]/0": rows}, {"train": rows.rows}, {"policy": {"tensors": {}}}, {"default": "{{ x }}"},
          {"a.py": "12"}).write(run_dir)
-    (tmp_path / "run.json").write_text('{"config": {}}')
+    run = {"config": {}, "passport": {}, "identity_of": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
     keep_export(run_dir, "model", {"tensors": {"w": "F32 [1] ab"}, "files": {}})
     kept = Kept.read(run_dir)
     assert (kept.rows["data.train[0]/0"].rows == rows.rows).all() and kept.rows["data.train[0]/0"].names == rows.names
     assert (kept.rows["data.train[0]/0"].fields == rows.fields).all() and (kept.pairs["train"] == rows.rows).all()
-    assert kept.templates == {"default": "{{ x }}"} and kept.exported["run"] == {"config": {}}
+    assert kept.templates == {"default": "{{ x }}"} and kept.exported["run"] == run
     for file in run_dir.provenance.iterdir():
         file.write_bytes(b"PK\x03\x04 not a zip")
     assert Kept.read(run_dir) == Kept() == Kept.read(RunDir(tmp_path / "nowhere"))

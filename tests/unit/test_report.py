@@ -295,7 +295,7 @@ def test_a_folder_without_a_run_is_one_message(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(UserError, match="the same run is given twice"):
         write_report([run, tmp_path / "run" / "."])
     (run / "audit.json").write_text("{")
-    with pytest.raises(UserError, match=r"audit\.json is not JSON"):
+    with pytest.raises(UserError, match=r"audit\.json cannot be read"):
         write_report([run])
 
 

@@ -37,7 +37,8 @@ def results(step: int, world: World, loss: float = 0.7, bad: float = 0.0, norm: 
     sums.tensor[0], sums.tensor[-2:] = 2 * loss, 2.0                 # two pairs
     clock.mark("forward")
     clock.count(StepWork(2, 10, 1.0))
-    return StepResults.of(step, 1e-6, torch.tensor(bad), torch.tensor(norm), (sums, clock.interval({})) if logs else None)
+    row = (sums, clock.interval({})) if logs else None
+    return StepResults.of(step, 1e-6, torch.tensor(bad), torch.tensor(norm), row)
 
 
 def test_a_row_is_written_when_the_next_step_is_queued_and_the_last_one_when_the_log_catches_up(world: World):

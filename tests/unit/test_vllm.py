@@ -25,8 +25,10 @@ from dpo_dist.reference.hf import HfReference
 from dpo_dist.reference.vllm.engine import VllmReference, continuations
 from dpo_dist.reference.vllm.open import reference_key, server_spec
 from dpo_dist.reference.vllm.process import command
+from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch, TokenizedPair
 
+ALONE = World(0, 1, 0, torch.device("cpu"))
 TREES = [Sequences((5, 6, 7), ((8, 9, 1), (10, 11, 12, 13, 1))), Sequences((20, 21), ((22, 1),)),
          Sequences((30,), ((31, 32, 33, 1), (34, 1))), Sequences(tuple(range(3, 40)), (tuple(range(40, 60)),))]
 N_SEQUENCES = 6
@@ -56,7 +58,8 @@ def client(*servers: LogProbServer | str, sequences: int = 64, timeout_seconds: 
            wait_seconds: float = 20) -> VllmReference:
     urls = [server if isinstance(server, str) else server.url for server in servers]
     name = next(server.name for server in servers if not isinstance(server, str))
-    return VllmReference(urls, name, 256, RequestsConfig(sequences, 2, timeout_seconds, wait_seconds), at_once=2)
+    return VllmReference(urls, name, 256, RequestsConfig(sequences, 2, timeout_seconds, wait_seconds), at_once=2,
+                         world=ALONE)
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -202,7 +205,7 @@ def test_choices_in_another_order_are_put_in_place_by_their_index(server: LogPro
 
 
 def test_a_request_that_the_server_refuses_is_told_at_once(server: LogProbServer):
-    reference = VllmReference([server.url], "another", 256, RequestsConfig(64, 2, 10, 20), at_once=1)
+    reference = VllmReference([server.url], "another", 256, RequestsConfig(64, 2, 10, 20), at_once=1, world=ALONE)
     with pytest.raises(UserError, match=r"404.*does not exist"):
         reference.token_logps(pack())
     assert len(server.requests) == 1

@@ -69,7 +69,8 @@ def compiled_ops(config: RunConfig) -> Finding | None:
 def _ask(program: str, **environment: str) -> tuple[Any, str | None]:
     """(what the program printed last, as JSON; None), or (None, why it failed), after PROBE_SECONDS at most."""
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PROBE_SECONDS,
+        done = subprocess.run([sys.executable, "-c", program],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROBE_SECONDS,
                               env={**os.environ, **environment})
     except subprocess.TimeoutExpired:
         return None, f"no answer within {PROBE_SECONDS} s"

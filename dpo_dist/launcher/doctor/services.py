@@ -64,7 +64,8 @@ def slurm(config: RunConfig) -> Finding | None:
 def _sinfo() -> tuple[str, str | None]:
     """(the partitions with their nodes and states, None), or ("", why there are none to see)."""
     try:
-        done = subprocess.run(["sinfo", "--noheader", "--format=%R %D %t"], capture_output=True, text=True,
+        done = subprocess.run(["sinfo", "--noheader", "--format=%R %D %t"],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               timeout=ANSWER_SECONDS)
     except FileNotFoundError:
         return "", "there is no sinfo here"

@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from dpo_dist.config.compose import choices, compose, conf_dir, parsed_for_sweep, with_groups
 from dpo_dist.config.errors import UserError, nearest, one_line
 from dpo_dist.config.objectives import OBJECTIVES
+from dpo_dist.config.secrets import refuse_secret_words
 from dpo_dist.config.words import quoted
 from dpo_dist.launcher.clusters import sweep_launcher_of
 from dpo_dist.launcher.sweep.groups import (
@@ -29,6 +30,7 @@ from dpo_dist.launcher.sweep.groups import (
     sweep_folder,
 )
 from dpo_dist.launcher.sweep.results import Result, best, command_of, read_result, table, write_results
+from dpo_dist.runtime.run_dir import make_for
 
 MOST_JOBS = 2_000                            # each is composed twice before the first is run
 
@@ -38,6 +40,7 @@ def multirun(words: Sequence[str], dry_run: bool = False) -> int:
 
     dry_run: prints what would be submitted to Slurm for the sweeper's first jobs, and ends there.
     """
+    refuse_secret_words(words)
     words = [_sweep_choice(word) if key_of(word) == "sweep" else word for word in words]
     overrides = parsed_for_sweep(words)
     swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
@@ -123,7 +126,7 @@ class Sweep:
             raise _Shown(launcher.rendered(group_jobs(missing, self._folder)) if missing else "all jobs are done")
         print(f"sweep: {len(distinct)} jobs in {self._folder}; {len(distinct) - len(missing)} are done, {len(missing)} "
               "to run", flush=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_for(self._folder, jobs[0].config.run.readable_by)
         why_not: dict[Path, str] = {}
         try:
             if missing:
@@ -144,7 +147,7 @@ class Sweep:
             print(f"best by held-out {self._objective}: {chosen.job.name}\n  {command_of(chosen.job)}\n  its model: "
                   f"{chosen.job.run_dir}/model")
         has_report = subprocess.run([sys.executable, "-m", "dpo_dist.report", self._folder],
-                                    stdout=subprocess.DEVNULL).returncode == 0
+                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 0
         print(f"{self._folder}/{'report.html and ' * has_report}sweep.json hold{'' if has_report else 's'} all of it")
         return 1 if failed else 0
 
@@ -183,8 +186,8 @@ def compose_each(overrides: Sequence[Override]) -> None:
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
         values = [_values(o) if o.is_sweep_override() else [str(o.input_line)] for o in ours]
         if (jobs := math.prod(map(len, values))) > MOST_JOBS:
-            raise UserError(f"-m with these values is a sweep of {jobs:,} runs or more, and {MOST_JOBS:,} are the most; "
-                            "give fewer values, or let sweep=optuna choose among them")
+            raise UserError(f"-m with these values is a sweep of {jobs:,} runs or more, and {MOST_JOBS:,} are the "
+                            "most; give fewer values, or let sweep=optuna choose among them")
         for job in itertools.product(*values):
             compose(job)
 

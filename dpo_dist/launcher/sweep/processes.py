@@ -88,5 +88,5 @@ def _start(command: Command, place: Place) -> subprocess.Popen[bytes]:
         command.output.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if command.output is None else command.output.open("ab") as out:
         return subprocess.Popen([sys.executable, "-m", "dpo_dist.launcher.cli", *command.words],
-                                env={**os.environ, **place},
+                                env={**os.environ, **place}, stdin=subprocess.DEVNULL,
                                 stdout=out, stderr=None if out is None else subprocess.STDOUT)

@@ -21,6 +21,7 @@ from dpo_dist.launcher.slurm import (
     wait_for,
 )
 from dpo_dist.launcher.sweep.groups import Group, Job, audits_of
+from dpo_dist.runtime.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def submit(groups: Sequence[Group]) -> list[Submitted]:
         _tasks_file(folder).write_text(_task_lines(group))
         ids = submit_jobs(jobs)
         for i, job in enumerate(group.jobs):
+            RunDir(job.run_dir).make(job.config.run.readable_by)
             record(job.run_dir, {**ids, "train": f"{ids['train']}_{i}"})
         submitted.append(Submitted(ids.get("score"), ids["train"]))
     return submitted

@@ -17,6 +17,7 @@ from dpo_dist.reference.cache.scoring_plan import ScoringPlan, plan_scoring
 from dpo_dist.reference.cache.store import LogpCache, ShardWriter, sequence_key
 from dpo_dist.runtime import preemption
 from dpo_dist.runtime.later import Later
+from dpo_dist.runtime.watchdog import sign
 from dpo_dist.runtime.world import World
 from dpo_dist.types import PackedBatch
 
@@ -47,25 +48,46 @@ def fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], eng
 
     Raises Stopped, with what is scored kept, where any rank was asked to end.
     """
+    with preemption.noted():
+        _fill(scoring, cache, data_sets, engine, world, progress, flush_seconds)
+    open_cache(cache, world)
+
+
+def _fill(scoring: ScoringPlan, cache: LogpCache, data_sets: Sequence[Pairs], engine: ReferenceEngine, world: World,
+          progress: Callable[[int], None], flush_seconds: float) -> None:
     writer = ShardWriter(cache, flush_seconds)
     pairs = PairStores(data_sets)
     starts = range(0, scoring.n_packs, world.size)
     # Where nothing is left for this rank, rank 0's pack is forwarded as well (the law: equal forwards), and not kept.
     mine = [start + world.rank if start + world.rank < scoring.n_packs else start for start in starts]
     packs = (pack_sequences([_sequences(tree, pairs) for tree in scoring.pack(j)]) for j in mine)
-    scored = _scored(packs, engine, world.device.type == "cuda", writer.flush_if_due)
+    done = 0
+
+    def while_waiting() -> None:
+        writer.flush_if_due()
+        preemption.heed("")                              # for servers, nobody waits longer than that
+
+    scored = _scored(packs, engine, world.device.type == "cuda", while_waiting)
     try:
         for i, (start, j, (pack, logps)) in enumerate(zip(starts, mine, scored, strict=True)):
             if j == start + world.rank:
                 _keep(writer, pack, logps)
             done = int(scoring.trees[scoring.packs[min(start + world.size, scoring.n_packs)]])
             progress(done)
-            if i % ROUNDS_BETWEEN_AGREEMENTS == 0 and (signal := world.max(preemption.received())):
-                raise preemption.Stopped(signal, f"{done} sequences are scored")
+            sign()
+            if i % ROUNDS_BETWEEN_AGREEMENTS == 0:
+                world.heed_signals(_kept(done))
+    except preemption.Stopped as stopped:
+        if not stopped.kept:                             # this rank alone: the others learn of it where they agree next
+            world.heed_signals(_kept(done))
+        raise
     finally:                                 # what is scored is kept, whatever ends the scoring
         writer.flush()
-    world.barrier()
-    open_cache(cache, world)
+    world.heed_signals(_kept(done))
+
+
+def _kept(done: int) -> str:
+    return f"{done} sequences are scored"
 
 
 def _scored(packs: Iterable[PackedBatch], engine: ReferenceEngine, pinned: bool,

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from dpo_dist.config.errors import UserError
 from dpo_dist.runtime.files import write_atomic, write_json
+from dpo_dist.runtime.json_files import found_object
 
 if TYPE_CHECKING:
     from dpo_dist.runtime.world import World
@@ -47,6 +48,14 @@ class ReferenceKey:
         return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
+def described_keys(cache_dir: str) -> list[ReferenceKey]:
+    """What the folders of a cache say that they hold; a damaged one says nothing until its reference is used again."""
+    described = {file.parent.name: found_object(file) or {} for file in sorted(Path(cache_dir).glob("*/key.json"))}
+    names = {field.name for field in fields(ReferenceKey)}
+    keys = {folder: ReferenceKey(**says) for folder, says in described.items() if says.keys() == names}
+    return [key for folder, key in keys.items() if key.folder == folder]
+
+
 def sequence_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
     """16 bytes that name a (prompt, completion): nothing stripped, the boundary included."""
     prompt, completion = np.asarray(prompt_ids, dtype="<i4"), np.asarray(completion_ids, dtype="<i4")
@@ -65,7 +74,7 @@ class LogpCache:
             raise UserError(f"reference.cache_dir={cache_dir} cannot be made: {error}; set a folder that can be "
                             "written") from error
         described = self.folder / "key.json"
-        if not described.exists():
+        if found_object(described) != asdict(key):           # not there, or damaged
             write_json(described, asdict(key))
         self.open_shards(())
 
@@ -74,14 +83,14 @@ class LogpCache:
         sequences count as missing."""
         whole, damaged = [], 0
         for path in sorted(path for path in self.folder.glob("*.safetensors") if path.name not in known):
-            if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
-                whole.append(path.name)
-            else:
-                try:
-                    path.rename(path.with_suffix(".corrupt"))
-                except FileNotFoundError:                # another job found it damaged too
-                    pass
-                damaged += 1
+            try:
+                if hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == path.stem:
+                    whole.append(path.name)
+                    continue
+                path.rename(path.with_suffix(".corrupt"))
+            except FileNotFoundError:                    # another job found it damaged too
+                pass
+            damaged += 1
         return whole, damaged
 
     def open_shards(self, names: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
         dtype = str(torch_dtype(config.model, device)).removeprefix("torch.")
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         run_dir = RunDir(config.run_dir)
-        run_dir.make()
+        run_dir.make(config.run.readable_by)
         log = run_dir.server_log(node)
         server = start_server(server_spec(config, dtype, reference.base, gpus), log,
                               served(config).requests.wait_seconds, "0.0.0.0", port)

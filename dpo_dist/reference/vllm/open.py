@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.engines.vllm import VllmConfig
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.secrets import refuse_secrets
 from dpo_dist.models.folder import read_config, tied_embeddings
 from dpo_dist.models.text import text_config
-from dpo_dist.reference.cache.store import ReferenceKey
+from dpo_dist.reference.cache.store import ReferenceKey, described_keys
 from dpo_dist.reference.vllm.engine import VllmReference
 from dpo_dist.reference.vllm.process import Server, ServerSpec, installed_version, start_server
 from dpo_dist.reference.vllm.protocol import About, Unanswered, about
@@ -91,7 +92,7 @@ def open_engine(config: VllmConfig, setup: Setup) -> VllmReference:
     turned = urls[world.rank % len(urls):] + urls[:world.rank % len(urls)]
     at_once = max(1, requests.at_once * copies * len(urls) // sharing)
     return VllmReference(turned, name, min((n for n in longest if n is not None), default=None), requests, at_once,
-                         on_close=server.stop if server else lambda: None)
+                         world, on_close=server.stop if server else lambda: None)
 
 
 def served(config: RunConfig) -> VllmConfig:
@@ -129,8 +130,9 @@ def _urls(given: Iterable[str] | str, wait_seconds: float) -> list[str]:
                 return []
             raise UserError(f"reference.urls={given} was not there after {wait_seconds:g} s: it is to be a file with "
                             "one URL a line, or a list")
-        given = file.read_text().split()
+        given = file.read_text(errors="replace").split()
     urls = [url.rstrip("/").removesuffix("/v1") for url in given]
+    refuse_secrets("reference.urls", urls)               # those of a file, too
     for url in urls:
         if not re.match(r"https?://[^/]+", url):
             raise UserError(f"reference.urls holds '{url}', which is no URL; write it as http://host:8000")
@@ -173,8 +175,7 @@ def _held_versions(config: VllmConfig, key: Callable[[str], ReferenceKey]) -> li
     wanted = key("VERSION")
     pattern = re.escape(wanted.recipe).replace("VERSION", r"(\S+)")
     found = set()
-    for described in Path(config.cache_dir).glob("*/key.json"):
-        held = ReferenceKey(**json.loads(described.read_text()))
+    for held in described_keys(config.cache_dir):
         match = re.fullmatch(pattern, held.recipe)
         if match and (held.weights, held.dtype) == (wanted.weights, wanted.dtype):
             found.add(match[1])

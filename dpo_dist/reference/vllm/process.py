@@ -110,7 +110,8 @@ def installed_version(server: str) -> str | None:
     if len(words) > 1:
         return None
     try:
-        done = subprocess.run([*words, "-c", FIND_VERSION], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*words, "-c", FIND_VERSION],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"reference.server={server} cannot be run: {error}; give the python of an environment that "
                         "holds vLLM") from error

@@ -1,7 +1,6 @@
 """Where a run's numbers come from, written to run.json before the first step; what names a change later, beside it."""
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from dpo_dist.run.provenance.kept import Kept, rows_of
 from dpo_dist.run.provenance.made_by import GIB, Machine, code, code_files, hardware, this_machine, versions
 from dpo_dist.run.provenance.parent import parent_of
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.hub_commits import commits
+from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_object, parsed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.world import World, own_node
 
@@ -57,22 +58,73 @@ MADE_BY = ("code", "versions", "python", "hardware", "ranks", "device")
 SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs", "dtype")
 
 
-def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> None:
-    """UserError where the folder holds a run of another config, or of other weights or data under the same names."""
+def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> str | None:
+    """UserError where the folder holds a run of another config, or of other weights or data under the same names.
+
+    A sentence where run.json is damaged or gone: it is to be written anew, as the checkpoints say that they are of this
+    run, or there are none. UserError where they say otherwise, or nothing.
+    """
+    before, wrong = _before(run_dir)
+    changed = [*differences(before["identity_of"], config.identity_dict()),
+               *differences(_same(before["passport"]), _same(lineage))] if before else []
+    if before and not wrong:
+        if changed:
+            raise _another_run(run_dir, "; ".join(changed[:5]))
+        return None
+    if not run_dir.checkpoints():
+        return f"{run_dir.run_json} was {wrong}" if wrong else None
+    found = f"{run_dir.run_json} was {wrong or 'missing'}"
+    known = _identity_of_checkpoints(run_dir)
+    if known == config.identity() or (known is None and before and not changed):
+        return found
+    if known is not None:
+        raise _another_run(run_dir, f"its checkpoints say so, and {found}")
+    raise UserError(f"{found}, and no checkpoint says which run run.dir={run_dir.path} holds; choose another run.dir, "
+                    "or remove that one")
+
+
+def _another_run(run_dir: RunDir, why: str) -> UserError:
+    return UserError(f"run.dir={run_dir.path} holds another run ({why}); choose another run.dir, or remove that one")
+
+
+def _same(passport: dict[str, Any]) -> dict[str, Any]:
+    return {key: passport.get(key) for key in SAME_RUN}
+
+
+def _before(run_dir: RunDir) -> tuple[dict[str, Any], str]:
+    """(the content of run.json, how it is damaged). Neither where there is none."""
     if not run_dir.run_json.exists():
-        return
-    before = json.loads(run_dir.run_json.read_text())
-    changed = differences(before["identity_of"], config.identity_dict())
-    changed += differences({k: before["passport"][k] for k in SAME_RUN}, {k: lineage[k] for k in SAME_RUN})
-    if changed:
-        raise UserError(f"run.dir={run_dir.path} holds another run ({'; '.join(changed[:5])}); choose another run.dir, "
-                        "or remove that one")
+        return {}, ""
+    try:
+        found = parsed(run_dir.run_json)
+    except (OSError, ValueError) as error:
+        return {}, f"damaged ({error})"
+    if lacks := [part for part in ("identity_of", "passport") if not isinstance(found.get(part), dict)]:
+        return {}, f"damaged (it has no {lacks[0]})"
+    # of a run that an earlier version began, nothing but JSON's own rules tells
+    return found, "damaged (its digest is another)" if SEAL in found and not is_whole(found) else ""
+
+
+def _identity_of_checkpoints(run_dir: RunDir) -> str | None:
+    """RunConfig.identity() of the run that wrote the newest checkpoint that says so."""
+    states = (found_object(folder / "state.json") or {} for folder in reversed(run_dir.checkpoints()))
+    return next((state["identity"] for state in states if isinstance(state.get("identity"), str)), None)
 
 
 def write_provenance(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str, Any], world: World) -> None:
     """Writes run.json, and beside it what names a change. All ranks call it; rank 0 reads and writes."""
     machines = world.gather(_machine(world))
+    _check_one_commit(world)
     world.on_main(lambda: _write(run_dir, config, inputs, lineage, machines))
+
+
+def _check_one_commit(world: World) -> None:
+    """UserError where ranks took another commit under one name: a branch of the hub moved between them."""
+    of_all = world.gather(commits())
+    for name, commit in ((name, commit) for own in of_all for name, commit in own.items()):
+        if any(own.get(name, commit) != commit for own in of_all):
+            raise UserError(f"'{name}' moved on the hub while this run began, and its ranks have different commits of "
+                            "it; start it again")
 
 
 def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str, Any],
@@ -94,19 +146,21 @@ def _write(run_dir: RunDir, config: RunConfig, inputs: Inputs, lineage: dict[str
         "hardware": hardware(machines),
         "cache": {"tokens": inputs.train.path.parent.name, "reference": lineage["reference_key"]},
         "parent": parent_of(config.model.path),
+        "hub": commits(),
     }
     passport["earlier"] = earlier_starts(run_dir, passport)
     kept.write(run_dir)
-    write_json(run_dir.run_json, {"config": to_dict(config), "passport": passport,
-                                  "identity_of": config.identity_dict()})
+    write_json(run_dir.run_json, sealed({"config": to_dict(config), "passport": passport,
+                                         "identity_of": config.identity_dict()}))
 
 
 def earlier_starts(run_dir: RunDir, passport: dict[str, Any]) -> list[dict[str, Any]]:
     """What made the first steps of a run that goes on, where it was other code, libraries or machines: the last step of
     each such start that was saved, and what made it."""
-    if not run_dir.run_json.exists() or not (saved := run_dir.checkpoints()):
+    found, wrong = _before(run_dir)
+    if not found or wrong or not (saved := run_dir.checkpoints()):
         return []
-    before = json.loads(run_dir.run_json.read_text())["passport"]
+    before = found["passport"]
     made_by, earlier = {key: before[key] for key in MADE_BY if key in before}, list(before.get("earlier", []))
     if made_by != {key: passport[key] for key in made_by}:
         earlier.append({"until_step": int(saved[-1].name.rpartition("-")[2]), **made_by})
@@ -139,6 +193,6 @@ def _machine(world: World) -> Machine:
 
 def add_parity(run_dir: RunDir) -> None:
     """Puts the audit's figures into run.json, once the reference of the run was held against the training stack."""
-    content = json.loads(run_dir.run_json.read_text())
-    content["passport"]["parity"] = json.loads(run_dir.parity_json.read_text())
-    write_json(run_dir.run_json, content)
+    content = run_dir.written("train")
+    content["passport"]["parity"] = needed_object(run_dir.parity_json, "remove it, and the reference is audited again")
+    write_json(run_dir.run_json, sealed(content))

@@ -10,8 +10,10 @@ run.json has a digest of each part, so that a part that was changed itself is to
 """
 from __future__ import annotations
 
-import json
+import logging
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ import numpy as np
 
 from dpo_dist.data.digests import Digests, FileDigests, RowDigests
 from dpo_dist.runtime.files import replacing, write_json
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 JSON_PARTS = ("models", "templates", "code", "exported")
 
@@ -38,7 +43,7 @@ class Kept:
 
     @staticmethod
     def read(run_dir: RunDir) -> Kept:
-        parts = {name: _read_json(run_dir.provenance / f"{name}.json") for name in JSON_PARTS}
+        parts = {name: found_object(run_dir.provenance / f"{name}.json") or {} for name in JSON_PARTS}
         return Kept(*_read_rows(run_dir.provenance / "rows.npz"), **parts)
 
     def write(self, run_dir: RunDir) -> None:
@@ -63,22 +68,18 @@ def keep_export(run_dir: RunDir, name: str, content: dict[str, Any]) -> None:
     """Keeps what the export of this name (model, adapter) holds, and run.json as it is now."""
     run_dir.provenance.mkdir(exist_ok=True)
     path = run_dir.provenance / "exported.json"
-    write_json(path, {**_read_json(path), name: content, "run": json.loads(run_dir.run_json.read_text())})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Its content; nothing where it is not there, or damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return {}
+    write_json(path, {**(found_object(path) or {}), name: content, "run": run_dir.written("export")})
 
 
 def _read_rows(path: Path) -> tuple[dict[str, RowDigests], dict[str, Digests]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:  # a zip file: each array has a checksum
             arrays = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        return {}, {}
+    except (OSError, ValueError, LookupError, TypeError, EOFError, NotImplementedError, struct.error, zlib.error,
+            zipfile.BadZipFile) as error:
+        log.warning("%s is damaged and is not read: %s", path, error)
         return {}, {}
     pairs = {name.removeprefix("pairs/"): array for name, array in arrays.items() if name.startswith("pairs/")}
     names = [name.removesuffix("/rows") for name in arrays if name.endswith("/rows")]

@@ -62,7 +62,7 @@ def _commit() -> dict[str, Any]:
 def _git(root: Path, *words: str) -> str | None:
     """What git says; None where it refuses, as in another user's checkout."""
     command = ["git", "--no-optional-locks", "-C", str(root), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -1,11 +1,11 @@
 """The run that a run's starting weights come from, and how run.json is told by one digest."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.models.file_digests import digest_of
+from dpo_dist.runtime.json_files import found_object
 from dpo_dist.runtime.run_dir import RunDir
 
 
@@ -22,9 +22,12 @@ def parent_run(model_path: str) -> RunDir | None:
 
 
 def parent_of(model_path: str) -> dict[str, Any] | None:
-    """The parent's folder name, the digest of its run.json and which export it is, JSON-ready; None without one."""
+    """The parent's folder name, the digest of its run.json and which export it is, JSON-ready; None without one, or
+    where its run.json is damaged."""
     parent = parent_run(model_path)
     if parent is None:
         return None
-    return {"run": parent.path.resolve().name, "export": Path(model_path).name,
-            "digest": run_digest(json.loads(parent.run_json.read_text()))}
+    content = found_object(parent.run_json)
+    if content is None:
+        return None
+    return {"run": parent.path.resolve().name, "export": Path(model_path).name, "digest": run_digest(content)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from dpo_dist.run.tracking import MetricsRow, SampleRow
 from dpo_dist.runtime.files import jsonable, write_atomic
+from dpo_dist.runtime.json_lines import STEP, row_of
 from dpo_dist.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,29 @@ def keep_rows_until(path: Path, step: int) -> None:
     write_atomic(path, kept)
 
 
+def restore_rows(path: Path, copy: Path) -> str | None:
+    """A sentence for the person where `path` did not begin with what its copy in a checkpoint holds: it is that copy
+    now, as rows after it are of steps that are done again. None where it did, or where there is no copy."""
+    if not copy.is_file():
+        return None
+    kept, was_there = copy.read_bytes(), path.is_file()
+    if path.read_bytes().startswith(kept) if was_there else not kept:
+        return None
+    write_atomic(path, kept)
+    rows = kept.count(b"\n")
+    return (f"{path.name} was {'damaged' if was_there else 'missing'}: {rows} row{'s' * (rows != 1)} restored from "
+            f"{copy.parent.name}")
+
+
+def restore_run(run_dir: RunDir, checkpoint: Path, say: Callable[[str], None]) -> None:
+    """Brings back what the checkpoint holds of the run's rows, where it is damaged or missing, and says so."""
+    for path in (run_dir.metrics, run_dir.samples, run_dir.guard):
+        if told := restore_rows(path, checkpoint / path.name):
+            say(told)
+
+
 def _is_row_until(line: bytes, step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except ValueError:
+    row = row_of(line, STEP) if line.endswith(b"\n") else None
+    if row is None:
         log.warning("a line was not whole and is dropped: %r", line[:80])
-        return False
+    return row is not None and row["step"] <= step

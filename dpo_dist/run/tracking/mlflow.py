@@ -31,6 +31,7 @@ except ImportError as error:
     raise UserError(f"tracking=mlflow needs MLflow, which is not installed here ({error}); run: pip install "
                     "'dpo-dist[mlflow]', or set tracking=none") from error
 
+UNKNOWN_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 PARAMS_AT_ONCE, PARAM_CHARACTERS = 100, 6000                          # what one call may hold
 
 
@@ -49,8 +50,9 @@ class Mlflow:
         try:
             self._client = MlflowClient(tracking_uri=uri)
             self._id = self._resumed(run_dir) or self._new(config, t.experiment, run_dir)
-        except MlflowException as error:
-            raise UserError(f"tracking.uri={t.uri}: MLflow could not start ({str(error).splitlines()[0]}); give the "
+        except Exception as error:                       # its file store reads YAML, and raises what that raises
+            what = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"tracking.uri={t.uri}: MLflow could not start ({what}); give the "
                             "address of a server that can be reached, or tracking.uri=null for files in the run's "
                             "folder") from error
 
@@ -80,9 +82,15 @@ class Mlflow:
     def _resumed(self, run_dir: RunDir) -> str | None:
         if not run_dir.mlflow_id.exists():
             return None
-        known = run_dir.mlflow_id.read_text()
-        self._client.update_run(known, status="RUNNING")
-        return known
+        known = run_dir.mlflow_id.read_text(errors="replace")
+        try:
+            self._client.update_run(known, status="RUNNING")
+            return known
+        except MlflowException as error:
+            if error.error_code not in UNKNOWN_RUN:      # else the file is damaged, or the run was deleted
+                raise
+            log.warning("MLflow has no run '%s' (%s); its copy of this run goes on in a new one", known, error)
+            return None
 
     def _new(self, config: RunConfig, experiment: str, run_dir: RunDir) -> str:
         found = self._client.get_experiment_by_name(experiment)

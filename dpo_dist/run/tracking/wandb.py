@@ -1,6 +1,8 @@
 """tracking=wandb: a copy of the rows in Weights & Biases."""
 from __future__ import annotations
 
+import logging
+import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from dpo_dist.config.tracking import WandbConfig
 from dpo_dist.run.tracking import MetricsRow, SampleRow, named_by_split
 from dpo_dist.runtime.files import write_atomic
 from dpo_dist.runtime.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 
 def open_tracker(config: RunConfig, run_dir: Path, resumed_step: int) -> Wandb:
@@ -69,6 +73,10 @@ def _logged_in(tracking: WandbConfig) -> bool:
 
 
 def _wandb_id(run_dir: RunDir) -> str:
-    if not run_dir.wandb_id.exists():
-        write_atomic(run_dir.wandb_id, uuid.uuid4().hex[:8])
-    return run_dir.wandb_id.read_text()
+    known = run_dir.wandb_id.read_text(errors="replace") if run_dir.wandb_id.exists() else None
+    if known is None or not re.fullmatch("[0-9a-f]{8}", known):
+        if known is not None:
+            log.warning("%s is damaged; W&B's copy of this run goes on in a new one", run_dir.wandb_id)
+        known = uuid.uuid4().hex[:8]
+        write_atomic(run_dir.wandb_id, known)
+    return known
