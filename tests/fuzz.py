@@ -282,7 +282,7 @@ def runs(random: Random, folder: Path) -> str:
 
 
 # {kind: its share of the inputs}
-KINDS: dict[Kind, int] = {rows: 40, files: 14, words: 12, plans: 8, models: 2, headers: 6, sealed: 4, tokens: 2,
+KINDS: dict[Kind, int] = {rows: 40, files: 14, words: 8, plans: 8, models: 1, headers: 6, sealed: 4, tokens: 2,
                           shards: 3, notes: 3, runs: 6}
 
 

@@ -75,9 +75,11 @@ NAMES = sorted({*RESERVED, *RECORDED, *(name for rows in ROWS.values() for row i
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, -2**70, 10**400, 0.0, -0.0, 1.5, 1e-320, 1e308, float("nan"),
     float("inf"), -float("inf"), "", " ", "\n", "null", "None", "nan", "inf", "1e999", "true", "0", "\ud83d",
-    "a\ud800b", "\0", "\u2028", "é", "\U0001f600", "[", "{", "[]", "{}", '["a"]', '{"role": "user"}', "[{'role': 'user', 'content': 'x'}]",
+    "a\ud800b", "\0", "\u2028", "é", "\U0001f600", "[", "{", "[]", "{}", '["a"]', '{"role": "user"}',
+    "[{'role': 'user', 'content': 'x'}]",
     "[{'role': 'user' 'content': 'x'}]", '{"a": 1e999}', "[" * 200, "{'a':" * 200, "(" * 300, "9" * 6000,
-    "-" * 3000 + "1", "x" * 5000, [], {}, [[]], [{}], [None], {"": ""}, {"a": None}, [1, "a", None], {"role": "user"}, {"role": 3},
+    "-" * 3000 + "1", "x" * 5000, [], {}, [[]], [{}], [None], {"": ""}, {"a": None},
+    [1, "a", None], {"role": "user"}, {"role": 3},
     {"role": ["user"], "content": 1}, {"from": [], "value": {}}, [{"role": "assistant", "content": None}],
     {"type": "text", "text": None}, {"name": "f", "arguments": "{"}, {"function": None}, [[1, 2], [3]], DEEP, HUGE,
     {"\ud83d": "\ud83d"}, {"user_id": [], "value": {}}, {"value": ["a"], "rank": [None]}, "both", "tie", "model_b",
@@ -188,7 +190,8 @@ def changed_bytes(data: bytes, random: Random) -> bytes:
         flipped[at % len(data)] ^= 1 << random.randrange(8)
     return random.choice([
         bytes(flipped), bytes(flipped), data[:at], data[at:], data[:at] + noise + data[at:],
-        data[:at] + data[at + size:], data[:at] + noise + data[at + len(noise):], data[:at] + data[at:at + size] * 3 + data[at:],
+        data[:at] + data[at + size:], data[:at] + noise + data[at + len(noise):],
+        data[:at] + data[at:at + size] * 3 + data[at:],
         b"\xef\xbb\xbf" + data, b"\xff\xfe" + data, b"", noise, b"\0" * min(len(data), 500), b"PAR1" + noise + b"PAR1",
         data.decode("utf-8", "replace").encode("utf-16")])
 
@@ -196,13 +199,15 @@ def changed_bytes(data: bytes, random: Random) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------- words
 
 VALUES = ["", "null", "true", "false", "0", "1", "-1", "3", "1.5", "1e-6", "1e309", "-1e309", "nan", "inf", "-inf",
-          "9" * 30, "9" * 400, "9" * 5000, "0x10", "1_000", "[]", "{}", "[1]", "[a,b]", "[[]]", "{a: b}", "{1: 2}", "{a: {b: c}}",
+          "9" * 30, "9" * 400, "9" * 5000, "0x10", "1_000", "[]", "{}", "[1]", "[a,b]", "[[]]", "{a: b}",
+          "{1: 2}", "{a: {b: c}}",
           "[{path: a}]", "1,2,3", "a,b", "choice(1,2)", "range(1,4)", "range(0,1,0)", "range(1,1e9)", "interval(0,1)",
           "glob(*)", "sort(3,1)", "sort(a,1)", "shuffle(1,2)", "int(a)", "str(1)", "float(1)", "int(1.5)", "bool(x)",
           "extend_list(a)", "'", '"', "'a'", '"b"', "'a", "\\", "a\\,b", "a b", "a\tb", "'a\nb'", "a\nb", "é", "\udce9",
           "\0", "\x1b[31m", "${a}", "${train.seed}", "${oc.env:HOME}", "'${'", "${", "\\${a}", "${${a}}", "${.seed}",
           "${..}", "${now:%Y}", "x" * 300, "x" * 5000, "/" * 40, "..", "~", "~/x", "/dev/null", "/etc/passwd", "http://",
-          "a=b", "a:b", "???", "auto", "none", "cpu", "fp32", "bf16", "3.0", "1e3", "1e300", "[" * 60 + "]" * 60, "[" * 300, "{a: " * 50,
+          "a=b", "a:b", "???", "auto", "none", "cpu", "fp32", "bf16", "3.0", "1e3", "1e300", "[" * 60 + "]" * 60,
+          "[" * 300, "{a: " * 50,
           "[1,[2,{a: [b]}]]", "[nan]", "{a: inf}", "[null]", "10000000000"]
 
 
