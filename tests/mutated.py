@@ -30,7 +30,7 @@ _TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": 
 
 # of each format some rows that it reads
 ROWS: dict[str, list[Row]] = {
-    "preference": [{"prompt": "Two?", "chosen": "Two.", "rejected": "One.", "weight": 2.0, "margin": 1, "system": "Count.",
+    "preference": [{"prompt": "Two?", "chosen": "Two.", "rejected": "One.", "weight": 2.0, "margin": 1, "system": "Be.",
                     "tags": ["sum"], "locale": "en", "chosen_rating": 4, "rejected_rating": "2", "group": "a"}],
     "messages": [{"prompt": _ASKED, "chosen": _GOOD, "rejected": _BAD, "tools": [_TOOL], "tie": False},
                  {"chosen": [*_ASKED, _CALL, _said("tool", "4"), *_GOOD], "rejected": [*_ASKED, *_BAD],
@@ -38,7 +38,8 @@ ROWS: dict[str, list[Row]] = {
     "sharegpt": [{"conversations": [{"from": "human", "value": "Two?"}], "chosen": {"from": "gpt", "value": "Two."},
                   "rejected": {"from": "gpt", "value": "One."}}],
     "hh": [{"chosen": "\n\nHuman: Two?\n\nAssistant: Two.", "rejected": "\n\nHuman: Two?\n\nAssistant: One."}],
-    "openai": [{"input": {"messages": _ASKED, "tools": [_TOOL]}, "preferred_output": _GOOD, "non_preferred_output": _BAD}],
+    "openai": [{"input": {"messages": _ASKED, "tools": [_TOOL]}, "preferred_output": _GOOD,
+                "non_preferred_output": _BAD}],
     "swift": [{"messages": [*_ASKED, *_GOOD], "rejected_response": "Five."},
               {"query": "Two?", "response": "Two.", "rejected_response": "One.", "history": [["A?", "B."]]}],
     "alpaca": [{"instruction": "Add.", "input": "2 2", "chosen": "4", "rejected": "5", "history": [["A?", "B."]]}],
@@ -46,7 +47,8 @@ ROWS: dict[str, list[Row]] = {
     "helpsteer": [{"context": _ASKED, "response1": "Four.", "response2": "Five.", "overall_preference": -2,
                    "individual_preference": [{"score": -1, "reasoning": "sum", "feedback1": "good"}], "domain": "math",
                    "response1_model": "a"}],
-    "nemo_rl": [{"context": _ASKED, "completions": [{"rank": 0, "completion": _GOOD}, {"rank": 1, "completion": _BAD}]}],
+    "nemo_rl": [{"context": _ASKED, "completions": [{"rank": 0, "completion": _GOOD},
+                                                    {"rank": 1, "completion": _BAD}]}],
     "distilabel": [{"instruction": "Two?", "generations": ["Two.", None, "One."], "ratings": [5, None, 2.5],
                     "generation_models": ["a", "b", "c"], "system_prompt": "Count."}],
     "ultrafeedback": [{"instruction": "Two?", "completions": [
@@ -71,11 +73,13 @@ assert ROWS.keys() == FORMATS.keys()
 
 NAMES = sorted({*RESERVED, *RECORDED, *(name for rows in ROWS.values() for row in rows for name in row)})
 JUNK: list[Any] = [
-    None, True, False, 0, 1, -1, 2**31, 2**63, -2**70, 10**400, 0.0, -0.0, 1.5, 1e-320, 1e308, float("nan"), float("inf"),
-    -float("inf"), "", " ", "\n", "null", "None", "nan", "inf", "1e999", "true", "0", "\ud83d", "a\ud800b", "\0", "\u2028",
-    "é", "\U0001f600", "[", "{", "[]", "{}", '["a"]', '{"role": "user"}', "[{'role': 'user', 'content': 'x'}]",
-    "[{'role': 'user' 'content': 'x'}]", '{"a": 1e999}', "[" * 200, "{'a':" * 200, "(" * 300, "9" * 6000, "-" * 3000 + "1",
-    "x" * 5000, [], {}, [[]], [{}], [None], {"": ""}, {"a": None}, [1, "a", None], {"role": "user"}, {"role": 3},
+    None, True, False, 0, 1, -1, 2**31, 2**63, -2**70, 10**400, 0.0, -0.0, 1.5, 1e-320, 1e308, float("nan"),
+    float("inf"), -float("inf"), "", " ", "\n", "null", "None", "nan", "inf", "1e999", "true", "0", "\ud83d",
+    "a\ud800b", "\0", "\u2028", "é", "\U0001f600", "[", "{", "[]", "{}", '["a"]', '{"role": "user"}',
+    "[{'role': 'user', 'content': 'x'}]",
+    "[{'role': 'user' 'content': 'x'}]", '{"a": 1e999}', "[" * 200, "{'a':" * 200, "(" * 300, "9" * 6000,
+    "-" * 3000 + "1", "x" * 5000, [], {}, [[]], [{}], [None], {"": ""}, {"a": None},
+    [1, "a", None], {"role": "user"}, {"role": 3},
     {"role": ["user"], "content": 1}, {"from": [], "value": {}}, [{"role": "assistant", "content": None}],
     {"type": "text", "text": None}, {"name": "f", "arguments": "{"}, {"function": None}, [[1, 2], [3]], DEEP, HUGE,
     {"\ud83d": "\ud83d"}, {"user_id": [], "value": {}}, {"value": ["a"], "rank": [None]}, "both", "tie", "model_b",
@@ -185,22 +189,25 @@ def changed_bytes(data: bytes, random: Random) -> bytes:
     if data:
         flipped[at % len(data)] ^= 1 << random.randrange(8)
     return random.choice([
-        bytes(flipped), bytes(flipped), data[:at], data[at:], data[:at] + noise + data[at:], data[:at] + data[at + size:],
-        data[:at] + noise + data[at + len(noise):], data[:at] + data[at:at + size] * 3 + data[at:],
+        bytes(flipped), bytes(flipped), data[:at], data[at:], data[:at] + noise + data[at:],
+        data[:at] + data[at + size:], data[:at] + noise + data[at + len(noise):],
+        data[:at] + data[at:at + size] * 3 + data[at:],
         b"\xef\xbb\xbf" + data, b"\xff\xfe" + data, b"", noise, b"\0" * min(len(data), 500), b"PAR1" + noise + b"PAR1",
         data.decode("utf-8", "replace").encode("utf-16")])
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
 
-VALUES = ["", "null", "true", "false", "0", "1", "-1", "3", "1.5", "1e-6", "1e309", "-1e309", "nan", "inf", "-inf", "9" * 30,
-          "9" * 400, "9" * 5000, "0x10", "1_000", "[]", "{}", "[1]", "[a,b]", "[[]]", "{a: b}", "{1: 2}", "{a: {b: c}}",
+VALUES = ["", "null", "true", "false", "0", "1", "-1", "3", "1.5", "1e-6", "1e309", "-1e309", "nan", "inf", "-inf",
+          "9" * 30, "9" * 400, "9" * 5000, "0x10", "1_000", "[]", "{}", "[1]", "[a,b]", "[[]]", "{a: b}",
+          "{1: 2}", "{a: {b: c}}",
           "[{path: a}]", "1,2,3", "a,b", "choice(1,2)", "range(1,4)", "range(0,1,0)", "range(1,1e9)", "interval(0,1)",
           "glob(*)", "sort(3,1)", "sort(a,1)", "shuffle(1,2)", "int(a)", "str(1)", "float(1)", "int(1.5)", "bool(x)",
-          "extend_list(a)", "'", '"', "'a'", '"b"', "'a", "\\", "a\\,b", "a b", "a\tb", "'a\nb'", "a\nb", "é", "\udce9", "\0",
-          "\x1b[31m", "${a}", "${train.seed}", "${oc.env:HOME}", "'${'", "${", "\\${a}", "${${a}}", "${.seed}", "${..}",
-          "${now:%Y}", "x" * 300, "x" * 5000, "/" * 40, "..", "~", "~/x", "/dev/null", "/etc/passwd", "http://", "a=b", "a:b",
-          "???", "auto", "none", "cpu", "fp32", "bf16", "3.0", "1e3", "1e300", "[" * 60 + "]" * 60, "[" * 300, "{a: " * 50,
+          "extend_list(a)", "'", '"', "'a'", '"b"', "'a", "\\", "a\\,b", "a b", "a\tb", "'a\nb'", "a\nb", "é", "\udce9",
+          "\0", "\x1b[31m", "${a}", "${train.seed}", "${oc.env:HOME}", "'${'", "${", "\\${a}", "${${a}}", "${.seed}",
+          "${..}", "${now:%Y}", "x" * 300, "x" * 5000, "/" * 40, "..", "~", "~/x", "/dev/null", "/etc/passwd", "http://",
+          "a=b", "a:b", "???", "auto", "none", "cpu", "fp32", "bf16", "3.0", "1e3", "1e300", "[" * 60 + "]" * 60,
+          "[" * 300, "{a: " * 50,
           "[1,[2,{a: [b]}]]", "[nan]", "{a: inf}", "[null]", "10000000000"]
 
 
@@ -217,7 +224,8 @@ def _word(random: Random) -> str:
     group = random.choice(groups)
     as_it_is = random.choice(keys)
     word = random.choice([
-        lambda: f"{as_it_is}={defaults[as_it_is]}", lambda: f"{random.choice(keys)}={random.choice(VALUES)}", lambda: f"{random.choice(keys)}={random.choice(VALUES)}",
+        lambda: f"{as_it_is}={defaults[as_it_is]}", lambda: f"{random.choice(keys)}={random.choice(VALUES)}",
+        lambda: f"{random.choice(keys)}={random.choice(VALUES)}",
         lambda: f"{random.choice(keys)}={random.choice(VALUES)}", lambda: f"{group}={random.choice(VALUES)}",
         lambda: f"{group}={random.choice([*choices(group), ''])}",
         lambda: f"{random.choice(['+', '++', '~', '/', '+hydra.', 'hydra.', ''])}{random.choice(keys)}"
@@ -225,6 +233,7 @@ def _word(random: Random) -> str:
         lambda: random.choice(VALUES)])()
     for _ in range(random.choice([0, 0, 0, 1, 3])):
         at = random.randrange(len(word) + 1)
-        word = random.choice([word[:at] + random.choice("=.,[]{}'\"\\$~+@:/ \t\n\0é()") + word[at:], word[:at] + word[at + 1:],
-                              word[:at], word[at:] + word[:at]])
+        odd = random.choice("=.,[]{}'\"\\$~+@:/ \t\n\0é()")
+        word = random.choice([word[:at] + odd + word[at:], word[:at] + word[at + 1:], word[:at],
+                              word[at:] + word[:at]])
     return word

@@ -35,7 +35,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The validated RunConfig of `key=value` overrides. Raises UserError for anything a person can mend, on one line."""
+    """The validated RunConfig of `key=value` overrides. Raises UserError, on one line, for what a person can mend."""
     raw: dict[str, Any] = {}
     try:
         raw = composed(overrides)

@@ -129,6 +129,12 @@ def _read_json_list(path: Path, stream: TextIO, padding: Padding | None,
     while True:
         start = skip_blank(at)
         if window[start:start + 1] == "]":
+            rest, line = window[start + 1:], lines_before + window.count("\n", 0, start) + 1
+            while rest and not rest.strip():
+                rest = stream.read(CHUNK_CHARS)
+            if rest:                         # JSON lines that begin with a list, or two files in one
+                raise UserError(f"{path}:{line}: more follows after the list's end, after row {row}; mend the file, or "
+                                "write one object a line (.jsonl)")
             return
         try:
             value, end = decoder.raw_decode(window, start)

@@ -58,8 +58,9 @@ FAMILIES = {
 NEEDED = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
           ("vocab_size",))
 # what is a whole number above 0, where config.json has it
-COUNTS = (*(name for names in NEEDED for name in names), "head_dim", "num_key_value_heads", "intermediate_size", "n_inner",
-          "num_local_experts", "num_experts", "num_experts_per_tok", "n_positions", "sliding_window", "max_window_layers")
+COUNTS = (*(name for names in NEEDED for name in names), "head_dim", "num_key_value_heads", "intermediate_size",
+          "n_inner", "num_local_experts", "num_experts", "num_experts_per_tok", "n_positions", "sliding_window",
+          "max_window_layers")
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,8 @@ def compose_each(overrides: Sequence[Override]) -> None:
     if all(not o.is_sweep_override() or o.is_discrete_sweep() for o in ours):
         values = [_values(o) if o.is_sweep_override() else [str(o.input_line)] for o in ours]
         if (jobs := math.prod(map(len, values))) > MOST_JOBS:
-            raise UserError(f"-m with these values is a sweep of {jobs:,} runs or more, and {MOST_JOBS:,} are the most; "
-                            "give fewer values, or let sweep=optuna choose among them")
+            raise UserError(f"-m with these values is a sweep of {jobs:,} runs or more, and {MOST_JOBS:,} are the "
+                            "most; give fewer values, or let sweep=optuna choose among them")
         for job in itertools.product(*values):
             compose(job)
 
