@@ -156,13 +156,13 @@ def fault_of(ranks: Ranks) -> Fault:
         lines = _tail(run_dir.rank_log(found.rank)) if found.exit_code == 1 else ()
         return Fault(found.message, found.exit_code, not found.lost_peer, lines)
     lines = tuple(ranks.stderr().splitlines())
-    errors = [line for line in lines if line.startswith("error: ")]
-    if errors:                           # printed before there was a folder for a marker
-        fault = Fault(errors[-1].removeprefix("error: "), USERS_MISTAKE, own=True)
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:                           # of a rank that had no folder for a marker, or only lost one on another node
+        fault = Fault(errors[-1], ranks.code)
     else:
         message = f"the {ranks.work.name} stage ended with code {ranks.code}; its logs are in {run_dir.logs}"
         fault = Fault(message, ranks.code, last_lines=lines[-TAIL_LINES:])
-    failure = Failure(fault.message, fault.code, ranks.failed_rank, place.node, lost_peer=not fault.own)
+    failure = Failure(fault.message, fault.code, ranks.failed_rank, place.node, lost_peer=True)
     run_dir.mark_failed(failure, first_only=True)
     return fault
 
