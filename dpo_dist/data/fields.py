@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -11,6 +10,7 @@ from dpo_dist.types import Message
 
 Fields = dict[str, Any]
 Turns = tuple[Message, ...]
+LARGEST = 1e38                               # of a number, so that differences of two are finite in fp32 as well
 IDENTICAL = "chosen and rejected are identical"
 
 
@@ -66,7 +66,8 @@ def number(value: Any, key: str) -> float:
 
 
 def number_or_none(value: Any) -> float | None:
-    """A finite number, given as such or as text, as in the cells of a CSV; None for anything else."""
+    """A finite number, given as such or as text, as in the cells of a CSV; None for anything else, and for one that is
+    too large to be kept (in fp32)."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -78,7 +79,7 @@ def number_or_none(value: Any) -> float | None:
         value = float(value)
     except OverflowError:                    # a whole number of hundreds of digits
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST else None
 
 
 def yes_or_no(value: Any) -> bool | None:

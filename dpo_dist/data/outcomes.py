@@ -42,8 +42,10 @@ def outcomes(record: Record, form: Format, source: str, ties: Ties) -> Iterator[
 
 def _kept(row: DataRow, tie: TieKind | None, columns: dict[str, Any]) -> DataRow:
     """The row, checked, with its record's free columns; of a tie with a strength of 0. Raises Unfit."""
-    if columns["columns"] or row.record:     # names and texts of it may be such that no file takes them
-        row = replace(row, record=json_ready(joined(columns, row.record)))
+    if columns["columns"]:
+        row = replace(row, record=joined(columns, row.record))
+    if row.record:                           # names and texts of it may be such that no file takes them
+        row = replace(row, record=json_ready(row.record))
     return checked(row if tie is None else replace(row, tie=tie, strength=0.0))
 
 

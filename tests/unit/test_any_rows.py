@@ -89,3 +89,11 @@ def test_what_follows_a_list_is_not_left_out_without_a_word(tmp_path: Path, afte
         read(tmp_path / "rows.json")
     (tmp_path / "rows.json").write_text(json.dumps(ROWS["preference"]) + " \n\n")
     assert len(read(tmp_path / "rows.json")[0]) == 1
+
+
+@pytest.mark.parametrize("number", [1e39, -1e300, 10**400, float("inf"), "1e39"])
+def test_a_number_that_would_be_kept_as_infinite_is_a_bad_row(tmp_path: Path, number: Any):
+    for key in ("weight", "margin"):
+        row = {"prompt": "Two?", "chosen": "Two.", "rejected": "One.", key: number}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        assert list(read(tmp_path / "rows.jsonl", "preference", "skip")[1].bad.counts) == [f"{key} is not a number"]

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dpo_dist.data.fields import Fields, Unfit, from_json, number_or_none, reserved
+from dpo_dist.data.fields import LARGEST, Fields, Unfit, from_json, number_or_none, reserved
 from dpo_dist.data.messages import NO_VALUE, tools_of
 from dpo_dist.data.records import json_ready
 
@@ -159,7 +159,7 @@ def _weight(fields: Fields) -> float:
     if "weight" not in fields:
         return 1.0
     weight = _reserved_number(fields, "weight")
-    if weight <= 0:
+    if weight <= 1 / LARGEST:                # no less is kept in fp32
         raise Unfit("weight is not greater than 0", reserved("weight", str(weight)))
     return weight
 
