@@ -115,7 +115,6 @@ def needed_bytes(config: RunConfig) -> tuple[int, str]:
     if not parameters or config.trains_adapter:
         return LEAST_FREE_GIB * GIB, "for a run whose size is not known"
     checkpoints = config.train.keep_checkpoints + 1      # the newest is written before the oldest goes
-    apart = MODULE_BYTES if config.zero.stage in (0, 1, 2, "auto") else 0
-    needed = parameters * ((STATE_BYTES + apart) * checkpoints + MODULE_BYTES)
+    needed = parameters * (STATE_BYTES * checkpoints + MODULE_BYTES)
     why = f"for {checkpoints} checkpoints and the model of {parameters / 1e9:.2f} B parameters"
     return max(LEAST_FREE_GIB * GIB, needed), why
