@@ -155,7 +155,9 @@ def _model() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="dpo-dist-fuzz-model-"))
     shutil.copytree(REPO / "tests/golden/policy", folder, dirs_exist_ok=True)
     from conftest import write_tiny_llama
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     write_tiny_llama(folder)
     _tokenizer().save_pretrained(folder)
     return folder
