@@ -28,8 +28,10 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
 
 def _end(entry: dict[str, Any]) -> int:
     """Where a tensor's data ends. One of several kinds of errors where the entry is none."""
-    start, end = map(int, entry["data_offsets"])
-    sum(map(int, entry["shape"]), len(entry["dtype"]))
-    if not 0 <= start <= end:
-        raise ValueError("a tensor's data_offsets are none")
+    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    whole_numbers = isinstance(shape, list) and all(type(n) is int for n in (start, end, *shape))
+    if not whole_numbers or not isinstance(dtype, str):
+        raise ValueError("a tensor's dtype, shape or data_offsets are none")
+    if not 0 <= start <= end or min(shape, default=0) < 0:
+        raise ValueError("a tensor's shape or data_offsets are negative")
     return end

@@ -220,7 +220,8 @@ def is_alive(job: str) -> bool:
 def recorded_jobs(run_dir: Path) -> dict[str, str]:
     """{stage: Slurm's id} as last submitted for this run."""
     found = found_object(RunDir(run_dir).slurm_jobs) or {}
-    return {stage: job for stage, job in found.items() if isinstance(job, str) and re.fullmatch(r"\w[\w.+-]*", job, re.A)}
+    return {stage: job for stage, job in found.items()
+            if isinstance(job, str) and re.fullmatch(r"\w[\w.+-]*", job, re.ASCII)}
 
 
 def record(run_dir: Path, ids: Mapping[str, str]) -> None:
