@@ -94,7 +94,10 @@ def load_from_hub(dataset: DatasetConfig) -> Any:
     try:
         table = datasets.load_dataset(dataset.path, dataset.subset, split=dataset.split,
                                       revision=known or dataset.revision)
-        commit = Path(table.cache_files[0]["filename"]).parent.name            # of the cache's folder
+        files = table.cache_files                        # none of a table that is in memory alone
+        if not files:
+            return table
+        commit = Path(files[0]["filename"]).parent.name
         if known not in (None, commit):                  # without a network, `datasets` takes the newest that it has
             raise UserError(f"data path '{dataset.path}' was commit {known} when this run began, and the local hub "
                             f"cache has {commit}; set run.offline=false to load that commit, or begin anew in another "

@@ -30,6 +30,9 @@ from dpo_dist.sizing.report import sizing_lines
 from dpo_dist.sizing.shape import read_shape
 
 
+COMMIT = "0123456789" * 4
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "base")
@@ -78,13 +81,13 @@ def test_adapters_and_bases_of_the_hub_are_looked_up_and_exported_with_their_rev
     change(adapter, base_model_name_or_path="a/model", revision="v2")
     for name, folder in (("model", base), ("adapter", adapter)):
         cached = tmp_path / "hub" / f"models--a--{name}"
-        shutil.copytree(folder, cached / "snapshots" / "abc")
+        shutil.copytree(folder, cached / "snapshots" / COMMIT)
         (cached / "refs").mkdir()
-        (cached / "refs" / "v2").write_text("abc")
+        (cached / "refs" / "v2").write_text(COMMIT)
     assert names_adapter("a/adapter@v2") and not names_adapter("a/adapter") and not names_adapter("a/model@v2")
     config = compose(["model.path=a/adapter@v2", "reference=adapter_off", "export.what=adapter"])
     policy = resolve(config.model.path, "model.path", offline=True)
-    assert policy.base.samefile(tmp_path / "hub" / "models--a--model" / "snapshots" / "abc")
+    assert policy.base.samefile(tmp_path / "hub" / "models--a--model" / "snapshots" / COMMIT)
     assert base_of(policy, config) == ("a/model", "v2")
     fresh = compose(["model.path=a/model@v2", "model.lora.rank=4"])
     assert base_of(resolve(fresh.model.path, "model.path", offline=True), fresh) == ("a/model", "v2")
