@@ -29,7 +29,6 @@ from dpo_dist.run.model_card import base_of
 from dpo_dist.sizing.report import sizing_lines
 from dpo_dist.sizing.shape import read_shape
 
-
 COMMIT = "0123456789" * 4
 
 
