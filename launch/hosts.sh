@@ -20,6 +20,7 @@ most=${MAX_RESTARTS:-$(cli "$@" --cfg job | sed -n '/^cluster:/,/^[^ ]/s/^  max_
 least=${MIN_NODES:-${#hosts[@]}}
 given_master=${MASTER_ADDR:-} first=${hosts[0]} MAX_RESTARTS=0      # of each node: all are started again together
 export RUN_DIR MAX_RESTARTS
+restart=
 . "$here/restarts.sh"
 
 # Nothing in a trap, nor in what it interrupts, is a $(...): bash 5.2 may fail to parse one there.

@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # For what starts several nodes, to be sourced: whether work that failed is started again. The rules are those of
 # dpo_dist/launcher/restarts.py, which one node alone uses; a batch script may have no Python. Reads RUN_DIR.
 # Nothing here is a $(...): see launch/hosts.sh.
-tried=0 last_newest=none last_fault=
+# shellcheck disable=SC2034            # who sources this says `restart`
+tried=0 last_newest=none last_fault='' restart=''
 
 # was_mistaken CODE: whether it was a user's mistake, of which the same would come again
 was_mistaken() {
@@ -11,8 +13,9 @@ was_mistaken() {
 
 # again MOST: whether it is started again, after which `restart` says how: at most so often without a newer checkpoint, and
 # not after the same exception twice
+# shellcheck disable=SC2034
 again() {
-    local most=$1 checkpoints=("$RUN_DIR"/checkpoints/step-*/COMPLETE) newest= what
+    local most=$1 checkpoints=("$RUN_DIR"/checkpoints/step-*/COMPLETE) newest='' what=''
     [ ! -e "${checkpoints[-1]}" ] || newest=${checkpoints[-1]%/COMPLETE}
     read_fault
     what=${fault%% (rank *}             # of several ranks with the same mistake any may be the first

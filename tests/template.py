@@ -153,8 +153,9 @@ def serve(path: str) -> None:
     gc.freeze()                                          # a collection in a forked process would copy all of it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)        # nobody waits for those who answer
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen()
+        server.bind(f"{path}.new")
+        server.listen(64)
+        os.rename(f"{path}.new", path)                   # who finds it can connect
         while True:
             ready, _, _ = select.select([server, 0], [], [])
             if 0 in ready:
