@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):         # whatever the locale and the names of files, it is printed
         sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:            # see launcher/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = _main(words)
         sys.stdout.flush()
@@ -69,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing had begun that the same command does not do again", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:                                  # the reader closed the pipe: dpo-dist --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

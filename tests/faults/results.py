@@ -33,7 +33,8 @@ class Results:
                 weights.update(load_file(file))
             except Exception as error:                   # safetensors raises errors of its own
                 raise ValueError(f"{file.name} cannot be read: {error}") from error
-        files = [file for file in run.glob("model/*") if file.suffix == ".json"]
+        # the checksum of the model card, which tells of machines and starts, is in CHECKSUMS.json
+        files = [file for file in run.glob("model/*") if file.suffix == ".json" and file.name != "CHECKSUMS.json"]
         files += [run / name for name in MADE_OF_FILES if (run / name).exists()]
         return cls(weights, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
                    _rows(run / "metrics.jsonl"))
