@@ -2,10 +2,9 @@
 the midst of an import, with a traceback."""
 from __future__ import annotations
 
-import signal
+import _signal  # type: ignore[import-not-found]  # at hand, where importing `signal` could be interrupted
 import sys
-from pathlib import Path
 
-if (sys.argv[:1] == ["-m"] or Path(sys.argv[0]).name == "dpo-dist") and (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if (sys.argv[:1] == ["-m"] or sys.argv[0].endswith("dpo-dist")) and (
+        _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler):
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

@@ -46,7 +46,9 @@ class Attempt:
 
     @property
     def traceback(self) -> bool:
-        return "Traceback (most recent call last)" in self.terminal
+        """Whether there is one of ours on the terminal: not Python's own, where Ctrl-C came before any of our code."""
+        _, found, rest = self.terminal.partition("Traceback (most recent call last)")
+        return bool(found) and "dpo_dist" in rest
 
     @property
     def stopped_cleanly(self) -> bool:
