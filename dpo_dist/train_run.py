@@ -15,7 +15,7 @@ from dpo_dist.dynamics.visits import keep_until
 from dpo_dist.evaluate import evaluate
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
-from dpo_dist.evaluation.results import keep_evaluation
+from dpo_dist.evaluation.results import keep_evaluation, mend_summaries
 from dpo_dist.evaluation.sampled_kl import sampled_kl
 from dpo_dist.evaluation.summary import Summary
 from dpo_dist.policy import Policy
@@ -140,8 +140,8 @@ class Run:
 
     def _keep(self, step: int, pairs: EvaluatedPairs | None, kl: Summary | None) -> None:
         if pairs is not None:
-            moves = self.config.loss.needs_reference and self.config.reference.sync.mode != "none"
-            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss, moves, kl)
+            keep_evaluation(self.run_dir, step, pairs, Facts.of(self.inputs.eval), self.config.loss,
+                            reference_moves(self.config), kl)
 
     def save(self, step: int, sums: MetricSums) -> None:
         """Begins a checkpoint after this step. All ranks call it."""
@@ -203,6 +203,9 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
         for part in checkpointed(policy, reference):
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
+        if mended := world.on_main(lambda: mend_summaries(run_dir, done, inputs.eval, config.loss,
+                                                          reference_moves(config))):
+            terminal.say(mended)
     preemption.only_note()
     samples = Samples.of(config, inputs)
     tracker = open_tracker(config, run_dir.path, world.is_main, done)
@@ -218,6 +221,10 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
     run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
     world.heed_signals("its next step had not begun")
     return run
+
+
+def reference_moves(config: RunConfig) -> bool:
+    return config.loss.needs_reference and config.reference.sync.mode != "none"
 
 
 def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:

@@ -65,7 +65,10 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_weights_are_the_sa
     command, whole = finished
     newest = interrupted(whole, tmp_path / "run")
     damage(newest / name)
+    (tmp_path / "run" / "evaluation.json").unlink()
     shown = dpo_dist(*command, f"run.dir={tmp_path / 'run'}").stdout
+    assert "evaluation.json was damaged or missing" in shown
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
     assert f"step-000006 is damaged: {told}" in shown and "resumed from step-000004" in shown
     assert model_digest(tmp_path / "run") == model_digest(whole)
     rows = [[(row["step"], row["loss"]) for row in metrics(folder)] for folder in (tmp_path / "run", whole)]
