@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-STEPS, EVERY, LONGEST = 15, 5, 96
+STEPS, EVERY, LONGEST = 12, 4, 64
 NOW = HERE.parent
 
 
@@ -53,7 +53,7 @@ def run(home: Path, model: Path, checkout: Path, more: list[str]) -> dict[str, A
     """What one run saw: seconds of each save but the last, of steps beside a save and of the others, and the size."""
     where, times = home / "run", home / "times.json"
     words = [f"model.path={model}", f"data.train=[{{path: {home / 'rows.jsonl'}, format: token_ids}}]", "data.eval=[]",
-             "data.eval_fraction=0", "model.dtype=fp32", "cluster.device=cpu", "zero=zero3", "train.pairs_per_step=8",
+             "data.eval_fraction=0", "model.dtype=fp32", "cluster.device=cpu", "zero=zero3", "train.pairs_per_step=2",
              f"train.max_steps={STEPS}", f"train.save_every_steps={EVERY}", "loss=simpo", "data.max_length=512",
              f"data.cache_dir={home / 'tokens'}", f"reference.cache_dir={home / 'reference'}", f"run.dir={where}",
              *more]
@@ -70,7 +70,7 @@ def run(home: Path, model: Path, checkout: Path, more: list[str]) -> dict[str, A
     lasted = {step: ends[step] - max([ends[step - 1], *(end for _, end in saves if ends[step - 1] < end < ends[step])])
               for step in range(3, STEPS + 1)}
     beside = [seconds for step, seconds in lasted.items() if step % EVERY == 1]
-    others = [seconds for step, seconds in lasted.items() if step % EVERY in (3, 4, 0)]
+    others = [seconds for step, seconds in lasted.items() if step % EVERY in (2, 3)]
     return {"stall": [end - began for began, end in saves[:-1]], "beside": beside, "others": others, "bytes": size}
 
 
