@@ -11,8 +11,8 @@ def save_table(found: dict[str, Any]) -> str:
     """A line for each way to save."""
     rows = [(text, found[name]) for name, text in VARIANTS.items()]
     return "\n".join([
-        f"{found['model']}, {found['ranks']} ranks, ZeRO-3, fp32, {found['cpus']} CPU cores; medians of "
-        f"{found['rounds']} runs each, in turn:", "",
+        f"{found['model']}, {found['ranks']} ranks, ZeRO-3, fp32, {found['cpus']} CPU cores; medians, from "
+        f"{found['rounds']} run{'s' * (found['rounds'] > 1)} each, in turn:", "",
         "| | training stands still, seconds | the step after it | other steps | checkpoint, GiB |",
         "|---|---|---|---|---|",
         *(f"| {text} | {row['stall_seconds']:.2f} | {row['step_after_a_save_seconds']:.2f} | "

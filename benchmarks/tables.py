@@ -12,6 +12,7 @@ from typing import Any
 from aligned_table import aligned_table
 from faults_table import faults_table
 from known_tables import data_table, result_table
+from save_table import save_table
 from trl_verdicts import tokens_tables
 
 from dpo_dist.config.compose import choices, compose, conf_dir
@@ -29,6 +30,7 @@ RECIPES = "<!-- recipes: written by benchmarks/tables.py -->", "<!-- end of reci
 OPTIMIZERS = "<!-- optimizers: written by benchmarks/tables.py -->", "<!-- end of optimizers -->"
 DATA = "<!-- data: written by benchmarks/tables.py -->", "<!-- end of data -->"
 RESULT = "<!-- result: written by benchmarks/tables.py -->", "<!-- end of result -->"
+SAVES = "<!-- saves: written by benchmarks/tables.py -->", "<!-- end of saves -->"
 FAULTS = "<!-- faults: written by benchmarks/tables.py -->", "<!-- end of faults -->"
 ROWS = {"long": "long shared prompts", "uneven": "short uneven rows",
         "ratings": "four rated responses a prompt, all six pairs"}
@@ -45,6 +47,7 @@ def main(check: bool) -> int:
                                                  (README, RESULT, result_table(
                                                      *map(read, ("flipped_labels", "displacement", "frontier")))),
                                                  (README, FAULTS, faults_table(read("faults"))),
+                                                 (README, SAVES, save_table(read("save_stall"))),
                                                  (GPU_PAGE, GPU, gpu_table()))
                if filled(file, marks, content, check)]
     return int(check and bool(changed))

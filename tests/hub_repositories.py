@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_server import serving
 
 
 class Hub(ThreadingHTTPServer):
@@ -82,14 +82,5 @@ def digest(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-@contextmanager
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def hub() -> AbstractContextManager[Hub]:
+    return serving(Hub())

@@ -5,9 +5,9 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 TOKEN = "hf_secret_of_this_test"
 
@@ -97,9 +97,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+S = TypeVar("S", bound=ThreadingHTTPServer)
+
+
+def hub() -> AbstractContextManager[Hub]:
+    return serving(Hub())
+
+
 @contextmanager
-def hub() -> Iterator[Hub]:
-    server = Hub()
+def serving(server: S) -> Iterator[S]:
+    """Inside, a thread answers for the server."""
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -65,11 +65,11 @@ class Saver:
         size = self._world.sum(torch.tensor(float(sum(file.size for file in files.values())))).item()
         if not self._world.on_main(lambda: self._begin(folder, state.step, size)):
             return
-        if self._in_background and self._world.max(float(not self._memory_for(files))) == 0:
+        beside = self._in_background and not self._world.max(not self._memory_for(files))
+        if beside:
             files = {name: file.copied() for name, file in files.items()}
-            self._pending = self._thread.submit(self._write, folder, files, state, size, self._lengths_of_rows())
-        else:                                            # training waits, and changes nothing meanwhile
-            self._pending = self._thread.submit(self._write, folder, files, state, size, self._lengths_of_rows())
+        self._pending = self._thread.submit(self._write, folder, files, state, size, self._lengths_of_rows())
+        if not beside:                                   # training waits, and changes nothing meanwhile
             self.wait()
         self._told["perf/save_stall_seconds"] = time.perf_counter() - began
 
@@ -106,6 +106,9 @@ class Saver:
             try:
                 if self._pending is None or self._pending in wait([self._pending], SECONDS_AFTER_AN_ERROR).done:
                     self.wait()
+                else:
+                    logging.getLogger(__name__).warning("what was being written is no checkpoint: it took longer than "
+                                                        "%g s after the error", SECONDS_AFTER_AN_ERROR)
             except Exception:
                 logging.getLogger(__name__).exception("the last checkpoint was not finished")
 

@@ -5,7 +5,6 @@ person who changes a file on purpose: for that, sha256 stands in run.json (`dpo-
 """
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 import xxhash
 
 from dpo_dist.runtime.files import write_json
+from dpo_dist.runtime.json_files import parsed
 
 CHECKSUMS = "CHECKSUMS.json"           # in a folder of files that are read back: {file: its checksum}
 THREADS = 8                            # files that are read at the same time: xxhash and read() let other threads run
@@ -58,7 +58,7 @@ def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1,
     share the reading, this one. files: whether a file of this name is looked at. of: what knows a file's checksum."""
     try:
         expected = _read(folder / marker)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return [f"{marker} cannot be read ({error})"]
     mine = [name for name in expected if files(name)][part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -67,12 +67,9 @@ def damage(folder: Path, marker: str = CHECKSUMS, part: int = 0, parts: int = 1,
 
 
 def _read(marker: Path) -> Checksums:
-    """ValueError where it is not what write_checksums writes."""
-    try:
-        content = json.loads(marker.read_bytes())
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    if not isinstance(content, dict) or not content:
+    """OSError or ValueError where it is not what write_checksums writes."""
+    content = parsed(marker)
+    if not content:
         raise ValueError("it names no file")
     for value in content.values():
         if not (isinstance(value, dict) and value.keys() == {"bytes", "xxh3"} and isinstance(value["bytes"], int)):
