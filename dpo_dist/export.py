@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dpo_dist.config.adapter import ADAPTER_WEIGHTS
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.templates import given_text
+from dpo_dist.models.copied import NAMED_TEMPLATES, settings_files, tokenizer_files
 from dpo_dist.models.file_digests import exported
 from dpo_dist.models.folder import Stored, stored_tensors, tied_embeddings, truthful_json
 from dpo_dist.models.lora import write_adapter_config
@@ -27,12 +27,12 @@ from dpo_dist.run.checkpoint import check_fits, load_checkpoint, resume_point
 from dpo_dist.run.inputs import Inputs, read_inputs
 from dpo_dist.run.model_card import base_of, model_card
 from dpo_dist.run.open_models import open_policy, without_auto
-from dpo_dist.run.provenance import check_same_run, provenance
+from dpo_dist.run.provenance import check_copied, check_same_run, provenance
 from dpo_dist.run.provenance.kept import keep_export
 from dpo_dist.run.push import check_push, push_model
 from dpo_dist.run.tracking.metrics_file import restore_run
 from dpo_dist.runtime.best import exported_step
-from dpo_dist.runtime.checksums import CHECKSUMS, damage, write_checksums
+from dpo_dist.runtime.checksums import damage, write_checksums
 from dpo_dist.runtime.ending import exit_with
 from dpo_dist.runtime.files import sync_tree
 from dpo_dist.runtime.process import run_entry
@@ -40,20 +40,14 @@ from dpo_dist.runtime.run_dir import WRITTEN_ANEW, RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 
-# What is copied of the model's folder: files of tokenizers (of whatever name), chat templates, processors of images ...
-COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-# ... and what is not: written anew, or of another training
-NOT_COPIED = ("config.json", CHECKSUMS, "adapter_config.json", "*.index.json", "trainer_state.json", "*_results.json",
-              "quantize_config.json", "requirements*.txt", "LICENSE*", "README*")
-SETTINGS, OF_TOKENIZER = "*config.json", "tokenizer_config.json"       # of the model, but for the tokenizer's
 MODEL_CARD = "README.md"
-NAMED_TEMPLATES = "additional_chat_templates"        # a folder: {name}.jinja
 
 
 def export(run_dir: RunDir, policy: Policy, inputs: Inputs, config: RunConfig, held_out: dict[str, float],
            world: World, terminal: Terminal) -> list[Path]:
     """The folders that export.what asks for, each written beside its place and moved there whole. All ranks call it;
-    rank 0 writes."""
+    rank 0 writes. UserError where the model's folder has changed since the run began."""
+    world.on_main(lambda: check_copied(run_dir, inputs.policy, config.model.path))
     if config.export.merged:
         _export_model(run_dir, policy, inputs, config, held_out, world, terminal)
     if config.export.adapter:
@@ -79,9 +73,8 @@ def _start_model(partial: Path, inputs: Inputs, config: RunConfig) -> None:
         model.pop(name, None)
     model["dtype"] = str(inputs.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-    for file in copied_files(inputs.policy.base):
-        if _is_setting(file):
-            shutil.copyfile(file, partial / file.name)
+    for file in settings_files(inputs.policy.base):
+        shutil.copyfile(file, partial / file.name)
     copy_tokenizer(inputs.policy.tokenizer, partial, config.data.chat_template)
 
 
@@ -100,21 +93,10 @@ def _export_adapter(run_dir: RunDir, policy: Policy, inputs: Inputs, config: Run
     world.on_main(write)
 
 
-def copied_files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.iterdir()) if file.suffix in COPIED and file.is_file()
-            and not any(fnmatch(file.name, name) for name in NOT_COPIED)]
-
-
-def _is_setting(file: Path) -> bool:
-    """Whether a file is the model's or its processor's, not the tokenizer's."""
-    return fnmatch(file.name, SETTINGS) and file.name != OF_TOKENIZER
-
-
 def copy_tokenizer(source: Path, partial: Path, template: str | None) -> None:
     """Puts the tokenizer and its chat templates into the export."""
-    for file in copied_files(source):
-        if not _is_setting(file):
-            shutil.copyfile(file, partial / file.name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, partial / file.name)
     copy_templates(source, partial, template)
 
 

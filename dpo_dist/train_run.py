@@ -11,7 +11,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import Sampler
 from dpo_dist.dynamics.record import VisitLog
-from dpo_dist.dynamics.visits import keep_until
+from dpo_dist.dynamics.visits import remove_parts
 from dpo_dist.evaluate import evaluate
 from dpo_dist.evaluation.facts import Facts
 from dpo_dist.evaluation.pairs import EvaluatedPairs
@@ -148,7 +148,7 @@ class Run:
         self.visits.write(step)                          # each rank's, before the checkpoint is whole
         state = TrainState(step, self.config.zero.chosen_stage, self.world.size, sums.total(self.world),
                            self.config.identity(), self.before, time.time())
-        self.saver.save(checkpointed(self.policy, self.reference), state)
+        self.saver.save(checkpointed(self.policy, self.reference, self.visits), state)
         self.timer.restart()
 
     def evaluate_after_step(self, step: int, sums: MetricSums) -> None:
@@ -199,8 +199,10 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
     it."""
     done = resumed[1].step if resumed else 0
     policy, reference = open_models(config, inputs, [inputs.train, inputs.eval], world, terminal)
+    visits = VisitLog(run_dir.visits, config.loss, world.rank, world.size, done)
+    world.on_main(lambda: remove_parts(run_dir.visits))      # the checkpoint has them
     if resumed:
-        for part in checkpointed(policy, reference):
+        for part in checkpointed(policy, reference, visits):
             part.load(resumed[0])
         terminal.say(f"resumed from {resumed[0].name}")
         if mended := world.on_main(lambda: mend_summaries(run_dir, done, inputs.eval, config.loss,
@@ -214,8 +216,6 @@ def open_run(config: RunConfig, run_dir: RunDir, inputs: Inputs, sampler: Sample
     saver = Saver(run_dir, Keep(train.keep_checkpoints, train.keep_best, train.keep_every_hours),
                   train.save_in_background, world, terminal.say)
     timer = SaveTimer(train.save_every_minutes if world.is_main else None)
-    world.on_main(lambda: keep_until(run_dir.visits, done))              # those after it are seen again
-    visits = VisitLog(run_dir.visits, config.loss, world.rank, done)
     run = Run(config, run_dir, inputs, sampler, total, policy, reference,
               Trackers(tracker, guard) if guard else tracker, samples, saver, timer, visits, guard, world)
     run = replace(run, before=evaluate_before(run, resumed[1] if resumed else None, terminal))
@@ -227,9 +227,9 @@ def reference_moves(config: RunConfig) -> bool:
     return config.loss.needs_reference and config.reference.sync.mode != "none"
 
 
-def checkpointed(policy: Policy, reference: ReferenceEngine | None) -> list[Checkpointed]:
+def checkpointed(policy: Policy, reference: ReferenceEngine | None, visits: VisitLog) -> list[Checkpointed]:
     """The parts of a run that a checkpoint holds."""
-    return [policy] if reference is None else [policy, reference]
+    return [part for part in (policy, reference, visits) if part is not None]
 
 
 def evaluate_before(run: Run, resumed: TrainState | None, terminal: Terminal) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Visits on disk: `<run.dir>/visits/`, a parquet part for each rank and stretch of steps; 16 bytes a visit or fewer.
 
-A part never reaches over a checkpoint, so a run that goes on from one removes whole parts, and no visit is there twice.
+They are for who looks at a run under way, and for its end. A checkpoint holds all visits up to its step, so a run that
+goes on from one removes what is here and writes those, and no visit is there twice or missing.
 """
 from __future__ import annotations
 
@@ -45,6 +46,12 @@ class Visits:
         return Visits(self.step[these], self.pair[these], self.chosen[these], self.rejected[these])
 
     @staticmethod
+    def joined(parts: Sequence[Visits]) -> Visits:
+        """Those of the parts, one or more, one after the other."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return Visits(*map(np.concatenate, columns))
+
+    @staticmethod
     def of(columns: Sequence[tuple[NDArray[Any], ...]]) -> Visits:
         """(step, pair, chosen, rejected) of several parts as one, in order."""
         if not columns:
@@ -70,13 +77,11 @@ def read_visits(folder: Path, say: Callable[[str], None] = log.warning) -> Visit
     return Visits.of([tuple(part[name] for name in COLUMNS) for part in parts if part is not None])
 
 
-def keep_until(folder: Path, step: int) -> None:
-    """Removes the visits after this step, and what a killed writer left. Of a run that begins anew: all, by step 0."""
-    for _, last, path in _parts(folder):
-        if last > step:
+def remove_parts(folder: Path) -> None:
+    """Removes all visits, and what a killed writer left."""
+    for pattern in ("steps-*.parquet", ".steps-*.tmp"):
+        for path in folder.glob(pattern):
             path.unlink()
-    for left in folder.glob(".steps-*.tmp"):
-        left.unlink()
 
 
 def _parts(folder: Path) -> list[tuple[int, int, Path]]:

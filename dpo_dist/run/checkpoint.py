@@ -3,6 +3,7 @@
     checkpoints/step-NNNNNN/
         weights-RANK.safetensors, optim_states-RANK.safetensors      each rank's part (policy/trained_state.py)
         reference-RANK.safetensors                                   of a reference that moves
+        visits-RANK.safetensors                                      what each pair's rewards were (dynamics/record.py)
         metrics.jsonl, samples.jsonl, guard.jsonl                    the run's, as they were
         state.json                                                   where the run was
         COMPLETE                                                     written last: the checksums of all the others

@@ -107,6 +107,14 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
     shown = dpo_dist(*words, "loss.beta=0.25", code=2).stderr
     assert "holds another run (loss.beta was 0.5, is now 0.25)" in shown and "choose another run.dir" in shown
     assert json.loads((tmp_path / "run" / "FAILED").read_text())["exit_code"] == 2
+    settings = tmp_path / "m" / "generation_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps({**json.loads(before), "temperature": 0.1}))
+    for command in ("train", "export"):
+        shown = dpo_dist(command, *words[1:], code=2).stderr
+        assert "not as it was when this run began: generation_config.json is another" in shown, command
+    settings.write_text(before)
+    assert "nothing to do" in dpo_dist(*words).stdout
     write_tiny_llama(tmp_path / "m", seed=1, hidden_size=64, intermediate_size=128)
     assert "holds another run (policy_weights was" in dpo_dist(*words, code=2).stderr
     write_rows(tmp_path / "rows.jsonl", 100, seed=7)

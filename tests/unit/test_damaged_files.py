@@ -259,7 +259,8 @@ def test_damaged_digests_of_rows_are_as_good_as_none(tmp_path: Path) -> None:
 
 
 CONFIG = compose(["model.path=m", "data.train=rows.jsonl", "train.seed=1"])
-LINEAGE = {"policy_weights": "w", "reference_weights": "w", "reference_key": "k", "train_pairs": 1, "dtype": "fp32"}
+LINEAGE = {"policy_weights": "w", "reference_weights": "w", "reference_key": "k", "train_pairs": 1, "dtype": "fp32",
+           "copied_files": {"tokenizer.json": "t"}}
 
 
 def started(folder: Path, identity: str | None = None, saved: bool = True) -> RunDir:
@@ -289,6 +290,15 @@ def test_a_damaged_run_json_is_written_anew_where_the_checkpoint_is_of_this_run(
     run.run_json.unlink()
     assert "run.json was missing" in str(check_same_run(run, CONFIG, LINEAGE))
     assert check_same_run(RunDir(tmp_path / "new"), CONFIG, LINEAGE) is None
+
+
+@pytest.mark.parametrize(("now", "told"), [
+    ({"tokenizer.json": "u"}, "tokenizer.json is another"), ({}, "tokenizer.json is missing"),
+    ({"tokenizer.json": "t", "a.jinja": "a"}, "a.jinja is new")])
+def test_a_file_that_the_export_takes_over_is_as_it_was(tmp_path: Path, now: dict[str, str], told: str) -> None:
+    run = started(tmp_path, CONFIG.identity())
+    with pytest.raises(UserError, match=f"model.path=m is not as it was when this run began: {told}"):
+        check_same_run(run, CONFIG, {**LINEAGE, "copied_files": now})
 
 
 def test_a_damaged_run_json_without_checkpoints_is_written_anew(tmp_path: Path) -> None:

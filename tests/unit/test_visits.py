@@ -10,7 +10,7 @@ import torch
 from dpo_dist.config.compose import compose
 from dpo_dist.dynamics.datamap import data_map
 from dpo_dist.dynamics.record import VisitLog
-from dpo_dist.dynamics.visits import Visits, keep_until, read_visits, write_part
+from dpo_dist.dynamics.visits import Visits, read_visits, remove_parts, write_part
 from dpo_dist.types import PairLogps
 
 CONFIG = compose(["model.path=m", "cluster.device=cpu", "loss.beta=0.5"])
@@ -45,7 +45,7 @@ def test_what_is_written_by_several_ranks_is_read_in_the_order_of_steps_and_pair
 
 def test_a_run_without_parts_has_no_visits(tmp_path: Path):
     assert len(read_visits(tmp_path / "none")) == 0
-    keep_until(tmp_path / "none", 3)
+    remove_parts(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -58,19 +58,44 @@ def test_a_visit_takes_at_most_16_bytes_on_disk(tmp_path: Path):
     assert len(read_visits(tmp_path)) == n
 
 
-def test_what_came_after_the_step_is_removed_with_what_a_killed_writer_left(tmp_path: Path):
-    for first, last in ((1, 2), (3, 4), (5, 5)):
+def test_all_parts_are_removed_with_what_a_killed_writer_left(tmp_path: Path):
+    for first, last in ((1, 2), (3, 4)):
         write_part(tmp_path, first, last, 0, visits((first, 0, 0.0, 0.0), (last, 1, 0.0, 0.0)))
     (tmp_path / ".steps-000005-000006-rank-1.parquet.abc.tmp").write_bytes(b"half")
-    keep_until(tmp_path, 4)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["steps-000001-000002-rank-0.parquet",
-                                                                "steps-000003-000004-rank-0.parquet"]
-    keep_until(tmp_path, 0)
+    remove_parts(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_gives_back_the_visits_of_all_ranks_to_any_number_of_ranks(tmp_path: Path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    logs = [VisitLog(tmp_path / "before", CONFIG.loss, rank, 3, done=0) for rank in range(3)]
+    for step in (1, 2):
+        for rank, log in enumerate(logs):
+            log.see((10 * step + rank,), pack([float(step)], [float(rank)]))
+            log.end_step(step)
+            log.write(step)
+    for log in logs:
+        for name, file in log.files().items():
+            file.write(checkpoint / name)
+    before = rows(read_visits(tmp_path / "before"))
+    assert len(before) == 6 and len(list(checkpoint.iterdir())) == 3
+    for ranks in (1, 2, 3, 5):
+        folder = tmp_path / f"with {ranks}"
+        later = [VisitLog(folder, CONFIG.loss, rank, ranks, done=2) for rank in range(ranks)]
+        for log in later:
+            log.load(checkpoint)
+        assert rows(read_visits(folder)) == before
+        later[0].see((99,), pack([1.0], [1.0]))
+        later[0].end_step(3)
+        later[0].write(3)
+        assert rows(read_visits(folder)) == [*before, (3, 99, 0.5, 0.5)], "and goes on after them"
+        held = [file.tensors["step"] for log in later for file in log.files().values()]
+        assert sorted(step for steps in held for step in steps.tolist()) == [1, 1, 1, 2, 2, 2, 3]
+
+
 def test_a_log_writes_the_rewards_of_each_step_once(tmp_path: Path):
-    log = VisitLog(tmp_path, CONFIG.loss, rank=0, done=0)
+    log = VisitLog(tmp_path, CONFIG.loss, rank=0, ranks=1, done=0)
     log.see((7, 3), pack([1.0, 2.0], [0.0, 4.0]))
     log.see((5,), pack([0.0], [-2.0]))
     log.end_step(1)
@@ -86,7 +111,7 @@ def test_a_log_writes_the_rewards_of_each_step_once(tmp_path: Path):
 
 
 def test_a_loss_without_rewards_leaves_no_file(tmp_path: Path):
-    log = VisitLog(tmp_path / "visits", SFT.loss, rank=0, done=0)
+    log = VisitLog(tmp_path / "visits", SFT.loss, rank=0, ranks=1, done=0)
     log.see((7, 3), pack([1.0, 2.0], [0.0, 4.0]))
     log.end_step(1)
     log.write(1)

@@ -13,7 +13,9 @@ from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.digests import FileDigests, any_order, data_set_digests, in_order, pair_digests
 from dpo_dist.data.prepare import data_sets, digests_folder
 from dpo_dist.data.templates import template_texts
+from dpo_dist.models.copied import copied_digests
 from dpo_dist.models.file_digests import described, digest_of, tokenizer_digest, tokenizer_files
+from dpo_dist.models.resolve import ModelFolder
 from dpo_dist.models.tokenizer import load_tokenizer
 from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.provenance.changed_keys import differences
@@ -34,6 +36,7 @@ def provenance(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any
         "reference_weights": inputs.reference_digest if config.loss.needs_reference else None,
         "reference_key": inputs.reference_key.folder if config.loss.needs_reference else None,
         "reference_sync": _sync(config) if config.loss.needs_reference else None,
+        "copied_files": copied_digests(inputs.policy),
         "train_pairs": {"count": len(inputs.train), "digest": inputs.train.digest},
         "eval_pairs": {"count": len(inputs.eval), "digest": inputs.eval.digest},
         "dtype": str(inputs.dtype).removeprefix("torch."),
@@ -59,7 +62,8 @@ SAME_RUN = ("policy_weights", "reference_weights", "reference_key", "train_pairs
 
 
 def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) -> str | None:
-    """UserError where the folder holds a run of another config, or of other weights or data under the same names.
+    """UserError where the folder holds a run of another config, or of other weights or data under the same names, or
+    where a file that the export takes over has changed.
 
     A sentence where run.json is damaged or gone: it is to be written anew, as the checkpoints say that they are of this
     run, or there are none. UserError where they say otherwise, or nothing.
@@ -70,6 +74,7 @@ def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) 
     if before and not wrong:
         if changed:
             raise _another_run(run_dir, "; ".join(changed[:5]))
+        _check_copied(before["passport"], lineage["copied_files"], config.model.path)
         return None
     if not run_dir.checkpoints():
         return f"{run_dir.run_json} was {wrong}" if wrong else None
@@ -81,6 +86,21 @@ def check_same_run(run_dir: RunDir, config: RunConfig, lineage: dict[str, Any]) 
         raise _another_run(run_dir, f"its checkpoints say so, and {found}")
     raise UserError(f"{found}, and no checkpoint says which run run.dir={run_dir.path} holds; choose another run.dir, "
                     "or remove that one")
+
+
+def check_copied(run_dir: RunDir, model: ModelFolder, path: str) -> None:
+    """UserError where a file that the export takes over from this model is not as it was when the run began. path: what
+    model.path says."""
+    _check_copied(run_dir.written("export")["passport"], copied_digests(model), path)
+
+
+def _check_copied(before: dict[str, Any], now: dict[str, str], path: str) -> None:
+    recorded = before.get("copied_files", now)           # a run that an earlier version began has none
+    other = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    if other:
+        what = "missing" if other[0] not in now else "new" if other[0] not in recorded else "another"
+        raise UserError(f"model.path={path} is not as it was when this run began: {other[0]} is {what}, and the export "
+                        "takes it over. Put back what was there, or choose another run.dir")
 
 
 def _another_run(run_dir: RunDir, why: str) -> UserError:
