@@ -178,7 +178,7 @@ class Run:
     def kept(self, step: int) -> str:
         """What there is of this step, whose checkpoint was begun, once it is written. All ranks call it."""
         self.saver.wait()
-        last = self.world.on_main(lambda: max(self.run_dir.checkpoints(), default=None))
+        last = self.world.on_main(self.run_dir.newest_checkpoint)
         if last == self.run_dir.checkpoint(step):
             return f"step {step} of {self.total} is saved"
         return f"step {step} of {self.total} could not be saved, " + (

@@ -8,15 +8,15 @@ from dpo_dist.evaluation.pairs import EvaluatedPairs
 from dpo_dist.evaluation.summary import Summary, summarize
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.json_files import found_sealed, sealed
-from dpo_dist.runtime.run_dir import RunDir
+from dpo_dist.runtime.run_dir import RunDir, by_step
 
 
 def keep_evaluation(run_dir: RunDir, step: int, pairs: EvaluatedPairs, facts: Facts, loss: LossConfig,
                     moves: bool = False, kl: Summary | None = None) -> Summary:
     """Writes both, and returns the summary. An evaluation that is made again takes the earlier one's place, and those
     of later steps go: they will be made again too. moves: the reference follows the policy (TR-DPO)."""
-    for path in run_dir.evaluations.glob("step-*.parquet"):
-        if path > run_dir.evaluation(step):
+    for later, path in by_step(run_dir.evaluations.glob("*.parquet")).items():
+        if later > step:
             path.unlink()
     pairs.write(run_dir.evaluation(step))
     summary = summarize(step, pairs, facts, loss, _start(run_dir, step, loss, moves), kl)
@@ -28,8 +28,8 @@ def mend_summaries(run_dir: RunDir, until: int, held_out: PairStore, loss: LossC
     """Makes summaries up to a step that evaluation.json lacks again, from what each evaluation measured of each pair,
     but for the KL of samples; what a person is told of it. None where nothing is lacking."""
     known = {one["step"]: one for one in read_summaries(run_dir)}
-    lacking = {step: pairs for path in sorted(run_dir.evaluations.glob("step-*.parquet"))
-               if (step := int(path.stem.removeprefix("step-"))) <= until and step not in known
+    lacking = {step: pairs for step, path in by_step(run_dir.evaluations.glob("*.parquet")).items()
+               if step <= until and step not in known
                and (pairs := EvaluatedPairs.read(path)) is not None and len(pairs) == len(held_out)}
     if not lacking:
         return None

@@ -33,7 +33,7 @@ class Restarts:
         without a checkpoint in between is no accident."""
         if fault.code == USERS_MISTAKE:
             return None
-        newest = max(self._run_dir.checkpoints(), default=None)
+        newest = self._run_dir.newest_checkpoint()
         what = fault.message.partition(" (rank ")[0]     # of several ranks with the same mistake any may be the first
         if self._last is None or newest != self._last[0]:
             self._done = 0

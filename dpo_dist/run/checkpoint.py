@@ -22,7 +22,7 @@ from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.runtime.best import best_evaluation
 from dpo_dist.runtime.checksums import damage
-from dpo_dist.runtime.run_dir import COMPLETE, RunDir
+from dpo_dist.runtime.run_dir import COMPLETE, RunDir, by_step
 from dpo_dist.runtime.tensor_file import TensorFile
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
@@ -94,9 +94,9 @@ def remove_checkpoint(folder: Path) -> None:
 def remove_leftovers(run_dir: RunDir) -> None:
     """Removes folders older than the newest whole checkpoint that are not whole: of saves that were cut off, and
     damaged ones."""
-    whole = run_dir.checkpoints()
-    for folder in (run_dir.path / "checkpoints").glob("step-*"):
-        if whole and folder < whole[-1] and folder not in whole:
+    whole, folders = run_dir.checkpoints(), list(by_step((run_dir.path / "checkpoints").glob("*")).values())
+    for folder in folders[:folders.index(whole[-1])] if whole else []:
+        if folder not in whole:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ def _write(error: NotFinite, run_dir: RunDir, config: RunConfig, pairs: PairStor
     folder = run_dir.not_finite(error.step)
     folder.mkdir(parents=True, exist_ok=True)
     bad = [i for i in pair_ids if i in seen and not np.isfinite(seen[i][:2]).all()]
-    last = max(run_dir.checkpoints(), default=None)
+    last = run_dir.newest_checkpoint()
     write_atomic(folder / "pairs.jsonl", "".join(json.dumps(_row(i, pairs, seen.get(i))) + "\n" for i in pair_ids))
     write_json(folder / "step.json", {
         "step": error.step, "what": error.what, "learning_rate": error.lr, "grad_norm": jsonable(error.grad_norm),

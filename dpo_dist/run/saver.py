@@ -54,6 +54,7 @@ class Saver:
         self._beside = world.beside()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Written] | None = None
+        self._copies: dict[str, TensorFile] = {}             # of the last save
         self._told: dict[str, float] = {}
 
     def save(self, parts: Sequence[Checkpointed], state: TrainState) -> None:
@@ -67,7 +68,7 @@ class Saver:
             return
         beside = self._in_background and not self._world.max(not self._memory_for(files))
         if beside:
-            files = {name: file.copied() for name, file in files.items()}
+            self._copies = files = {name: file.copied(self._copies.get(name)) for name, file in files.items()}
         self._pending = self._thread.submit(self._write, folder, files, state, size, self._lengths_of_rows())
         if not beside:                                   # training waits, and changes nothing meanwhile
             self.wait()
@@ -140,13 +141,14 @@ class Saver:
         return shutil.disk_usage(self._run_dir.path).free
 
     def _tell_unsaved(self, step: int, why: str) -> None:
-        whole = self._run_dir.checkpoints()
-        last = f"{whole[-1].name} stays the last checkpoint" if whole else "there is no checkpoint yet"
+        newest = self._run_dir.newest_checkpoint()
+        last = f"{newest.name} stays the last checkpoint" if newest else "there is no checkpoint yet"
         self._say(f"step {step} is not saved: {why}; training goes on, and {last}")
 
     def _memory_for(self, files: Mapping[str, TensorFile]) -> bool:
-        """Whether this machine's memory holds a copy of what its ranks write."""
-        return self._world.local_size * sum(file.size for file in files.values()) <= MEMORY_SHARE * available_bytes()
+        """Whether this machine's memory holds a copy of what its ranks write, besides the copies that it has."""
+        new = sum(file.copy_size for file in files.values()) - sum(file.copy_size for file in self._copies.values())
+        return self._world.local_size * new <= MEMORY_SHARE * available_bytes()
 
     def _lengths_of_rows(self) -> dict[Path, int]:
         """{file of rows: its bytes now}: later rows are of later steps."""

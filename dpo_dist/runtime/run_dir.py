@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from dpo_dist.runtime.json_lines import json_lines
 DONE, PREEMPTED, FAILED = "DONE", "PREEMPTED", "FAILED"
 MODES = {"owner": 0o700, "group": 0o750, "all": 0o755}           # {run.readable_by: of the run's folder}
 COMPLETE = "COMPLETE"                  # in a checkpoint's folder, written last
+STEP = re.compile(r"step-(\d{6,})(\.parquet)?")          # a checkpoint's folder, an evaluation's file
 WRITTEN_ANEW = "the command that trained the run writes it anew"
 
 
@@ -38,6 +41,12 @@ def make_for(folder: Path, readable_by: str) -> None:
         folder.mkdir(exist_ok=True)                    # raises where it is a file
     else:
         folder.chmod(MODES[readable_by])               # whatever the umask
+
+
+def by_step(paths: Iterable[Path]) -> dict[int, Path]:
+    """{step: its checkpoint's folder, or its evaluation's file}, in order. What a person put beside them is left
+    out."""
+    return dict(sorted((int(found[1]), path) for path in paths if (found := STEP.fullmatch(path.name))))
 
 
 class RunDir:
@@ -97,7 +106,11 @@ class RunDir:
 
     def checkpoints(self) -> list[Path]:
         """The folders of whole checkpoints, oldest first."""
-        return sorted(marker.parent for marker in self.path.glob(f"checkpoints/step-*/{COMPLETE}"))
+        return list(by_step(marker.parent for marker in self.path.glob(f"checkpoints/*/{COMPLETE}")).values())
+
+    def newest_checkpoint(self) -> Path | None:
+        """The folder of the newest whole one."""
+        return next(reversed(self.checkpoints()), None)
 
     def not_finite(self, step: int) -> Path:
         """What reproduces a step whose loss or gradient was not finite."""

@@ -32,10 +32,18 @@ class TensorFile:
         """Bytes of the tensors; the header is small beside them."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def copied(self) -> TensorFile:
+    @property
+    def copy_size(self) -> int:
+        """Bytes of memory that copies take at most: torch rounds pinned memory up to a power of two."""
+        return sum(1 << (tensor.nbytes - 1).bit_length() if tensor.is_cuda or tensor.is_pinned() else tensor.nbytes
+                   for tensor in self.tensors.values())
+
+    def copied(self, into: TensorFile | None = None) -> TensorFile:
         """The same with copies in the CPU's memory, pinned where they come from a GPU: what it holds stays as it is
-        now, whatever becomes of the tensors."""
-        copies = {name: _start_copy(tensor) for name, tensor in self.tensors.items()}
+        now, whatever becomes of the tensors. into: earlier copies that nobody needs any more; those of the same shapes
+        are written over, as memory that a process has is filled three times as fast as new memory."""
+        old = into.tensors if into else {}
+        copies = {name: _start_copy(tensor, old.get(name)) for name, tensor in self.tensors.items()}
         if any(tensor.is_cuda for tensor in self.tensors.values()):
             torch.cuda.synchronize()
         return replace(self, tensors=copies)
@@ -75,11 +83,11 @@ class TensorFile:
         return sorted(self.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
 
 
-def _start_copy(tensor: Tensor) -> Tensor:
+def _start_copy(tensor: Tensor, old: Tensor | None) -> Tensor:
     source = tensor.detach()
-    if not source.is_cuda:
-        return source.clone(memory_format=torch.contiguous_format)
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+    if old is None or (old.shape, old.dtype) != (source.shape, source.dtype):
+        old = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+    return old.copy_(source, non_blocking=source.is_cuda)
 
 
 def _write_all(file: BinaryIO, block: bytes | memoryview) -> None:

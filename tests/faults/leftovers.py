@@ -92,8 +92,16 @@ def _later_visits(work: Path, finished: Path, draw: random.Random) -> None:
         shutil.copy2(path, work / "run/visits" / path.name)
 
 
+def _copies_of_a_person(work: Path, finished: Path, draw: random.Random) -> None:
+    """Beside what they are copies of, under names of the person's own."""
+    for path in (work / "run/checkpoints/step-000004", work / "run/checkpoints/step-000008"):
+        shutil.copytree(path, path.with_name(path.name + draw.choice((".bak", " (copy)", "-old"))))
+    for path in sorted((work / "run/evaluations").iterdir()):
+        shutil.copy2(path, path.with_name(draw.choice(("step-old", "step-1", "copy")) + path.name[-14:]))
+
+
 LEFTOVERS: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "a half checkpoint": _half_checkpoint, "a half model": _half_model, "a half token store": _half_store,
     "a half shard of the reference": _half_shard, "temporary files": _temporary, "stale locks": _lock,
     "an earlier marker": _marker, "half a metrics row": _half_row, "metrics of later steps": _foreign_rows,
-    "visits of later steps": _later_visits}
+    "visits of later steps": _later_visits, "a person's copies": _copies_of_a_person}

@@ -68,6 +68,17 @@ def test_a_checkpoint_holds_the_weights_of_its_step_though_training_goes_on(tmp_
     assert torch.equal(other.weight, torch.zeros(3)) and read_state(folder) == state(1)
 
 
+def test_copies_are_written_over_at_the_next_save_where_shapes_are_the_same():
+    weight, grows = torch.randn(4, 6)[:, 2:5], torch.zeros(2)
+    first = TensorFile({"same": weight, "grows": grows}).copied()
+    known = {name: tensor.clone() for name, tensor in first.tensors.items()}
+    weight += 1
+    assert torch.equal(first.tensors["same"], known["same"]), "a copy does not follow the weight"
+    second = TensorFile({"same": weight, "grows": torch.zeros(3), "new": torch.ones(1)}).copied(into=first)
+    assert second.tensors["same"] is first.tensors["same"] and torch.equal(second.tensors["same"], weight)
+    assert {name: tensor.numel() for name, tensor in second.tensors.items()} == {"same": 12, "grows": 3, "new": 1}
+
+
 def test_rows_of_later_steps_are_not_in_a_checkpoint(tmp_path: Path, world: World):
     run_dir = RunDir(tmp_path)
     run_dir.metrics.write_text('{"step": 1}\n')
@@ -106,6 +117,19 @@ def test_what_a_cut_off_save_left_goes_once_there_is_a_newer_checkpoint(tmp_path
         writing.save([Part()], state(step))
         writing.wait()
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_what_a_person_put_beside_checkpoints_is_none_and_stays_and_a_millionth_step_is_the_newest(tmp_path: Path,
+                                                                                                   world: World):
+    run_dir = RunDir(tmp_path)
+    for name in ("step-000004.bak", "step-000004 (copy)", "step-9", "notes", "step-999999", "step-1000000"):
+        (run_dir.path / "checkpoints" / name).mkdir(parents=True)
+        (run_dir.path / "checkpoints" / name / COMPLETE).touch()
+    assert [folder.name for folder in run_dir.checkpoints()] == ["step-999999", "step-1000000"]
+    with saver(tmp_path, world, [], Keep(1)) as writing:
+        writing.save([Part()], state(1_000_001))
+    assert sorted(folder.name for folder in (run_dir.path / "checkpoints").iterdir()) == [
+        "notes", "step-000004 (copy)", "step-000004.bak", "step-1000001", "step-9"]
 
 
 def test_one_checkpoint_of_each_stretch_of_hours_stays_also_where_the_clock_jumps(tmp_path: Path):
