@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"error: {disk_fault(error, Path.cwd()) or error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, {'the working folder': Path.cwd()}) or error}", file=sys.stderr)
         return 2
 
 

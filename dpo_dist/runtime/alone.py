@@ -19,6 +19,7 @@ from dpo_dist.runtime.disk_faults import disk_fault
 from dpo_dist.runtime.hub_commits import pin
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.run_dir import FAILED, PREEMPTED, Failure, RunDir
+from dpo_dist.runtime.shared_folders import shared_folders
 from dpo_dist.runtime.terminal import Terminal
 
 Work = Callable[[RunConfig, Terminal], None]
@@ -36,13 +37,17 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run_dir.clear(PREEMPTED, FAILED)
     pin(run_dir.hub_commits())
     # Hugging Face's libraries read the variable when they are imported. That may be over by now, so both are set.
     os.environ["HF_HUB_OFFLINE"] = "1" if config.run.offline else "0"
     huggingface_hub.constants.HF_HUB_OFFLINE = config.run.offline
-    terminal = Terminal.start(str(run_dir.rank_log(0)), is_main=True,
-                              capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
+    try:
+        run_dir.clear(PREEMPTED, FAILED)
+        terminal = Terminal.start(str(run_dir.rank_log(0)), is_main=True,
+                                  capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
+    except OSError as error:
+        print(f"error: {disk_fault(error, shared_folders(config)) or error}", file=sys.stderr)
+        return 2
     preemption.listen()
     try:
         work(config, terminal)
@@ -57,7 +62,7 @@ def run_alone(overrides: Sequence[str], work: Work) -> int:
         return _fail(run_dir, terminal, "interrupted; the same command begins again", INTERRUPTED)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
-        if told := disk_fault(error, run_dir.path):
+        if told := disk_fault(error, shared_folders(config)):
             return _fail(run_dir, terminal, told, 2)
         return _fail(run_dir, terminal, f"{type(error).__name__}: {error} (see {run_dir.rank_log(0)})", 1)
     finally:

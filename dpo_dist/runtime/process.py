@@ -25,6 +25,7 @@ from dpo_dist.runtime.lock import hold_lock
 from dpo_dist.runtime.preemption import Stopped
 from dpo_dist.runtime.process_defaults import set_defaults
 from dpo_dist.runtime.run_dir import DONE, FAILED, PREEMPTED, Failure, RunDir
+from dpo_dist.runtime.shared_folders import shared_folders
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.watchdog import watching
 from dpo_dist.runtime.world import World, lost_peer, own_node, own_rank
@@ -61,7 +62,7 @@ def run_entry(overrides: Sequence[str], work: Work, owns_run: bool = False,
         terminal = Terminal.start(str(run_dir.rank_log(own_rank())), is_main=own_rank() == 0,
                                   capture=os.environ.get("DPO_DIST_CAPTURE") != "0")
     except OSError as error:
-        print(f"error: {disk_fault(error, run_dir.path) or error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, shared_folders(config)) or error}", file=sys.stderr)
         return 2
     try:
         code = _told(config, work, run_dir, terminal, owns_run)
@@ -96,7 +97,7 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
-        if told := disk_fault(error, run_dir.path):
+        if told := disk_fault(error, shared_folders(config)):
             return _fail(run_dir, terminal, told, 2)
         lost = lost_peer(error, config.cluster)
         if lost and (number := run_dir.preempted_by()) is not None:         # the peer was told to end, and did so

@@ -63,8 +63,8 @@ def held_out_table(stdout: str) -> list[list[str]]:
     return [line.split() for line in lines if "/" in line or line.split()[:1] == ["loss"]]
 
 
-@pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("zero2", 2, "fp32"), ("none", 1, "fp32"),
-                                                      ("none", 1, "bf16"), ("zero1", 2, "bf16")])
+@pytest.mark.parametrize(("zero", "world", "dtype"), [("zero3", 2, "fp32"), ("none", 1, "fp32"),
+                                                      ("zero1", 2, "bf16")])
 def test_a_killed_run_resumes_to_the_very_bits_of_an_uninterrupted_one(
         zero: str, world: int, dtype: str, tmp_path: Path, words: list[str]):
     words = [*words, f"zero={zero}", f"cluster.procs_per_node={world}", f"model.dtype={dtype}",

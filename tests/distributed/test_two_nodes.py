@@ -56,10 +56,9 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list
     return [(process.returncode, text) for process, text in zip(processes, shown, strict=True)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(
-        processes: int, nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
-    words = [*words, "train.max_steps=4"]
+        nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
+    processes, words = 2, [*words, "train.max_steps=4"]
     for code, shown in finish(run_on(nodes, [*words, f"run.dir={tmp_path / 'two'}"], tmp_path, processes)):
         assert code == 0, shown
     dpo_dist("train", *words, f"cluster.procs_per_node={2 * processes}", f"run.dir={tmp_path / 'one'}")
@@ -73,14 +72,13 @@ def test_two_nodes_give_the_losses_of_one_node_with_as_many_processes(
             assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-6)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
 def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(
-        lost: int, nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
+        nodes: tuple[Node, Node], tmp_path: Path, words: list[str]):
     run_dir = tmp_path / "run"
     jobs = run_on(nodes, [*words, f"cluster.timeout_seconds={TIMEOUT_SECONDS}", "train.epochs=500",
                           f"run.dir={run_dir}"], tmp_path, 1)
     wait_until(lambda: steps_logged(run_dir) >= 2, *jobs)
-    nodes[lost].cut_off()
+    nodes[0].cut_off()                                            # the one that the others meet at
     began = time.monotonic()
     ended = finish(jobs, timeout=TIMEOUT_SECONDS + 90)
     assert time.monotonic() - began < TIMEOUT_SECONDS + 60, ended
@@ -90,7 +88,7 @@ def test_when_a_node_is_cut_off_the_job_ends_within_the_timeout_and_says_so(
     assert not (run_dir / "DONE").exists()
 
 
-@pytest.mark.parametrize("key", ["data.cache_dir", "reference.cache_dir", "run.dir"])
+@pytest.mark.parametrize("key", ["data.cache_dir", "run.dir"])
 def test_a_folder_that_the_nodes_do_not_share_is_named_on_both_before_any_work(
         key: str, tmp_path: Path, words: list[str]):
     shared = [word for word in [*words, f"run.dir={tmp_path / 'run'}"] if not word.startswith(key)]

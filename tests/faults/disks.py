@@ -10,7 +10,7 @@ from .bases import CACHED, FINISHED, FRESH, MIDWAY
 from .moments import any_moment
 from .rights import mount, unmount
 from .trial import Trial
-from .verdict import Verdict, after_a_stop, ended, given_once, hung
+from .verdict import LOST, STOPPED, Verdict, after_a_stop, ended, given_once, hung
 
 PAGE = 4096
 FOLDERS = ("run", "run", "tokens", "reference")
@@ -24,7 +24,7 @@ def full(trial: Trial) -> Verdict:
     trial.tell(f"{folder.name} on a disk of {size * PAGE // 1024} KiB, {used * PAGE // 1024} of them used")
     _on_a_disk(folder, f"size={size * PAGE},nr_inodes=100000", trial)
     trial.undo.append(lambda: mount("-o", "remount,size=256m", folder))
-    return given_once(trial)
+    return _named(folder, given_once(trial))
 
 
 def no_inodes(trial: Trial) -> Verdict:
@@ -35,7 +35,7 @@ def no_inodes(trial: Trial) -> Verdict:
     trial.tell(f"{folder.name} on a disk of {most} inodes, {used} of them used")
     _on_a_disk(folder, f"size=256m,nr_inodes={most + 1}", trial)
     trial.undo.append(lambda: mount("-o", "remount,nr_inodes=100000", folder))
-    return given_once(trial)
+    return _named(folder, given_once(trial))
 
 
 def read_only(trial: Trial) -> Verdict:
@@ -87,6 +87,12 @@ def _folder(trial: Trial) -> Path:
     name = trial.random.choice(FOLDERS)
     trial.begin(*((FRESH, CACHED, MIDWAY) if name == "run" else (FRESH,)))
     return trial.work / name
+
+
+def _named(folder: Path, verdict: Verdict) -> Verdict:
+    """Lost where a stop tells of another disk than the full one."""
+    named = verdict.name != STOPPED or folder.name in verdict.detail
+    return verdict if named else Verdict(LOST, f"names another folder than {folder.name}: {verdict.detail}")
 
 
 def _on_a_disk(folder: Path, options: str, trial: Trial) -> None:

@@ -14,6 +14,7 @@ from .trial import Trial
 from .verdict import Verdict, given_once, hung, until_it_ends
 
 TARGETS = ("rank 0", "last rank", "ranks", "launcher", "everything")
+RESTARTS = "cluster.max_restarts=2"
 SHORT_TIMEOUT = "cluster.timeout_seconds=8"
 
 
@@ -31,8 +32,9 @@ def killed(number: signal.Signals, times: int = 1) -> Any:
 
 def _signalled(trial: Trial, number: signal.Signals) -> commands.Attempt:
     moment, target = any_moment(trial.random, trial.base.seconds), trial.random.choice(TARGETS)
-    trial.tell(f"{number.name} to {target}, {moment}")
-    began, process = time.monotonic(), trial.start()
+    restarts = trial.random.choice(((), (), (RESTARTS,)))
+    trial.tell(f"{number.name} to {target}, {moment}{' '.join(('', *restarts))}")
+    began, process = time.monotonic(), trial.start(*restarts)
     if moment.wait(trial.work, process):
         send(number, targets(target, process, trial))
     return trial.note(commands.finish(process, trial.work, began))

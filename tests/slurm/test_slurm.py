@@ -318,7 +318,7 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
              "cluster.slurm.extra=['--cpus-per-task=2']", f"reference.cache_dir={folder / 'sweep_reference'}"]
     trainings = [make_job([*small, "cluster.jobs_at_once=3", f"loss.beta={beta}", f"optim.lr={lr}"], (),
                           folder / "sweep")
-                 for beta in (0.05, 0.1, 0.3) for lr in (5e-4, 1e-3)]
+                 for beta in (0.05, 0.3) for lr in (5e-4, 1e-3)]
     (ids,) = submit(group_jobs(trainings, folder / "sweep"))
     wait_for([ids.score, ids.array], seconds_between=0.5)
     (scripts,) = (folder / "sweep" / "slurm").iterdir()
@@ -331,8 +331,8 @@ def test_a_sweep_is_one_scoring_job_and_one_array(slurm: Slurm, folder: Path, wo
         assert recorded == {"audit": recorded["audit"], "score": ids.score, "train": f"{ids.array}_{i}"}
         assert "COMPLETED" in slurm.dpo_dist("status", job.run_dir)
         finals.add(model_digest(job.run_dir))
-    assert len(finals) == 6
-    assert "--array=0-5%3" in (scripts / "train.sbatch").read_text()
+    assert len(finals) == 4
+    assert "--array=0-3%3" in (scripts / "train.sbatch").read_text()
 
 
 def test_the_sweep_command_waits_for_its_jobs_and_compares_them(slurm: Slurm, folder: Path, words: list[str]):

@@ -104,7 +104,8 @@ def _check_copied(before: dict[str, Any], now: dict[str, str], path: str) -> Non
 
 
 def _another_run(run_dir: RunDir, why: str) -> UserError:
-    return UserError(f"run.dir={run_dir.path} holds another run ({why}); choose another run.dir, or remove that one")
+    return UserError(f"run.dir={run_dir.path} holds another run ({why}); put that back, choose another run.dir, or "
+                     "remove that one")
 
 
 def _same(passport: dict[str, Any]) -> dict[str, Any]:
