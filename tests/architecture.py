@@ -46,8 +46,8 @@ TORCH_FREE = ("config", "sizing", "stats", "judge", "launcher", "report", "runti
               "runtime.ending", "runtime.files", "runtime.host_memory", "runtime.hub_commits",
               "runtime.json_files", "runtime.json_lines", "runtime.lock", "runtime.ports", "runtime.preemption",
               "runtime.prefetch", "runtime.progress", "runtime.rank", "runtime.remember", "runtime.run_dir",
-              "runtime.shared_folders", "runtime.tables", "runtime.terminal", "runtime.watchdog",
-              "runtime.without_torch")
+              "runtime.shared_folders", "runtime.standard_streams", "runtime.tables", "runtime.terminal",
+              "runtime.watchdog", "runtime.without_torch")
 SLOW = ("torch", "transformers", "deepspeed", "datasets", "wandb", "mlflow", "peft", "accelerate")
 # neither asks nor reads code: peft's own configuration, transformers' table of ways to quantize
 UNASKED = ("peft.LoraConfig.from_pretrained", "AutoHfQuantizer.from_config")

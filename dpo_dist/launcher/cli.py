@@ -21,6 +21,7 @@ from dpo_dist.launcher.local import device_count
 from dpo_dist.launcher.plan import LaunchPlan, plan_stages
 from dpo_dist.launcher.status import status
 from dpo_dist.runtime.disk_faults import disk_fault
+from dpo_dist.runtime.standard_streams import open_standard_streams
 
 VERBS = {
     "run": "the whole way: audit the data, score the reference, train, evaluate on held-out pairs, export",
@@ -60,11 +61,13 @@ rated responses gives several.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 on success, 2 for a user's mistake, else what the failed stage gave."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):         # whatever the locale and the names of files, it is printed
         sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:            # see launcher/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        _check_working_folder()
         code = _main(words)
         sys.stdout.flush()
         return code
@@ -80,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {disk_fault(error, {'the working folder': Path.cwd()}) or error}", file=sys.stderr)
         return 2
+
+
+def _check_working_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("the working folder has been removed; cd to one that is there") from error
 
 
 def _main(words: list[str]) -> int:

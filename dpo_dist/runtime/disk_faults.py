@@ -1,15 +1,18 @@
-"""A disk that is full, read-only or broken is no fault of ours: a person is told which, and how much room there is."""
+"""A disk that is full, read-only or broken is no fault of ours: a person is told which, and how much room there is. So
+is a limit on open files."""
 from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FAULTS = (*FULL, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+FAULTS = (*FULL, *TOO_MANY, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE)
 # whose words nothing else would say
-IN_WORDS = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
+IN_WORDS = (*FULL, *TOO_MANY, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 MIB, GIB = 2**20, 2**30
 
 
@@ -19,6 +22,10 @@ def disk_fault(error: BaseException, folders: Mapping[str, Path]) -> str | None:
     number = _number(error)
     if number is None:
         return None
+    if number in TOO_MANY:
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (f"{os.strerror(number)}: a process may have {most:,} (ulimit -n); raise that, and the same command "
+                "goes on from the last checkpoint")
     file = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename else None
     where = {str(file): file} if file else _of_faulty_disks(number, folders)
     what = f"{os.strerror(number)}: {' or '.join(where)}"

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_dist.runtime.progress import Bars, Lines, Progress
+from dpo_dist.runtime.standard_streams import open_standard_streams
 
 log = logging.getLogger("dpo_dist")
 PLAIN_WIDTH = 132                       # characters, where the output is a file or a pipe
@@ -46,7 +47,7 @@ class Terminal:
         if cls._active is not None:
             cls._active.stop()
         os.makedirs(os.path.dirname(os.path.abspath(log_path)), exist_ok=True)
-        _open_standard_fds()
+        open_standard_streams()
         _flush()
         terminal = cls(log_path, is_main, capture)
         if capture:
@@ -194,15 +195,6 @@ def _console(output: _Output) -> Console:
 
 def _print(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True)
-
-
-def _open_standard_fds() -> None:
-    """If a process starts without stdin, stdout or stderr, the next opened file would silently take its place."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)                  # takes the lowest free number, which is this one
 
 
 def _flush() -> None:

@@ -27,8 +27,7 @@ def given_once(trial: Trial) -> Verdict:
     first = trial.again()
     if first.hung:
         return hung(trial)
-    if first.code == 0:
-        trial.mend()
+    if first.code == 0:                                  # what it has made of the fault is judged as it lies there
         return ended(trial)
     return after_a_stop(trial)
 

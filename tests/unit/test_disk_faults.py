@@ -53,5 +53,7 @@ def test_a_file_that_the_error_names_is_told_with_the_room_of_its_own_disk(tmp_p
 def test_the_systems_words_in_a_librarys_error_are_heard_and_other_errors_are_none(tmp_path: Path):
     told = disk_fault(RuntimeError("I/O error: No space left on device (os error 28)"), {"run.dir": tmp_path})
     assert told is not None and f"run.dir={tmp_path} (" in told
+    too_many = disk_fault(OSError(errno.EMFILE, "too many"), {"run.dir": tmp_path})
+    assert too_many is not None and "ulimit -n" in too_many
     assert disk_fault(RuntimeError("out of range"), {"run.dir": tmp_path}) is None
     assert disk_fault(FileNotFoundError(errno.ENOENT, "none", "a"), {"run.dir": tmp_path}) is None
