@@ -8,7 +8,6 @@ from functools import partial
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import make_sampler
-from dpo_dist.export import are_whole
 from dpo_dist.run.checkpoint import check_fits, resume_point
 from dpo_dist.run.command import write_command
 from dpo_dist.run.guard_log import ASKS as GUARD_ASKS
@@ -32,7 +31,7 @@ from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
 from dpo_dist.runtime.world import World
 from dpo_dist.step import StepBatches, train_step
-from dpo_dist.train_end import finish, report
+from dpo_dist.train_end import finish, is_finished, report
 from dpo_dist.train_run import Run, open_run
 
 
@@ -58,8 +57,8 @@ def train(config: RunConfig, world: World, terminal: Terminal, words: Sequence[s
     if damaged:
         write_provenance(run_dir, config, inputs, lineage, world)        # also where there is nothing else to do
     tell_faster(config, inputs, world, terminal)
-    exports = run_dir.exports(config.export.merged, config.export.adapter)
-    if done == total and world.on_main(lambda: are_whole(exports, terminal.say)):
+    if done == total and world.on_main(lambda: is_finished(config, run_dir, inputs, total, terminal.say)):
+        exports = run_dir.exports(config.export.merged, config.export.adapter)
         terminal.say(f"nothing to do: all {total} steps are done, the model is in {' and '.join(map(str, exports))}")
         world.on_main(lambda: push_model(config, run_dir, terminal))
         world.on_main(lambda: judge_run(config, run_dir, inputs, total, terminal))

@@ -2,16 +2,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.dynamics.write import write_dynamics
-from dpo_dist.evaluation.results import read_summaries
+from dpo_dist.dynamics.record import VisitLog
+from dpo_dist.dynamics.visits import remove_parts
+from dpo_dist.dynamics.write import dynamics_are_whole, write_dynamics
+from dpo_dist.evaluation.results import mend_summaries, read_summaries
 from dpo_dist.evaluation.show import summary_lines
-from dpo_dist.export import export
+from dpo_dist.export import are_whole, export
 from dpo_dist.report.write import write_report
 from dpo_dist.run.checkpoint import load_checkpoint
 from dpo_dist.run.generations import show_generations, write_generations
+from dpo_dist.run.inputs import Inputs
 from dpo_dist.run.judging import judge_run
 from dpo_dist.run.push import push_model
 from dpo_dist.run.samples import show_samples
@@ -19,7 +23,7 @@ from dpo_dist.runtime import preemption
 from dpo_dist.runtime.best import exported_step
 from dpo_dist.runtime.run_dir import RunDir
 from dpo_dist.runtime.terminal import Terminal
-from dpo_dist.train_run import Run
+from dpo_dist.train_run import Run, reference_moves
 
 
 def finish(run: Run, terminal: Terminal) -> None:
@@ -43,6 +47,23 @@ def finish(run: Run, terminal: Terminal) -> None:
         preemption.end_at_once()                         # the same command does what is left
     world.on_main(lambda: push_model(config, run_dir, terminal))
     world.on_main(lambda: judge_run(config, run_dir, inputs, run.total, terminal))
+
+
+def is_finished(config: RunConfig, run_dir: RunDir, inputs: Inputs, total: int, say: Callable[[str], None]) -> bool:
+    """Whether an earlier start has done everything, and what it left is as it was. What the run says of its pairs is
+    made again where it is damaged, as no model is needed for it; `say` tells."""
+    exports = run_dir.exports(config.export.merged, config.export.adapter)
+    evaluated = not len(inputs.eval) or any(row["step"] == total for row in run_dir.rows("eval"))
+    if not (evaluated and are_whole(exports, say)):
+        return False
+    if mended := mend_summaries(run_dir, total, inputs.eval, config.loss, reference_moves(config)):
+        say(mended)
+    if not dynamics_are_whole(run_dir):
+        remove_parts(run_dir.visits)
+        VisitLog(run_dir.visits, config.loss, 0, 1, total).load(run_dir.checkpoint(total))
+        if write_dynamics(run_dir, inputs.train, say):
+            say(f"{run_dir.datamap_json.name} or {run_dir.suspects.name} was damaged or missing: both are made again")
+    return True
 
 
 def load_best(run: Run, terminal: Terminal) -> tuple[int, dict[str, float]]:

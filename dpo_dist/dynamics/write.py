@@ -16,7 +16,7 @@ from dpo_dist.dynamics.visits import read_visits
 from dpo_dist.dynamics.words import word_evidence
 from dpo_dist.runtime.checksums import checksum
 from dpo_dist.runtime.files import replacing, write_json
-from dpo_dist.runtime.json_files import sealed
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,13 @@ def write_dynamics(run_dir: RunDir, pairs: PairStore, say: Callable[[str], None]
              "map": _points(pairs, map_), "suspects_jsonl": checksum(run_dir.suspects)})
     write_json(run_dir.datamap_json, whole)
     return whole
+
+
+def dynamics_are_whole(run_dir: RunDir) -> bool:
+    """Whether datamap.json and suspects.jsonl are there, and as they were written."""
+    found = found_sealed(run_dir.datamap_json)
+    suspects = run_dir.suspects
+    return found is not None and suspects.is_file() and found.get("suspects_jsonl") == checksum(suspects)
 
 
 def _ranked(pairs: PairStore, map_: DataMap, suspects: Suspicion, ranking: NDArray[np.int64]) -> Iterator[bytes]:

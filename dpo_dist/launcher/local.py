@@ -4,6 +4,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+from math import inf
 
 from dpo_dist.config.cluster import ClusterConfig
 from dpo_dist.config.errors import UserError
@@ -43,14 +44,14 @@ def start(launch: LaunchPlan, config: RunConfig, dry_run: bool) -> int:
     if dry_run:
         raise UserError(NOTHING_SUBMITTED)
     RunDir(launch.run_dir).make(config.run.readable_by)
-    return run_stages(launch, config.cluster.max_restarts)
+    return run_stages(launch, config.cluster.max_restarts, config.cluster.timeout_seconds)
 
 
 def commands(launch: LaunchPlan, config: RunConfig) -> dict[str, list[str]]:
     return {stage.name: by_hand(stage) for stage in launch.stages}
 
 
-def run_stages(plan: LaunchPlan, max_restarts: int = 0) -> int:
+def run_stages(plan: LaunchPlan, max_restarts: int = 0, timeout_seconds: float = inf) -> int:
     """Runs the stages in turn until one fails or is stopped. The exit code is the last stage's: 0 only when it is done.
 
     A signal to end starts no further stage, nor one again.
@@ -64,9 +65,9 @@ def run_stages(plan: LaunchPlan, max_restarts: int = 0) -> int:
                 return ended_early(received, f"before the {stage.name} stage", RunDir(plan.run_dir))
             companions = [other for other in plan.stages if other.beside == stage.name]
             total = stage.procs_per_node + sum(companion.procs_per_node for companion in companions)
-            work = _work(stage, plan.run_dir, total, quiet=False)
-            code = run(work, received, [_work(companion, plan.run_dir, total, quiet=True) for companion in companions],
-                       max_restarts)
+            work = _work(stage, plan.run_dir, total, timeout_seconds)
+            beside = [_work(companion, plan.run_dir, total, timeout_seconds, quiet=True) for companion in companions]
+            code = run(work, received, beside, max_restarts)
             if code:
                 return code
     return 0
@@ -80,14 +81,14 @@ def by_hand(stage: Stage) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(stage.procs_per_node), *module]
 
 
-def _work(stage: Stage, run_dir: str, procs_on_machine: int, quiet: bool) -> Work:
+def _work(stage: Stage, run_dir: str, procs_on_machine: int, timeout_seconds: float, quiet: bool = False) -> Work:
     folder = RunDir(stage.run_dir or run_dir)
     environment = rank_environment(procs_on_machine)
     if stage.devices is not None:
         named = _visible_devices()
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(named[d] if named else str(d) for d in stage.devices)
     return Work(stage.name, stage.module, stage.overrides, folder, folder.launcher_log,
-                Place(stage.procs_per_node, master_port=free_port()), environment, quiet)
+                Place(stage.procs_per_node, master_port=free_port()), environment, quiet, timeout_seconds)
 
 
 def rank_environment(procs_on_machine: int) -> dict[str, str]:

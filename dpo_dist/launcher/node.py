@@ -40,19 +40,22 @@ def main(overrides: Sequence[str]) -> int:
         run_dir.make(config.run.readable_by)
         max_restarts = read(os.environ, "MAX_RESTARTS", default=config.cluster.max_restarts, least=0)
         with receiving(*TO_END, for_good=True) as received:
-            return _run(place, run_dir, overrides, received, max_restarts if place.nodes == 1 else 0)
+            return _run(place, run_dir, overrides, received, max_restarts if place.nodes == 1 else 0,
+                        config.cluster.timeout_seconds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int], max_restarts: int) -> int:
+def _run(place: Place, run_dir: RunDir, overrides: Sequence[str], received: Sequence[int], max_restarts: int,
+         timeout_seconds: float) -> int:
     module = os.environ.get("MODULE") or "dpo_dist.train"
     log, pid = run_dir.node_log(place.node), run_dir.node_pid(place.node)
     pid.write_text(f"{os.getpid()}\n")
     try:
         code = run(Work(module.rpartition(".")[2], module, tuple(overrides), run_dir, log, place,
-                        rank_environment(place.procs)), received, max_restarts=max_restarts)
+                        rank_environment(place.procs), timeout_seconds=timeout_seconds), received,
+                   max_restarts=max_restarts)
     finally:
         pid.unlink(missing_ok=True)
     stopped_by = run_dir.preempted_by()

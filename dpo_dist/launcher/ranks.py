@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,6 +57,7 @@ class Work:
     place: Place
     environment: Mapping[str, str]
     quiet: bool = False                        # a companion: stdout goes to the log as well, and DONE is its own
+    timeout_seconds: float = inf               # how long a rank may be stopped (SIGSTOP) until it is given up
 
 
 class Ranks:
@@ -75,7 +77,9 @@ class Ranks:
                 self.kill()                                      # the others would wait for it
                 raise
         self._first: tuple[int, int] | None = None               # (local rank, exit code) of the first one to fail
-        self._ended_at = self._killed_at = float("inf")          # when those are that remain
+        self._ended_at = self._killed_at = inf                   # when those are that remain
+        self._looks_at_stopped = 0                               # in a row
+        self.never_woken: list[int] = []                         # local ranks that were given up
 
     def _start(self, local_rank: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         work, captured = self.work, os.environ.get("DPO_DIST_CAPTURE") != "0"
@@ -93,6 +97,7 @@ class Ranks:
         """Whether all ranks have ended. The others are ended once one has failed; their logs say where they were."""
         running, now = self.running, time.monotonic()
         if self._first is None:
+            self._give_up_stopped()
             self._first = _first_failure([process.returncode for process in self._processes])
             if self._first is not None:
                 self._ended_at = now
@@ -102,10 +107,20 @@ class Ranks:
                     self._ended_at += SECONDS_FOR_STACKS
         if now >= self._ended_at:
             self.signal(signal.SIGTERM)
-            self._ended_at, self._killed_at = float("inf"), now + SECONDS_FOR_SURVIVORS
+            self._ended_at, self._killed_at = inf, now + SECONDS_FOR_SURVIVORS
         if running and now > self._killed_at:
             self.kill()
         return not running
+
+    def _give_up_stopped(self) -> None:
+        """Kills ranks that a SIGSTOP holds for too long: nobody else may be waiting for them. Looks are counted, not
+        seconds, as this process may be stopped together with them."""
+        stopped = [rank for rank, process in enumerate(self._processes) if is_stopped(process.pid)]
+        self._looks_at_stopped = self._looks_at_stopped + 1 if stopped else 0
+        if self._looks_at_stopped * SECONDS_BETWEEN_LOOKS > self.work.timeout_seconds:
+            self.never_woken = stopped
+            for rank in stopped:
+                os.killpg(self._processes[rank].pid, signal.SIGKILL)
 
     def ended_by(self, numbers: Set[int]) -> bool:
         """Whether one of these signals ended a rank."""
@@ -141,6 +156,14 @@ class Ranks:
     def stderr(self) -> str:
         """What the ranks wrote to the log since they began."""
         return self.work.log.read_bytes()[self._log_begins:].decode(errors="replace")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal (SIGSTOP, SIGTSTP) holds the process, as Linux tells it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
 
 
 def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:

@@ -90,6 +90,26 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_which(tmp_path: 
     assert model_digest(tmp_path / "run") == model_digest(whole)
 
 
+@pytest.mark.parametrize(("name", "damage"), [
+    ("suspects.jsonl", flip), ("datamap.json", cut), ("evaluation.json", flip), ("metrics.jsonl", Path.unlink)])
+def test_what_a_finished_run_says_is_made_again_where_it_is_damaged(
+        name: str, damage: Callable[[Path], None], tmp_path: Path, finished: tuple[list[str], Path]):
+    command, whole = finished
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run" / name)
+    shutil.rmtree(tmp_path / "run" / "visits")                # the checkpoint has them
+    shown = dpo_dist(*command, f"run.dir={tmp_path / 'run'}").stdout
+    assert f"{name} was damaged or missing" in shown or f"{name} was missing" in shown or f"or {name} was" in shown or (
+        f"{name} or suspects.jsonl was damaged" in shown)
+    if name == "metrics.jsonl":
+        assert [(row["step"], row["loss"]) for row in metrics(tmp_path / "run", "eval")] == [
+            (row["step"], row["loss"]) for row in metrics(whole, "eval")]
+    else:
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+    assert "nothing to do" in dpo_dist(*command, f"run.dir={tmp_path / 'run'}").stdout
+    assert model_digest(tmp_path / "run") == model_digest(whole)
+
+
 def test_a_damaged_best_checkpoint_is_not_exported(tmp_path: Path, finished: tuple[list[str], Path]):
     command, _ = finished
     best = [*command, "train.eval_every_steps=2", "train.keep_best=rewards/accuracies", f"run.dir={tmp_path / 'run'}"]

@@ -93,6 +93,19 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: list[str]):
     gone(tmp_path / "run")
 
 
+def test_a_rank_that_is_stopped_for_good_is_given_up_though_no_other_waits_for_it(tmp_path: Path, words: list[str]):
+    words = [*words, "zero=none", "cluster.procs_per_node=1", "train.max_steps=400", "cluster.timeout_seconds=3",
+             f"run.dir={tmp_path / 'run'}"]
+    process = start("train", *words)
+    wait_until(lambda: steps_logged(tmp_path / "run") >= 1, process)
+    (rank,) = set(processes_on(tmp_path / "run")) - {process.pid}
+    os.kill(rank, signal.SIGSTOP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: rank 0 was stopped (SIGSTOP), and nothing woke it for 3 s (cluster.timeout_seconds)" in err
+    gone(tmp_path / "run")
+
+
 def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: list[str]):
     process = start("train", *words, f"run.dir={tmp_path / 'run'}")
     wait_until(lambda: steps_logged(tmp_path / "run") >= 1, process)

@@ -33,7 +33,7 @@ from dpo_dist.run.generations import samples_by_step, write_generations
 from dpo_dist.run.guard_log import read_events
 from dpo_dist.run.provenance import check_same_run
 from dpo_dist.run.provenance.kept import Kept
-from dpo_dist.run.tracking.metrics_file import keep_rows_until, restore_rows
+from dpo_dist.run.tracking.metrics_file import keep_rows_until, restore_run
 from dpo_dist.runtime import remember
 from dpo_dist.runtime.checksums import write_checksums
 from dpo_dist.runtime.files import write_json
@@ -152,32 +152,46 @@ def copy(tmp_path: Path) -> Path:
     return step / "metrics.jsonl"
 
 
+def restored(run: Path) -> list[str]:
+    """What is said as the run's rows are held against those of its checkpoint."""
+    said: list[str] = []
+    restore_run(RunDir(run), run / "checkpoints" / "step-000002", said.append)
+    return said
+
+
 def test_rows_that_begin_as_their_copy_does_stay_as_they_are(tmp_path: Path, copy: Path) -> None:
     for more in (b"", b'{"step": 3, "split": "train"}\n', b'{"step": 3, "sp'):
         (tmp_path / "metrics.jsonl").write_bytes(ROWS + more)
-        assert restore_rows(tmp_path / "metrics.jsonl", copy) is None
+        assert restored(tmp_path) == []
         assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS + more
 
 
 @pytest.mark.parametrize("damaged", (b"", ROWS[:-3], ROWS.replace(b"1", b"3"), b"\0" * 200))
 def test_damaged_rows_come_back_from_the_checkpoint(tmp_path: Path, copy: Path, damaged: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(damaged)
-    said = restore_rows(tmp_path / "metrics.jsonl", copy)
-    assert said == "metrics.jsonl was damaged: 2 rows restored from step-000002"
+    assert restored(tmp_path) == ["metrics.jsonl was damaged: 2 rows restored from step-000002"]
     assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS
 
 
 def test_missing_rows_come_back_from_the_checkpoint(tmp_path: Path, copy: Path) -> None:
-    said = restore_rows(tmp_path / "metrics.jsonl", copy)
-    assert said == "metrics.jsonl was missing: 2 rows restored from step-000002"
+    assert restored(tmp_path) == ["metrics.jsonl was missing: 2 rows restored from step-000002"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS
+
+
+def test_an_evaluation_whose_samples_are_lost_is_made_again_so_its_metrics_go_too(tmp_path: Path, copy: Path) -> None:
+    sample = b'{"step": 0}\n'
+    copy.with_name("samples.jsonl").write_bytes(sample)
+    (tmp_path / "metrics.jsonl").write_bytes(ROWS + b'{"step": 2, "split": "eval"}\n')
+    assert restored(tmp_path) == ["samples.jsonl was missing: 1 row restored from step-000002"]
+    assert (tmp_path / "samples.jsonl").read_bytes() == sample
     assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS
 
 
 def test_nothing_is_restored_where_the_checkpoint_has_no_rows(tmp_path: Path, copy: Path) -> None:
     copy.write_bytes(b"")
-    assert restore_rows(tmp_path / "metrics.jsonl", copy) is None
+    assert restored(tmp_path) == []
     copy.unlink()                                        # a checkpoint of a run without samples
-    assert restore_rows(tmp_path / "metrics.jsonl", copy) is None
+    assert restored(tmp_path) == []
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -56,25 +56,22 @@ def keep_rows_until(path: Path, step: int) -> None:
     write_atomic(path, kept)
 
 
-def restore_rows(path: Path, copy: Path) -> str | None:
-    """A sentence for the person where `path` did not begin with what its copy in a checkpoint holds: it is that copy
-    now, as rows after it are of steps that are done again. None where it did, or where there is no copy."""
-    if not copy.is_file():
-        return None
-    kept, was_there = copy.read_bytes(), path.is_file()
-    if path.read_bytes().startswith(kept) if was_there else not kept:
-        return None
-    write_atomic(path, kept)
-    rows = kept.count(b"\n")
-    return (f"{path.name} was {'damaged' if was_there else 'missing'}: {rows} row{'s' * (rows != 1)} restored from "
-            f"{copy.parent.name}")
-
-
 def restore_run(run_dir: RunDir, checkpoint: Path, say: Callable[[str], None]) -> None:
-    """Brings back what the checkpoint holds of the run's rows, where it is damaged or missing, and says so."""
-    for path in (run_dir.metrics, run_dir.samples, run_dir.guard):
-        if told := restore_rows(path, checkpoint / path.name):
-            say(told)
+    """Where a file of the run's rows does not begin with what its copy in the checkpoint holds, all of them become
+    their copies, and `say` tells it: what came after is of steps and of an evaluation that are done again."""
+    files = {path: copy for path in (run_dir.metrics, run_dir.samples, run_dir.guard)
+             if (copy := checkpoint / path.name).is_file()}
+    wrong = {path: path.is_file() for path, copy in files.items() if not _begins_with(path, copy.read_bytes())}
+    for path, was_there in wrong.items():
+        rows = files[path].read_bytes().count(b"\n")
+        say(f"{path.name} was {'damaged' if was_there else 'missing'}: {rows} row{'s' * (rows != 1)} restored from "
+            f"{checkpoint.name}")
+    for path, copy in files.items() if wrong else ():
+        write_atomic(path, copy.read_bytes())
+
+
+def _begins_with(path: Path, rows: bytes) -> bool:
+    return path.read_bytes().startswith(rows) if path.is_file() else not rows
 
 
 def _is_row_until(line: bytes, step: int) -> bool:
