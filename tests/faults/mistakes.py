@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from .bases import FRESH, MIDWAY
 from .trial import Trial
-from .verdict import Verdict, given_once
+from .verdict import RECOVERED, SILENT, Verdict, after_a_stop, given_once, hung
 
 Line = dict[str, object]
+TOO_LONG = "an answer of 100,000 ids"
 
 
 def broken_row(trial: Trial) -> Verdict:
@@ -24,7 +25,15 @@ def broken_row(trial: Trial) -> Verdict:
     file.write_bytes(b"\n".join(lines))
     trial.tell(f"{how} in line {at + 1} of {name}")
     trial.undo.append(lambda: _copy(original, file))
-    return given_once(trial)
+    return _cut_and_told(trial) if how == TOO_LONG else given_once(trial)
+
+
+def _cut_and_told(trial: Trial) -> Verdict:
+    """Of a row that is none of the broken: it is cut to data.max_length, and its results are another run's."""
+    first = trial.again()
+    if first.hung or first.code:
+        return hung(trial) if first.hung else after_a_stop(trial)
+    return Verdict(RECOVERED if first.said("(1 truncated)") else SILENT, "the row is cut")
 
 
 def _copy(source: object, target: object) -> None:
@@ -79,7 +88,7 @@ BROKEN: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "an id outside the vocabulary": _with(rejected_ids=[64, 5]),
     "a huge id": _with(rejected_ids=[2**31]),
     "an id of seventy bits": _with(rejected_ids=[2**70]),
-    "an answer of 100,000 ids": _with(rejected_ids=[5] * 100_000)}
+    TOO_LONG: _with(rejected_ids=[5] * 100_000)}
 
 
 def broken_override(trial: Trial) -> Verdict:
