@@ -36,7 +36,7 @@ class Results:
         # the checksum of the model card, which tells of machines and starts, is in CHECKSUMS.json
         files = [file for file in run.glob("model/*") if file.suffix == ".json" and file.name != "CHECKSUMS.json"]
         files += [run / name for name in MADE_OF_FILES if (run / name).exists()]
-        return cls(weights, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        return cls(weights, {file.name: _digest(file) for file in files},
                    _rows(run / "metrics.jsonl"))
 
     def differences(self, other: Results, to_rounding: bool = False) -> list[str]:
@@ -55,6 +55,14 @@ class Results:
         wrong = [key for key, row in self.rows.items()
                  if key in other.rows and _differ(row, other.rows[key], to_rounding)]
         return found + ([f"metrics differ at {wrong[:3]}"] if wrong else [])
+
+
+def _digest(file: Path) -> str:
+    """Of what the file says: a line's end that is gone from JSON says nothing."""
+    said = file.read_bytes()
+    if file.suffix == ".json":
+        said = json.dumps(json.loads(said), sort_keys=True).encode()
+    return hashlib.sha256(said).hexdigest()
 
 
 def _apart(a: Any, b: Any, to_rounding: bool) -> bool:
