@@ -95,6 +95,8 @@ def _told(config: RunConfig, work: Work, run_dir: RunDir, terminal: Terminal, ow
         return _fail(run_dir, terminal, str(error), 2)
     except KeyboardInterrupt:
         return _fail(run_dir, terminal, "interrupted; the same command goes on from the last checkpoint", 130)
+    except FloatingPointError as error:                  # says of what, and where that is kept
+        return _fail(run_dir, terminal, str(error), 1)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
         if told := disk_fault(error, shared_folders(config)):

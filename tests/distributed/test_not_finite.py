@@ -64,4 +64,4 @@ def test_a_gradient_that_is_not_finite_is_told_though_the_loss_is(tmp_path: Path
                      "train.pairs_per_step=4", f"run.dir={tmp_path / 'run'}", code=1).stderr
     found = json.loads((tmp_path / "run" / "not-finite" / "step-000001" / "step.json").read_text())
     assert found["what"] == "gradient" and len(found["pairs"]) == 4 and found["pairs_not_finite"] == []
-    assert "gradient" in wrong and "step-000001" in wrong
+    assert "gradient" in wrong and "step-000001" in wrong and "Traceback" not in wrong

@@ -82,7 +82,7 @@ def test_a_swept_run_is_the_run_that_the_printed_command_trains(tmp_path: Path, 
 def test_a_failed_run_stops_no_other_and_the_same_sweep_again_runs_what_is_missing(tmp_path: Path, words: list[str]):
     sweep = [*words, "optim.lr=1e-3,1e30,2e-3"]
     done = dpo_dist(*sweep, code=1)
-    assert "failed: optim.lr=1e+30: FloatingPointError: the loss of step 2 is not finite" in done.stdout
+    assert "failed: optim.lr=1e+30: the loss of step 2 is not finite" in done.stdout
     assert [job["done"] for job in summary(tmp_path)["jobs"]] == [True, False, True]
     before = written(tmp_path)
     again = dpo_dist(*words, "optim.lr=1e-3,2e-3,3e-3")             # the bad one taken out, another put in
