@@ -112,19 +112,32 @@ def resume_point(run_dir: RunDir, world: World, terminal: Terminal) -> tuple[Pat
         faults = checkpoint_damage(folder, world)
         if not faults:
             return folder, world.on_main(partial(read_state, folder))
-        world.on_main(partial(_set_aside, folder))
+        world.on_main(partial(_rename, folder, COMPLETE, DAMAGED))
         terminal.say(f"{folder.name} is damaged: {faults[0]}; the checkpoint before is taken")
-    checkpoints = run_dir.path / "checkpoints"
-    if damaged := world.on_main(lambda: sorted(marker.parent.name for marker in checkpoints.glob(f"*/{DAMAGED}"))):
-        raise UserError(f"run.dir={run_dir.path} has no checkpoint that is whole ({', '.join(damaged)}: damaged); to "
-                        f"train from the beginning, move {checkpoints} away")
+    return _whole_after_all(run_dir, world, terminal)
+
+
+def _whole_after_all(run_dir: RunDir, world: World, terminal: Terminal) -> tuple[Path, TrainState] | None:
+    """Where no other is left, those that were set aside are looked at again: a disk may only have failed to read
+    them."""
+    checkpoints, faults = run_dir.path / "checkpoints", list[str]()
+    set_aside = world.on_main(lambda: by_step(path.parent for path in checkpoints.glob(f"*/{DAMAGED}")))
+    for folder in reversed(set_aside.values()):
+        if not (found := checkpoint_damage(folder, world, DAMAGED)):
+            world.on_main(partial(_rename, folder, DAMAGED, COMPLETE))
+            terminal.say(f"{folder.name} can be read again, and is whole")
+            return folder, world.on_main(partial(read_state, folder))
+        faults.append(f"{folder.name} is damaged: {found[0]}")
+    if faults:
+        raise UserError(f"run.dir={run_dir.path} has no checkpoint that is whole ({'; '.join(faults)}); mend the disk "
+                        f"where it is that, or, to train from the beginning, move {checkpoints} away")
     return None
 
 
-def checkpoint_damage(folder: Path, world: World) -> list[str]:
+def checkpoint_damage(folder: Path, world: World, marker: str = COMPLETE) -> list[str]:
     """What is wrong with a checkpoint that is marked as whole, a phrase for each damaged file. All ranks call it, and
     share the reading."""
-    parts = world.together(lambda: damage(folder, COMPLETE, world.rank, world.size))
+    parts = world.together(lambda: damage(folder, marker, world.rank, world.size))
     return [fault for part in parts for fault in part]
 
 
@@ -138,9 +151,9 @@ def load_checkpoint(parts: Sequence[Checkpointed], folder: Path, world: World) -
         part.load(folder)
 
 
-def _set_aside(folder: Path) -> None:
-    """The folder is no checkpoint any more. It stays until there is a newer one."""
-    (folder / COMPLETE).rename(folder / DAMAGED)
+def _rename(folder: Path, marker: str, to: str) -> None:
+    """To DAMAGED: the folder is no checkpoint any more, and stays until there is a newer one."""
+    (folder / marker).rename(folder / to)
 
 
 def check_fits(resumed: tuple[Path, TrainState] | None, config: RunConfig, ranks: int) -> None:

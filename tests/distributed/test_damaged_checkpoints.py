@@ -85,7 +85,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_which(tmp_path: 
     for _ in range(2):                                       # those that were set aside are not forgotten
         shown = dpo_dist(*command, f"run.dir={tmp_path / 'run'}", code=2).stderr
         assert "has no checkpoint that is whole" in shown and "checkpoints away" in shown and "Traceback" not in shown
-    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "away")
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "away")
+    flip(tmp_path / "run" / "checkpoints" / "step-000004" / "optim_states-00000.safetensors")      # back to what it was
+    shown = dpo_dist(*command, f"run.dir={tmp_path / 'run'}").stdout
+    assert "step-000004 can be read again, and is whole" in shown and "resumed from step-000004" in shown
+    assert model_digest(tmp_path / "run") == model_digest(whole)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     dpo_dist(*command, f"run.dir={tmp_path / 'run'}")
     assert model_digest(tmp_path / "run") == model_digest(whole)
 

@@ -25,15 +25,16 @@ def broken_row(trial: Trial) -> Verdict:
     file.write_bytes(b"\n".join(lines))
     trial.tell(f"{how} in line {at + 1} of {name}")
     trial.undo.append(lambda: _copy(original, file))
-    return _cut_and_told(trial) if how == TOO_LONG else given_once(trial)
+    return _left_out_and_told(trial) if how == TOO_LONG else given_once(trial)
 
 
-def _cut_and_told(trial: Trial) -> Verdict:
-    """Of a row that is none of the broken: it is cut to data.max_length, and its results are another run's."""
+def _left_out_and_told(trial: Trial) -> Verdict:
+    """Of a row that is none of the broken: it is left out, and the results are another run's."""
     first = trial.again()
     if first.hung or first.code:
         return hung(trial) if first.hung else after_a_stop(trial)
-    return Verdict(RECOVERED if first.said("(1 truncated)") else SILENT, "the row is cut")
+    return Verdict(RECOVERED if first.said("dropped: 1 × longer than data.max_length") else SILENT,
+                   "the row is left out")
 
 
 def _copy(source: object, target: object) -> None:
