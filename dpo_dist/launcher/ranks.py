@@ -57,7 +57,12 @@ class Work:
     place: Place
     environment: Mapping[str, str]
     quiet: bool = False                        # a companion: stdout goes to the log as well, and DONE is its own
-    timeout_seconds: float = inf               # how long a rank may be stopped (SIGSTOP) until it is given up
+    timeout_seconds: float = inf               # cluster.timeout_seconds
+
+    @property
+    def stopped_seconds(self) -> float:
+        """How long a rank may be stopped (SIGSTOP) until it is given up."""
+        return 2 * self.timeout_seconds
 
 
 class Ranks:
@@ -113,11 +118,12 @@ class Ranks:
         return not running
 
     def _give_up_stopped(self) -> None:
-        """Kills ranks that a SIGSTOP holds for too long: nobody else may be waiting for them. Looks are counted, not
-        seconds, as this process may be stopped together with them."""
+        """Kills ranks that a SIGSTOP holds for too long: no other rank may be waiting for them. Where one is, it fails
+        first, after the timeout of its collective, and its log says more. Looks are counted, not seconds, as this
+        process may be stopped together with them."""
         stopped = [rank for rank, process in enumerate(self._processes) if is_stopped(process.pid)]
         self._looks_at_stopped = self._looks_at_stopped + 1 if stopped else 0
-        if self._looks_at_stopped * SECONDS_BETWEEN_LOOKS > self.work.timeout_seconds:
+        if self._looks_at_stopped * SECONDS_BETWEEN_LOOKS > self.work.stopped_seconds:
             self.never_woken = stopped
             for rank in stopped:
                 os.killpg(self._processes[rank].pid, signal.SIGKILL)

@@ -151,7 +151,7 @@ def fault_of(ranks: Ranks) -> Fault:
         message = f"rank {ranks.failed_rank} was ended by {number.name}{why}"
         if ranks.failed_rank - place.node * place.procs in ranks.never_woken:
             message = (f"rank {ranks.failed_rank} was stopped (SIGSTOP), and nothing woke it for "
-                       f"{ranks.work.timeout_seconds:g} s (cluster.timeout_seconds)")
+                       f"{ranks.work.stopped_seconds:g} s (twice cluster.timeout_seconds)")
         run_dir.mark_failed(Failure(message, 1, ranks.failed_rank, place.node))
         return Fault(f"{message}; its log is {rank_log}", 1, last_lines=_tail(rank_log))
     found = run_dir.failure()

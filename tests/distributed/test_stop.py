@@ -102,7 +102,7 @@ def test_a_rank_that_is_stopped_for_good_is_given_up_though_no_other_waits_for_i
     os.kill(rank, signal.SIGSTOP)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: rank 0 was stopped (SIGSTOP), and nothing woke it for 3 s (cluster.timeout_seconds)" in err
+    assert "error: rank 0 was stopped (SIGSTOP), and nothing woke it for 6 s (twice cluster.timeout_seconds)" in err
     gone(tmp_path / "run")
 
 
