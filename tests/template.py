@@ -31,7 +31,9 @@ IMPORTED = ("torch", "torch._dynamo", "transformers.modeling_utils", "transforme
             "transformers.models.qwen2.modeling_qwen2", "deepspeed", "peft", "accelerate", "torch.utils.tensorboard",
             "dpo_dist.train", "dpo_dist.score", "dpo_dist.evaluate", "dpo_dist.export", "dpo_dist.policy.zero",
             "dpo_dist.reference.zero", "dpo_dist.reference.tensor_parallel", "dpo_dist.reference.vllm",
-            "dpo_dist.run.tracking.tensorboard", "dpo_dist.launcher.cli", "dpo_dist.launcher.node")
+            "dpo_dist.run.tracking.tensorboard", "dpo_dist.launcher.cli", "dpo_dist.launcher.node",
+            # what a run imports only once it needs it
+            "pandas", "pyarrow.compute", "pyarrow.parquet", "transformers.conversion_mapping")
 # beside the socket: a file for each forked process, named by its id, with its words and rank
 PROCESSES = "processes"
 start_process = subprocess.Popen
@@ -144,9 +146,14 @@ def serve(path: str) -> None:
         __import__(name)
     import torch
 
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from dpo_dist.config.compose import compose
     from dpo_dist.runtime.world import prepare_deepspeed
 
     prepare_deepspeed(torch.device("cpu"))
+    get_checkpoint_conversion_mapping("llama")           # made by the first call, with hundreds of patterns
+    compose(["model.path=m"])                            # as is the parser of overrides
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
     subprocess.Popen = popen  # type: ignore[misc, assignment]
     gc.collect()
