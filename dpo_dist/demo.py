@@ -47,7 +47,7 @@ def main(folder: Path, overrides: list[str]) -> int:
     terminal.say("2/4  supervision (loss=sft): the model learns to answer, in either tone")
     code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}",
                      f"data.train=[{{path: {folder / 'sft.jsonl'}}}]", "train.epochs=6", "train.pairs_per_step=16",
-                     "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common])
+                     "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common, "cluster.procs_per_node=1", "zero=none"])
     if code:
         return code
     terminal.say("3/4  DPO (2 processes, ZeRO-3): reference scored once, policy trained, evaluated, exported")
