@@ -145,7 +145,6 @@ def serve(path: str) -> None:
     for name in IMPORTED:
         __import__(name)
     import torch
-
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from dpo_dist.config.compose import compose

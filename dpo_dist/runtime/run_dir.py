@@ -58,6 +58,7 @@ class RunDir:
         self.provenance = path / "provenance"          # digests of rows, tensors, files: what `verify` compares
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
+        self.rows_json = path / "rows.json"            # checksums of the files of rows, once the run has ended
         self.visits = path / "visits"                  # what each pair's rewards were, each time it was trained on
         self.datamap_json = path / "datamap.json"      # what each pair taught
         self.suspects = path / "suspects.jsonl"        # every training pair, the likeliest to be mislabelled first

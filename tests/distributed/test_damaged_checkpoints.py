@@ -31,6 +31,13 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
 
 
+def flip_near_the_end(file: Path) -> None:
+    """Flips a bit of a digit in the last row, which is of the last evaluation and stands in no checkpoint."""
+    content = bytearray(file.read_bytes())
+    content[max(i for i, letter in enumerate(content) if chr(letter).isdigit())] ^= 1
+    file.write_bytes(content)
+
+
 def empty(file: Path) -> None:
     file.write_bytes(b"")
 
@@ -96,7 +103,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_which(tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "damage"), [
-    ("suspects.jsonl", flip), ("datamap.json", cut), ("evaluation.json", flip), ("metrics.jsonl", Path.unlink)])
+    ("suspects.jsonl", flip), ("datamap.json", cut), ("evaluation.json", flip), ("metrics.jsonl", Path.unlink),
+    ("metrics.jsonl", flip_near_the_end)])
 def test_what_a_finished_run_says_is_made_again_where_it_is_damaged(
         name: str, damage: Callable[[Path], None], tmp_path: Path, finished: tuple[list[str], Path]):
     command, whole = finished
@@ -104,8 +112,9 @@ def test_what_a_finished_run_says_is_made_again_where_it_is_damaged(
     damage(tmp_path / "run" / name)
     shutil.rmtree(tmp_path / "run" / "visits")                # the checkpoint has them
     shown = dpo_dist(*command, f"run.dir={tmp_path / 'run'}").stdout
-    assert f"{name} was damaged or missing" in shown or f"{name} was missing" in shown or f"or {name} was" in shown or (
-        f"{name} or suspects.jsonl was damaged" in shown)
+    assert (f"{name} was damaged or missing" in shown or f"or {name} was" in shown
+            or f"{name} or suspects.jsonl was damaged" in shown
+            or f"{name} was {'missing' if damage == Path.unlink else 'damaged'}: " in shown)
     if name == "metrics.jsonl":
         assert [(row["step"], row["loss"]) for row in metrics(tmp_path / "run", "eval")] == [
             (row["step"], row["loss"]) for row in metrics(whole, "eval")]

@@ -33,7 +33,7 @@ from dpo_dist.run.generations import samples_by_step, write_generations
 from dpo_dist.run.guard_log import read_events
 from dpo_dist.run.provenance import check_same_run
 from dpo_dist.run.provenance.kept import Kept
-from dpo_dist.run.tracking.metrics_file import keep_rows_until, restore_run
+from dpo_dist.run.tracking.metrics_file import MetricsFile, keep_rows_until, restore_run
 from dpo_dist.runtime import remember
 from dpo_dist.runtime.checksums import write_checksums
 from dpo_dist.runtime.files import write_json
@@ -185,6 +185,26 @@ def test_an_evaluation_whose_samples_are_lost_is_made_again_so_its_metrics_go_to
     assert restored(tmp_path) == ["samples.jsonl was missing: 1 row restored from step-000002"]
     assert (tmp_path / "samples.jsonl").read_bytes() == sample
     assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS
+
+
+def test_rows_after_the_checkpoint_are_as_the_run_left_them_at_its_end(tmp_path: Path, copy: Path) -> None:
+    run = RunDir(tmp_path)
+    run.metrics.write_bytes(ROWS)
+    tracker = MetricsFile(run, 2)
+    tracker.log({"step": 2, "split": "eval", "loss": 0.25})
+    tracker.finish({})
+    whole = run.metrics.read_bytes()
+    assert restored(tmp_path) == [] and run.metrics.read_bytes() == whole
+    run.metrics.write_bytes(whole.replace(b"0.25", b"0.35"))
+    assert restored(tmp_path) == ["metrics.jsonl was damaged: 2 rows restored from step-000002"]
+    assert run.metrics.read_bytes() == ROWS
+    tracker = MetricsFile(run, 2)
+    assert not run.rows_json.exists(), "a run that is under way is not at its end"
+    tracker.log({"step": 2, "split": "eval", "loss": 0.5})
+    assert restored(tmp_path) == []
+    tracker.finish({})
+    flip(run.rows_json)
+    assert restored(tmp_path) == [], "what is not known is not held against them"
 
 
 def test_nothing_is_restored_where_the_checkpoint_has_no_rows(tmp_path: Path, copy: Path) -> None:

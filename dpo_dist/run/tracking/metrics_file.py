@@ -1,5 +1,5 @@
 """<run.dir>/metrics.jsonl: one JSON object a row, always written; resumes, sweeps and people read it. Beside it
-samples.jsonl."""
+samples.jsonl. rows.json tells whether they are as the run left them when it ended."""
 from __future__ import annotations
 
 import json
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dpo_dist.run.tracking import MetricsRow, SampleRow
-from dpo_dist.runtime.files import jsonable, write_atomic
+from dpo_dist.runtime.checksums import Checksum, checksum, checksums
+from dpo_dist.runtime.files import jsonable, write_atomic, write_json
+from dpo_dist.runtime.json_files import found_sealed, sealed
 from dpo_dist.runtime.json_lines import STEP, row_of
 from dpo_dist.runtime.run_dir import RunDir
 
@@ -21,7 +23,8 @@ class MetricsFile:
     """One JSON object a line. The summary is not kept here: its numbers are rows already."""
 
     def __init__(self, run_dir: RunDir, resumed_step: int):
-        self._samples = run_dir.samples
+        self._run_dir, self._samples = run_dir, run_dir.samples
+        run_dir.rows_json.unlink(missing_ok=True)        # from here on they change
         for path in (run_dir.metrics, run_dir.samples):
             keep_rows_until(path, resumed_step if resumed_step > 0 else -1)
         self._file = run_dir.metrics.open("a", encoding="utf-8")
@@ -36,6 +39,8 @@ class MetricsFile:
 
     def finish(self, summary: MetricsRow) -> None:
         self._file.close()
+        there = [path.name for path in _files(self._run_dir) if path.is_file()]
+        write_json(self._run_dir.rows_json, sealed(checksums(self._run_dir.path, there)))
 
 
 def _append(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -57,21 +62,35 @@ def keep_rows_until(path: Path, step: int) -> None:
 
 
 def restore_run(run_dir: RunDir, checkpoint: Path, say: Callable[[str], None]) -> None:
-    """Where a file of the run's rows does not begin with what its copy in the checkpoint holds, all of them become
-    their copies, and `say` tells it: what came after is of steps and of an evaluation that are done again."""
-    files = {path: copy for path in (run_dir.metrics, run_dir.samples, run_dir.guard)
-             if (copy := checkpoint / path.name).is_file()}
-    wrong = {path: path.is_file() for path, copy in files.items() if not _begins_with(path, copy.read_bytes())}
+    """Where a file of the run's rows does not begin with what its copy in the checkpoint holds, or is not as the run
+    left it at its end, all of them become their copies, and `say` tells it: what came after is of steps and of an
+    evaluation that are done again."""
+    if not (checkpoint / run_dir.metrics.name).is_file():            # of an earlier version
+        return
+    copies = {path: _rows_in(checkpoint / path.name) for path in _files(run_dir)}
+    at_end = found_sealed(run_dir.rows_json) or {}
+    wrong = {path: path.is_file() for path, copy in copies.items()
+             if not (_rows_in(path).startswith(copy) and _is_as(path, at_end.get(path.name)))}
     for path, was_there in wrong.items():
-        rows = files[path].read_bytes().count(b"\n")
+        rows = copies[path].count(b"\n")
         say(f"{path.name} was {'damaged' if was_there else 'missing'}: {rows} row{'s' * (rows != 1)} restored from "
             f"{checkpoint.name}")
-    for path, copy in files.items() if wrong else ():
-        write_atomic(path, copy.read_bytes())
+    for path, copy in copies.items() if wrong else ():
+        if copy or path.is_file():
+            write_atomic(path, copy)
 
 
-def _begins_with(path: Path, rows: bytes) -> bool:
-    return path.read_bytes().startswith(rows) if path.is_file() else not rows
+def _files(run_dir: RunDir) -> tuple[Path, ...]:
+    return run_dir.metrics, run_dir.samples, run_dir.guard
+
+
+def _is_as(path: Path, at_end: Checksum | None) -> bool:
+    """Whether the file is as it was at the end of the run, where that is known."""
+    return at_end is None or (path.is_file() and checksum(path) == at_end)
+
+
+def _rows_in(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _is_row_until(line: bytes, step: int) -> bool:
