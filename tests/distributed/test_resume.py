@@ -29,10 +29,10 @@ STEPS = 8
 @pytest.fixture
 def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=128)
-    write_rows(tmp_path / "rows.jsonl", 100, longest=80)
+    write_rows(tmp_path / "rows.jsonl", 50, longest=80)
     write_rows(tmp_path / "held_out.jsonl", 10, seed=1)
     return ["train", f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"),
-            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=24", f"train.max_steps={STEPS}",
+            eval_on(tmp_path / "held_out.jsonl"), "train.pairs_per_step=12", f"train.max_steps={STEPS}",
             "train.save_every_steps=1", "optim.lr=1e-3", "loss.beta=0.5", "optim.weight_decay=0.1",
             "train.tokens_per_microbatch=600"]
 
@@ -117,7 +117,7 @@ def test_another_run_in_the_same_folder_and_changed_data_are_refused_with_what_d
     assert "nothing to do" in dpo_dist(*words).stdout
     write_tiny_llama(tmp_path / "m", seed=1, hidden_size=64, intermediate_size=128)
     assert "holds another run (policy_weights was" in dpo_dist(*words, code=2).stderr
-    write_rows(tmp_path / "rows.jsonl", 100, seed=7)
+    write_rows(tmp_path / "rows.jsonl", 50, seed=7)
     assert "train_pairs.digest was" in dpo_dist(*words, code=2).stderr
 
 

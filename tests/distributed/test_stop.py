@@ -33,7 +33,7 @@ from dpo_dist.runtime.run_dir import RunDir
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 40
+STEPS = 40                           # of a run that is long enough to be stopped
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def words(tmp_path: Path, base: list[str]) -> list[str]:
     write_tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=128)
     write_rows(tmp_path / "rows.jsonl", 100, longest=80)
     return [f"model.path={tmp_path / 'm'}", *base, train_on(tmp_path / "rows.jsonl"), "cluster.procs_per_node=2",
-            "train.pairs_per_step=24", f"train.max_steps={STEPS}", "optim.lr=1e-3", "train.tokens_per_microbatch=600"]
+            "train.pairs_per_step=10", f"train.max_steps={STEPS}", "optim.lr=1e-3", "train.tokens_per_microbatch=600"]
 
 
 def fresh(*words: object) -> subprocess.Popen[str]:
@@ -118,16 +118,16 @@ def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: list
 def test_scoring_that_is_told_to_end_keeps_what_is_scored_and_the_training_does_not_start(tmp_path: Path,
                                                                                           words: list[str]):
     write_tiny_llama(tmp_path / "m", hidden_size=128, intermediate_size=512, num_hidden_layers=8)
-    write_rows(tmp_path / "rows.jsonl", 1000, longest=100)
+    write_rows(tmp_path / "rows.jsonl", 600, longest=100)
     process = start("run", *words, f"run.dir={tmp_path / 'run'}", "train.tokens_per_microbatch=320")
     wait_until(lambda: any((tmp_path / "reference").glob("*/*.safetensors")), process)
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     kept = int(re.search(r"(\d+) sequences are scored", out)[1])
-    assert 0 < kept < 2000 and (tmp_path / "run" / "PREEMPTED").exists() and not (tmp_path / "run"
+    assert 0 < kept < 1200 and (tmp_path / "run" / "PREEMPTED").exists() and not (tmp_path / "run"
                                                                                   / "metrics.jsonl").exists()
-    assert f"scored {2000 - kept}, cached {kept}" in dpo_dist("score", *words, f"run.dir={tmp_path / 'run'}").stdout
+    assert f"scored {1200 - kept}, cached {kept}" in dpo_dist("score", *words, f"run.dir={tmp_path / 'run'}").stdout
 
 
 def test_a_rank_that_dies_ends_the_job_at_once_and_the_last_lines_of_its_log_are_shown(tmp_path: Path,
