@@ -199,6 +199,7 @@ class World:
         as long as a rank takes, and end with an error where one is gone. All ranks call it."""
         if self.size == 1:
             return Team(0, 1, None)
+        self.barrier()                                   # fails where a rank is gone; new_group would wait for it
         return Team(self.rank, self.size, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
     def barrier(self) -> None:

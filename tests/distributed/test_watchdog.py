@@ -97,6 +97,15 @@ def test_ranks_that_wait_for_each_other_in_different_collectives_are_ended(tmp_p
     assert 0 not in [code for code, _ in found], found
 
 
+def test_a_rank_that_ends_before_the_team_of_the_savers_is_made_is_not_waited_for(tmp_path: Path):
+    (code, _), (ended, _) = in_two_ranks(tmp_path, """
+    if world.rank == 1:
+        os._exit(0)                                             # as a rank ends that was sent a signal early
+    world.beside()
+""")
+    assert (code, ended) == (3, 0)
+
+
 def test_work_that_takes_longer_than_the_timeout_is_left_alone(tmp_path: Path):
     found = in_two_ranks(tmp_path, f"""
     world.on_main(lambda: time.sleep({1.2 * TIMEOUT_SECONDS}))
