@@ -49,7 +49,7 @@ test: $(STAMP)  ## the whole test suite, JOBS files at a time
 
 TRIALS ?= 300
 SEED ?= 0
-faults: $(STAMP)  ## TRIALS faults of over 15 kinds done to real runs, drawn by SEED, about half an hour; as root also full disks and cut links
+faults: $(STAMP)  ## TRIALS faults of over 15 kinds done to real runs, drawn by SEED, ten to thirty minutes; as root also full disks and cut links
 	$(BIN)/python -m tests.faults --trials $(TRIALS) --seed $(SEED) --out benchmarks/results/faults.json
 	$(BIN)/python benchmarks/tables.py
 
