@@ -75,13 +75,14 @@ def _read_rows(path: Path) -> tuple[dict[str, RowDigests], dict[str, Digests]]:
     try:
         with np.load(path, allow_pickle=False) as file:  # a zip file: each array has a checksum
             arrays = dict(file)
+        pairs = {name.removeprefix("pairs/"): array for name, array in arrays.items() if name.startswith("pairs/")}
+        names = [name.removesuffix("/rows") for name in arrays if name.endswith("/rows")]
+        return {name: RowDigests(arrays[f"{name}/rows"], tuple(arrays[f"{name}/names"].tolist()),
+                                 arrays[f"{name}/fields"]) for name in names}, pairs
     except FileNotFoundError:
         return {}, {}
-    except (OSError, ValueError, LookupError, TypeError, EOFError, NotImplementedError, struct.error, zlib.error,
+    # what numpy and zipfile were seen to raise where any one bit is flipped; RuntimeError: "encrypted"
+    except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, struct.error, zlib.error,
             zipfile.BadZipFile) as error:
         log.warning("%s is damaged and is not read: %s", path, error)
         return {}, {}
-    pairs = {name.removeprefix("pairs/"): array for name, array in arrays.items() if name.startswith("pairs/")}
-    names = [name.removesuffix("/rows") for name in arrays if name.endswith("/rows")]
-    return {name: RowDigests(arrays[f"{name}/rows"], tuple(arrays[f"{name}/names"].tolist()), arrays[f"{name}/fields"])
-            for name in names}, pairs
