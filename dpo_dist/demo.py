@@ -45,6 +45,7 @@ def main(folder: Path, overrides: list[str]) -> int:
               "data.max_length=128", "cluster.procs_per_node=2", f"data.cache_dir={folder / 'tokens'}", *overrides]
 
     terminal.say("2/4  supervision (loss=sft): the model learns to answer, in either tone")
+    # in one process: so small a model is trained faster so, and ZeRO-3 is for the next step to show
     code = dpo_dist(["train", "loss=sft", f"model.path={folder / 'base'}",
                      f"data.train=[{{path: {folder / 'sft.jsonl'}}}]", "train.epochs=6", "train.pairs_per_step=16",
                      "optim.lr=2e-3", f"run.dir={folder / 'sft'}", *common, "cluster.procs_per_node=1", "zero=none"])

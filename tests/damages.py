@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def flip(file: Path, at: int | None = None) -> None:
-    """Flips one bit, as a disk or a cable does."""
+def flip(file: Path, at: int | None = None, bit: int = 4) -> None:
+    """Flips one bit, as a disk or a cable does: of byte `at`, by default the middle one."""
     content = bytearray(file.read_bytes())
-    content[len(content) // 2 if at is None else at] ^= 4
+    content[len(content) // 2 if at is None else at] ^= bit
     file.write_bytes(content)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.errors import UserError
+from dpo_dist.runtime.checksums import CHECKSUMS
 from dpo_dist.runtime.files import write_json
 from dpo_dist.runtime.json_files import SEAL, found_object, is_whole, needed_object
 from dpo_dist.runtime.json_lines import json_lines
@@ -58,7 +59,7 @@ class RunDir:
         self.provenance = path / "provenance"          # digests of rows, tensors, files: what `verify` compares
         self.metrics = path / "metrics.jsonl"          # one JSON object a logged step
         self.samples = path / "samples.jsonl"          # one object a prompt and evaluation, with eval.samples
-        self.rows_json = path / "rows.json"            # checksums of the files of rows, once the run has ended
+        self.checksums = path / CHECKSUMS              # of metrics, samples and guard, once the run has ended
         self.visits = path / "visits"                  # what each pair's rewards were, each time it was trained on
         self.datamap_json = path / "datamap.json"      # what each pair taught
         self.suspects = path / "suspects.jsonl"        # every training pair, the likeliest to be mislabelled first

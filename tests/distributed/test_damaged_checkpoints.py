@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import dpo_dist, metrics, model_digest, small_run
+from damages import cut, flip
 from test_other_machine import words
 
 pytestmark = pytest.mark.distributed
@@ -20,22 +21,9 @@ TWO = ["cluster.procs_per_node=2", "zero.persistence_threshold=0", "train.keep_c
        "train.save_every_steps=2"]
 
 
-def flip(file: Path) -> None:
-    """Flips a bit in the middle."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
-
-
 def flip_near_the_end(file: Path) -> None:
     """Flips a bit of a digit in the last row, which is of the last evaluation and stands in no checkpoint."""
-    content = bytearray(file.read_bytes())
-    content[max(i for i, letter in enumerate(content) if chr(letter).isdigit())] ^= 1
-    file.write_bytes(content)
+    flip(file, max(i for i, letter in enumerate(file.read_bytes()) if chr(letter).isdigit()), bit=1)
 
 
 def empty(file: Path) -> None:

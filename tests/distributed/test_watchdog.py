@@ -97,7 +97,7 @@ def test_ranks_that_wait_for_each_other_in_different_collectives_are_ended(tmp_p
     assert 0 not in [code for code, _ in found], found
 
 
-def test_a_rank_that_ends_before_the_team_of_the_savers_is_made_is_not_waited_for(tmp_path: Path):
+def test_a_rank_that_has_ended_is_not_waited_for_where_a_process_group_is_made(tmp_path: Path):
     (code, _), (ended, _) = in_two_ranks(tmp_path, """
     if world.rank == 1:
         os._exit(0)                                             # as a rank ends that was sent a signal early

@@ -18,6 +18,7 @@ from written_run import write_run
 from dpo_dist.config.compose import compose
 from dpo_dist.config.errors import UserError
 from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.digests import RowDigests
 from dpo_dist.data.prepare import prepare
 from dpo_dist.data.store import PairStore
 from dpo_dist.dynamics.visits import Visits, read_visits, write_part
@@ -199,11 +200,11 @@ def test_rows_after_the_checkpoint_are_as_the_run_left_them_at_its_end(tmp_path:
     assert restored(tmp_path) == ["metrics.jsonl was damaged: 2 rows restored from step-000002"]
     assert run.metrics.read_bytes() == ROWS
     tracker = MetricsFile(run, 2)
-    assert not run.rows_json.exists(), "a run that is under way is not at its end"
+    assert not run.checksums.exists(), "a run that is under way is not at its end"
     tracker.log({"step": 2, "split": "eval", "loss": 0.5})
     assert restored(tmp_path) == []
     tracker.finish({})
-    flip(run.rows_json)
+    flip(run.checksums)
     assert restored(tmp_path) == [], "what is not known is not held against them"
 
 
@@ -275,18 +276,20 @@ def test_a_damaged_part_of_the_visits_is_left_out_and_told_whichever_byte_it_is(
 
 
 def test_damaged_digests_of_rows_are_as_good_as_none(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    Kept(pairs={"train": np.arange(90, dtype=np.uint64)}, code={"a": "b"}).write(run)
+    run, numbers = RunDir(tmp_path), np.arange(6, dtype=np.uint64)
+    Kept({"data.train[0]/0": RowDigests(numbers, ("a", "bc"), numbers.reshape(3, 2))}, {"train": numbers}).write(run)
     file = run.provenance / "rows.npz"
     whole = file.read_bytes()
-    for at in range(len(whole)):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
-        found = Kept.read(run).pairs
-        assert "train" not in found or np.array_equal(found["train"], np.arange(90)), at
+    for at in range(8 * len(whole)):                     # any one bit
+        flip(file, at // 8, 1 << at % 8)
+        found = Kept.read(run)
+        assert all(np.array_equal(values, numbers) for values in found.pairs.values()), at
+        assert all(np.array_equal(one.rows, numbers) and one.names == ("a", "bc") for one in found.rows.values()), at
+        file.write_bytes(whole)
     for damages in (cut, garbage, Path.unlink):
         file.write_bytes(whole)
         damages(file)
-        assert Kept.read(run).pairs == {}
+        assert Kept.read(run) == Kept()
 
 
 # ------------------------------------------------------------------------------------------------------------ run.json

@@ -1,5 +1,5 @@
 """<run.dir>/metrics.jsonl: one JSON object a row, always written; resumes, sweeps and people read it. Beside it
-samples.jsonl. rows.json tells whether they are as the run left them when it ended."""
+samples.jsonl. CHECKSUMS.json tells whether they, and guard.jsonl, are as the run left them when it ended."""
 from __future__ import annotations
 
 import json
@@ -24,7 +24,7 @@ class MetricsFile:
 
     def __init__(self, run_dir: RunDir, resumed_step: int):
         self._run_dir, self._samples = run_dir, run_dir.samples
-        run_dir.rows_json.unlink(missing_ok=True)        # from here on they change
+        run_dir.checksums.unlink(missing_ok=True)        # from here on they change
         for path in (run_dir.metrics, run_dir.samples):
             keep_rows_until(path, resumed_step if resumed_step > 0 else -1)
         self._file = run_dir.metrics.open("a", encoding="utf-8")
@@ -38,9 +38,10 @@ class MetricsFile:
             _append(file, rows)
 
     def finish(self, summary: MetricsRow) -> None:
+        """Also tells what the files of rows are now: all are written, the guard's too."""
         self._file.close()
         there = [path.name for path in _files(self._run_dir) if path.is_file()]
-        write_json(self._run_dir.rows_json, sealed(checksums(self._run_dir.path, there)))
+        write_json(self._run_dir.checksums, sealed(checksums(self._run_dir.path, there)))
 
 
 def _append(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -68,7 +69,7 @@ def restore_run(run_dir: RunDir, checkpoint: Path, say: Callable[[str], None]) -
     if not (checkpoint / run_dir.metrics.name).is_file():            # of an earlier version
         return
     copies = {path: _rows_in(checkpoint / path.name) for path in _files(run_dir)}
-    at_end = found_sealed(run_dir.rows_json) or {}
+    at_end = found_sealed(run_dir.checksums) or {}
     wrong = {path: path.is_file() for path, copy in copies.items()
              if not (_rows_in(path).startswith(copy) and _is_as(path, at_end.get(path.name)))}
     for path, was_there in wrong.items():
